@@ -6,8 +6,9 @@
 __all__ = ['ROLES', 'THINK', 'END_THINK', 'Conversation', 'Reject', 'BadRecord', 'parse_conversation', 'parse_line', 'open_chats',
            'read_chats']
 
-# %% ../../nbs/data/00_records.ipynb #3c06048a
+# %% ../../nbs/data/00_records.ipynb #2fd51252
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,14 +118,17 @@ def _message(message: Any, index: int, repairs: list[str]) -> dict[str, Any]:
     if role != "assistant":
         return normal
     written = _text(message.get("reasoning_content"), where)
-    content, reasoning = _split_thinking(normal["content"], written, where)
+    content, thought = _split_thinking(normal["content"], written, where)
+    reasoning = re.sub(r"^\s*\n", "", thought)
     legacy = [message["function_call"]] if message.get("function_call") else []
     calls = [_call(c, where) for c in (message.get("tool_calls") or legacy)]
     if calls and content != content.lstrip():
         content = content.lstrip()
         repairs.append("space_before_call_text")
-    if reasoning != written:
+    if thought != written:
         repairs.append("inline_thinking")
+    elif reasoning != thought and reasoning.strip():
+        repairs.append("blank_lines_before_thought")
     return normal | {"content": content} | ({"reasoning_content": reasoning} if reasoning.strip() else {}) | ({"tool_calls": calls} if calls else {})
 
 # %% ../../nbs/data/00_records.ipynb #161f002d
