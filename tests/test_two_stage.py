@@ -1,0 +1,277 @@
+"""The two-stage loss: weights and counts against the loop of the two equations, and loss accounting over any split."""
+
+import datetime
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemotron_nb.core import UserError
+from nemotron_nb.loss.fused import masked_linear_cross_entropy
+from nemotron_nb.loss.two_stage import STAGES, Denominators, Phase, StageSchedule, count, loss_by_hand, split_invariance, token_weights
+
+
+def batch_of(sequences: list[list[int]], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random losses (float64), mask and sequence index, for sequences given as lists of mask bits."""
+    mask = torch.tensor([bit for s in sequences for bit in s], dtype=torch.uint8)
+    sequence_of = torch.tensor([c for c, s in enumerate(sequences) for _ in s], dtype=torch.int64)
+    return torch.rand(len(mask), generator=torch.Generator().manual_seed(seed), dtype=torch.float64), mask, sequence_of
+
+
+def weighted(nll, mask, sequence_of, stage) -> torch.Tensor:
+    return (token_weights(mask, sequence_of, stage, torch.float64) * nll).sum() / count(mask, sequence_of).of(stage)
+
+
+masks = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_size=1, max_size=8)
+some_trained = masks.filter(lambda sequences: any(map(any, sequences)))
+
+
+def test_values_by_arithmetic():
+    nll = torch.tensor([9.0, 3.0, 1.0, 1.0, 1.0, 9.0])
+    mask = torch.tensor([False, True, True, True, True, False])
+    sequence_of = torch.tensor([0, 0, 1, 1, 1, 2])
+    assert count(mask, sequence_of) == Denominators(tokens=4, conversations=2)
+    assert loss_by_hand(nll, mask, sequence_of, "token") == 1.5
+    assert loss_by_hand(nll, mask, sequence_of, "sample") == 2.0
+    assert token_weights(mask, sequence_of, "token").tolist() == [0, 1, 1, 1, 1, 0]
+    third = torch.tensor(1 / 3).item()
+    assert token_weights(mask, sequence_of, "sample").tolist() == [0, 1, third, third, third, 0]
+    assert token_weights(mask, sequence_of, "sample").dtype == torch.float32
+
+
+@settings(deadline=None)
+@given(some_trained, st.sampled_from(STAGES), st.integers(0, 99))
+def test_weighted_sum_is_the_loop(sequences, stage, seed):
+    nll, mask, sequence_of = batch_of(sequences, seed)
+    torch.testing.assert_close(weighted(nll, mask, sequence_of, stage), loss_by_hand(nll, mask, sequence_of, stage), rtol=1e-12, atol=0)
+
+
+@settings(deadline=None)
+@given(some_trained, st.sampled_from(STAGES))
+def test_weights_add_up_to_the_denominator(sequences, stage):
+    _, mask, sequence_of = batch_of(sequences)
+    denominators = count(mask, sequence_of)
+    assert denominators == Denominators(sum(map(sum, sequences)), sum(map(any, sequences)))
+    total = token_weights(mask, sequence_of, stage, torch.float64).sum().item()
+    assert total == pytest.approx(denominators.of(stage), rel=1e-12)
+
+
+@settings(deadline=None)
+@given(some_trained, st.sampled_from(STAGES), st.randoms(use_true_random=False))
+def test_order_numbering_padding_and_prompts_do_not_matter(sequences, stage, random):
+    nll, mask, sequence_of = batch_of(sequences)
+    expected = loss_by_hand(nll, mask, sequence_of, stage)
+    order = torch.tensor(random.sample(range(len(nll)), len(nll)))
+    names = torch.tensor(random.sample(range(-50, 10**12), len(sequences)))
+    torch.testing.assert_close(weighted(nll[order], mask[order], names[sequence_of][order], stage), expected)
+    pad = torch.zeros(5)
+    padded = torch.cat([nll, pad + float(7)]), torch.cat([mask, pad.to(mask)]), torch.cat([sequence_of, pad.long() - 1])
+    torch.testing.assert_close(weighted(*padded, stage), expected)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 9), st.integers(1, 6))
+def test_equal_lengths_make_the_stages_equal(length, sequences):
+    batch = batch_of([[0] + [1] * length] * sequences)
+    torch.testing.assert_close(loss_by_hand(*batch, "token"), loss_by_hand(*batch, "sample"), rtol=1e-12, atol=0)
+
+
+def test_repeating_an_answer_moves_the_token_stage_only():
+    nll, mask, sequence_of = batch_of([[0, 1, 1], [1] * 30])
+    first = sequence_of == 0
+    repeated = [torch.cat([a, a[first]]) for a in (nll, mask, sequence_of)]
+    torch.testing.assert_close(weighted(*repeated, "sample"), weighted(nll, mask, sequence_of, "sample"), rtol=1e-12, atol=0)
+    assert abs(weighted(*repeated, "token") - weighted(nll, mask, sequence_of, "token")) > 1e-3
+
+
+def test_share_of_ten_tokens_beside_a_thousand():
+    _, mask, sequence_of = batch_of([[1] * 10, [1] * 1000])
+    shares = {stage: (token_weights(mask, sequence_of, stage, torch.float64)[:10].sum() / count(mask, sequence_of).of(stage)).item() for stage in STAGES}
+    assert shares == pytest.approx({"token": 1 / 101, "sample": 1 / 2}, rel=1e-12)
+
+
+def test_rows_and_columns_are_welcome():
+    _, mask, sequence_of = batch_of([[0, 1, 1], [1, 0, 1]])
+    for stage in STAGES:
+        flat = token_weights(mask, sequence_of, stage)
+        assert torch.equal(token_weights(mask.view(2, 3), sequence_of.view(2, 3), stage), flat.view(2, 3))
+
+
+def test_counts_are_whole_numbers():
+    denominators = count(torch.ones(1000, dtype=torch.int32), torch.arange(100).repeat_interleave(10))
+    assert (type(denominators.tokens), type(denominators.conversations)) == (int, int)
+    assert denominators == Denominators(1000, 100)
+
+
+def test_what_is_refused():
+    empty = torch.zeros(3, dtype=torch.bool), torch.zeros(3, dtype=torch.int64)
+    for stage in STAGES:
+        with pytest.raises(UserError, match="no trained token"):
+            count(*empty).of(stage)
+        assert not token_weights(*empty, stage).any()
+    with pytest.raises(UserError, match="did you mean 'token'"):
+        count(torch.ones(2, dtype=torch.int), torch.zeros(2)).of("tokens")
+    with pytest.raises(UserError, match="torch.float32"):
+        count(torch.full((3,), 0.5), torch.zeros(3, dtype=torch.int64))
+
+
+# --- schedule
+
+
+def test_schedule_follows_the_steps():
+    schedule = StageSchedule.from_config([{"stage": "token", "steps": 2}, {"stage": "sample", "steps": 1}, {"stage": "token"}])
+    assert [schedule.stage_at(step) for step in range(5)] == ["token", "token", "sample", "token", "token"]
+    assert schedule.stage_at(10**12) == "token"
+    assert schedule.plan(2) == [("token", 2), ("sample", 0), ("token", 0)]
+    assert schedule.plan(9) == [("token", 2), ("sample", 1), ("token", 6)]
+    assert StageSchedule.from_config([Phase("sample")]).stage_at(0) == "sample"
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(STAGES), st.integers(1, 7)), min_size=1, max_size=5), st.integers(1, 20))
+def test_plan_is_the_count_of_stage_at(phases, num_steps):
+    schedule = StageSchedule.from_config([{"stage": s, "steps": n} for s, n in phases] + [{"stage": "sample"}])
+    plan = schedule.plan(num_steps)
+    assert [stage for stage, steps in plan for _ in range(steps)] == [schedule.stage_at(step) for step in range(num_steps)]
+
+
+def test_a_closed_schedule_ends():
+    schedule = StageSchedule.from_config([{"stage": "token", "steps": 2}])
+    assert schedule.plan(2) == [("token", 2)]
+    for ask in (lambda: schedule.stage_at(2), lambda: schedule.plan(3)):
+        with pytest.raises(UserError, match="ends after step 2"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    "stages, message",
+    [
+        ([], "no stage"),
+        ([{"stage": "tokn"}], "did you mean 'token'"),
+        ([{"stage": "token"}, {"stage": "sample"}], r"loss.stages\[0\]: steps is missing"),
+        ([{"stage": "token", "steps": 0}], "at least 1, not 0"),
+        ([{"stage": "token", "steps": -3}], "at least 1, not -3"),
+        ([{"stage": "token", "steps": 1.5}], "got float 1.5"),
+        ([{"stage": "token", "steps": True}], "got bool True"),
+        ([{"stage": "token", "stepps": 3}], "did you mean 'steps'"),
+        ([{"steps": 3}], "an entry without a stage"),
+    ],
+)
+def test_an_impossible_schedule_is_refused(stages, message):
+    with pytest.raises(UserError, match=message):
+        StageSchedule.from_config(stages)
+
+
+# --- loss accounting
+
+SEQUENCES = [[0, 0] + [1] * n for n in (1, 2, 3, 17, 60)] + [[0, 0, 0]]
+HIDDEN, VOCAB = 5, 13
+
+
+def accounting_batch() -> dict[str, torch.Tensor]:
+    """A batch with very uneven sequences, the last without any trained token, and conversations that differ in difficulty."""
+    _, mask, sequence_of = batch_of(SEQUENCES)
+    r = torch.Generator().manual_seed(3)
+    hidden = torch.randn(len(mask), HIDDEN, generator=r, dtype=torch.float64) * (1 + sequence_of[:, None])
+    return {"hidden": hidden, "labels": torch.randint(VOCAB, (len(mask),), generator=r), "mask": mask, "sequence_of": sequence_of}
+
+
+def head() -> torch.Tensor:
+    return torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+
+def contribution_of(batch, weight, stage):
+    """A piece's part of the loss, with weights and denominator of the whole batch."""
+    weights = token_weights(batch["mask"], batch["sequence_of"], stage, torch.float64)
+    scale = 1 / count(batch["mask"], batch["sequence_of"]).of(stage)
+    return lambda piece: masked_linear_cross_entropy(batch["hidden"][piece], weight, batch["labels"][piece], weights[piece], scale=scale, workspace_bytes=4 * VOCAB * 8)[0]
+
+
+def oracle(batch, weight, stage):
+    nll = torch.nn.functional.cross_entropy(batch["hidden"] @ weight.T, batch["labels"], reduction="none")
+    return loss_by_hand(nll, batch["mask"], batch["sequence_of"], stage)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.sampled_from(STAGES), st.data())
+def test_any_split_gives_one_loss_and_one_gradient(stage, data):
+    batch, weight = accounting_batch(), head().requires_grad_()
+    T = len(batch["mask"])
+    piece_of = torch.tensor(data.draw(st.lists(st.integers(0, 4), min_size=T, max_size=T)))
+    splits = {"one piece": [torch.arange(T)], "scattered": [(piece_of == p).nonzero().squeeze(1) for p in range(5)]}
+    one, scattered = split_invariance(contribution_of(batch, weight, stage), weight, splits).values()
+    assert one.loss == pytest.approx(oracle(batch, weight, stage).item(), rel=1e-12)
+    assert scattered.loss == pytest.approx(one.loss, rel=1e-12)
+    assert scattered.gradient_gap < 1e-11
+
+
+def test_split_invariance_sees_a_mean_of_means():
+    batch, weight = accounting_batch(), head().requires_grad_()
+    pieces = torch.arange(len(batch["mask"])).split(30)
+
+    def mean_of_means(piece):
+        nll = torch.nn.functional.cross_entropy(batch["hidden"][piece] @ weight.T, batch["labels"][piece], reduction="none")
+        return (nll * batch["mask"][piece]).sum() / batch["mask"][piece].sum() / (len(pieces) if len(piece) <= 30 else 1)
+
+    whole, cut = split_invariance(mean_of_means, weight, {"whole": [torch.arange(len(batch["mask"]))], "cut": pieces}).values()
+    assert abs(cut.loss / whole.loss - 1) > 0.01 and cut.gradient_gap > 0.01
+
+
+# Two real processes: rank 0 and rank 1 hold different numbers of trained tokens; in the second case rank 1 has none.
+RANK_ROWS = {"uneven": ([0, 1, 2, 3], [4, 5]), "one rank without a trained token": ([0, 1, 2, 3, 4], [5])}
+
+
+class Head(torch.nn.Module):
+    """The output weight, with the loss inside, so that data parallelism sees its forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(head())
+
+    def forward(self, hidden, labels, weights, scale):
+        return masked_linear_cross_entropy(hidden, self.weight, labels, weights, scale=scale)[0]
+
+
+def rank_main(rank: int, folder: str) -> None:
+    """One of two ranks: its own rows, the global denominator, DDP's own gradient averaging."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=30))
+    batch, results = accounting_batch(), {}
+    for case, rows in RANK_ROWS.items():
+        piece = torch.isin(batch["sequence_of"], torch.tensor(rows[rank])).nonzero().squeeze(1)
+        for stage in STAGES:
+            everyone = token_weights(batch["mask"], batch["sequence_of"], stage, torch.float64)
+            for how in ("global", "local"):
+                seen = (batch["mask"], batch["sequence_of"]) if how == "global" else (batch["mask"][piece], batch["sequence_of"][piece])
+                denominators = count(*seen)
+                ranks = 2 if how == "global" else 1  # DDP averages over ranks; a sum is that average times the ranks
+                scale = ranks / denominators.of(stage) if denominators.tokens else 0.0
+                module = torch.nn.parallel.DistributedDataParallel(Head())
+                loss = module(batch["hidden"][piece], batch["labels"][piece], everyone[piece], scale)
+                loss.backward()
+                total = loss.detach() / 2
+                dist.all_reduce(total)
+                results[case, stage, how] = total, module.module.weight.grad
+    if rank == 0:
+        torch.save(results, f"{folder}/results.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_the_gradient_of_one(tmp_path):
+    mp.start_processes(rank_main, args=(str(tmp_path),), nprocs=2, start_method="spawn")
+    results = torch.load(tmp_path / "results.pt")
+    batch = accounting_batch()
+    for case in RANK_ROWS:
+        for stage in STAGES:
+            weight = head().requires_grad_()
+            expected = oracle(batch, weight, stage)
+            (gradient,) = torch.autograd.grad(expected, weight)
+            loss, got = results[case, stage, "global"]
+            torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
+            torch.testing.assert_close(got, gradient, rtol=1e-10, atol=1e-12)
+            wrong_loss, wrong = results[case, stage, "local"]  # each rank divides by its own count
+            assert abs(wrong_loss / expected - 1) > 0.01 and (wrong - gradient).abs().max() > 0.01 * gradient.abs().max()
