@@ -128,7 +128,7 @@ SCENES: Mapping[str, Scene] = {
     "spend": Scene("{a} - {b} * {c}", partial="{b} * {c}"),
     "change": Scene("{a} + {b} - {c}", partial="{a} + {b}"),
 }
-UNIT_FACTORS: Mapping[str, int] = {"km": 1000, "h": 60, "kg": 1000, "m": 100, "week": 7}
+UNIT_FACTORS: Mapping[str, int] = {"year": 12, "h": 60, "min": 60, "m": 100, "week": 7}
 
 
 def draw_numbers(scene: str, rng: random.Random) -> dict[str, int]:
@@ -169,9 +169,9 @@ ENGLISH: Mapping[str, Any] = {
     ),
     "convert": (["How many {small} are in {a} {big}?", "Please convert {a} {big} to {small}."], "{fact}, so I multiply: {a} × {f} = {x}.", "That is {x} {small}."),
     "units": {
-        "km": ("kilometres", "metres", "One kilometre is 1000 metres"),
+        "year": ("years", "months", "One year is 12 months"),
         "h": ("hours", "minutes", "One hour is 60 minutes"),
-        "kg": ("kilograms", "grams", "One kilogram is 1000 grams"),
+        "min": ("minutes", "seconds", "One minute is 60 seconds"),
         "m": ("metres", "centimetres", "One metre is 100 centimetres"),
         "week": ("weeks", "days", "One week is 7 days"),
     },
@@ -226,9 +226,9 @@ FRENCH: Mapping[str, Any] = {
     ),
     "convert": (["Combien de {small} y a-t-il dans {a} {big} ?"], "{fact}, donc je multiplie : {a} × {f} = {x}.", "Cela fait {x} {small}."),
     "units": {
-        "km": ("kilomètres", "mètres", "Un kilomètre fait 1000 mètres"),
+        "year": ("ans", "mois", "Un an compte 12 mois"),
         "h": ("heures", "minutes", "Une heure fait 60 minutes"),
-        "kg": ("kilogrammes", "grammes", "Un kilogramme fait 1000 grammes"),
+        "min": ("minutes", "secondes", "Une minute fait 60 secondes"),
         "m": ("mètres", "centimètres", "Un mètre fait 100 centimètres"),
         "week": ("semaines", "jours", "Une semaine compte 7 jours"),
     },
@@ -283,9 +283,9 @@ SPANISH: Mapping[str, Any] = {
     ),
     "convert": (["¿Cuántos {small} hay en {a} {big}?"], "{fact}, así que multiplico: {a} × {f} = {x}.", "Son {x} {small}."),
     "units": {
-        "km": ("kilómetros", "metros", "Un kilómetro tiene 1000 metros"),
+        "year": ("años", "meses", "Un año tiene 12 meses"),
         "h": ("horas", "minutos", "Una hora tiene 60 minutos"),
-        "kg": ("kilogramos", "gramos", "Un kilogramo tiene 1000 gramos"),
+        "min": ("minutos", "segundos", "Un minuto tiene 60 segundos"),
         "m": ("metros", "centímetros", "Un metro tiene 100 centímetros"),
         "week": ("semanas", "días", "Una semana tiene 7 días"),
     },
@@ -340,9 +340,9 @@ ITALIAN: Mapping[str, Any] = {
     ),
     "convert": (["Quanti {small} ci sono in {a} {big}?"], "{fact}, quindi moltiplico: {a} × {f} = {x}.", "Sono {x} {small}."),
     "units": {
-        "km": ("chilometri", "metri", "Un chilometro ha 1000 metri"),
+        "year": ("anni", "mesi", "Un anno ha 12 mesi"),
         "h": ("ore", "minuti", "Un'ora ha 60 minuti"),
-        "kg": ("chilogrammi", "grammi", "Un chilogrammo ha 1000 grammi"),
+        "min": ("minuti", "secondi", "Un minuto ha 60 secondi"),
         "m": ("metri", "centimetri", "Un metro ha 100 centimetri"),
         "week": ("settimane", "giorni", "Una settimana ha 7 giorni"),
     },
@@ -397,9 +397,9 @@ GERMAN: Mapping[str, Any] = {
     ),
     "convert": (["Wie viele {small} sind {a} {big}?"], "{fact}, also multipliziere ich: {a} × {f} = {x}.", "Das sind {x} {small}."),
     "units": {
-        "km": ("Kilometer", "Meter", "Ein Kilometer hat 1000 Meter"),
+        "year": ("Jahre", "Monate", "Ein Jahr hat 12 Monate"),
         "h": ("Stunden", "Minuten", "Eine Stunde hat 60 Minuten"),
-        "kg": ("Kilogramm", "Gramm", "Ein Kilogramm hat 1000 Gramm"),
+        "min": ("Minuten", "Sekunden", "Eine Minute hat 60 Sekunden"),
         "m": ("Meter", "Zentimeter", "Ein Meter hat 100 Zentimeter"),
         "week": ("Wochen", "Tage", "Eine Woche hat 7 Tage"),
     },
@@ -454,9 +454,9 @@ JAPANESE: Mapping[str, Any] = {
     ),
     "convert": (["{a}{big}は何{small}ですか。"], "{fact}なので、掛け算をします。{a} × {f} = {x} です。", "{x}{small}です。"),
     "units": {
-        "km": ("キロメートル", "メートル", "1キロメートルは1000メートル"),
+        "year": ("年", "か月", "1年は12か月"),
         "h": ("時間", "分", "1時間は60分"),
-        "kg": ("キログラム", "グラム", "1キログラムは1000グラム"),
+        "min": ("分", "秒", "1分は60秒"),
         "m": ("メートル", "センチメートル", "1メートルは100センチメートル"),
         "week": ("週間", "日", "1週間は7日"),
     },
