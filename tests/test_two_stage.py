@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from nemotron_nb.core import UserError
 from nemotron_nb.loss.fused import masked_linear_cross_entropy
-from nemotron_nb.loss.two_stage import STAGES, Denominators, Phase, StageSchedule, count, loss_by_hand, split_invariance, token_weights
+from nemotron_nb.loss.schedule import STAGES, Phase, StageSchedule
+from nemotron_nb.loss.two_stage import Denominators, count, loss_by_hand, split_invariance, token_weights
 
 
 def batch_of(sequences: list[list[int]], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -238,7 +239,7 @@ class Head(torch.nn.Module):
 def rank_main(rank: int, folder: str) -> None:
     """One of two ranks: its own rows, the global denominator, DDP's own gradient averaging."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=30))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=120))
     batch, results = accounting_batch(), {}
     for case, rows in RANK_ROWS.items():
         piece = torch.isin(batch["sequence_of"], torch.tensor(rows[rank])).nonzero().squeeze(1)

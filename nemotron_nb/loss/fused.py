@@ -135,8 +135,7 @@ class _MaskedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast(hidden_NH.device.type, enabled=False):
-            loss, nll_M, lse_M, dhidden_MH, dweight_VH = _loss_and_gradients(hidden_NH, weight_VH, plan)
+        loss, nll_M, lse_M, dhidden_MH, dweight_VH = _loss_and_gradients(hidden_NH, weight_VH, plan)
         ctx.save_for_backward(plan.rows_M, dhidden_MH, dweight_VH)
         ctx.num_rows, ctx.hidden_dtype, ctx.weight_dtype = len(hidden_NH), hidden_NH.dtype, weight_VH.dtype
         ctx.mark_non_differentiable(nll_M, lse_M)
