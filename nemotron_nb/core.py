@@ -89,6 +89,9 @@ def from_mapping(
                 fix=nearest(name, names),
             )
         filled[name] = _fill(kinds[name], value, f"{where}: {name}")
+    missing = [f.name for f in dataclasses.fields(cls) if f.name not in filled and f.default is f.default_factory is dataclasses.MISSING]
+    if missing:
+        raise UserError(f"missing setting {missing[0]!r}", where=where, fix=f"give {' and '.join(missing)}")
     return cls(**filled)
 
 

@@ -1,0 +1,51 @@
+# Each target makes the environment it needs (.venv) and finds it ready the next time.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.PHONY: help sft test lab bench readme docs
+
+PYTHON ?= python3
+VENV ?= .venv
+FAMILY ?= nano3
+CONFIG ?= tiny
+export PYTHON VENV TORCH_INDEX_URL
+
+IN := PATH="$(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))/bin:$$PATH"
+quote = '$(subst ','\'',$(1))'
+
+help:  ## this list
+	@echo "make TARGET [NAME=value ...]"
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo ""
+	@echo "  make sft DATA=chats.jsonl             train on your own chats (OpenAI format, one JSON object a line)"
+	@echo "  make sft TOKENIZER=tekken             another tokenizer: tiny, tekken, a folder, or a hub name"
+	@echo '  make sft ARGS="train.train_iters=50"  any setting, as key=value; see them all with ARGS=--dry-run'
+	@echo "  make ... PYTHON=python3.12            another interpreter (3.11 or newer)"
+	@echo "  make ... TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu   PyTorch from another index"
+
+sft:  ## chats to packs, a small model trained on them, and a report (needs no GPU and no network)
+	@.ci/setup run
+	@$(IN) nemotron $(FAMILY) sft -c $(call quote,$(CONFIG)) $(if $(DATA),$(call quote,data.path=$(DATA))) $(if $(TOKENIZER),$(call quote,data.tokenizer=$(TOKENIZER))) $(ARGS)
+
+test:  ## notebooks in step with the library, every notebook executed, then pytest
+	@.ci/setup dev
+	@$(IN) .ci/sync
+	@$(IN) nbdev-test
+	@$(IN) python -m pytest
+
+lab:  ## JupyterLab on the notebooks
+	@.ci/setup dev
+	@$(IN) jupyter lab nbs
+
+bench:  ## run every benchmark and print its table
+	@.ci/setup dev
+	@shopt -s nullglob; scripts=(benchmarks/*.py); \
+	if [ $${#scripts[@]} = 0 ]; then echo "bench: there is no benchmark yet" >&2; exit 1; fi; \
+	for script in "$${scripts[@]}"; do echo "== $$script"; $(IN) python "$$script"; done
+
+readme:  ## write README.md from nbs/index.ipynb
+	@.ci/setup run
+	@$(IN) python -c 'from nemotron_nb.ops.readme import write_readme; print(write_readme())'
+
+docs:  ## (not there yet) the notebooks as a website
+	@echo "docs: the website is not built yet; the notebooks under nbs/ are the documentation, open them with: make lab" >&2; exit 1

@@ -1,0 +1,12 @@
+"""Run the console script as a user does: in a process of its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+NEMOTRON = Path(sys.executable).with_name("nemotron")
+
+
+def nemotron(*words: str, cwd: Path) -> subprocess.CompletedProcess:
+    """`nemotron WORDS...` in the folder `cwd`, its output kept."""
+    return subprocess.run([str(NEMOTRON), *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=120)

@@ -1,0 +1,157 @@
+"""Does the report say what the run folder says, and nothing that is not safe to open?"""
+
+import base64
+import re
+from html.parser import HTMLParser
+
+import pytest
+from run_folders import HOSTILE, fabricated_run, metrics_lines, step
+
+from nemotron_nb.core import UserError
+from nemotron_nb.ops.report import (
+    fill_picture,
+    funnel_picture,
+    generations_picture,
+    headline,
+    loss_picture,
+    read_run,
+    sections,
+    settings_picture,
+    stage_switches,
+    strips_picture,
+    write_report,
+)
+
+ALLOWED = {
+    *("html", "head", "meta", "title", "style", "body", "section", "h1", "h2", "p", "div", "span", "b", "br"),
+    *("table", "tr", "th", "td", "img"),
+}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and visible text of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.attributes, self.said = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attributes]
+
+    def handle_data(self, data):
+        self.said += data
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return fabricated_run(tmp_path)
+
+
+def test_the_page_needs_nothing_and_runs_nothing(folder):
+    text = write_report(folder).read_text()
+    page = Page(text)
+    assert set(page.tags) <= ALLOWED
+    assert not [a for a in page.attributes if a[1].startswith("on") or a[1] == "href"]
+    assert all(value.startswith("data:image/png;base64,") for _, name, value in page.attributes if name == "src")
+    assert "url(" not in text and "@import" not in text and "//" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)
+    assert HOSTILE not in text and "alert(1)" in page.said
+
+
+def test_every_picture_is_a_png_with_words(folder):
+    page = Page(write_report(folder).read_text())
+    images = [value for _, name, value in page.attributes if name == "src"]
+    alts = [value for tag, name, value in page.attributes if tag == "img" and name == "alt"]
+    assert len(images) == len(alts) >= 5 and all(len(a) > 20 for a in alts)
+    assert all(base64.b64decode(i.partition(",")[2]).startswith(b"\x89PNG") for i in images)
+
+
+def test_every_section_says_how_to_read_it(folder):
+    parts = sections(read_run(folder))
+    assert len({s.title for s in parts}) == len(parts) == 11
+    assert all(s.how.endswith(".") and len(s.how) > 20 for s in parts)
+
+
+def test_the_headline_says_the_result(folder):
+    words = " ".join(headline(read_run(folder)))
+    assert "5.125 before, 1.250 after" in words
+    assert "0 of 4 before, 3 of 4 after" in words
+    assert "40 steps, 12,000 trained tokens in 4.0 seconds: 3,000 a second" in words
+    assert str(folder / "model") in words
+
+
+def test_a_failed_run_says_so_and_does_not_offer_a_model(tmp_path):
+    words = headline(read_run(fabricated_run(tmp_path, "failed")))
+    assert words[0] == f"The run failed: {HOSTILE}" and not any("from_pretrained" in w for w in words)
+    assert HOSTILE not in write_report(tmp_path).read_text()
+
+
+FILES = ["config.yaml", "origins.json", "env.json", "manifest.json", "metrics.jsonl", "evaluation_before.json", "evaluation_after.json"]
+
+
+@pytest.mark.parametrize("missing", FILES)
+def test_a_missing_file_costs_its_sections_only(folder, missing):
+    (folder / missing).unlink()
+    text = write_report(folder).read_text()
+    assert "<h2>" in text and (missing != "manifest.json" or "What became of the chats" not in text)
+
+
+def test_an_empty_run_still_has_a_report(tmp_path):
+    from nemotron_nb.ops.run_folder import set_status
+
+    set_status(tmp_path, "running")
+    assert "still going on" in write_report(tmp_path).read_text()
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="not a run folder"):
+        write_report(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_metrics_file_cut_in_the_middle_of_a_line(folder):
+    path = folder / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-300])
+    steps = read_run(folder).lines("train")
+    assert 30 < len(steps) <= 40 and steps[-1]["step"] == len(steps)
+
+
+def test_the_funnel_counts_everything_that_was_lost(folder):
+    text = funnel_picture(read_run(folder).manifest).text
+    for said in ("103", "3 rejected", "unknown_role", "no_messages", "too_long", "40 tokens cut off", "600 tokens", "33%", "one sequence was cut"):
+        assert said in text, said
+
+
+def test_the_loss_picture_tells_the_switch_and_the_ends():
+    said = loss_picture(metrics_lines()).text
+    assert "The sample stage begins at step 31." in said and "from 4.62 to 1.07" in said
+
+
+def test_switches_there_and_back():
+    steps = [step(i) | {"stage": s} for i, s in enumerate("aabba", 1)]
+    assert stage_switches(steps) == [(3, "b"), (5, "a")]
+    assert stage_switches([]) == []
+
+
+def test_the_fill_is_told_in_percent(folder):
+    assert "train 96 percent, valid 94 percent, test 62 percent" in fill_picture(read_run(folder).manifest).text
+
+
+def test_both_strips_share_one_scale(folder):
+    """A loss of 1.25 after training must be paler than 5.125 before it."""
+    run = read_run(folder)
+    shades = re.findall(r'rgb\((\d+),(\d+),(\d+)\)[^>]*title="3 assistant: loss', strips_picture(run.before, run.after).html)
+    before, after = (tuple(map(int, s)) for s in shades)
+    assert before == (233, 130, 60) and after > before
+
+
+def test_answers_are_paired_by_prompt(folder):
+    run = read_run(folder)
+    shown = generations_picture(run.before, run.after, count=1).text
+    assert "thinking not closed, does not end" in shown and HOSTILE + "0" in shown and HOSTILE + "40" in shown
+
+
+def test_changed_settings_are_starred(folder):
+    lines = settings_picture(read_run(folder)).text.splitlines()
+    assert [line for line in lines if line.startswith("*")] == [line for line in lines if "train.train_iters" in line]

@@ -1,0 +1,172 @@
+"""Does a run folder tell the truth, whatever happens to the run?"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta, timezone
+
+import pytest
+
+from nemotron_nb.core import UserError, write_json
+from nemotron_nb.ops.run_folder import (
+    Training,
+    environment,
+    follow,
+    list_runs,
+    make_run_folder,
+    new_lines,
+    read_metrics,
+    read_status,
+    run_name,
+    run_state,
+    set_status,
+    slug,
+    start_training,
+)
+
+PYTHON = sys.executable
+
+
+def test_the_name_is_in_utc_whatever_the_clock_says():
+    here = datetime(2026, 1, 1, 1, 30, tzinfo=timezone(timedelta(hours=2)))
+    assert run_name(here, "x", {}).startswith("20251231T233000Z-x-")
+
+
+def test_equal_inputs_have_equal_digits():
+    now = datetime.now(timezone.utc)
+    assert run_name(now, "a", {"x": 1, "y": 2}) == run_name(now, "a", {"y": 2, "x": 1})
+    assert run_name(now, "a", {"x": 1})[-6:] != run_name(now, "a", {"x": 2})[-6:]
+
+
+@pytest.mark.parametrize("label", ["", "../../etc", "a/b", "Ärger!", "x" * 300, ".hidden"])
+def test_no_label_leads_out_of_the_folder(label):
+    assert "/" not in slug(label) and not slug(label).startswith(".") and 0 < len(slug(label)) <= 40
+
+
+def test_many_at_once_get_a_folder_each(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: make_run_folder(tmp_path / "runs", "same"), range(40)))
+    assert len(set(folders)) == 40 and all(f.is_dir() for f in folders)
+
+
+@pytest.mark.parametrize("end", ["failed", "done"])
+@pytest.mark.parametrize("later", ["running", "failed", "done"])
+def test_a_finished_run_keeps_its_state(tmp_path, end, later):
+    set_status(tmp_path, "running")
+    before = set_status(tmp_path, end, message="first")
+    assert set_status(tmp_path, later, message="second") == before == read_status(tmp_path)
+
+
+def test_the_start_is_kept_when_the_state_changes(tmp_path):
+    started = set_status(tmp_path, "running")["started"]
+    assert set_status(tmp_path, "done")["started"] == started
+
+
+def test_a_killed_run_is_lost_and_one_of_another_machine_is_not(tmp_path):
+    child = subprocess.Popen([PYTHON, "-c", "import time; time.sleep(60)"])
+    write_json(tmp_path / "status.json", set_status(tmp_path, "running") | {"pid": child.pid})
+    assert run_state(tmp_path) == "running"
+    child.kill()
+    child.wait()
+    assert run_state(tmp_path) == "lost"
+    write_json(tmp_path / "status.json", read_status(tmp_path) | {"host": "another-machine"})
+    assert run_state(tmp_path) == "running"
+
+
+def test_metrics_cut_at_every_byte(tmp_path):
+    """Wherever the writer has got to, the reader sees whole lines, all of them, in order."""
+    entries = [{"kind": "train", "step": i, "text": "Ä" * i} for i in range(4)]
+    data = "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries).encode()
+    path = tmp_path / "metrics.jsonl"
+    for cut in range(len(data) + 1):
+        path.write_bytes(data[:cut])
+        assert read_metrics(path) == entries[: data[:cut].count(b"\n")]
+
+
+def test_metrics_read_piece_by_piece_are_the_whole(tmp_path):
+    path, seen, got = tmp_path / "metrics.jsonl", 0, []
+    data = b"".join(json.dumps({"step": i}).encode() + b"\n" for i in range(50))
+    for end in range(0, len(data) + 7, 7):
+        path.write_bytes(data[:end])
+        entries, seen = new_lines(path, seen)
+        got += entries
+    assert [e["step"] for e in got] == list(range(50))
+
+
+def test_a_damaged_line_is_an_error(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"a": 1}\n{"a"\n{"a": 2}\n')
+    with pytest.raises(UserError, match="damaged"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+def writer(folder, steps, tail=""):
+    lines = f"for i in range({steps}): f.write(json.dumps(dict(kind='train', step=i)) + chr(10)); f.flush()"
+    return [PYTHON, "-c", f"import json, os, sys, time\nf = open({str(folder / 'metrics.jsonl')!r}, 'w')\n{lines}\n{tail}"]
+
+
+def test_every_line_is_followed_even_the_last(tmp_path):
+    """The process writes and ends between two looks; nothing may be missed."""
+    got = list(follow(start_training(tmp_path, writer(tmp_path, 500)), poll_seconds=0.3))
+    assert [e["step"] for e in got] == list(range(500))
+
+
+def test_a_line_written_between_two_looks_is_not_missed(tmp_path):
+    """The process writes its last line and ends just as it is asked whether it still runs."""
+
+    class Process:
+        returncode, asked = 0, 0
+
+        def poll(self):
+            self.asked += 1
+            if self.asked == 2:
+                (tmp_path / "metrics.jsonl").write_text('{"kind": "end"}\n')
+            return None if self.asked < 2 else 0
+
+    assert list(follow(Training(Process(), tmp_path), poll_seconds=0)) == [{"kind": "end"}]
+
+
+def test_a_failure_comes_after_the_lines_and_brings_the_log(tmp_path):
+    got = []
+    with pytest.raises(UserError) as e:
+        for entry in follow(start_training(tmp_path, writer(tmp_path, 3, "print('out of luck'); sys.exit(5)"))):
+            got.append(entry["step"])
+    assert got == [0, 1, 2]
+    assert "exit code 5" in str(e.value) and "out of luck" in str(e.value) and "train.log" in str(e.value)
+
+
+def test_a_kill_is_named(tmp_path):
+    with pytest.raises(UserError, match="SIGKILL.*out of memory"):
+        list(follow(start_training(tmp_path, writer(tmp_path, 1, f"os.kill(os.getpid(), {int(signal.SIGKILL)})"))))
+
+
+def test_turning_away_stops_the_process(tmp_path):
+    training = start_training(tmp_path, writer(tmp_path, 1, "time.sleep(60)"))
+    next(lines := follow(training))
+    lines.close()
+    assert training.process.returncode == -signal.SIGTERM
+
+
+def test_a_process_that_ignores_the_request_is_ended_anyway(tmp_path):
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+    process = subprocess.Popen([PYTHON, "-c", deaf], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    started = time.monotonic()
+    Training(process, tmp_path).stop(patience=0.2)
+    assert process.returncode == -signal.SIGKILL and time.monotonic() - started < 5
+
+
+def test_the_environment_is_json_and_names_what_runs(tmp_path):
+    env = environment()
+    assert json.loads(json.dumps(env)) == env
+    assert env["python"] == sys.version.split()[0] and "pytest" in env["packages"] and env["host"]["cpus"] == os.cpu_count()
+
+
+def test_runs_are_listed_oldest_first(tmp_path):
+    for family, name in (("super3", "20260101T000000Z-b"), ("nano3", "20260102T000000Z-a")):
+        set_status(make_run_folder(tmp_path / family / "sft", name), "running")
+    (tmp_path / "nano3" / "sft" / "not-a-run").mkdir()
+    assert [p.name for p in list_runs(tmp_path)] == ["20260101T000000Z-b", "20260102T000000Z-a"]
