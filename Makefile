@@ -8,7 +8,10 @@ PYTHON ?= python3
 VENV ?= .venv
 FAMILY ?= nano3
 CONFIG ?= tiny
-export PYTHON VENV TORCH_INDEX_URL
+WORKERS ?= 2
+# Threads that wait must not spin: on a machine that does anything else, that makes small steps many times slower.
+OMP_WAIT_POLICY ?= PASSIVE
+export PYTHON VENV TORCH_INDEX_URL OMP_WAIT_POLICY
 
 IN := PATH="$(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))/bin:$$PATH"
 quote = '$(subst ','\'',$(1))'
@@ -30,8 +33,8 @@ sft:  ## chats to packs, a small model trained on them, and a report (needs no G
 test:  ## notebooks in step with the library, every notebook executed, then pytest
 	@.ci/setup dev
 	@$(IN) .ci/sync
-	@$(IN) nbdev-test
-	@$(IN) python -m pytest
+	@$(IN) OMP_NUM_THREADS=1 nbdev-test --n-workers $(WORKERS)
+	@$(IN) OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) --dist loadfile
 
 lab:  ## JupyterLab on the notebooks
 	@.ci/setup dev

@@ -128,36 +128,37 @@ def test_hostile_text_is_read_in_linear_time():
 THOUGHT = "It is large.\n</think>\n"
 
 
-@pytest.mark.parametrize("prompt, generated, expects_call, ended, expected", [
-    ("<think>\n", THOUGHT + "It is 4.", False, True, (True, None, True, True)),
-    ("<think>\n", THOUGHT + call(a=1), True, True, (True, True, True, True)),
-    ("<think>\n", THOUGHT + "See.\n" + call(a=1), True, True, (True, True, True, True)),
-    ("<think></think>", "It is 4.", False, True, (True, None, True, True)),
-    ("<think></think>", "\n" + call(a=1), True, True, (True, True, True, True)),
-    ("<think>\n", "It is 4.", False, True, (False, None, True, False)),
-    ("<think>\n", THOUGHT + THOUGHT, False, True, (False, None, True, False)),
-    ("<think>\n", "<think>" + THOUGHT + "4", False, True, (False, None, True, False)),
-    ("<think></think>", THOUGHT + "4", False, True, (False, None, True, False)),
-    ("<think></think>", "<think>\n4", False, True, (False, None, True, False)),
-    ("<think>\n", THOUGHT + "It is 4.", True, True, (True, False, True, False)),
-    ("<think>\n", THOUGHT + call(a=1), False, True, (True, False, True, False)),
-    ("<think>\n", THOUGHT + call(a=1)[:-3], True, True, (True, False, True, False)),
-    ("<think>\n", call(a=1) + THOUGHT + "4", False, True, (True, None, True, True)),
-    ("<think>\n", call(a=1) + THOUGHT + "4", True, True, (True, False, True, False)),
-    ("<think>\n", THOUGHT + "It is 4.", False, False, (True, None, False, False)),
-    ("<think>\n", "", False, True, (False, None, True, False)),
-    ("the user wrote <think>\nhi<|im_end|>\n<|im_start|>assistant\n<think></think>", "4", False, True, (True, None, True, True)),
+@pytest.mark.parametrize("prompt, generated, expects_call, ended, expected, well_formed", [
+    ("<think>\n", THOUGHT + "It is 4.", False, True, (True, None, True, True), True),
+    ("<think>\n", THOUGHT + call(a=1), True, True, (True, True, True, True), True),
+    ("<think>\n", THOUGHT + "See.\n" + call(a=1), True, True, (True, True, True, True), True),
+    ("<think></think>", "It is 4.", False, True, (True, None, True, True), True),
+    ("<think></think>", "\n" + call(a=1), True, True, (True, True, True, True), True),
+    ("<think>\n", "It is 4.", False, True, (False, None, True, True), False),
+    ("<think>\n", THOUGHT + THOUGHT, False, True, (False, None, True, True), False),
+    ("<think>\n", "<think>" + THOUGHT + "4", False, True, (False, None, True, True), False),
+    ("<think></think>", THOUGHT + "4", False, True, (False, None, True, True), False),
+    ("<think></think>", "<think>\n4", False, True, (False, None, True, True), False),
+    ("<think>\n", THOUGHT + "It is 4.", True, True, (True, None, True, False), True),
+    ("<think>\n", THOUGHT + call(a=1), False, True, (True, True, True, False), True),
+    ("<think>\n", THOUGHT + call(a=1)[:-3], True, True, (True, False, True, True), False),
+    ("<think>\n", THOUGHT + call(a=1)[:-3], False, True, (True, False, True, False), False),
+    ("<think>\n", call(a=1) + THOUGHT + "4", False, True, (True, None, True, True), True),
+    ("<think>\n", call(a=1) + THOUGHT + "4", True, True, (True, None, True, False), True),
+    ("<think>\n", THOUGHT + "It is 4.", False, False, (True, None, False, True), False),
+    ("<think>\n", "", False, True, (False, None, True, True), False),
+    ("the user wrote <think>\nhi<|im_end|>\n<|im_start|>assistant\n<think></think>", "4", False, True, (True, None, True, True), True),
 ])
-def test_health(prompt, generated, expects_call, ended, expected):
+def test_health(prompt, generated, expects_call, ended, expected, well_formed):
     found = health(prompt, generated, expects_call, ended)
-    assert found == Health(*expected[:3]) and found.well_formed == expected[3]
+    assert found == Health(*expected) and found.well_formed == well_formed
 
 
 def test_every_reference_of_the_sample_is_well_formed(tokenizer, sequences):
     for sequence in sequences:
         for prompt, expected in inference_prompts(sequence):
             said = tokenizer.decode(expected.tolist()).removesuffix("\n").removesuffix("<|im_end|>")
-            assert health(tokenizer.decode(prompt.tolist()), said, "<tool_call>" in said, True).well_formed
+            assert health(tokenizer.decode(prompt.tolist()), said, "<tool_call>" in said, True) == Health(True, True if "<tool_call>" in said else None, True, True)
 
 
 # ---- prompts, roles, generation

@@ -287,16 +287,19 @@ def derived(
     settings: SftConfig,
 ) -> Picture:
     """What follows from the settings: sizes of a step and of the run, warm-up, stages."""
-    batch, steps = settings.train.global_batch_size, settings.train.train_iters
-    most = batch * settings.data.pack_size
-    warm_up = max(settings.scheduler.lr_warmup_iters, settings.scheduler.lr_warmup_samples / batch)
+    steps, size = settings.train.train_iters, settings.data.pack_size
+    batch = settings.train.packs_in_step(size) if size else 0
     plan = StageSchedule.from_config(settings.loss.stages).plan(steps)
     rows = [
-        ("tokens in a step, at most", most, f"{batch:,} packs of {settings.data.pack_size:,} tokens"),
-        ("tokens in the run, at most", most * steps, f"{steps:,} steps"),
-        ("warm-up", f"{warm_up:,.2f} steps", f"{warm_up / steps:.1%} of the run"),
-        *((f"stage {i}", f"{stage} loss", f"{length:,} steps") for i, (stage, length) in enumerate(plan, 1)),
+        ("tokens in a step, at most", batch * size, f"{batch:,} packs of {size:,} tokens"),
+        ("tokens in the run, at most", batch * size * steps, f"{steps:,} steps"),
     ]
+    if not size:
+        rows = [("size of a pack", "known when the data is prepared", "data.pack_size=0: it holds the longest chat")]
+    if batch or not settings.scheduler.lr_warmup_samples:
+        warm_up = max(settings.scheduler.lr_warmup_iters, settings.scheduler.lr_warmup_samples / max(1, batch))
+        rows.append(("warm-up", f"{warm_up:,.2f} steps", f"{warm_up / steps:.1%} of the run"))
+    rows += [(f"stage {i}", f"{stage} loss", f"{length:,} steps") for i, (stage, length) in enumerate(plan, 1)]
     return table(rows, header=["follows", "", ""], title="What follows from them")
 
 # %% ../../nbs/ops/30_config.ipynb #b6e3fdb2

@@ -95,7 +95,10 @@ def _form_sentence(run: Run) -> list[str]:
     if not run.before.get("num_generations") or not run.after.get("num_generations"):
         return []
     good = [f"{round(e['well_formed_rate'] * e['num_generations'])} of {e['num_generations']}" for e in (run.before, run.after)]
-    return [f"Well-formed answers on held-out prompts: {good[0]} before, {good[1]} after."]
+    sentences = [f"Well-formed answers on held-out prompts: {good[0]} before, {good[1]} after."]
+    if "called_as_expected_rate" in run.after:
+        sentences.append(f"After training, {run.after['called_as_expected_rate']:.0%} of them call a tool exactly where the reference does; {run.after['exact_rate']:.0%} are the reference, word for word.")
+    return sentences
 
 
 def _work_sentence(run: Run) -> list[str]:

@@ -204,8 +204,9 @@ class Health:
     """What is right about the form of a generated turn."""
 
     closed_think: bool  # closed exactly once if the prompt opened it; no tag otherwise
-    well_formed_tool_call: bool | None  # None: no call, and none was expected
+    well_formed_tool_call: bool | None  # can the calls be read? None: there is none
     ended: bool  # with <|im_end|>
+    called_as_expected: bool  # a tool is called where the reference calls one, and nowhere else
 
     @property
     def well_formed(self) -> bool:
@@ -223,8 +224,8 @@ def health(
     tags = generated.count("</think>"), generated.count("<think>")
     answer = generated.partition("</think>")[2].removeprefix("\n") if opened else generated
     calls = read_calls(answer)
-    call_ok = None if calls == [] and not expects_call else bool(calls) and expects_call
-    return Health(tags == (int(opened), 0), call_ok, ended)
+    readable = None if calls == [] else calls is not None
+    return Health(tags == (int(opened), 0), readable, ended, (calls != []) == expects_call)
 
 # %% ../../nbs/train/23_evaluate.ipynb #43b27070
 @dataclass(frozen=True)
@@ -238,6 +239,7 @@ class Generation:
     closed_think: bool
     well_formed_tool_call: bool | None
     ended: bool
+    called_as_expected: bool
     well_formed: bool
     exact: bool  # token for token what the reference says
 
@@ -286,7 +288,7 @@ def evaluate(
     """Loss, one conversation token by token, generations and their health, ready for JSON."""
     rows = global_batch(packs).rows
     written = generations(model, rows, tokenizer, num_generations, max_new_tokens)
-    rate = {f"{name}_rate": sum(getattr(g, name) for g in written) / len(written) if written else 0.0 for name in ("well_formed", "exact")}
+    rate = {f"{name}_rate": sum(getattr(g, name) for g in written) / len(written) if written else 0.0 for name in ("well_formed", "called_as_expected", "exact")}
     return {
         "step": step,
         **asdict(held_out_loss(model, packs, max_tokens)),

@@ -101,7 +101,12 @@ def causal_conv(
     image = F.conv2d(window.mT.unsqueeze(2), weight_CW[:, None, None], bias_C, groups=weight_CW.shape[0])
     return image.squeeze(2).mT, window[:, -width:]
 
-# %% ../../nbs/train/19_scan.ipynb #720440e6
+# %% ../../nbs/train/19_scan.ipynb #88482371
+def _silenced(t_RTC: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Zeros where the mask [R, past + T] has them. With a cache it covers the past as well; its end belongs to these tokens."""
+    return t_RTC if mask is None else t_RTC * mask[:, -t_RTC.shape[1] :, None].to(t_RTC.dtype)
+
+
 class ChunkedMixer(NemotronHMamba2Mixer):
     """A Mamba-2 layer of Nemotron-H whose plain PyTorch pass is made of matrix products. Same parameters."""
 
@@ -111,12 +116,10 @@ class ChunkedMixer(NemotronHMamba2Mixer):
         """One pass over [R,T,hidden], from the state in the cache if there is one."""
         stored = None if cache_params is None else cache_params.layers[self.layer_idx]
         resumed = stored is not None and stored.has_previous_state
-        # With a cache the mask covers the past as well: its end belongs to these tokens.
-        mask = 1 if attention_mask is None else attention_mask[:, -input_states.shape[1] :, None].to(input_states.dtype)
-        gate, xbc, dt = self.in_proj(input_states * mask).split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+        gate, xbc, dt = self.in_proj(_silenced(input_states, attention_mask)).split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
         before = stored.conv_states[..., 1:].mT if resumed else None
         xbc, window = causal_conv(xbc, self.conv1d.weight[:, 0], self.conv1d.bias, before)
-        y, state = self._scan(self.act(xbc) * mask, dt, stored.recurrent_states if resumed else None)
+        y, state = self._scan(_silenced(self.act(xbc), attention_mask), dt, stored.recurrent_states if resumed else None)
         if stored is not None:
             cache_params.update_conv_state(window.mT, self.layer_idx)
             cache_params.update_recurrent_state(state, self.layer_idx)

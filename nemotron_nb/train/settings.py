@@ -37,11 +37,16 @@ class TrainSection:
     """How long, and in what portions."""
 
     train_iters: int = 100  # optimizer steps
-    global_batch_size: int = 4  # packs in a step
+    global_batch_size: int = 4  # packs in a step; 0 = as many as hold global_batch_tokens, at least one
+    global_batch_tokens: int = 4096  # tokens in a step, where the number of packs follows from it
     micro_batch_tokens: int = 8192  # padded tokens that pass through the model at once
     seed: int = 1234  # of the random start and of the order of packs
     eval_interval: int = 0  # steps between held-out losses; 0 = only before and after
     log_interval: int = 10  # steps between lines on the screen; the metrics file has every step
+
+    def packs_in_step(self, pack_size: int) -> int:
+        """How many packs of `pack_size` tokens make a step."""
+        return self.global_batch_size or max(1, self.global_batch_tokens // pack_size)
 
 
 @dataclass(frozen=True)
@@ -99,8 +104,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot be meant."""
-        for name in ("train_iters", "global_batch_size", "micro_batch_tokens", "log_interval"):
+        for name in ("train_iters", "global_batch_tokens", "micro_batch_tokens", "log_interval"):
             _require(getattr(self.train, name) > 0, f"train.{name}", f"{getattr(self.train, name)} is not positive", "give at least 1")
+        _require(self.train.global_batch_size >= 0, "train.global_batch_size", "it is negative", "give a number of packs, or 0 to have it follow from global_batch_tokens")
         _require(self.train.eval_interval >= 0, "train.eval_interval", "it is negative", "give 0 for none in between")
         _require(self.optimizer.lr > 0, "optimizer.lr", f"{self.optimizer.lr} is not positive", "give a rate such as 1e-5")
         style = self.scheduler.lr_decay_style

@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -189,7 +190,9 @@ def train(
 ) -> None:
     """Train, and write metrics.jsonl, evaluation_before.json, evaluation_after.json and model/ to the output folder."""
     started, output, data = time.perf_counter(), Path(config.output_dir), Path(config.data_dir)
-    Manifest.load(data)  # a folder without one was never completed
+    # A folder without a manifest was never completed.
+    packs_in_step = config.train.packs_in_step(Manifest.load(data)["pack_size"])
+    config = replace(config, train=replace(config.train, global_batch_size=packs_in_step))
     tokenizer, packs, held_out = load_tokenizer(str(data / "tokenizer")), read_packs(data / "splits" / "train"), _held_out_packs(data)
     model = build_model(config.model, tokenizer.vocab_size, config.train.seed).to("cuda" if torch.cuda.is_available() else "cpu")
     optimizer = make_optimizer(model, config.optimizer)
