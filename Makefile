@@ -38,7 +38,7 @@ test:  ## notebooks in step with the library, every notebook executed, then pyte
 
 lab:  ## JupyterLab on the notebooks
 	@.ci/setup dev
-	@$(IN) jupyter lab nbs
+	@$(IN) jupyter lab nbs $(if $(filter 0,$(shell id -u)),--allow-root)
 
 bench:  ## run every benchmark and print its table
 	@.ci/setup dev

@@ -82,6 +82,18 @@ def test_a_step_moves_the_weights_as_a_step_made_by_hand(stage, cap):
         torch.testing.assert_close(p, q, atol=2e-6, rtol=0, msg=name)
 
 
+def test_a_second_step_starts_from_a_clean_gradient():
+    packs, _ = random_packs()
+    config = config_of(optimizer={"lr": 1e-3})
+    model = build_model(config.model, 60, seed=0)
+    optimizer = make_optimizer(model, config.optimizer)
+    train_step(model, optimizer, global_batch(packs), 0, config)
+    fresh = build_model(config.model, 60, seed=1)
+    fresh.load_state_dict(model.state_dict())
+    again = [train_step(m, o, global_batch(packs), 1, config)["grad_norm"] for m, o in ((model, optimizer), (fresh, make_optimizer(fresh, config.optimizer)))]
+    assert again[0] == pytest.approx(again[1], rel=1e-6)
+
+
 def test_no_decay_on_norms_biases_and_scan_parameters():
     model = build_model(ModelConfig(**SMALL), 60)
     optimizer = make_optimizer(model, OptimizerSection(weight_decay=0.3))

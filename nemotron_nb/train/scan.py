@@ -110,7 +110,7 @@ def _silenced(t_RTC: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 class ChunkedMixer(NemotronHMamba2Mixer):
     """A Mamba-2 layer of Nemotron-H whose plain PyTorch pass is made of matrix products. Same parameters."""
 
-    scan_chunk = 32  # tokens; the speed is nearly flat between 16 and 128 on the processors we tried
+    scan_chunk = 32  # tokens; the speed of a step is nearly flat from 16 to 64 on the processor we tried
 
     def torch_forward(self, input_states: torch.Tensor, cache_params: Any = None, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """One pass over [R,T,hidden], from the state in the cache if there is one."""
