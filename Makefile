@@ -9,9 +9,9 @@ VENV ?= .venv
 FAMILY ?= nano3
 CONFIG ?= tiny
 WORKERS ?= 2
-# Threads that wait must not spin: on a machine that does anything else, that makes small steps many times slower.
-OMP_WAIT_POLICY ?= PASSIVE
-export PYTHON VENV TORCH_INDEX_URL OMP_WAIT_POLICY
+# Threads that wait must not spin for long: on a machine that does anything else, that makes small steps many times slower.
+GOMP_SPINCOUNT ?= 1000
+export PYTHON VENV TORCH_INDEX_URL GOMP_SPINCOUNT
 
 IN := PATH="$(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))/bin:$$PATH"
 quote = '$(subst ','\'',$(1))'

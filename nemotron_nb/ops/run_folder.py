@@ -199,7 +199,7 @@ def start_training(
     """Start training beside this process, in the same process group, its output going to `train.log`."""
     folder = Path(folder)
     command = command or [sys.executable, "-m", "nemotron_nb.train", "--config", str(folder / "train.yaml")]
-    patient = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ  # threads that wait must not spin: on a shared machine that is many times slower
+    patient = {"GOMP_SPINCOUNT": "1000"} | os.environ  # threads that wait must not spin for long: on a shared machine that is many times slower
     with open(folder / "train.log", "ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=patient)
     return Training(process, folder)
