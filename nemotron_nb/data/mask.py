@@ -36,6 +36,7 @@ class TrainingSequence:
 
     @property
     def num_trained(self) -> int:
+        """Tokens the model must produce."""
         return int(self.loss_mask.sum())
 
     @property

@@ -32,6 +32,7 @@ class Chunk:
 
     @property
     def text(self) -> str:
+        """The characters of the chunk."""
         return "".join(text for text, _ in self.pieces)
 
 # %% ../../nbs/data/03_template.ipynb #04845f87

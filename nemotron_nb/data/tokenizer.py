@@ -125,14 +125,17 @@ class ChatTokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """One more than the highest id."""
         return max(self.full.get_vocab().values()) + 1
 
     @property
     def im_end_id(self) -> int:
+        """The id of the token that ends a turn."""
         return self.special_ids["<|im_end|>"]
 
     @property
     def pad_id(self) -> int:
+        """The id that fills a row behind its end; it is never trained."""
         return self.special_ids.get("<unk>", self.im_end_id)
 
     @cached_property
@@ -175,6 +178,7 @@ class ChatTokenizer:
         return ids + self.encode(waiting, special=False)
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """The text of some ids, special tokens spelt out unless they are skipped."""
         return self.full.decode(list(ids), skip_special_tokens=skip_special)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:

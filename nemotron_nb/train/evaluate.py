@@ -210,6 +210,7 @@ class Health:
 
     @property
     def well_formed(self) -> bool:
+        """Thought closed, calls readable, turn ended."""
         return self.closed_think and self.ended and self.well_formed_tool_call is not False
 
 

@@ -110,6 +110,7 @@ class MetricsFile:
             raise UserError("there are metrics already", where=str(path), why="results are never overwritten", fix="give another output_dir") from error
 
     def write(self, line: dict[str, Any]) -> None:
+        """Append one line of JSON and flush it; `NaN` is refused."""
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
 
