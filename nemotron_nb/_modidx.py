@@ -24,6 +24,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'nemotron_nb/data/mask.py'),
                                        'nemotron_nb.data.mask._sequences_of_messages': ( 'data/mask.html#_sequences_of_messages',
                                                                                          'nemotron_nb/data/mask.py'),
+                                       'nemotron_nb.data.mask._trained_chunks': ( 'data/mask.html#_trained_chunks',
+                                                                                  'nemotron_nb/data/mask.py'),
                                        'nemotron_nb.data.mask.encode_chunks': ('data/mask.html#encode_chunks', 'nemotron_nb/data/mask.py'),
                                        'nemotron_nb.data.mask.inference_prompt': ( 'data/mask.html#inference_prompt',
                                                                                    'nemotron_nb/data/mask.py'),

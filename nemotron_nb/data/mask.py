@@ -6,8 +6,8 @@
 __all__ = ['TrainingSequence', 'encode_chunks', 'mask_strip', 'training_sequences', 'Parity', 'parity', 'inference_prompt',
            'inference_prompts']
 
-# %% ../../nbs/data/04_mask.ipynb #f5512d66
-from collections.abc import Mapping, Sequence
+# %% ../../nbs/data/04_mask.ipynb #f3f4c712
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,15 +79,20 @@ def _sequences_of_messages(messages: Sequence[Mapping[str, Any]]) -> list[tuple[
     return [(end, start + 1) for start, end in zip(users, ends) if end > start + 1]
 
 
+def _trained_chunks(conversation: Conversation) -> Iterator[tuple[int, list[Chunk], list[bool]]]:
+    """(turn, chunks, which of them the model must produce) of each training sequence of a chat."""
+    for turn, (end, first) in enumerate(_sequences_of_messages(conversation.messages)):
+        parts = chunks(conversation.messages[:end], conversation.tools)
+        yield turn, parts, [c.generated and c.message >= first for c in parts]
+
+
 def training_sequences(
     conversation: Conversation,
     tokenizer: ChatTokenizer,
 ) -> list[TrainingSequence]:
     """What to train on: for each sequence its ids, its mask and its provenance. A sequence without a trained token is left out."""
     sequences = []
-    for turn, (end, first) in enumerate(_sequences_of_messages(conversation.messages)):
-        parts = chunks(conversation.messages[:end], conversation.tools)
-        trained = [c.generated and c.message >= first for c in parts]
+    for turn, parts, trained in _trained_chunks(conversation):
         if any(trained):
             sequences.append(encode_chunks(parts, trained, tokenizer, conversation_id=conversation.id, turn=turn, source=conversation.source))
     return sequences
@@ -110,15 +115,14 @@ def parity(
 ) -> list[Parity]:
     """Compare, for each trained turn, the tokens before it with the prompt that inference would build."""
     rows = []
-    for turn, (end, first) in enumerate(_sequences_of_messages(conversation.messages)):
-        parts = chunks(conversation.messages[:end], conversation.tools)
-        for k, part in enumerate(parts):
-            if not part.generated or part.message < first:
-                continue
-            before = [i for c in parts[:k] for i in tokenizer.encode_pieces(c.pieces)]
-            prompt = inference_prompt(conversation, part.message, tokenizer)
-            differ = next((i for i, (a, b) in enumerate(zip(before, prompt)) if a != b), min(len(before), len(prompt)))
-            rows.append(Parity(turn, part.message, len(prompt), before == prompt, -1 if before == prompt else differ))
+    for turn, parts, trained in _trained_chunks(conversation):
+        before: list[int] = []
+        for part, is_trained in zip(parts, trained, strict=True):
+            if is_trained:
+                prompt = inference_prompt(conversation, part.message, tokenizer)
+                differ = next((i for i, (a, b) in enumerate(zip(before, prompt)) if a != b), min(len(before), len(prompt)))
+                rows.append(Parity(turn, part.message, len(prompt), before == prompt, -1 if before == prompt else differ))
+            before += tokenizer.encode_pieces(part.pieces)
     return rows
 
 

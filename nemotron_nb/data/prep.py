@@ -413,7 +413,7 @@ def _metadata(values: Mapping[str, Any]) -> dict[str, Any]:
 def length_histogram(
     manifest: Manifest,
 ) -> Picture:
-    """Training sequences by length, with the share of trained tokens of each split in the caption."""
+    """Training sequences by length; the caption says which share of their tokens is trained."""
     from matplotlib.figure import Figure
 
     counts = manifest["length_histogram"]
