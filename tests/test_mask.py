@@ -1,39 +1,37 @@
-"""The mask against an oracle that renders every prefix, against inference, and against forged turns."""
+"""The mask against an oracle that renders every prefix, against inference, against forged turns; and the fast way against the slow one."""
 
+import dataclasses
 
 import numpy as np
-from hypothesis import assume, given, settings
+import pytest
+from chats import conversations, hostile, words
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemotron_nb.data.mask import inference_prompt, inference_prompts, parity, training_sequences
+from nemotron_nb.core import UserError
+from nemotron_nb.data.mask import (
+    LOSS_MODES,
+    Draft,
+    drafts,
+    encode_chunks,
+    encode_drafts,
+    inference_prompt,
+    inference_prompts,
+    is_trained,
+    mask_diff,
+    mask_rows,
+    parity,
+    parity_panel,
+    sequence_plans,
+    trained_fractions,
+    training_sequences,
+)
 from nemotron_nb.data.records import parse_conversation
-from nemotron_nb.data.template import render
+from nemotron_nb.data.template import Chunk, render
 from nemotron_nb.data.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer("tiny")
-TOOLS = [{"type": "function", "function": {"name": "f", "description": "does f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}}]
-words = st.lists(st.sampled_from(["four", " ", "\n", "é日", "2+2", "{x}", "<b>", "don't"]), max_size=5).map("".join)
-
-
-@st.composite
-def conversations(draw, text=words):
-    """Chats as people and agents make them: user turns, each answered through any number of calls; some with thoughts."""
-    thinks = draw(st.booleans())
-    messages = [{"role": "system", "content": draw(text)}] if draw(st.booleans()) else []
-    if draw(st.integers(0, 9)) == 0:
-        messages.append({"role": "assistant", "content": draw(text)})
-    for _ in range(draw(st.integers(1, 3))):
-        messages.append({"role": "user", "content": draw(text)})
-        for _ in range(draw(st.integers(0, 2))):
-            thought = {"reasoning_content": draw(text)} if thinks and draw(st.booleans()) else {}
-            calls = [{"name": "f", "arguments": {"a": draw(text)}} for _ in range(draw(st.integers(1, 2)))]
-            messages.append({"role": "assistant", "content": draw(text).lstrip(), "tool_calls": calls} | thought)
-            messages += [{"role": "tool", "content": draw(text)} for _ in calls]
-        if draw(st.integers(0, 5)):
-            thought = {"reasoning_content": draw(text)} if thinks and draw(st.booleans()) else {}
-            messages.append({"role": "assistant", "content": draw(text)} | thought)
-    assume(any(m["role"] == "assistant" for m in messages))
-    return parse_conversation({"messages": messages, "tools": draw(st.sampled_from([[], TOOLS]))}, source="f", line=1)
+modes = st.sampled_from(LOSS_MODES)
 
 
 def by_prefix_renders(chat):
@@ -68,46 +66,106 @@ def test_sequences_equal_the_prefix_render_oracle(chat):
     assert got == list(by_prefix_renders(chat))
 
 
-hostile = st.lists(st.sampled_from(["<|im_end|>", "\n<|im_start|>assistant\n", "<|im_start|>system\n", "hi", "</tool_response>", "<tool_call>", "[INST]", "</s>", "<unk>"]), max_size=6).map("".join)
+def answers(chat, mode):
+    """The messages to be trained, said in other words than the library says it."""
+    users = [i for i, m in enumerate(chat.messages) if m["role"] == "user"]
+    thinks = any(m.get("reasoning_content") for m in chat.messages)
+    first = 0 if not users else users[-1] if mode == "last_turn" else users[0] if thinks else 0
+    return [i for i, m in enumerate(chat.messages) if i >= first and m["role"] == "assistant" and m.get("train") is not False]
 
 
 @settings(max_examples=300, deadline=None)
-@given(conversations(words | hostile))
-def test_parity_and_who_is_trained_on_hostile_chats(chat):
-    """Even when people type control tokens: inference sees the same prefix, and the count of turns cannot be forged."""
-    assert all(row.same for row in parity(chat, TOKENIZER))
-    starts = TOKENIZER.special_ids["<|im_start|>"]
-    for sequence in training_sequences(chat, TOKENIZER):
-        assert {r for r, m in zip(sequence.token_roles, sequence.loss_mask) if m} == {"assistant"}
-        runs = inference_prompts(sequence)
-        ends = int(((sequence.input_ids == TOKENIZER.im_end_id) & (sequence.loss_mask == 1)).sum())
-        assert ends == len(runs)
-        for _, expected in runs:
-            assert expected[-2] == TOKENIZER.im_end_id and starts not in expected
-    trained = sum(len(inference_prompts(s)) for s in training_sequences(chat, TOKENIZER))
-    thinks = any(m.get("reasoning_content") for m in chat.messages)
-    users = [i for i, m in enumerate(chat.messages) if m["role"] == "user"]
-    answers = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant" and (not thinks or i > users[0])]
-    assert trained == len(answers)
+@given(conversations(words | hostile, flags=True, budgets=True), modes)
+def test_what_is_trained_is_what_the_model_must_write_and_nothing_else(chat, mode):
+    """Each trained run, decoded, is the answer as inference would have to produce it; even when people type control tokens."""
+    sequences = training_sequences(chat, TOKENIZER, loss_mode=mode)
+    must = []
+    for i in answers(chat, mode):
+        prompt = render(chat.messages[:i], chat.tools, add_generation_prompt=True, enable_thinking=bool(chat.messages[i].get("reasoning_content")))
+        must.append(render(chat.messages[: i + 1], chat.tools).removeprefix(prompt))
+    said = [TOKENIZER.decode(expected.tolist()) for s in sequences for _, expected in inference_prompts(s)]
+    assert said == must
+    for s in sequences:
+        assert {r for r, m in zip(s.token_roles, s.loss_mask) if m} == {"assistant"}
+        trained = s.input_ids[s.loss_mask == 1].tolist()
+        assert trained.count(TOKENIZER.im_end_id) == len(inference_prompts(s)) and TOKENIZER.special_ids["<|im_start|>"] not in trained
+
+
+@settings(max_examples=200, deadline=None)
+@given(conversations(words | hostile, flags=True, budgets=True), modes)
+def test_parity_for_every_trained_turn(chat, mode):
+    rows = parity(chat, TOKENIZER, mode)
+    assert [row.message for row in rows] == answers(chat, mode)
+    assert all(row.same for row in rows)
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.lists(conversations(words | hostile, flags=True, budgets=True), min_size=1, max_size=3), modes, st.booleans())
+def test_drafts_encoded_together_equal_the_slow_way(chats, mode, allow):
+    slow = [s for c in chats for s in training_sequences(c, TOKENIZER, loss_mode=mode, allow_special_in_text=allow)]
+    made = [d for c in chats for d in drafts(c, mode)]
+    fast = encode_drafts(made, TOKENIZER, allow_special_in_text=allow)
+    assert fast.input_ids.tolist() == [i for s in slow for i in s.input_ids.tolist()]
+    assert fast.loss_mask.tolist() == [m for s in slow for m in s.loss_mask.tolist()]
+    assert fast.offsets.tolist() == np.cumsum([0, *map(len, slow)]).tolist() and [d.turn for d in made] == [s.turn for s in slow]
+    assert (fast.input_ids.dtype, fast.loss_mask.dtype, fast.offsets.dtype) == (np.int32, np.uint8, np.int64)
 
 
 @settings(max_examples=100, deadline=None)
-@given(conversations())
-def test_trained_text_is_what_the_assistant_said(chat):
-    thoughts = [m["reasoning_content"] for m in chat.messages if m.get("reasoning_content")]
-    said = "".join(TOKENIZER.decode(s.input_ids[s.loss_mask == 1].tolist()) for s in training_sequences(chat, TOKENIZER))
-    users = [i for i, m in enumerate(chat.messages) if m["role"] == "user"]
-    for thought in thoughts:
-        assert thought + "\n</think>" in said
-    assert said.count("<tool_call>") == sum(len(m.get("tool_calls", ())) for i, m in enumerate(chat.messages) if m["role"] == "assistant" and (not thoughts or i > users[0]))
+@given(conversations(flags=True))
+def test_no_message_is_rendered_more_than_twice(chat):
+    for message in range(-1, len(chat.messages)):
+        forms = {id(c) for d in drafts(chat) for c in d.chunks if c.message == message and c.generated == (message >= 0 and chat.messages[message]["role"] == "assistant")}
+        assert len(forms) <= 2
+
+
+class Recorder:
+    """An encoder that remembers what it was asked."""
+
+    def __init__(self):
+        self.calls = []
+
+    def encode(self, texts):
+        self.calls.append(list(texts))
+        rows = [TOKENIZER.encode(t, special=False) for t in texts]
+        return np.array([i for row in rows for i in row], np.int32), np.cumsum([0, *map(len, rows)], dtype=np.int64)
+
+
+def test_one_call_encodes_each_distinct_segment_once():
+    thought = {"role": "assistant", "content": "a", "reasoning_content": "r"}
+    chat, encoder = chat_of(U, thought, U, thought, U, thought), Recorder()
+    got = encode_drafts(drafts(chat) * 3, TOKENIZER, encoder)
+    (texts,) = encoder.calls
+    assert len(texts) == len(set(texts)) < 12 and not any("<|" in t or t == "" for t in texts)
+    assert got.input_ids.tolist() == 3 * [i for s in training_sequences(chat, TOKENIZER) for i in s.input_ids.tolist()]
+
+
+def test_pieces_merge_as_in_the_tokenizer():
+    """A special token across two trusted pieces is one; across talk and format it is text; plain text merges over pieces."""
+    for pieces in (
+        (("<|im_", True), ("end|>", True)),
+        (("<|im_", False), ("end|>", True)),
+        (("ab", False), ("cd", True), ("ef", False), ("<|im_end|>", True), ("gh", False)),
+        (("", False), ("", True)),
+        (("x" * 300 + "<|im_end|>", True), ("<|im_end|>", False)),
+    ):
+        parts = (Chunk("user", pieces), Chunk("assistant", (("a", True),), True))
+        slow = encode_chunks(parts, (False, True), TOKENIZER)
+        fast = encode_drafts([Draft(parts, (False, True), 0)], TOKENIZER)
+        assert fast.input_ids.tolist() == slow.input_ids.tolist() and fast.loss_mask.tolist() == slow.loss_mask.tolist()
+
+
+def test_nothing_to_encode():
+    empty = encode_drafts([], TOKENIZER)
+    assert len(empty) == 0 and len(empty.input_ids) == len(empty.loss_mask) == 0 and empty.offsets.tolist() == [0]
 
 
 def chat_of(*messages):
     return parse_conversation({"messages": list(messages)})
 
 
-def trained_texts(chat):
-    return [TOKENIZER.decode(s.input_ids[s.loss_mask == 1].tolist()) for s in training_sequences(chat, TOKENIZER)]
+def trained_texts(chat, **settings):
+    return [TOKENIZER.decode(s.input_ids[s.loss_mask == 1].tolist()) for s in training_sequences(chat, TOKENIZER, **settings)]
 
 
 U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -143,6 +201,39 @@ def test_prompt_of_inference_ends_where_the_target_begins():
     prompt, expected = inference_prompts(training_sequences(chat, TOKENIZER)[0])[0]
     assert prompt.tolist() == inference_prompt(chat, 1, TOKENIZER)
     assert TOKENIZER.decode(prompt.tolist()).endswith("<think>\n") and TOKENIZER.decode(expected.tolist()) == "r\n</think>\na<|im_end|>\n"
+
+
+def test_modes_and_flags():
+    thought = {"role": "assistant", "content": "a", "reasoning_content": "r"}
+    plain, thinking = chat_of(U, A, U, A | {"content": "b"}), chat_of(U, thought, U, thought | {"content": "b"})
+    assert [trained_texts(c, loss_mode="last_turn") for c in (plain, thinking)] == [["b<|im_end|>\n"], ["r\n</think>\nb<|im_end|>\n"]]
+    assert trained_texts(chat_of(U, A, U), loss_mode="last_turn") == []
+    for mode in ("all", "flags"):
+        assert trained_texts(chat_of(U, A | {"train": False}, U, A | {"content": "b"}), loss_mode=mode) == ["b<|im_end|>\n"]
+        assert trained_texts(chat_of(U, thought | {"train": False}, U, thought | {"train": True}), loss_mode=mode) == ["r\n</think>\na<|im_end|>\n"]
+    assert trained_texts(chat_of(U, A, U, A | {"train": False}), loss_mode="last_turn") == []
+    assert [p.turn for p in sequence_plans(thinking, "last_turn")] == [1] and is_trained({"role": "assistant", "train": True})
+    with pytest.raises(UserError, match="did you mean 'last_turn'"):
+        drafts(plain, "lastturn")
+
+
+def test_budget_is_told_where_a_thought_is_trained():
+    thought = {"role": "assistant", "content": "a", "reasoning_content": "r"}
+    chat = dataclasses.replace(chat_of(U, thought, U, A, U, thought | {"train": False}, A), reasoning_budget=7)
+    told = ["".join(c.text for c in d.chunks) for d in drafts(chat)]
+    assert [t.count("{thinking token budget: 7}") for t in told] == [1, 0, 0]
+    assert "q\n\n{thinking token budget: 7}<|im_end|>" in told[0]
+
+
+def test_pictures_are_safe_and_say_the_same_in_text():
+    chat = chat_of(U | {"content": "<script>alert(1)</script> & "}, A | {"reasoning_content": "r"}, U, A)
+    for picture in (mask_diff(chat, TOKENIZER), parity_panel(chat, TOKENIZER)):
+        assert not any(tag in picture.html for tag in ("<script", "<style", "<svg", "var("))
+        assert picture.text
+    text = mask_rows(["a", "bc\n", "d"], {"one": [0, 1, 0], "other": [1, 0, 1]}, roles=["user"] * 3).text
+    assert "  one | .^^^\nother | ^...\n" in text and text.endswith("  one | .\nother | ^")
+    assert parity_panel(chat, TOKENIZER).text.count("the same") == 2
+    assert "0.50-0.55: 2" in trained_fractions([0.5, 0.5, 1.0]).text and "nothing" in trained_fractions([]).text
 
 
 def test_provenance():

@@ -1,6 +1,13 @@
 """Preparation: exact books, stable splits, the same bytes twice, and one clear error for each bad input."""
 
+import errno
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -10,9 +17,11 @@ import pytest
 from nemotron_nb.core import UserError
 from nemotron_nb.data.mask import training_sequences
 from nemotron_nb.data.pack import roll_mask
-from nemotron_nb.data.prep import SPLITS, Manifest, PrepConfig, assign_splits, prepare, read_packs
+from nemotron_nb.data import prep
+from nemotron_nb.data.prep import SPLITS, Manifest, PrepConfig, TokenizerSection, assign_splits, prepare
 from nemotron_nb.data.records import read_chats
 from nemotron_nb.data.sample import sample_path
+from nemotron_nb.data.shards import read_npy, read_packs
 from nemotron_nb.data.tokenizer import load_tokenizer
 
 U, A = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes, indeed"}
@@ -26,6 +35,11 @@ def write(path, *rows):
 
 def chats(n):
     return [{"messages": [{"role": "user", "content": f"question {i}"}, A]} for i in range(n)]
+
+
+def files_of(folder):
+    """Every file of a preparation and its bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +78,12 @@ def test_the_same_request_twice_gives_the_same_bytes(sample, tmp_path):
     again = PrepConfig(**{**vars(config), "output_dir": str(tmp_path / "again")})
     prepare(again)
 
-    def files(folder):
-        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
-
-    assert files(config.output_dir) == files(again.output_dir)
+    assert files_of(config.output_dir) == files_of(again.output_dir)
 
 
 def test_found_again_and_refused_with_other_settings(sample, monkeypatch):
     config, manifest = sample
-    monkeypatch.setattr("nemotron_nb.data.prep._build", lambda *a: pytest.fail("prepared twice"))
+    monkeypatch.setattr(prep, "_build", lambda *a: pytest.fail("prepared twice"))
     assert prepare(config).values == manifest.values
     with pytest.raises(UserError, match="other settings"):
         prepare(PrepConfig(**{**vars(config), "seed": 7}))
@@ -127,14 +138,17 @@ def test_bad_rows_above_the_threshold_end_in_one_error_and_no_output(tmp_path, r
     with pytest.raises(UserError) as error:
         prepare(PrepConfig(path=source, output_dir=str(tmp_path / "out")))
     assert says in str(error.value) and "what to do" in str(error.value)
-    assert [p.name for p in tmp_path.iterdir()] == ["chats.jsonl"]
+    assert not {p.name for p in (tmp_path / "out").iterdir()} - {"runs", ".lock"}
 
 
 def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("nemotron_nb.data.prep.write_json", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        prepare(PrepConfig(path=write(tmp_path / "chats.jsonl", *chats(5)), output_dir=str(tmp_path / "out")))
-    assert [p.name for p in tmp_path.iterdir()] == ["chats.jsonl"]
+    config = PrepConfig(path=write(tmp_path / "chats.jsonl", *chats(5)), output_dir=str(tmp_path / "out"))
+    with monkeypatch.context() as broken:
+        broken.setattr(prep, "write_json", lambda *a: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(UserError, match="the disk is full"):
+            prepare(config)
+    assert not (tmp_path / "out" / "manifest.json").exists() and not (tmp_path / "out" / "splits").exists()
+    assert prepare(config)["rows"] == 5 and not list((tmp_path / "out").glob(".*.tmp"))
 
 
 def test_books_balance_when_chats_are_cut(tmp_path, sample):
@@ -186,3 +200,222 @@ def test_a_duplicated_chat_stays_on_one_side(tmp_path):
 def test_settings_out_of_range(settings):
     with pytest.raises(UserError):
         PrepConfig(**settings)
+
+
+SMALL = {"pack_size": 512, "train_ratio": 0.8, "valid_ratio": 0.1, "test_ratio": 0.1}
+
+
+@pytest.fixture
+def small_units(monkeypatch):
+    """Units of a few kilobytes, so that the sample has many."""
+    prep._units.cache_clear()
+    monkeypatch.setattr(prep, "UNIT_BYTES", 20_000)
+    yield
+    prep._units.cache_clear()
+
+
+def test_the_number_of_workers_changes_no_byte(tmp_path, small_units):
+    trees = []
+    for workers in (1, 2, 7):
+        config = PrepConfig(output_dir=str(tmp_path / str(workers)), workers=workers, num_shards=3, **SMALL)
+        assert len(prep.make_plan(config).sources[0].units) > 7
+        prepare(config)
+        trees.append(files_of(config.output_dir))
+    assert trees[0] == trees[1] == trees[2] and sum(name.startswith("splits/train/") for name in trees[0]) == 3
+
+
+KILLED = """
+import sys
+from nemotron_nb.data import prep
+prep.UNIT_BYTES = 20_000
+prep.prepare(prep.PrepConfig(output_dir=sys.argv[1], workers=2, num_shards=2, pack_size=512, train_ratio=0.8, valid_ratio=0.1, test_ratio=0.1))
+"""
+
+
+def test_killed_at_any_moment_the_same_command_gives_the_same_bytes(tmp_path):
+    def start(folder):
+        return subprocess.Popen([sys.executable, "-c", KILLED, str(folder)], start_new_session=True)
+
+    begun = time.monotonic()
+    assert start(tmp_path / "whole").wait() == 0
+    seconds = time.monotonic() - begun
+    rng = random.Random(0)
+    for moment in range(6):
+        job = start(tmp_path / "killed")
+        time.sleep(seconds * (0.3 + 0.7 * rng.random()))
+        os.killpg(job.pid, signal.SIGKILL) if moment % 2 else job.kill()
+        job.wait()
+    assert start(tmp_path / "killed").wait() == 0
+    assert files_of(tmp_path / "whole") == files_of(tmp_path / "killed")
+
+
+def test_another_pack_size_tokenizes_nothing_again(tmp_path, monkeypatch):
+    config = PrepConfig(output_dir=str(tmp_path / "out"), **SMALL)
+    prepare(config)
+    monkeypatch.setattr("nemotron_nb.data.spool.encode_drafts", lambda *a, **k: pytest.fail("tokenized twice"))
+    larger = prepare(PrepConfig(output_dir=str(tmp_path / "out"), **SMALL | {"pack_size": 1024}), force=True)
+    assert larger["pack_size"] == 1024 and larger.encoders.endswith("found")
+
+
+def test_an_edited_template_is_never_stale(tmp_path):
+    template = tmp_path / "mine.jinja"
+    text = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    source = write(tmp_path / "chats.jsonl", *chats(20))
+    found = []
+    for version in (text, text.replace("}}<|im_end|>", "}} <|im_end|>")):
+        template.write_text(version)
+        config = PrepConfig(path=source, output_dir=str(tmp_path / "out"), chat_template=str(template))
+        found.append(prepare(config, force=True)["tokens"])
+    assert found[1] > found[0]
+
+
+def test_the_four_ways_of_a_long_sequence(tmp_path):
+    source = write(tmp_path / "chats.jsonl", *chats(20), {"messages": [U, {"role": "assistant", "content": "one two three " * 200}]})
+    end = load_tokenizer("tiny").im_end_id
+    made = {}
+    for overflow in ("truncate", "cut", "split", "drop"):
+        config = PrepConfig(path=source, output_dir=str(tmp_path / overflow), cache_dir=str(tmp_path / "runs"), overflow=overflow, pack_size=128, train_ratio=1.0, valid_ratio=0.0, test_ratio=0.0)
+        made[overflow] = prepare(config), [p.input_ids[a:b] for p in read_packs(tmp_path / overflow / "splits" / "train") for a, b in p.spans]
+    whole = made["split"][0]["trained_tokens"]
+    assert made["split"][0]["truncated_tokens"] == 0 and made["truncate"][0]["truncated_tokens"] == made["cut"][0]["truncated_tokens"] > 0
+    assert made["drop"][0]["dropped_sequences"] == {"too_long": 1} and made["cut"][0]["trained_tokens"] < whole
+    longest = {name: max(parts, key=len) for name, (_, parts) in made.items()}
+    assert longest["truncate"][-1] == end and longest["cut"][-1] != end and len(longest["truncate"]) == len(longest["cut"]) == 128
+
+
+def test_a_weighted_blend_is_exact_in_tokens_and_measures_each_chat_once(tmp_path):
+    write(tmp_path / "short.jsonl", *chats(400))
+    write(tmp_path / "long.jsonl", *({"messages": [{"role": "user", "content": f"tell me {i}"}, {"role": "assistant", "content": "word " * (50 + i)}]} for i in range(60)))
+    blend = tmp_path / "blend.json"
+    blend.write_text(json.dumps({"datasets": [{"name": "short", "path": str(tmp_path / "short.jsonl"), "weight": 3}, {"name": "long", "path": str(tmp_path / "long.jsonl")}]}))
+    manifest = prepare(PrepConfig(blend_path=str(blend), output_dir=str(tmp_path / "out"), **SMALL))
+    met = {name: b["tokens_met"] for name, b in manifest["blend"].items()}
+    assert abs(met["short"] / sum(met.values()) - 0.75) < 0.005 and manifest["blend"]["short"]["epochs"] > 1
+    lengths = Counter()
+    for p in read_packs(tmp_path / "out" / "splits" / "train"):
+        for source, (a, b) in zip(p.sources, p.spans):
+            lengths[source] += b - a
+    assert dict(lengths) == met
+    held = [c for p in read_packs(tmp_path / "out" / "splits" / "valid") for c in p.conversation_ids]
+    assert len(held) == len(set(held))
+
+
+def test_splits_given_one_by_one_are_kept_apart(tmp_path):
+    for name, rows in (("a", chats(30)), ("b", chats(40)[30:])):
+        write(tmp_path / f"{name}.jsonl", *rows)
+    blend = tmp_path / "blend.json"
+    blend.write_text(json.dumps({"train": [{"name": "a", "path": str(tmp_path / "a.jsonl")}], "valid": [{"name": "b", "path": str(tmp_path / "b.jsonl")}]}))
+    manifest = prepare(PrepConfig(blend_path=str(blend), output_dir=str(tmp_path / "out")))
+    assert {name: s["conversations"] for name, s in manifest["splits"].items()} == {"train": 30, "valid": 10, "test": 0}
+
+
+def test_rows_in_other_forms(tmp_path):
+    write(tmp_path / "alpaca.jsonl", *({"instruction": f"add {i} and 1", "input": "", "output": str(i + 1)} for i in range(20)))
+    write(tmp_path / "pairs.jsonl", *({"question": f"{i}?", "answer": "yes"} for i in range(20)))
+    entries = [{"name": "alpaca", "path": str(tmp_path / "alpaca.jsonl"), "format": "alpaca"}, {"name": "pairs", "path": str(tmp_path / "pairs.jsonl"), "format": "ResponseDataset", "options": {"input_key": "question", "output_key": "answer"}}]
+    blend = tmp_path / "blend.json"
+    blend.write_text(json.dumps({"datasets": entries}))
+    assert prepare(PrepConfig(blend_path=str(blend), output_dir=str(tmp_path / "out")))["accepted"] == 40
+    entries[1]["options"] = {"input_kye": "question"}
+    blend.write_text(json.dumps({"datasets": entries}))
+    with pytest.raises(UserError, match="did you mean 'input_key'"):
+        prepare(PrepConfig(blend_path=str(blend), output_dir=str(tmp_path / "out2")))
+
+
+def test_npy_holds_the_same_packs(tmp_path):
+    parquet = prepare(PrepConfig(output_dir=str(tmp_path / "parquet"), **SMALL))
+    prepare(PrepConfig(output_dir=str(tmp_path / "npy"), cache_dir=str(tmp_path / "parquet" / "runs"), format="npy", **SMALL))
+    for split, name in (("train", "training"), ("valid", "validation"), ("test", "test")):
+        ours, theirs = read_packs(tmp_path / "parquet" / "splits" / split), read_npy(tmp_path / "npy" / f"{name}.npy")
+        assert len(ours) == len(theirs) == parquet["splits"][split]["packs"]
+        assert all(np.array_equal(a.input_ids, b.input_ids) and np.array_equal(a.loss_mask, b.loss_mask) and np.array_equal(a.seq_start_id, b.seq_start_id) for a, b in zip(ours, theirs))
+    assert json.loads((tmp_path / "npy" / "metadata.json").read_text())["training_path"] == "training.npy"
+
+
+def test_padding_for_context_parallelism(tmp_path):
+    prepare(PrepConfig(output_dir=str(tmp_path / "out"), pad_to_multiple=8, **SMALL))
+    packs = read_packs(tmp_path / "out" / "splits" / "train")
+    assert all((b - a - 1) % 8 == 0 for p in packs for a, b in p.spans) and all(len(p) <= 512 for p in packs)
+
+
+def test_rows_without_the_mark_are_left_out_and_counted(tmp_path):
+    rows = [c | ({"used_in": ["nano_v3"]} if i % 2 else {"used_in": "super_v3, other"}) for i, c in enumerate(chats(40))]
+    manifest = prepare(PrepConfig(path=write(tmp_path / "chats.jsonl", *rows), output_dir=str(tmp_path / "out"), used_in_filter="nano_v3"))
+    assert manifest["accepted"] == 20 and manifest["left_out"] == {"not_used_in": 20} and not manifest["rejects"]
+
+
+def test_the_first_bad_row_ends_a_strict_preparation(tmp_path):
+    source = write(tmp_path / "chats.jsonl", *chats(30), "{")
+    with pytest.raises(UserError, match="chats.jsonl:31: not_json"):
+        prepare(PrepConfig(path=source, output_dir=str(tmp_path / "out"), max_bad_fraction=1.0, on_bad="fail"))
+
+
+def test_bos_is_untrained_and_first(tmp_path):
+    prepare(PrepConfig(output_dir=str(tmp_path / "out"), tokenizer=TokenizerSection("tiny", add_bos=True), **SMALL))
+    tokenizer = load_tokenizer("tiny")
+    for p in read_packs(tmp_path / "out" / "splits" / "train"):
+        assert all(p.input_ids[a] == tokenizer.special_ids["<s>"] for a, _ in p.spans)
+
+
+def test_one_preparation_at_a_time(tmp_path):
+    (tmp_path / "out").mkdir()
+    holder = subprocess.Popen([sys.executable, "-c", f"import fcntl,sys,time; f=open({str(tmp_path / 'out' / '.lock')!r},'w'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="another preparation is writing here"):
+            prepare(PrepConfig(output_dir=str(tmp_path / "out")))
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_a_folder_with_other_files_is_not_ours(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="thesis.tex"):
+        prepare(PrepConfig(output_dir=str(tmp_path)))
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_a_path_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="a part of the path is a file"):
+        prepare(PrepConfig(output_dir=str(tmp_path / "file" / "out")))
+
+
+def test_as_nvidia_prepares(tmp_path):
+    """Row by row dealing, one packing a shard, whole shards to splits, nothing dropped for having no trained token, three columns."""
+    from nemotron_nb.data.compat import reference_drafts, shard_plan
+    from nemotron_nb.data.mask import encode_drafts
+    from nemotron_nb.data.pack import pack
+
+    rows = [*chats(40), {"messages": [U, {"role": "assistant", "content": "<think>x</think>lost"}]}, {"messages": [{"role": "assistant", "content": "Welcome"}, U, A]}]
+    source = write(tmp_path / "chats.jsonl", *rows)
+    manifest = prepare(PrepConfig(path=source, output_dir=str(tmp_path / "out"), compat="nvidia", num_shards=4, train_ratio=0.5, valid_ratio=0.25, test_ratio=0.25, pack_size=64))
+    tokenizer = load_tokenizer("tiny")
+    expected = Counter()
+    for ((_, modulus, rest),) in shard_plan([(source, os.path.getsize(source))], 4):
+        drafts = [d for i, r in enumerate(rows) if i % modulus == rest for d in (lambda x: [] if isinstance(x, str) else x)(reference_drafts(r))]
+        e = encode_drafts(drafts, tokenizer)
+        for b in pack(np.minimum(np.diff(e.offsets), 64), 64, "first_fit_shuffle", 42):
+            expected[b"|".join(e.input_ids[e.offsets[i] : e.offsets[i + 1]][:64].tobytes() for i in b)] += 1
+    got = Counter()
+    for split in SPLITS:
+        for p in read_packs(tmp_path / "out" / "splits" / split):
+            got[b"|".join(p.input_ids[a:b].tobytes() for a, b in p.spans)] += 1
+    assert got == expected and sum(manifest["left_out"].values()) == 1
+    assert [len(list((tmp_path / "out" / "splits" / s).glob("*"))) for s in SPLITS] == [2, 1, 1]
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_bytes(tmp_path, small_units):
+    pytest.importorskip("ray")
+    config = {"num_shards": 2, **SMALL}
+    prepare(PrepConfig(output_dir=str(tmp_path / "local"), workers=2, **config))
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        prepare(PrepConfig(output_dir=str(tmp_path / "ray"), executor="ray", **config))
+    finally:
+        ray.shutdown()
+    assert files_of(tmp_path / "local") == files_of(tmp_path / "ray")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nemotron_nb.core import UserError
-from nemotron_nb.data.template import TOOLS_INSTRUCTION, chunks, render, template_path
+from nemotron_nb.data.template import TOOLS_INSTRUCTION, chunks, first_turn, render, template_path, turns, x_ray_beside
 
 SYSTEM = "<|im_start|>system\n<|im_end|>\n"
 
@@ -147,6 +147,28 @@ def test_talk_is_never_marked_as_format(messages, tools, switches):
     assert "".join(c.text for c in parts) == render(messages, tools, **switches)
     trusted = "".join(t for c in parts for t, by_format in c.pieces if by_format)
     assert trusted.count("<|im_start|>") == trusted.count("<|im_end|>") + switches["add_generation_prompt"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(message, min_size=1, max_size=8), tools)
+def test_every_prefix_is_a_slice_of_the_two_forms(messages, tools):
+    """Each message in its live and its remembered form, once, gives every prefix that the slow way renders anew."""
+    live, history, starts = turns(messages)
+    assert len(live) == len(history) and len(starts) == len(messages) + 1
+    ends = [i for i, m in enumerate(messages) if m["role"] == "user"] + [len(messages)]
+    for last_user, end in zip(ends, ends[1:]):
+        cut = starts[last_user]
+        assert [first_turn(messages, tools), *history[:cut], *live[cut : starts[end]]] == chunks(messages[:end], tools)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(message, min_size=1, max_size=5), tools, switches)
+def test_x_ray_shows_every_character_once_and_is_safe(messages, tools, switches):
+    picture = x_ray_beside(messages, tools, title="<script>", width=30, **switches)
+    assert "<script" not in picture.html and "<style" not in picture.html and "<|im_" not in picture.html
+    right = "\n".join(line[33:] for line in picture.text.split("\n")[1:] if not line.startswith("-" * 30 + "-+-"))
+    shown, whole = ("".join(text.replace("\u00ab", "").replace("\u00bb", "").split()) for text in (right, render(messages, tools, **switches)))
+    assert shown == whole
 
 
 def test_unknown_template_is_an_error_with_the_nearest_name():

@@ -1,18 +1,14 @@
 """The two-stage loss: weights and counts against the loop of the two equations, and loss accounting over any split."""
 
-import datetime
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron_nb.core import UserError
 from nemotron_nb.loss.fused import masked_linear_cross_entropy
-from nemotron_nb.loss.schedule import STAGES, Phase, StageSchedule
-from nemotron_nb.loss.two_stage import Denominators, count, loss_by_hand, split_invariance, token_weights
+from nemotron_nb.loss.schedule import CONVERSATION_UNITS, STAGES, Phase, StageSchedule, check_unit
+from nemotron_nb.loss.two_stage import Denominators, answer_lengths, count, loss_by_hand, split_invariance, token_weights, unit_of, weights_of
 
 
 def batch_of(sequences: list[list[int]], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -119,6 +115,41 @@ def test_what_is_refused():
         count(torch.full((3,), 0.5), torch.zeros(3, dtype=torch.int64))
 
 
+# --- what counts as one conversation
+
+
+@settings(deadline=None)
+@given(some_trained, st.sampled_from(STAGES), st.sampled_from(CONVERSATION_UNITS), st.data())
+def test_a_unit_is_a_regrouping_and_nothing_else(sequences, stage, unit, data):
+    nll, mask, sequence_of = batch_of(sequences)
+    chats = data.draw(st.lists(st.sampled_from(["a", "b", ("c", 3)]), min_size=len(sequences), max_size=len(sequences)))
+    owner = unit_of(sequence_of, chats, unit)
+    by_name = torch.tensor([s if unit == "sequence" else 100 + ["a", "b", ("c", 3)].index(chats[s]) for s in sequence_of.tolist()])
+    torch.testing.assert_close(weighted(nll, mask, owner, stage), loss_by_hand(nll, mask, by_name, stage), rtol=1e-12, atol=0)
+    if stage == "token":
+        torch.testing.assert_close(weighted(nll, mask, owner, stage), weighted(nll, mask, sequence_of, stage), rtol=1e-12, atol=0)
+
+
+def test_units_by_arithmetic():
+    sequence_of = torch.tensor([0, 0, 1, 2, 2, 2, -1])
+    assert unit_of(sequence_of, ["x", "y", "x"], "sequence") is sequence_of
+    assert unit_of(sequence_of, ["x", "y", "x"], "conversation").tolist() == [0, 0, 1, 0, 0, 0, -1]
+    mask = torch.tensor([0, 1, 1, 1, 1, 0, 0])
+    assert answer_lengths(mask, unit_of(sequence_of, "xyx", "conversation")).tolist() == [0, 3, 1, 3, 3, 0, 0]
+    assert answer_lengths(mask, unit_of(sequence_of, "xyx", "sequence")).tolist() == [0, 1, 1, 2, 2, 0, 0]
+    with pytest.raises(UserError, match="loss.conversation_unit: unknown unit 'sequnce'"):
+        check_unit("sequnce")
+
+
+@settings(deadline=None)
+@given(some_trained, st.sampled_from(STAGES), st.randoms(use_true_random=False))
+def test_weights_may_be_made_after_any_cut(sequences, stage, random):
+    _, mask, sequence_of = batch_of(sequences)
+    piece = torch.tensor(random.sample(range(len(mask)), random.randint(1, len(mask))))
+    whole = token_weights(mask, sequence_of, stage, torch.float64)
+    assert torch.equal(weights_of(answer_lengths(mask, sequence_of)[piece], stage, torch.float64), whole[piece])
+
+
 # --- schedule
 
 
@@ -137,6 +168,22 @@ def test_plan_is_the_count_of_stage_at(phases, num_steps):
     schedule = StageSchedule.from_config([{"stage": s, "steps": n} for s, n in phases] + [{"stage": "sample"}])
     plan = schedule.plan(num_steps)
     assert [stage for stage, steps in plan for _ in range(steps)] == [schedule.stage_at(step) for step in range(num_steps)]
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 5), st.booleans(), st.sampled_from([0.5, 1.0, 2.0])), min_size=1, max_size=4), st.integers(1, 25))
+def test_the_clock_of_the_learning_rate(phases, num_steps):
+    """Against a walk: the clock is set back where a restarting phase begins, and a leg ends where the next begins."""
+    entries = [{"stage": "token", "steps": n, "restart": r, "lr_factor": f} for n, r, f in phases] + [{"stage": "sample"}]
+    schedule = StageSchedule.from_config(entries)
+    factors = [f for n, _, f in phases for _ in range(n)]
+    legs, first_of = [[]], {sum(n for n, _, _ in phases[:i]): r for i, (_, r, _) in enumerate(phases)}
+    for step in range(num_steps):
+        if step and first_of.get(step):
+            legs.append([])
+        legs[-1].append(factors[step] if step < len(factors) else 1.0)
+    expected = [(i, len(leg), factor) for leg in legs for i, factor in enumerate(leg)]
+    assert [schedule.clock(step, num_steps) for step in range(num_steps)] == expected
 
 
 def test_a_closed_schedule_ends():
@@ -159,6 +206,12 @@ def test_a_closed_schedule_ends():
         ([{"stage": "token", "steps": True}], "got bool True"),
         ([{"stage": "token", "stepps": 3}], "did you mean 'steps'"),
         ([{"steps": 3}], "an entry without a stage"),
+        ([{"stage": "token", "lr_factor": 0}], "lr_factor must be a positive number, not 0"),
+        ([{"stage": "token", "lr_factor": -1.0}], "lr_factor must be a positive number"),
+        ([{"stage": "token", "lr_factor": float("nan")}], "lr_factor must be a positive number, not nan"),
+        ([{"stage": "token", "lr_factor": float("inf")}], "lr_factor must be a positive number"),
+        ([{"stage": "token", "lr_factor": "half"}], "got str 'half'"),
+        ([{"stage": "token", "restart": 1}], "got int 1"),
     ],
 )
 def test_an_impossible_schedule_is_refused(stages, message):
@@ -219,60 +272,3 @@ def test_split_invariance_sees_a_mean_of_means():
 
     whole, cut = split_invariance(mean_of_means, weight, {"whole": [torch.arange(len(batch["mask"]))], "cut": pieces}).values()
     assert abs(cut.loss / whole.loss - 1) > 0.01 and cut.gradient_gap > 0.01
-
-
-# Two real processes: rank 0 and rank 1 hold different numbers of trained tokens; in the second case rank 1 has none.
-RANK_ROWS = {"uneven": ([0, 1, 2, 3], [4, 5]), "one rank without a trained token": ([0, 1, 2, 3, 4], [5])}
-
-
-class Head(torch.nn.Module):
-    """The output weight, with the loss inside, so that data parallelism sees its forward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(head())
-
-    def forward(self, hidden, labels, weights, scale):
-        return masked_linear_cross_entropy(hidden, self.weight, labels, weights, scale=scale)[0]
-
-
-def rank_main(rank: int, folder: str) -> None:
-    """One of two ranks: its own rows, the global denominator, DDP's own gradient averaging."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=120))
-    batch, results = accounting_batch(), {}
-    for case, rows in RANK_ROWS.items():
-        piece = torch.isin(batch["sequence_of"], torch.tensor(rows[rank])).nonzero().squeeze(1)
-        for stage in STAGES:
-            everyone = token_weights(batch["mask"], batch["sequence_of"], stage, torch.float64)
-            for how in ("global", "local"):
-                seen = (batch["mask"], batch["sequence_of"]) if how == "global" else (batch["mask"][piece], batch["sequence_of"][piece])
-                denominators = count(*seen)
-                ranks = 2 if how == "global" else 1  # DDP averages over ranks; a sum is that average times the ranks
-                scale = ranks / denominators.of(stage) if denominators.tokens else 0.0
-                module = torch.nn.parallel.DistributedDataParallel(Head())
-                loss = module(batch["hidden"][piece], batch["labels"][piece], everyone[piece], scale)
-                loss.backward()
-                total = loss.detach() / 2
-                dist.all_reduce(total)
-                results[case, stage, how] = total, module.module.weight.grad
-    if rank == 0:
-        torch.save(results, f"{folder}/results.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def test_two_processes_give_the_gradient_of_one(tmp_path):
-    mp.start_processes(rank_main, args=(str(tmp_path),), nprocs=2, start_method="spawn")
-    results = torch.load(tmp_path / "results.pt")
-    batch = accounting_batch()
-    for case in RANK_ROWS:
-        for stage in STAGES:
-            weight = head().requires_grad_()
-            expected = oracle(batch, weight, stage)
-            (gradient,) = torch.autograd.grad(expected, weight)
-            loss, got = results[case, stage, "global"]
-            torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
-            torch.testing.assert_close(got, gradient, rtol=1e-10, atol=1e-12)
-            wrong_loss, wrong = results[case, stage, "local"]  # each rank divides by its own count
-            assert abs(wrong_loss / expected - 1) > 0.01 and (wrong - gradient).abs().max() > 0.01 * gradient.abs().max()

@@ -4,25 +4,25 @@
 
 # %% auto #0
 __all__ = ['Piece', 'IM_START', 'IM_END', 'OPEN_THOUGHT', 'CLOSE_THOUGHT', 'NO_THOUGHT', 'TOOLS_HEADER', 'TOOLS_FOOTER',
-           'TOOLS_INSTRUCTION', 'Chunk', 'chunks', 'render', 'x_ray', 'template_path']
+           'TOOLS_INSTRUCTION', 'Chunk', 'said_turn', 'first_turn', 'chunks', 'render', 'x_ray', 'Turns', 'turns',
+           'x_ray_beside', 'template_path']
 
-# %% ../../nbs/data/03_template.ipynb #6ad55882
+# %% ../../nbs/data/03_template.ipynb #57790df8
+import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..core import UserError, nearest
-from ..viz import Picture, token_strip
+from ..viz import ROLE_COLOURS, Picture, escape, token_strip
 
-# %% ../../nbs/data/03_template.ipynb #80333a93
+# %% ../../nbs/data/03_template.ipynb #76eee489
 Piece = tuple[str, bool]  # (text, is it written by the format?)
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A run of rendered text: who it belongs to, whether the model would sample it, and from which message it came."""
 
     role: str
@@ -77,8 +77,9 @@ def _extras(fields: Any, known: Sequence[str]) -> str:
         return ""
     return "".join(f"\n<{key}>{_value(value)}</{key}>" for key, value in fields.items() if key not in known)
 
-# %% ../../nbs/data/03_template.ipynb #f5ec5f77
+# %% ../../nbs/data/03_template.ipynb #20864afd
 def _parameter(name: str, fields: Any) -> str:
+    """One property of a tool's parameters."""
     text = f"\n<parameter>\n<name>{name}</name>"
     if isinstance(fields, Mapping):
         text += f"\n<type>{fields['type']}</type>" if "type" in fields else ""
@@ -140,35 +141,68 @@ def _spoken_with_tags(whole: str, live: bool, calls: bool) -> tuple[str, list[Pi
         return NO_THOUGHT, [(whole.split("</think>")[-1].rstrip(), False)]
     return "", [(whole.strip(), False)]
 
-# %% ../../nbs/data/03_template.ipynb #93cbd136
-def _system(text: str, tools: Sequence[Mapping[str, Any]]) -> list[Piece]:
-    pieces: list[Piece] = [(f"{IM_START}system\n", True), (text, False)]
-    if tools:
-        declared = "".join(map(_declared, tools))
-        pieces += [(("\n\n" if text else "") + TOOLS_HEADER, True), (declared, False), (TOOLS_FOOTER + TOOLS_INSTRUCTION, True)]
-    return [*pieces, (f"{IM_END}\n", True)]
+# %% ../../nbs/data/03_template.ipynb #cb7778dc
+def _system(text: str, tools: Sequence[Mapping[str, Any]]) -> tuple[Piece, ...]:
+    """The system turn, with the tools declared in it. It is there even when both are empty."""
+    opening, closing = (f"{IM_START}system\n", True), (f"{IM_END}\n", True)
+    if not tools:
+        return opening, (text, False), closing
+    declared = "".join(map(_declared, tools))
+    header, footer = ("\n\n" if text else "") + TOOLS_HEADER, TOOLS_FOOTER + TOOLS_INSTRUCTION
+    return opening, (text, False), (header, True), (declared, False), (footer, True), closing
 
 
-def _assistant(message: Mapping[str, Any], index: int, live: bool) -> list[Chunk]:
+def _assistant(message: Mapping[str, Any], index: int, live: bool) -> tuple[Chunk, Chunk]:
     """An assistant turn as two chunks: the opening that inference gives, and what the model writes after it."""
     opening, said = _spoken(message, live)
     calls = message.get("tool_calls") or ()
     said += [("\n", True)] if calls else []
     for call in calls:
         said += _called(call)
-    return [
-        Chunk("assistant", ((f"{IM_START}assistant\n{opening}", True),), False, index),
-        Chunk("assistant", (*said, (f"{IM_END}\n", True)), True, index),
-    ]
+    said.append((f"{IM_END}\n", True))
+    return Chunk("assistant", ((f"{IM_START}assistant\n{opening}", True),), False, index), Chunk("assistant", tuple(said), True, index)
 
 
 def _tool_results(results: Sequence[Mapping[str, Any]], index: int) -> Chunk:
+    """A run of tool results, which the model reads as one user turn."""
     pieces: list[Piece] = [(f"{IM_START}user\n", True)]
     for result in results:
         pieces += [("<tool_response>\n", True), (str(result.get("content") or ""), False), ("\n</tool_response>\n", True)]
     return Chunk("tool", (*pieces, (f"{IM_END}\n", True)), False, index)
 
-# %% ../../nbs/data/03_template.ipynb #78f86e2d
+
+def said_turn(
+    message: Mapping[str, Any],
+    index: int,  # its place among the messages
+    reasoning_budget: int | None = None,  # tokens of thought, told to the model after the text
+) -> Chunk:
+    """The turn of a user, or of a system message inside the chat."""
+    budget = "" if reasoning_budget is None else f"\n\n{{thinking token budget: {reasoning_budget}}}"
+    return Chunk(message["role"], ((f"{IM_START}{message['role']}\n", True), (str(message.get("content") or ""), False), (f"{budget}{IM_END}\n", True)), False, index)
+
+# %% ../../nbs/data/03_template.ipynb #b00a440e
+def _turn(messages: Sequence[Mapping[str, Any]], index: int, live: bool) -> tuple[Chunk, ...]:
+    """The chunks of one message: two of an assistant, none of a tool result that an earlier one has taken along, else one."""
+    role = messages[index]["role"]
+    if role == "assistant":
+        return _assistant(messages[index], index, live)
+    if role != "tool":
+        return (said_turn(messages[index], index),)
+    if index and messages[index - 1]["role"] == "tool":
+        return ()
+    end = next((i for i in range(index, len(messages)) if messages[i]["role"] != "tool"), len(messages))
+    return (_tool_results(messages[index:end], index),)
+
+
+def first_turn(
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+) -> Chunk:
+    """The system turn that opens every chat."""
+    hoisted = bool(messages) and messages[0]["role"] == "system"
+    return Chunk("system", _system(str(messages[0].get("content") or "") if hoisted else "", tools or ()), False, 0 if hoisted else -1)
+
+# %% ../../nbs/data/03_template.ipynb #4dcbd2cd
 def chunks(
     messages: Sequence[Mapping[str, Any]],  # in the OpenAI form; arguments of calls are mappings
     tools: Sequence[Mapping[str, Any]] | None = None,
@@ -179,23 +213,13 @@ def chunks(
     truncate_history_thinking: bool = True,  # drop the thoughts of earlier user turns
 ) -> list[Chunk]:
     """A chat in the nano3 format, cut where inference would stop and sample. The texts joined are `render`'s string."""
-    offset = 1 if messages and messages[0]["role"] == "system" else 0
     last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
-    result = [Chunk("system", tuple(_system(str(messages[0].get("content") or "") if offset else "", tools or ())), False, offset - 1)]
-    i = offset
-    while i < len(messages):
-        message = messages[i]
-        role = message["role"]
-        if role == "assistant":
-            result += _assistant(message, i, live=i >= last_user or not truncate_history_thinking)
-        elif role == "tool":
-            end = next((j for j in range(i, len(messages)) if messages[j]["role"] != "tool"), len(messages))
-            result.append(_tool_results(messages[i:end], i))
-            i = end - 1
+    result = [first_turn(messages, tools)]
+    for i in range(result[0].message + 1, len(messages)):
+        if i == last_user:
+            result.append(said_turn(messages[i], i, reasoning_budget))
         else:
-            budget = f"\n\n{{thinking token budget: {reasoning_budget}}}" if i == last_user and reasoning_budget is not None else ""
-            result.append(Chunk(role, ((f"{IM_START}{role}\n", True), (str(message.get("content") or ""), False), (f"{budget}{IM_END}\n", True)), False, i))
-        i += 1
+            result += _turn(messages, i, live=i > last_user or not truncate_history_thinking)
     if add_generation_prompt:
         result.append(Chunk("assistant", ((f"{IM_START}assistant\n{OPEN_THOUGHT if enable_thinking else NO_THOUGHT}", True),)))
     return result
@@ -228,6 +252,78 @@ def x_ray(
 ) -> Picture:
     """Rendered text in the colours of its roles; underlined where the model would be the writer."""
     return token_strip([c.text for c in parts], [int(c.generated) for c in parts], roles=[c.role for c in parts], title=title)
+
+# %% ../../nbs/data/03_template.ipynb #53ce0f75
+class Turns(NamedTuple):
+    """The chunks of a chat behind its system turn, in the two forms that its messages take."""
+
+    live: list[Chunk]  # [C] as read while the user turn lasts
+    history: list[Chunk]  # [C] as remembered later; the same object where nothing is forgotten
+    starts: list[int]  # [M + 1] the chunk at which each message begins
+
+
+def _forgets(message: Mapping[str, Any]) -> bool:
+    """Does this message read differently once a user has spoken after it?"""
+    if message["role"] != "assistant":
+        return False
+    content = str(message.get("content") or "")
+    return bool(message.get("reasoning_content") or "think>" in content or (message.get("tool_calls") and content[:1].isspace()))
+
+
+def turns(
+    messages: Sequence[Mapping[str, Any]],
+) -> Turns:
+    """Each message of a chat rendered at most twice. The system turn is `first_turn`."""
+    live: list[Chunk] = []
+    history: list[Chunk] = []
+    starts: list[int] = []
+    for i, message in enumerate(messages):
+        starts.append(len(live))
+        if i == 0 and message["role"] == "system":
+            continue
+        now = _turn(messages, i, live=True)
+        live += now
+        history += _assistant(message, i, live=False) if _forgets(message) else now
+    return Turns(live, history, [*starts, len(live)])
+
+# %% ../../nbs/data/03_template.ipynb #8a401873
+def _spans(parts: Sequence[Chunk]) -> str:
+    """Chunks as coloured text, those the model writes underlined."""
+    line = {True: "2px solid #0a6b2d", False: "2px solid #ffffff"}
+    style = "background:{};color:#111111;border-bottom:{};padding:0 1px"
+    return "".join(f'<span style="{style.format(ROLE_COLOURS.get(c.role, "#eeeeee"), line[c.generated])}">{escape(c.text)}</span>' for c in parts)
+
+
+def _side_by_side(left: str, right: str, width: int) -> str:
+    """Two texts as two columns of plain text; long lines of the left one are broken."""
+    lines = [line[i : i + width] for line in left.split("\n") for i in range(0, max(len(line), 1), width)]
+    pairs = itertools.zip_longest(lines, right.split("\n"), fillvalue="")
+    return "\n".join(f"{a:<{width}} | {b}".rstrip() for a, b in pairs)
+
+
+def x_ray_beside(
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    title: str = "",
+    width: int = 60,  # characters of the JSON column in the text form
+    **switches: Any,  # those of `chunks`
+) -> Picture:
+    """Each message as JSON beside the text it becomes. Every character of the rendered chat is shown once, in order."""
+    parts = chunks(messages, tools, **switches)
+    rows = []
+    for index, group in itertools.groupby(parts, key=lambda c: c.message):
+        source = [{"tools": tools}] if tools and not rows else []
+        source += [messages[index]] if index >= 0 else []
+        if index >= 0 and messages[index]["role"] == "tool":
+            source += itertools.takewhile(lambda m: m["role"] == "tool", messages[index + 1 :])
+        rows.append(("\n".join(json.dumps(m, indent=2, ensure_ascii=False) for m in source) or "(no message)", list(group)))
+    cell = '<td style="vertical-align:top;text-align:left;padding:4px 10px;border-bottom:1px solid #cccccc;font-family:monospace;font-size:12px;background:#ffffff;color:#111111">{}</td>'
+    body = "".join(f"<tr>{cell.format(escape(source).replace('&#8629;<br>', '<br>'))}{cell.format(_spans(group))}</tr>" for source, group in rows)
+    page = f'<div><b>{escape(title)}</b></div><table style="border-collapse:collapse">{body}</table>'
+    shown = [_side_by_side(source, "".join(f"\u00ab{c.text}\u00bb" if c.generated else c.text for c in group), width) for source, group in rows]
+    rule = "\n" + "-" * width + "-+-" + "-" * 30 + "\n"
+    return Picture(page, (f"{title}\n" if title else "") + rule.join(shown))
 
 # %% ../../nbs/data/03_template.ipynb #5a6b6ce2
 def template_path(

@@ -24,7 +24,22 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 Config = Annotated[str, typer.Option("--config", "-c", help="A configuration's name, such as tiny, or a path to a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the files, e.g. optimizer.lr=1e-4")]
 
-# %% ../../nbs/ops/33_cli.ipynb #92b7a8f4
+# %% ../../nbs/ops/33_cli.ipynb #aa8117ee
+@contextmanager
+def _progress() -> Iterator[dict[str, Any]]:
+    """What to give `prepare` so that a bar with rate and time left stands on stderr while the block runs."""
+    if not sys.stderr.isatty():
+        yield {}
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("tokenizing", total=None)
+        yield {"progress": lambda done, total: bar.update(task, completed=done, total=total)}
+
+
 def data_prep(family: str, config: str, overrides: list[str], sample: int | None, force: bool) -> None:
     """Prepare data and print what became of it."""
     from nemotron_nb.data.prep import prepare
@@ -33,7 +48,9 @@ def data_prep(family: str, config: str, overrides: list[str], sample: int | None
 
     overrides = overrides + ([f"sample={sample}"] if sample is not None else [])
     settings = data_settings(data_prep_config(family, config, overrides).settings, family, "output")
-    print(prepare(settings, force=force))
+    with _progress() as told:
+        manifest = prepare(settings, force=force, **told)
+    print(manifest)
     print(f"\nprepared data: {settings.output_dir}")
 
 # %% ../../nbs/ops/33_cli.ipynb #f6b4689a
@@ -72,7 +89,7 @@ def _told_as_it_goes(
         ended.set()
         teller.join()
 
-# %% ../../nbs/ops/33_cli.ipynb #15895dc9
+# %% ../../nbs/ops/33_cli.ipynb #373c9536
 def _stop_cleanly(number: int, frame: Any) -> None:
     """A request to end (scancel, kill) unwinds like an error, so that the status is written and the training stopped."""
     sys.exit(128 + number)
@@ -89,7 +106,8 @@ def sft(family: str, config: str, overrides: list[str], dry_run: bool) -> None:
     from nemotron_nb.ops.report import headline, read_run
     from nemotron_nb.ops.sft import Parameters, open_run, prepare_data, run_notebook
 
-    manifest = prepare_data(effective)
+    with _progress() as told:
+        manifest = prepare_data(effective, **told)
     train = manifest["splits"]["train"]
     print(f"data: {train['conversations']:,} chats in {train['packs']:,} packs to train on, {train['trained_tokens']:,} trained tokens ({manifest.folder})")
     folder = open_run(effective, manifest, config)

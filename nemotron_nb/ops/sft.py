@@ -6,7 +6,7 @@
 __all__ = ['RUN_NOTEBOOK', 'Parameters', 'given_parameters', 'data_settings', 'prepare_data', 'open_run', 'training_settings',
            'run_notebook']
 
-# %% ../../nbs/ops/32a_sft.ipynb #41a23af1
+# %% ../../nbs/ops/32a_sft.ipynb #d20c2177
 import dataclasses
 import logging
 import os
@@ -20,7 +20,6 @@ from omegaconf import OmegaConf
 
 from ..core import UserError, from_mapping, write_atomic, write_json
 from ..data.prep import Manifest, PrepConfig, data_key, prepare
-from ..data.tokenizer import load_tokenizer
 from .config import Effective, project_root, to_yaml
 from .run_folder import environment, make_run_folder, read_status, run_name, set_status
 
@@ -45,29 +44,31 @@ def given_parameters(
     new.pop("names_before", None)
     return from_mapping(Parameters, new, "notebook parameters")
 
-# %% ../../nbs/ops/32a_sft.ipynb #6ba7ca8f
+# %% ../../nbs/ops/32a_sft.ipynb #a3cf3664
 def data_settings(
     settings: PrepConfig,
     family: str,
     output_root: str | os.PathLike,  # e.g. output
 ) -> PrepConfig:
-    """The same settings with `output_dir: auto` replaced by `<output_root>/<family>/data_prep/<key of the content>`."""
-    if not settings.path:
-        raise UserError("no chats are given", where="data path", fix="give a JSONL file: data.path=chats.jsonl (data prep: path=chats.jsonl), or use -c tiny")
+    """The same settings with `output_dir: auto` replaced by `<output_root>/<family>/data_prep/<key of the content>`. Tokenized rows are kept beside it."""
+    if not (settings.path or settings.blend_path):
+        raise UserError("no chats are given", where="data path", fix="give a file of chats: data.path=chats.jsonl (data prep: path=chats.jsonl), or use -c tiny")
     if settings.output_dir != "auto":
         return settings
-    key = data_key(settings, load_tokenizer(settings.tokenizer))
-    return dataclasses.replace(settings, output_dir=str(Path(output_root) / family / "data_prep" / key))
+    root = Path(output_root) / family / "data_prep"
+    settings = dataclasses.replace(settings, cache_dir=settings.cache_dir or str(root / "runs"))
+    return dataclasses.replace(settings, output_dir=str(root / data_key(settings)))
 
 
 def prepare_data(
     effective: Effective,  # settings of a run
+    **told: Any,  # progress, as prepare takes it
 ) -> Manifest:
     """The prepared data of a run: found, or made now."""
     settings = effective.settings
-    return prepare(data_settings(settings.data, settings.family, settings.run.output_root))
+    return prepare(data_settings(settings.data, settings.family, settings.run.output_root), **told)
 
-# %% ../../nbs/ops/32a_sft.ipynb #e06c6785
+# %% ../../nbs/ops/32a_sft.ipynb #b9d0218e
 def _inputs(effective: Effective, manifest: Manifest) -> dict[str, Any]:
     """What decides the result of a run."""
     values = {name: value for name, value in effective.values.items() if not name.startswith(("run.", "data."))}
@@ -76,7 +77,8 @@ def _inputs(effective: Effective, manifest: Manifest) -> dict[str, Any]:
 
 def _label(effective: Effective, config: str) -> str:
     """What people call the run: what they said, or the configuration and the file."""
-    return effective.settings.run.label or f"{Path(config).stem} {Path(effective.settings.data.path).stem}"
+    data = effective.settings.data
+    return effective.settings.run.label or f"{Path(config).stem} {Path(data.blend_path or data.path).stem}"
 
 
 def open_run(

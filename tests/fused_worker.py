@@ -1,0 +1,56 @@
+"""One of several processes that share a vocabulary: `fused_worker.py RANK SHARD_SIZES STORE`. Fails if a number is not that of the whole."""
+
+import datetime
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+from loss_problems import assert_all_close, dense_loss, dense_nll, gradients, problem
+
+from nemotron_nb.core import UserError
+from nemotron_nb.loss.fused import linear_nll, loss_path, masked_linear_cross_entropy
+
+
+def main(rank: int, shards: list[int]) -> None:
+    """Every check, as the process that holds `shards[rank]` words."""
+    group = dist.new_group(list(range(len(shards))))
+    start, end = sum(shards[:rank]), sum(shards[: rank + 1])
+    hidden, weight, labels, weights = problem(11, 4, sum(shards), dtype=torch.float32)
+    interpreted = loss_path(hidden, weight)[0] == "triton"
+    labels[:4] = torch.tensor([0, sum(shards) - 1, shards[0] - 1, shards[0]])  # both sides of a cut
+    mine = weight.detach()[start:end].clone().requires_grad_()
+    shard = {"tp_group": group, "vocab_start": start}
+    for options in ({}, {"z_coef": 0.1}, {"softcap": 3.0}):
+        want = gradients(dense_loss(hidden, weight, labels, weights.float(), 0.5, **options), hidden, weight)
+        for strategy in ("speed", "memory"):
+            for workspace_bytes in (None,) if interpreted else (None, 200):  # 200: several chunks, of which each part alone would make another number
+                buffer = torch.zeros_like(mine) if options else None
+                loss, stats = masked_linear_cross_entropy(
+                    hidden, mine, labels, weights, scale=0.5, strategy=strategy, workspace_bytes=workspace_bytes, grad_accum=buffer, **shard, **options
+                )
+                inputs = (hidden,) if options else (hidden, mine)
+                got = gradients(loss, *inputs) + ([buffer] if options else [])
+                assert_all_close(got, [want[0], want[1], want[2][start:end]], rtol=1e-4, atol=1e-5)
+    upstream = torch.linspace(-1, 1, 11)
+    want = torch.autograd.grad(dense_nll(hidden, weight, labels)[0], (hidden, weight), upstream)
+    got = torch.autograd.grad(linear_nll(hidden, mine, labels, **shard), (hidden, mine), upstream)
+    assert_all_close(got, [want[0], want[1][start:end]], rtol=1e-4, atol=1e-5)
+
+    nothing = masked_linear_cross_entropy(hidden, mine, labels, torch.zeros(11), **shard)[0]
+    assert nothing == 0 and not any(g.any() for g in torch.autograd.grad(nothing, (hidden, mine)))
+    labels[int(weights.nonzero()[0])] = sum(shards)  # a word that no process has
+    for strategy in ("speed", "memory"):
+        try:
+            loss = masked_linear_cross_entropy(hidden, mine, labels, weights, strategy=strategy, **shard)[0]
+            assert interpreted and loss.isnan(), "neither refused nor nan"
+        except UserError as error:
+            assert not interpreted and "outside the vocabulary of all shards" in str(error)
+
+
+if __name__ == "__main__":
+    rank, shards = int(sys.argv[1]), json.loads(sys.argv[2])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(sys.argv[3], len(shards)), rank=rank, world_size=len(shards), timeout=datetime.timedelta(seconds=60))
+    main(rank, shards)
+    dist.destroy_process_group()

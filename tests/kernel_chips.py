@@ -1,0 +1,93 @@
+"""Compile every kernel for chips that are not there, and print as JSON what came out. Runs without TRITON_INTERPRET.
+
+Resources come from the binary itself (`cuobjdump`, which triton brings along): registers a thread, bytes of stack and of
+local memory (where registers are spilled to), shared memory of a block, and what is found in the machine code.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from nemotron_nb.loss import kernel
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+POINTERS = {name: "*fp32" for name in ("LSE", "TARGET", "WEIGHT", "LARGEST", "SUM", "A", "B", "FACTOR", "Z")}
+POINTERS |= {name: "*bf16" for name in ("D", "X", "W", "OUT", "P")} | {"LABEL": "*i64", "z_coef": "fp32", "softcap": "fp32"}
+ALIGNED = ("Z", "D", "X", "W", "OUT", "P", "z_stride", "d_stride", "x_stride", "w_stride", "out_stride", "V", "N", "K", "n")
+
+
+def compiled(function, types: dict[str, str], constants: dict[str, object], capability: int, options: dict[str, int]):
+    """The kernel for a compute capability, with arguments aligned as they are in training."""
+    names = function.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    source = ASTSource(
+        fn=function,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in ALIGNED if name in names and name not in constants},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(binary, warps: int) -> dict[str, object]:
+    """What a compiled kernel takes."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage, code = (subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout for option in ("-res-usage", "-sass"))
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
+    return {
+        "warps": warps,
+        "registers": registers,
+        "spilled": stack + local + len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "shared": binary.metadata.shared,
+        "tensor_core": sorted(set(re.findall(r"\b(HGMMA|HMMA|UTCHMMA)\b", code))),
+        "wide_stores": code.count("STG.E.128"),
+        "barrier_between_read_and_write": barrier_before_last_store(binary.asm["ptx"]),
+    }
+
+
+def barrier_before_last_store(ptx: str) -> bool:
+    """Is there a barrier between the last read of a row and the first write of its gradient?"""
+    steps = re.findall(r"^\s*(?:@%p\d+ )?(ld\.global[^;]*|st\.global[^;]*|bar(?:rier)?\.sync)", ptx, re.M)
+    kinds = "".join({"l": "r", "s": "w", "b": "|"}[step[0]] for step in steps)
+    return re.search(r"r\|+w+$", kinds) is not None
+
+
+def kernels(capability: int):
+    """(name, function, types, constants, launch options) of what runs on a chip."""
+    for z, d in (("bf16", "bf16"), ("fp32", "bf16"), ("fp32", "fp32")):
+        both = {"STATISTICS": True, "GRADIENT": True, "HAS_SOFTCAP": False}
+        rows = kernel._row_blocks(131072)
+        yield f"rows {z} to {d}", kernel.rows_kernel, {"Z": f"*{z}", "D": f"*{d}"}, both | {"BLOCK": rows.pop("BLOCK")}, rows
+    for dtype in ("bf16", "fp32"):
+        for softcap in (False, True) if dtype == "bf16" else (False,):
+            tile = kernel.tile_shape(torch.bfloat16 if dtype == "bf16" else torch.float32, capability, softcap)
+            launch = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
+            constants = tile | {"HAS_SOFTCAP": softcap, "UPCAST": False, "PRECISION": "ieee" if dtype == "fp32" else "tf32", "w_step": 1}
+            types = {"X": f"*{dtype}", "W": f"*{dtype}", "OUT": f"*{dtype}"}
+            name = f"tiles {dtype}{' softcap' if softcap else ''}"
+            yield f"lse {name}", kernel.lse_tiles_kernel, types, constants, launch
+            yield f"gradient {name}", kernel.gradient_tiles_kernel, types, constants, launch
+
+
+def main() -> None:
+    """One JSON object: {"sm_80": {kernel: resources}, ...}"""
+    chips = {}
+    for capability in (80, 90, 100):
+        chips[f"sm_{capability}"] = found = {}
+        for name, function, types, constants, launch in kernels(capability):
+            binary = compiled(function, POINTERS | types, constants, capability, launch)
+            found[name] = resources(binary, launch["num_warps"])
+    print(json.dumps(chips))
+
+
+if __name__ == "__main__":
+    main()

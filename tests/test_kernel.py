@@ -1,0 +1,163 @@
+"""The GPU kernels of the masked loss: interpreted on a CPU, compiled for chips that are not here, and, where there is a GPU, run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from loss_problems import gradients, problem
+from test_fused import run_shards
+
+from nemotron_nb.loss.fused import masked_linear_cross_entropy
+
+HERE = Path(__file__).parent
+SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}  # bytes a block may ask for
+TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+
+
+def in_a_process(*command: str, **environment: str) -> str:
+    """What a fresh Python prints. Triton decides when it is loaded whether it interprets."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=HERE, env=env)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def run_cases(**environment: str) -> None:
+    """All of `kernel_cases.py`; none may be missing or skipped."""
+    said = in_a_process("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "kernel_cases.py", **environment)
+    assert " passed" in said and "skipped" not in said, said
+
+
+def test_the_cases_interpreted():
+    import triton  # noqa: F401  a development environment has it: without it these tests must not pass for right
+
+    run_cases(TRITON_INTERPRET="1")
+
+
+def test_processes_that_share_a_vocabulary_interpreted(tmp_path):
+    run_shards((70, 59), tmp_path, {"TRITON_INTERPRET": "1"})
+
+
+@pytest.fixture(scope="module")
+def chips() -> dict:
+    """Resources of each kernel on each chip."""
+    return json.loads(in_a_process(str(HERE / "kernel_chips.py")))
+
+
+@pytest.mark.parametrize("chip", SHARED_MEMORY)
+def test_compiled_for_a_chip(chips, chip):
+    """Nothing spilled, fits into registers and shared memory, products on the tensor cores, stores of 16 bytes."""
+    assert len(chips[chip]) == 9
+    for name, took in chips[chip].items():
+        assert took["spilled"] == 0, (name, took)
+        assert took["registers"] * 32 * took["warps"] <= 65536, (name, took)
+        assert took["shared"] <= SHARED_MEMORY[chip], (name, took)
+        assert took["tensor_core"] == ([TENSOR_CORE[chip]] if "tiles bf16" in name else []), (name, took)
+        assert took["wide_stores"] or name.startswith("lse"), (name, took)
+        assert took["barrier_between_read_and_write"] or not name.startswith("rows"), (name, took)
+
+
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+gpu = lambda test: on_gpu[0](on_gpu[1](test))  # noqa: E731
+
+
+def large(N: int, V: int, H: int = 512, trained: float = 0.5):
+    """A problem in bfloat16 on the GPU, its trained rows, and a scale."""
+    r = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(N, H, generator=r, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    weight = (torch.randn(V, H, generator=r, device="cuda", dtype=torch.bfloat16) / H**0.5).requires_grad_()
+    labels = torch.randint(V, (N,), generator=r, device="cuda")
+    weights = (torch.arange(N, device="cuda") % 128 >= 128 * (1 - trained)).float()
+    return hidden, weight, labels, weights, weights.nonzero().squeeze(1), 1 / weights.sum()
+
+
+@gpu
+def test_the_cases_on_a_gpu():
+    run_cases()
+
+
+@gpu
+@pytest.mark.parametrize("strategy", ["speed", "memory"])
+def test_two_runs_agree_bitwise(strategy):
+    hidden, weight, labels, weights, rows, scale = large(3000, 50304)
+    runs = [
+        gradients(masked_linear_cross_entropy(hidden, weight, labels, weights, scale=scale, active_idx=rows, strategy=strategy, workspace_bytes=1 << 26)[0], hidden, weight)
+        for _ in range(2)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@gpu
+@pytest.mark.parametrize("strategy", ["speed", "memory", "auto"])
+def test_the_host_never_waits(strategy):
+    """With the rows given, forward and backward are queued without a look at a number; so with a scale that is a tensor, and an upstream."""
+    hidden, weight, labels, weights, rows, scale = large(1024, 4096)
+    upstream, buffer = torch.tensor(0.5, device="cuda"), torch.zeros(4096, 512, device="cuda")
+    for options in ({}, {"scale": 0.1}, {"scale": scale, "z_coef": 1e-4, "softcap": 30.0}):
+        masked_linear_cross_entropy(hidden, weight, labels, weights, active_idx=rows, strategy=strategy, **options)[0].backward()  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            (masked_linear_cross_entropy(hidden, weight, labels, weights, active_idx=rows, strategy=strategy, **options)[0] * upstream).backward()
+            masked_linear_cross_entropy(hidden, weight, labels, weights, active_idx=rows, strategy=strategy, grad_accum=buffer, **options)[0].backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+@pytest.mark.parametrize("strategy", ["speed", "memory"])
+def test_more_logits_than_32_bits_can_count(strategy):
+    """18 000 rows by 131 072 words in one tile: places beyond 2**31. The last rows are compared with full logits."""
+    hidden, weight, labels, weights, rows, _ = large(18000, 131072, H=64, trained=1.0)
+    assert len(rows) * 131072 > 2**31
+    loss, stats = masked_linear_cross_entropy(hidden, weight, labels, weights, active_idx=rows, strategy=strategy, workspace_bytes=12 << 30, logits_dtype="bf16")
+    nll = torch.nn.functional.cross_entropy(hidden[-50:].detach().double() @ weight.detach().double().T, labels[-50:], reduction="none")
+    torch.testing.assert_close(stats.nll[-50:].double(), nll, rtol=2e-3, atol=2e-2)
+    probabilities = torch.softmax(hidden[-50:].detach().double() @ weight.detach().double().T, 1)
+    want = (probabilities - torch.nn.functional.one_hot(labels[-50:], 131072)) @ weight.detach().double()
+    got = torch.autograd.grad(loss, hidden)[0][-50:]
+    assert (got.double() - want).norm() < 2e-2 * want.norm()
+
+
+@gpu
+@pytest.mark.parametrize("strategy", ["speed", "memory"])
+def test_memory_has_a_ceiling(strategy):
+    """Workspace, the gradients, a float32 sum where there are chunks, and three copies of the trained rows."""
+    hidden, weight, labels, weights, rows, scale = large(8192, 131072)
+    workspace, (V, H) = 1 << 28, weight.shape
+    call = lambda: masked_linear_cross_entropy(hidden, weight, labels, weights, scale=scale, active_idx=rows, strategy=strategy, workspace_bytes=workspace)[0].backward()  # noqa: E731
+    call()
+    hidden.grad = weight.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    peak = torch.cuda.max_memory_allocated() - before
+    sums = 4 * V * H if strategy == "speed" else 4 * len(rows) * H
+    assert peak <= workspace + sums + 2 * V * H + 2 * hidden.numel() + 3 * 2 * len(rows) * H + (1 << 24)
+    assert peak < 2 * 8192 * V, "less than the logits in bfloat16 alone"
+
+
+@gpu
+@pytest.mark.parametrize("strategy", ["speed", "memory"])
+def test_compiled_graph_on_a_gpu(strategy):
+    hidden, weight, labels, weights, rows, scale = large(512, 4096)
+    step = lambda h, w, s: masked_linear_cross_entropy(h * 2, w, labels, weights, scale=s, active_idx=rows, strategy=strategy)[0]  # noqa: E731
+    want = gradients(step(hidden, weight, scale), hidden, weight)
+    got = gradients(torch.compile(step, fullgraph=True)(hidden, weight, scale), hidden, weight)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-6)
+
+
+@gpu
+def test_the_gpu_agrees_with_the_cpu():
+    hidden, weight, labels, weights = problem(40, 32, 300, dtype=torch.float32)
+    want = gradients(masked_linear_cross_entropy(hidden, weight, labels, weights)[0], hidden, weight)
+    h, w = (t.detach().cuda().requires_grad_() for t in (hidden, weight))
+    got = gradients(masked_linear_cross_entropy(h, w, labels.cuda(), weights.cuda())[0], h, w)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-5)
