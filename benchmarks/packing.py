@@ -8,6 +8,7 @@ Lengths are lognormal with mean 1500 and sigma 1, clipped at the size of a pack,
 
 - by hand: the double loop (quadratic), run up to 10 thousand sequences only; the ratio is against the compiled packer
 - python and numba: this library's two ways, which must give equal packs; by hand must give the same packs too
+  (concatenative has no kernel: both columns run the same code)
 - CPU seconds: `time.process_time`, median over the repeats, after one warm-up that loads numba's machine code
 """
 

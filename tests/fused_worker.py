@@ -1,8 +1,14 @@
-"""One of several processes that share a vocabulary: `fused_worker.py RANK SHARD_SIZES STORE`. Fails if a number is not that of the whole."""
+"""Several processes that share a vocabulary. `run_shards` starts them, `fused_worker.py RANK SHARD_SIZES STORE` is one of them.
+
+A process fails if a number is not that of the whole vocabulary.
+"""
 
 import datetime
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -10,6 +16,17 @@ from loss_problems import assert_all_close, dense_loss, dense_nll, gradients, pr
 
 from nemotron_nb.core import UserError
 from nemotron_nb.loss.fused import linear_nll, loss_path, masked_linear_cross_entropy
+
+
+def run_shards(shards: tuple[int, ...], folder: Path, environment: dict[str, str]) -> None:
+    """Start a process for each part of the vocabulary, and wait for all of them to be right."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    workers = [
+        subprocess.Popen([sys.executable, __file__, str(rank), json.dumps(shards), str(folder / "store")], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in range(len(shards))
+    ]
+    said = [worker.communicate(timeout=120)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * len(shards), "\n".join(said)
 
 
 def main(rank: int, shards: list[int]) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nemotron_nb.core import UserError
 from nemotron_nb.data.pack import make_pack
 from nemotron_nb.loss.two_stage import Denominators, loss_by_hand
-from nemotron_nb.train.batches import Row, collate, global_batch, grouped, packs_of_step, rows_of, share_of_loss, sums_of
+from nemotron_nb.train.batches import Row, collate, global_batch, grouped, packs_of_step, rows_of, share_of_loss
 from nemotron_nb.train.model import build_model
 from nemotron_nb.train.settings import ModelConfig
 
@@ -142,7 +142,7 @@ def test_sums_give_both_means_from_one_pass(model):
     totals = np.zeros(2)
     for g in grouped(batch.rows, 200):
         micro = collate(g)
-        totals += sums_of(share_of_loss(model, micro, "token", batch.denominators)[1], micro)
+        from nemotron_nb.loss.two_stage import MeanPair; totals += MeanPair.of(share_of_loss(model, micro, "token", batch.denominators)[1], micro.lengths).sums_4[:2].numpy()
     assert totals[0] / batch.denominators.tokens == pytest.approx(oracle(model, made, "token").item(), abs=2e-6)
     assert totals[1] / batch.denominators.conversations == pytest.approx(oracle(model, made, "sample").item(), abs=2e-6)
 
@@ -168,3 +168,21 @@ def test_a_pack_fed_as_one_row_leaks(model):
     leaked = share_of_loss(model, collate([joined]), "token", Denominators(1, 1))[1][0, len(first) :]
     alone = share_of_loss(model, collate([second]), "token", Denominators(1, 1))[1][0]
     assert (leaked - alone).abs().max() > 1e-2
+
+
+def test_sequences_of_one_chat_count_once_if_asked():
+    import numpy as np
+    from nemotron_nb.data.pack import make_pack
+    rng = np.random.default_rng(0)
+    made = [(rng.integers(1, VOCAB, n), np.r_[np.zeros(2, np.uint8), np.ones(n - 2, np.uint8)]) for n in (6, 12, 9)]
+    packs = [make_pack([i for i, _ in made], [m for _, m in made], ["a", "b", "a"])]
+    model = build_model(ModelConfig(hidden_size=32, mamba_heads=2, expert_size=16, experts=4, attention_heads=2), VOCAB)
+    for unit, owners, conversations in (("sequence", [0, 1, 2], 3), ("conversation", [0, 1, 0], 2)):
+        batch = global_batch(packs, unit)
+        assert batch.denominators == Denominators(21, conversations)
+        whole = sum(share_of_loss(model, collate([r]), "sample", batch.denominators)[0] for r in batch.rows)
+        nll = torch.cat([share_of_loss(model, collate([r]), "token", batch.denominators)[1][0] for r in batch.rows])
+        mask = torch.cat([torch.from_numpy(r.mask) for r in batch.rows])
+        owner = torch.cat([torch.full((len(r),), o) for r, o in zip(batch.rows, owners)])
+        from nemotron_nb.loss.two_stage import loss_by_hand
+        torch.testing.assert_close(whole, loss_by_hand(nll, mask, owner, "sample"), rtol=1e-5, atol=1e-6)

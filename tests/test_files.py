@@ -261,6 +261,9 @@ def test_a_truncated_file_gives_its_rows_and_one_reject(tmp_path, pack):
         assert got[-1][1] == Reject(str(path), len(got), "truncated_file", got[-1][1].detail)
         most = max(most, len(got))
     assert most > 1000
+    array = written(tmp_path, pack(json.dumps(rows).encode())[:-40], path.name.replace("jsonl", "json"))
+    got = read(array)
+    assert [v for _, v in got[:-1]] == rows[: len(got) - 1] and reasons(got) == ["truncated_file"] and len(got) > (1400 if pack is gzip.compress else 1000)
 
 
 def test_damage_inside_a_compressed_file(tmp_path):

@@ -1,17 +1,15 @@
 """The fused masked loss on a CPU against the loop over rows: values, gradients, edges, processes that share a vocabulary, compilation."""
 
 import functools
-import json
 import math
-import os
 import subprocess
 import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fused_worker import run_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_problems import assert_all_close, dense_nll, gradients, problem
@@ -448,15 +446,3 @@ def test_the_library_works_without_triton():
 def test_processes_that_share_a_vocabulary(shards, tmp_path):
     """Real processes over gloo, parts of unequal size, both strategies: one loss, and the gradients of the whole."""
     run_shards(shards, tmp_path, {})
-
-
-def run_shards(shards: tuple[int, ...], folder: Path, environment: dict[str, str]) -> None:
-    """Start a process for each part of the vocabulary, and wait for all of them to be right."""
-    script = Path(__file__).with_name("fused_worker.py")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    workers = [
-        subprocess.Popen([sys.executable, script, str(rank), json.dumps(shards), str(folder / "store")], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in range(len(shards))
-    ]
-    said = [worker.communicate(timeout=120)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0] * len(shards), "\n".join(said)

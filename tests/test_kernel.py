@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from fused_worker import run_shards
 from loss_problems import gradients, problem
-from test_fused import run_shards
 
 from nemotron_nb.loss.fused import masked_linear_cross_entropy
 
@@ -28,7 +28,7 @@ def in_a_process(*command: str, **environment: str) -> str:
 
 def run_cases(**environment: str) -> None:
     """All of `kernel_cases.py`; none may be missing or skipped."""
-    said = in_a_process("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "kernel_cases.py", **environment)
+    said = in_a_process("-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "kernel_cases.py", **environment)
     assert " passed" in said and "skipped" not in said, said
 
 

@@ -178,6 +178,8 @@ GOOD_CALL = call_text("f", {"a": "1"})
         GOOD_CALL.replace("\n1\n", "1"),
         GOOD_CALL.replace("1", "1\n</parameter>\n<parameter=a>\n2"),
         GOOD_CALL.replace("1", "<tool_call>"),
+        GOOD_CALL.replace("1", "x </function>"),
+        GOOD_CALL.replace("1", "x <parameter=b>"),
         '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>',
         "</tool_call>" + GOOD_CALL,
         "<tool_call>\n<function=f>\n" + "<parameter=a>\n1\n</parameter>\n" * 3000,
@@ -189,6 +191,14 @@ def test_a_call_written_otherwise_is_refused_and_only_by_the_assistant(content):
         for role in ("user", "system", "tool"):
             assert parse({"role": role, "content": content}, ANSWER, tools=tools).messages[0]["content"] == content
     assert reason({"messages": [USER, {"role": "assistant", "content": content, "tool_calls": [{"name": "f"}]}]}) == "call_text"
+
+
+def test_calls_given_twice_are_refused():
+    assert reason({"messages": [USER, {"role": "assistant", "content": GOOD_CALL, "tool_calls": [{"name": "f"}]}]}) == "call_text"
+
+
+def test_blank_lines_before_a_thought_are_removed():
+    assert one({"content": "4", "reasoning_content": " \n\n  r\n"}) == ({"content": "4", "reasoning_content": "  r\n"}, ("blank_lines_before_thought",))
 
 
 @pytest.mark.parametrize("content", ["A call opens with <tool_call> and a line break.", "<tool_call>", "see <function=f>"])

@@ -105,6 +105,12 @@ def test_one_pack_costs_one_row_group_and_no_copy(tmp_path, monkeypatch):
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda self, g, **k: read.append(g) or real(self, g, **k))
     first, second = reader[0], reader[1]
     assert read == [0] and np.shares_memory(first.input_ids.base, second.input_ids.base) and not first.input_ids.flags.writeable
+    several = PackReader(tmp_path, keep=2)
+    begins = several._first.tolist()
+    for group in (0, 1, 0, 2, 0):
+        several[begins[group]]
+    assert read == [0, 0, 1, 2], "the group used longest ago makes room"
+    read[:] = [0]
     list(reader)
     assert read == list(range(pq.read_metadata(tmp_path / "a.parquet").num_row_groups)), "in order, each group is read once"
 
@@ -213,8 +219,8 @@ INT, BYTE = pa.list_(pa.int32()), pa.list_(pa.uint8())
 def test_a_wrong_shard_is_refused_by_file_and_pack(tmp_path, columns, says):
     good = {"input_ids": pa.array(IDS, INT), "loss_mask": pa.array(MASK, BYTE), "seq_start_id": pa.array(STARTS, INT)}
     path = tmp_path / "bad.parquet"
-    pq.write_table(pa.table(good), path)
-    assert [p.input_ids.tolist() for p in read_packs(path)] == IDS
+    pq.write_table(pa.table(good), tmp_path / "a.parquet")
+    assert [p.input_ids.tolist() for p in read_packs(tmp_path)] == IDS
     pq.write_table(pa.table({k: v for k, v in (good | columns).items() if v is not None}), path, row_group_size=1)
     with pytest.raises(UserError) as error:
         read_packs(tmp_path)

@@ -161,6 +161,12 @@ def test_every_prefix_is_a_slice_of_the_two_forms(messages, tools):
         assert [first_turn(messages, tools), *history[:cut], *live[cut : starts[end]]] == chunks(messages[:end], tools)
 
 
+def test_a_call_behind_white_space_is_remembered_without_it():
+    messages = [user("q"), assistant("  lead", **call(a="s")), user("q2")]
+    live, history, _ = turns(messages)
+    assert live[2].text.startswith("  lead\n<tool_call>") and history[2].text.startswith("lead\n<tool_call>")
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(message, min_size=1, max_size=5), tools, switches)
 def test_x_ray_shows_every_character_once_and_is_safe(messages, tools, switches):

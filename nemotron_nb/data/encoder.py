@@ -90,7 +90,7 @@ def character_classes() -> np.ndarray:
             classes[points[_asked(bracket, characters)]] |= bit
     return classes
 
-# %% ../../nbs/data/02a_encoder.ipynb #88358bca
+# %% ../../nbs/data/02a_encoder.ipynb #67c3f4b0
 def _class_at(text: np.ndarray, i: int, classes: np.ndarray) -> tuple[int, int]:
     """The class of the character that begins at byte `i` of UTF-8 text, and how many bytes it has."""
     a = int(text[i])
@@ -159,9 +159,7 @@ def next_word(
             return behind
     if kind & (CAPITAL | SMALL):
         here, capitals_here = _letters(text, start, end, classes)
-        if here >= 0:
-            return here
-        return max(capitals_here, capitals_behind)
+        return here if here >= 0 else capitals_here  # a mark, which may also stand before a word, always gives `here`
     if capitals_behind > start + width:
         return capitals_behind
     if kind & NUMBER:

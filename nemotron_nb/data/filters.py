@@ -6,8 +6,8 @@
 __all__ = ['STRUCTURE_REASONS', 'REPETITION_REASONS', 'LICENCE_REASONS', 'REASONS', 'OPEN_LICENCES', 'Finding', 'SPDX',
            'MAX_WAYS', 'UNLESS_REACH', 'Judge', 'FilterPolicy', 'structure_findings', 'words', 'repeats_by_hand',
            'repeats', 'repetition_curve', 'split_code', 'spoken', 'repetition_findings', 'plain_form', 'safe_pattern',
-           'Family', 'load_families', 'family_hits', 'narrative_findings', 'licence_findings', 'Verdict', 'findings',
-           'check', 'apply_filters', 'FilterReport', 'filter_report']
+           'Family', 'list_path', 'load_families', 'family_hits', 'narrative_findings', 'licence_findings', 'Verdict',
+           'findings', 'check', 'apply_filters', 'FilterReport', 'filter_report']
 
 # %% ../../nbs/data/08_filters.ipynb #abad3d8f
 import functools
@@ -392,7 +392,7 @@ def safe_pattern(
     except (re.error, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"the pattern {pattern!r} cannot be used: {error}", where=where, why="one text could stop the preparation, or every text be rejected", fix="see the head of the shipped list") from error
 
-# %% ../../nbs/data/08_filters.ipynb #bd122cac
+# %% ../../nbs/data/08_filters.ipynb #ccddb7fa
 @dataclass(frozen=True)
 class Family:
     """Patterns that mean the same thing, and what makes a hit harmless."""
@@ -444,15 +444,22 @@ def _parsed(text: str, where: str) -> tuple[Family, ...]:
     return tuple(_family(entry, where) for entry in entries)
 
 
-def load_families(
+def list_path(
     name: str,  # a list that ships with the library, or the path of a .toml file
-) -> tuple[Family, ...]:
-    """The families of a list, checked and compiled; `UserError` names the list, the family and what is wrong."""
+) -> Path:
+    """The file of a list; `UserError` with the nearest name if there is none."""
     folder = Path(str(files("nemotron_nb"))) / "data" / "assets" / "filters"
     path = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
     if not path.is_file():
         raise UserError("there is no such list", where=f"narrative_lists: {name}", fix=f"give the path of a .toml file; shipped lists: {nearest(name, [p.stem for p in folder.glob('*.toml')])}")
-    return _parsed(path.read_text(encoding="utf-8"), str(name))
+    return path
+
+
+def load_families(
+    name: str,  # a list that ships with the library, or the path of a .toml file
+) -> tuple[Family, ...]:
+    """The families of a list, checked and compiled; `UserError` names the list, the family and what is wrong."""
+    return _parsed(list_path(name).read_text(encoding="utf-8"), str(name))
 
 # %% ../../nbs/data/08_filters.ipynb #21f5b779
 UNLESS_REACH = 60  # characters before and behind a hit in which `unless` is looked for

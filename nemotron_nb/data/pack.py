@@ -177,7 +177,7 @@ class Packing:
         most = int(np.diff(self.starts).max()) if len(self) else 0
         return f"Packing({len(self.order):,} sequences in {len(self):,} packs, at most {most} in one)"
 
-# %% ../../nbs/data/05_pack.ipynb #f676eba3
+# %% ../../nbs/data/05_pack.ipynb #fd10032c
 def next_fit_by_hand(lengths: Sequence[int], capacity: int, order: Sequence[int]) -> Bins:
     """Each sequence behind the last, a new pack when it does not fit. The oracle for `next_fit`."""
     bins: Bins = []
@@ -193,12 +193,13 @@ def next_fit_by_hand(lengths: Sequence[int], capacity: int, order: Sequence[int]
 
 def next_fit(lengths: Sequence[int], capacity: int, order: Sequence[int]) -> Packing:
     """The same packs as `next_fit_by_hand`, by one binary search a pack in the running sum."""
-    ends = np.cumsum([lengths[i] for i in order], dtype=np.int64).tolist()
+    taken = np.asarray(order, np.int64)
+    ends = np.cumsum(np.asarray(lengths, np.int64)[taken]).tolist()
     starts = [0]
     while starts[-1] < len(ends):
         laid = ends[starts[-1] - 1] if starts[-1] else 0
         starts.append(bisect_right(ends, laid + capacity, starts[-1]))
-    return Packing(np.array(order, np.int64), np.array(starts, np.int64))
+    return Packing(taken, np.array(starts, np.int64))
 
 # %% ../../nbs/data/05_pack.ipynb #4bc7de44
 def _shuffled(lengths: np.ndarray, seed: int) -> np.ndarray:
@@ -265,7 +266,7 @@ def _pack_compiled(lengths: np.ndarray, capacity: int, order_by: _Order, fit: _F
         pack_of, count = fast.best_fit(lengths, capacity, order)
     return Packing(*fast.grouped(pack_of, order, count))
 
-# %% ../../nbs/data/05_pack.ipynb #70c5ecd8
+# %% ../../nbs/data/05_pack.ipynb #c4ff6a79
 def _whole_numbers(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     """int64 [S]. Refuses anything but whole numbers; a bool is not a length."""
     given = np.asarray(lengths)
@@ -304,10 +305,12 @@ def pack(
             fix="raise pack_size, or choose what happens to long sequences with overflow",
         )
     order_by, fit = _ALGORITHMS[algorithm]
-    if fit is not next_fit and packing_tier(len(sizes), compiled) == "numba":
+    tier = packing_tier(len(sizes), compiled)
+    if fit is next_fit:
+        return next_fit(sizes, capacity, order_by(sizes, seed))
+    if tier == "numba":
         return _pack_compiled(sizes, capacity, order_by, fit, seed)
-    packed = fit(sizes.tolist(), capacity, order_by(sizes, seed).tolist())
-    return packed if isinstance(packed, Packing) else Packing.from_bins(packed)
+    return Packing.from_bins(fit(sizes.tolist(), capacity, order_by(sizes, seed).tolist()))
 
 # %% ../../nbs/data/05_pack.ipynb #ef319387
 def length_bars(
@@ -402,6 +405,39 @@ def make_pack(
     return Pack(tokens, mask, starts, tuple(conversation_ids), tuple(sources))
 
 # %% ../../nbs/data/05_pack.ipynb #88f78b91
+def alignment(
+    explicit: int = 1,  # a multiple that the user asks for
+    context_parallel: int = 1,  # ranks that share a sequence
+    tensor_parallel: int = 1,  # ranks that share a layer
+    sequence_parallel: bool = False,  # do the tensor-parallel ranks also divide the sequence?
+) -> int:
+    """The multiple that the positions of each sequence must be padded to: lcm(explicit, 2 CP if CP > 1, CP TP if SP and TP > 1)."""
+    if min(explicit, context_parallel, tensor_parallel) < 1:
+        raise UserError(f"numbers of ranks and multiples are at least 1, got {explicit}, {context_parallel}, {tensor_parallel}", where="pad_to_multiple")
+    context = 2 * context_parallel if context_parallel > 1 else 1
+    tensor = context_parallel * tensor_parallel if sequence_parallel and tensor_parallel > 1 else 1
+    return math.lcm(explicit, context, tensor)
+
+
+def aligned(
+    lengths: Sequence[int] | np.ndarray,  # [S] tokens of each sequence, at least 1
+    multiple: int,  # from `alignment`
+) -> np.ndarray:
+    """int64 [S]: stored length with padding, the least L' >= L with L' - 1 a multiple. What `pack` should be given."""
+    if multiple < 1:
+        raise UserError(f"a length cannot be a multiple of {multiple}", where="pad_to_multiple", fix="give 1 for no padding")
+    return -(-(_whole_numbers(lengths) - 1) // multiple) * multiple + 1
+
+
+def longest(
+    capacity: int,  # tokens a pack can hold
+    multiple: int = 1,
+) -> int:
+    """Tokens of the longest sequence that fits a pack once it is padded."""
+    _check_capacity(capacity)
+    return (capacity - 1) // multiple * multiple + 1
+
+# %% ../../nbs/data/05_pack.ipynb #ae19b1b2
 def alignment(
     explicit: int = 1,  # a multiple that the user asks for
     context_parallel: int = 1,  # ranks that share a sequence

@@ -7,7 +7,7 @@ __all__ = ['SPLITS', 'COMPAT', 'FORMATS', 'ON_BAD', 'UNIT_BYTES', 'TokenizerSect
            'Plan', 'make_plan', 'data_key', 'Corpus', 'Ledger', 'SplitPlan', 'Manifest', 'Built', 'prepare',
            'length_histogram']
 
-# %% ../../nbs/data/06_prep.ipynb #d2737adf
+# %% ../../nbs/data/06_prep.ipynb #a2fd31b3
 import dataclasses
 import errno
 import fcntl
@@ -32,16 +32,18 @@ from .blend import Blend, Dataset, blend_table, draw, load_blend, resolve, singl
 from .compat import shard_plan, split_shards
 from .encoder import TIERS
 from .files import Reject, Unit, open_chats, units
+from .filters import FilterPolicy
 from .jinja_template import Template, chat_template
 from .mask import LOSS_MODES
 from .pack import ALGORITHMS, OVERFLOWS, Packing, Spans, aligned, close_turn, fitted, longest, pack
+from .reasoning import ReasoningPolicy
 from .sample import sample_path
 from .shards import COMPRESSIONS, NPY_NAMES, REFERENCE_LAYOUT, Sequences, read_packs, write_npy, write_shard
-from .spool import EXECUTORS, Joined, Progress, RowSettings, Spooled, Task, code_digest, settings_digest, tokenize, worker_count
+from .spool import EXECUTORS, JudgeSection, Joined, Progress, RowSettings, Spooled, Task, code_digest, settings_digest, tokenize, worker_count
 from .tokenizer import ChatTokenizer, load_tokenizer
 from ..viz import Picture, joined, png, table
 
-# %% ../../nbs/data/06_prep.ipynb #c4c41861
+# %% ../../nbs/data/06_prep.ipynb #d37f58bc
 SPLITS = ("train", "valid", "test")
 COMPAT, FORMATS, ON_BAD = ("fixed", "nvidia"), ("parquet", "npy"), ("quarantine", "fail")
 
@@ -72,6 +74,10 @@ class PrepConfig:
     used_in_field: str = "used_in"
     loss_mode: str = "all"  # which assistant turns are trained
     allow_special_in_text: bool = False  # may a chat's own text become special tokens?
+    filter_chats: bool = False  # reject chats by the rules of `filters`
+    filters: FilterPolicy = FilterPolicy()
+    judge: JudgeSection = JudgeSection()  # asked by the filters whether a chat is consistent
+    reasoning: ReasoningPolicy = ReasoningPolicy()  # which thoughts are stripped, cut or marked
     max_doc_tokens: int | None = None  # longest sequence; longer ones are treated as `overflow` says
     pack_size: int = 4096  # tokens a pack can hold; 0 takes the smallest power of two from 2048 on that holds the longest sequence
     pad_to_multiple: int = 1  # sequences are padded to a multiple of this, for context parallelism
@@ -154,7 +160,7 @@ def assign_splits(
             split[min(train, key=positions.get)] = name
     return split
 
-# %% ../../nbs/data/06_prep.ipynb #7be72fa2
+# %% ../../nbs/data/06_prep.ipynb #3c841133
 @dataclass(frozen=True)
 class Source:
     """One dataset of the blend, and the units of its files."""
@@ -198,7 +204,7 @@ class Plan:
     def row_settings(self, dataset: Dataset) -> RowSettings:
         """What decides the tokens of a dataset's rows."""
         c = self.config
-        same = {n: getattr(c, n) for n in ("chat_template", "messages_field", "tools_field", "used_in_field", "loss_mode", "allow_special_in_text", "compat")}
+        same = {n: getattr(c, n) for n in ("chat_template", "messages_field", "tools_field", "used_in_field", "loss_mode", "allow_special_in_text", "filter_chats", "filters", "judge", "reasoning", "compat")}
         return RowSettings(dataset, c.tokenizer.model, used_in_filter=c.used_in_filter or "", add_bos=c.tokenizer.add_bos, **same)
 
     def task(self, source: Source, unit: Unit, max_rows: int = 0) -> Task:
@@ -206,7 +212,7 @@ class Plan:
         settings = dataclasses.replace(self.row_settings(source.dataset), max_rows=max_rows)
         key = digest([unit.digest, unit.path, unit.first_line, unit.start, max_rows])
         run = settings_digest(dataclasses.replace(settings, max_rows=0), self.tokenizer, self.template)
-        return Task(unit, settings, str(self.runs / run / "datasets" / source.dataset.name / key), run, self.config.encoder, tables=str(self.runs / "tables"))
+        return Task(unit, settings, str(self.runs / run / "datasets" / source.dataset.name / key), run, self.config.encoder, kept=str(self.runs))
 
     @functools.cached_property
     def key(self) -> str:
@@ -305,7 +311,7 @@ def _corpus(sources: Sequence[Source], spools: Sequence[Sequence[Spooled]]) -> C
     whole = {name: np.concatenate(parts).astype(np.int64) for name, parts in columns.items()}
     return Corpus(tuple(flat), chat_ids=tuple(ids), paths=tuple(paths), **whole)
 
-# %% ../../nbs/data/06_prep.ipynb #66e198a2
+# %% ../../nbs/data/06_prep.ipynb #862f2363
 @dataclass
 class Ledger:
     """What happened to the rows and tokens on the way."""
@@ -316,6 +322,7 @@ class Ledger:
     left_out: list[Reject] = field(default_factory=list)  # rows that settings leave out
     dropped: list[Reject] = field(default_factory=list)  # sequences of used rows that were left out
     repairs: Counter[str] = field(default_factory=Counter)
+    changes: list[dict[str, Any]] = field(default_factory=list)  # what reasoning control did
     truncated_sequences: int = 0
     truncated_tokens: int = 0
     dropped_tokens: int = 0
@@ -327,6 +334,7 @@ class Ledger:
         self.rejects += [Reject(**r) for r in record["rejects"]]
         self.left_out += [Reject(**r) for r in record["left_out"]]
         self.repairs.update(record["repairs"])
+        self.changes += record["changes"]
 
     def check(self, config: PrepConfig, where: str) -> None:
         """Raise `UserError` if there was nothing, or if too much of it cannot be used."""
@@ -508,7 +516,7 @@ class Manifest:
 
 _LOSSES = (("bad row", "rejects"), ("row left out", "left_out"), ("sequence dropped", "dropped_sequences"))
 
-# %% ../../nbs/data/06_prep.ipynb #53081519
+# %% ../../nbs/data/06_prep.ipynb #c5fae418
 def _summary_of_split(corpus: Corpus, spans: Spans, trained: np.ndarray, plans: Sequence[SplitPlan], pack_size: int) -> dict[str, Any]:
     """Counts of a split."""
     chosen = np.concatenate([np.zeros(0, np.int64), *(p.spans for p in plans)])
@@ -544,6 +552,7 @@ def _notes(values: Mapping[str, Any], ledger: Ledger) -> list[str]:
     if ledger.dropped:
         notes.append(f"{len(ledger.dropped)} sequences with {ledger.dropped_tokens} tokens were left out, see rejects.jsonl")
     notes += [f"{n} chats were repaired: {name}" for name, n in sorted(ledger.repairs.items())]
+    notes += [f"reasoning control: {n} chats {action}, see changes.jsonl" for action, n in values["reasoning"].items()]
     notes += [f"the {name} split is empty" for name, s in values["splits"].items() if not s["packs"]]
     return notes
 
@@ -552,7 +561,7 @@ def _counted(rows: Iterable[Reject]) -> dict[str, int]:
     """Reasons and how often each occurs, the most frequent first."""
     return dict(sorted(Counter(r.reason for r in rows).items(), key=lambda item: (-item[1], item[0])))
 
-# %% ../../nbs/data/06_prep.ipynb #5538a8ca
+# %% ../../nbs/data/06_prep.ipynb #f6e12272
 @dataclass(frozen=True)
 class Built:
     """Everything that is decided before anything is written."""
@@ -603,6 +612,7 @@ def _build(plan: Plan, corpus: Corpus, ledger: Ledger) -> Built:
         "dropped_sequences": _counted(ledger.dropped),
         "examples": {r.reason: f"{Path(r.source).name}:{r.line}: {r.detail}"[:200] for r in reversed([*ledger.rejects, *ledger.left_out, *ledger.dropped])},
         "repairs": dict(sorted(ledger.repairs.items())),
+        "reasoning": dict(sorted(Counter(c["action"] for c in ledger.changes).items())),
         **{name: sum(s[name] for s in splits.values()) for name in ("sequences", "tokens", "trained_tokens")},
         "truncated_sequences": ledger.truncated_sequences,
         "truncated_tokens": ledger.truncated_tokens,
@@ -639,7 +649,7 @@ def _identity(plan: Plan, pack_size: int) -> dict[str, Any]:
         **{name: getattr(config, name) for name in ("algorithm", "overflow", "pad_to_multiple", "loss_mode", "compat", "format", "seed", "sample")},
     }
 
-# %% ../../nbs/data/06_prep.ipynb #b8989ef6
+# %% ../../nbs/data/06_prep.ipynb #9bc85ff7
 def _sequences(corpus: Corpus, sources: Sequence[Source]) -> Sequences:
     """All sequences as one long array that stays on disk."""
     return Sequences(
@@ -705,14 +715,15 @@ def _metadata(built: Built) -> dict[str, Any]:
 def _write(built: Built, folder: Path, workers: int) -> None:
     """Everything but the tokenized units, into an empty folder."""
     names = _write_data(built, folder, workers)
-    write_atomic(folder / "rejects.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in built.ledger.listed()))
+    for name, rows in (("rejects", built.ledger.listed()), ("changes", built.ledger.changes)):
+        write_atomic(folder / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
     built.plan.tokenizer.save(folder / "tokenizer", chat_template=built.plan.template.text)
     write_json(folder / "blend.json", {s: [x for name in names[s] for x in ("1.0", name)] for s in SPLITS if names[s]})
     write_json(folder / "metadata.json", _metadata(built))
     write_json(folder / "manifest.json", built.values)
 
-# %% ../../nbs/data/06_prep.ipynb #75275ce6
-_OWN = ("splits", "tokenizer", *(f"{name}.npy" for name in NPY_NAMES.values()), "rejects.jsonl", "blend.json", "metadata.json", "manifest.json")
+# %% ../../nbs/data/06_prep.ipynb #203c88f7
+_OWN = ("splits", "tokenizer", *(f"{name}.npy" for name in NPY_NAMES.values()), "rejects.jsonl", "changes.jsonl", "blend.json", "metadata.json", "manifest.json")
 
 
 def _is_own(name: str) -> bool:

@@ -368,7 +368,7 @@ def _tools(record: Mapping[str, Any], field: str, repairs: dict[str, None]) -> t
         normal, text = pruned, _canonical(pruned)
     return normal, text
 
-# %% ../../nbs/data/00_records.ipynb #10dfe23f
+# %% ../../nbs/data/00_records.ipynb #6c1e8966
 @functools.cache
 def _fast_writer() -> Callable[[Any], bytes] | None:
     """A faster writer of canonical text, where the package orjson is installed."""
@@ -380,13 +380,13 @@ def _fast_writer() -> Callable[[Any], bytes] | None:
 
 
 def _written_alike(value: Any) -> bool:
-    """Do all JSON writers write this value with the same bytes? Fractions and very large numbers they do not."""
+    """Do all JSON writers write this value with the same bytes, if they write it? Fractions they do not."""
     kind = type(value)
     if kind is dict:
         return all(map(_written_alike, value.values()))
     if kind is list:
         return all(map(_written_alike, value))
-    return kind in (str, bool, type(None)) or (kind is int and -(2**63) <= value < 2**63)
+    return kind in (str, int, bool, type(None))
 
 
 def _messages_text(messages: Sequence[Mapping[str, Any]]) -> bytes:
@@ -395,7 +395,7 @@ def _messages_text(messages: Sequence[Mapping[str, Any]]) -> bytes:
     try:
         if write and all(_written_alike(call["arguments"]) for m in messages for call in m.get("tool_calls", ())):
             return write(messages)
-    except (TypeError, RecursionError):  # half a character, a key that is not text, no end: the exact writer says what
+    except (TypeError, RecursionError):  # half a character, a very large number, a key that is not text: the exact writer decides
         pass
     return _canonical(messages).encode()
 

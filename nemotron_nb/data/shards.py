@@ -105,7 +105,7 @@ def gather(
     chosen, sequence_starts = packing.order[first:last], packing.starts[packs.start : packs.stop + 1] - first
     which, lengths = spans.sequence[chosen], spans.lengths[chosen]
     begins = sequences.offsets[which] + spans.start[chosen]
-    tokens, marks = np.asarray(sequences.input_ids), np.asarray(sequences.loss_mask)
+    tokens, marks = sequences.input_ids, sequences.loss_mask
     parts = [(tokens[a:b], marks[a:b]) for a, b in zip(begins.tolist(), (begins + lengths).tolist())]
     for k in np.flatnonzero(spans.closing[chosen]).tolist():
         parts[k] = close_turn(*parts[k], _closing_token(close_id))

@@ -19,10 +19,10 @@ from transformers import NemotronHForCausalLM
 
 from ..data.pack import Pack
 from ..data.tokenizer import ChatTokenizer
-from ..loss.two_stage import Denominators
-from .batches import Row, collate, global_batch, grouped, share_of_loss, sums_of
+from ..loss.two_stage import Denominators, MeanPair
+from .batches import Row, collate, global_batch, grouped, share_of_loss
 
-# %% ../../nbs/train/23_evaluate.ipynb #36659e89
+# %% ../../nbs/train/23_evaluate.ipynb #ae79ef25
 @dataclass(frozen=True)
 class HeldOutLoss:
     """Both means over all held-out conversations, in nats."""
@@ -38,15 +38,15 @@ def held_out_loss(
     model: NemotronHForCausalLM,
     packs: Sequence[Pack],
     max_tokens: int = 8192,  # padded tokens of a micro-batch
+    unit: str = "sequence",  # what counts as one conversation: see loss.conversation_unit
 ) -> HeldOutLoss:
     """The loss on held-out packs. It does not depend on `max_tokens`."""
-    whole = global_batch(packs)
-    totals = np.zeros(2)
+    whole = global_batch(packs, unit)
+    pair = MeanPair.counted(whole.denominators, model.device)
     for group in grouped(whole.rows, max_tokens):
         batch = collate(group, model.device)
-        totals += sums_of(share_of_loss(model, batch, "token", whole.denominators)[1], batch)
-    counts = whole.denominators
-    return HeldOutLoss(float(totals[0]) / counts.tokens, float(totals[1]) / counts.conversations, counts.tokens, counts.conversations)
+        pair += MeanPair.of(share_of_loss(model, batch, "token", whole.denominators)[1], batch.lengths)
+    return HeldOutLoss(**pair.record())
 
 # %% ../../nbs/train/23_evaluate.ipynb #8c77fcde
 def ids_of(row: Row) -> list[int]:
@@ -263,7 +263,7 @@ def generations(
         found.append(Generation(name, text, tokenizer.decode(expected), tokenizer.decode(ids), **asdict(form), well_formed=form.well_formed, exact=exact))
     return found
 
-# %% ../../nbs/train/23_evaluate.ipynb #b9b5d442
+# %% ../../nbs/train/23_evaluate.ipynb #2c8ef0dd
 def example_of(
     model: NemotronHForCausalLM,
     rows: Sequence[Row],
@@ -285,6 +285,7 @@ def evaluate(
     num_generations: int = 32,
     max_new_tokens: int = 160,
     max_tokens: int = 8192,  # padded tokens of a micro-batch
+    unit: str = "sequence",  # what counts as one conversation: see loss.conversation_unit
 ) -> dict[str, Any]:
     """Loss, one conversation token by token, generations and their health, ready for JSON."""
     rows = global_batch(packs).rows
@@ -292,7 +293,7 @@ def evaluate(
     rate = {f"{name}_rate": sum(getattr(g, name) for g in written) / len(written) if written else 0.0 for name in ("well_formed", "called_as_expected", "exact")}
     return {
         "step": step,
-        **asdict(held_out_loss(model, packs, max_tokens)),
+        **asdict(held_out_loss(model, packs, max_tokens, unit)),
         "example": example_of(model, rows, tokenizer),
         "generations": [asdict(g) for g in written],
         **rate,

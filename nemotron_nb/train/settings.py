@@ -10,7 +10,7 @@ __all__ = ['TINY', 'DECAY_STYLES', 'ModelConfig', 'TrainSection', 'OptimizerSect
 from dataclasses import dataclass, field
 
 from ..core import UserError, nearest
-from ..loss.schedule import Phase, StageSchedule
+from ..loss.schedule import Phase, StageSchedule, check_unit
 
 # %% ../../nbs/train/18_settings.ipynb #e166f300
 TINY = "tiny"
@@ -76,6 +76,7 @@ class LossSection:
     """Which loss at which step, e.g. [{stage: token, steps: 60}, {stage: sample}]."""
 
     stages: list[Phase] = field(default_factory=lambda: [Phase("token")])
+    conversation_unit: str = "sequence"  # what counts once in the sample stage: each training sequence, or ("conversation") all of a chat that are in the step
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class TrainConfig:
         both = self.scheduler.lr_warmup_iters > 0 and self.scheduler.lr_warmup_samples > 0
         _require(not both, "scheduler", "a warm-up in steps and one in samples", "give one of the two")
         StageSchedule.from_config(self.loss.stages).plan(self.train.train_iters)
+        check_unit(self.loss.conversation_unit)
 
 
 def _require(holds: bool, where: str, what: str, fix: str) -> None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['learning_rate', 'make_optimizer', 'train_step', 'MetricsFile', 'export_model', 'train']
 
-# %% ../../nbs/train/22_torch_engine.ipynb #693d4dd2
+# %% ../../nbs/train/22_torch_engine.ipynb #925a6019
 import json
 import math
 import os
@@ -22,10 +22,12 @@ from transformers import NemotronHForCausalLM
 
 from ..core import UserError, new_folder, write_json
 from ..data.pack import Pack
-from ..data.prep import Manifest, read_packs
+from ..data.prep import Manifest
+from ..data.shards import read_packs
 from ..data.tokenizer import load_tokenizer
 from ..loss.schedule import StageSchedule
-from .batches import GlobalBatch, MicroBatch, collate, global_batch, grouped, packs_of_step, rows_of, share_of_loss, sums_of
+from ..loss.two_stage import MeanPair
+from .batches import GlobalBatch, MicroBatch, collate, global_batch, grouped, packs_of_step, rows_of, share_of_loss
 from .evaluate import evaluate, held_out_loss
 from .model import build_model
 from .settings import OptimizerSection, TrainConfig
@@ -37,13 +39,14 @@ def learning_rate(
 ) -> float:
     """The learning rate of a step."""
     s, peak = config.scheduler, config.optimizer.lr
+    step, of, factor = StageSchedule.from_config(config.loss.stages).clock(step, config.train.train_iters)
     warmup = max(s.lr_warmup_iters, s.lr_warmup_samples / config.train.global_batch_size)
     if step + 1 < warmup:
-        return peak * (step + 1) / warmup
+        return factor * peak * (step + 1) / warmup
     if s.lr_decay_style == "constant":
-        return peak
-    progress = max(0.0, step - warmup) / max(1.0, config.train.train_iters - warmup)
-    return s.min_lr + (peak - s.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+        return factor * peak
+    progress = max(0.0, step - warmup) / max(1.0, of - warmup)
+    return factor * (s.min_lr + (peak - s.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 # %% ../../nbs/train/22_torch_engine.ipynb #576cb3b5
 def make_optimizer(
@@ -80,22 +83,19 @@ def train_step(
     """One optimizer step. Returns its line of the metrics file."""
     started, counts = time.perf_counter(), batch.denominators
     stage = StageSchedule.from_config(config.loss.stages).stage_at(step)
-    loss, by_token, by_sample = 0.0, 0.0, 0.0
+    loss, pair = 0.0, MeanPair.counted(counts, model.device)
     for rows in grouped(batch.rows, config.train.micro_batch_tokens):
         micro = collate(rows, model.device)
         share, nll_RT = share_of_loss(model, micro, stage, counts)
         _stop_if_not_finite(share, nll_RT, micro, step)
         share.backward()
-        sums = sums_of(nll_RT, micro)
-        loss, by_token, by_sample = loss + share.item(), by_token + sums[0], by_sample + sums[1]
+        loss, pair = loss + share.item(), pair + MeanPair.of(nll_RT, micro.lengths)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_grad or math.inf)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
     optimizer.step()
     optimizer.zero_grad()
-    means = {"loss": loss, "loss_token": by_token / counts.tokens, "loss_sample": by_sample / counts.conversations}
-    size = {"tokens": batch.tokens, "trained_tokens": counts.tokens, "conversations": counts.conversations}
-    line = {"kind": "train", "step": step + 1, "stage": stage, **means, "lr": learning_rate(step, config), "grad_norm": norm.item(), **size}
+    line = {"kind": "train", "step": step + 1, "stage": stage, "loss": loss, **pair.record(), "lr": learning_rate(step, config), "grad_norm": norm.item(), "tokens": batch.tokens}
     return line | {"seconds": time.perf_counter() - started}
 
 # %% ../../nbs/train/22_torch_engine.ipynb #4fa3c3de
@@ -185,7 +185,7 @@ def _progress(line: dict[str, Any], steps: int) -> str:
         f"lr {line['lr']:.2e}  grad {line['grad_norm']:.2f}  {line['tokens'] / line['seconds']:,.0f} tokens/s"
     )
 
-# %% ../../nbs/train/22_torch_engine.ipynb #2c883c68
+# %% ../../nbs/train/22_torch_engine.ipynb #a9fc9ea9
 def train(
     config: TrainConfig,
 ) -> None:
@@ -202,7 +202,7 @@ def train(
     with MetricsFile(output / "metrics.jsonl") as metrics:
 
         def examine(name: str, step: int) -> None:
-            found = evaluate(model, held_out, tokenizer, step, e.num_generations, e.max_new_tokens, t.micro_batch_tokens)
+            found = evaluate(model, held_out, tokenizer, step, e.num_generations, e.max_new_tokens, t.micro_batch_tokens, config.loss.conversation_unit)
             write_json(output / f"evaluation_{name}.json", found)
             metrics.write(_valid_line(step, found))
             print(f"{name}: held-out loss {found['loss_token']:.3f}, {found['well_formed_rate']:.0%} of {found['num_generations']} generations well formed", flush=True)
@@ -213,12 +213,12 @@ def train(
         examine("before", 0)
         for step in range(t.train_iters):
             chosen = packs_of_step(step, len(packs), t.global_batch_size, t.seed)
-            line = train_step(model, optimizer, global_batch([packs[i] for i in chosen]), step, config)
+            line = train_step(model, optimizer, global_batch([packs[i] for i in chosen], config.loss.conversation_unit), step, config)
             metrics.write(line | {"epoch": (step + 1) * t.global_batch_size / len(packs)})
             if (step + 1) % t.log_interval == 0:
                 print(_progress(line, t.train_iters), flush=True)
             if t.eval_interval and (step + 1) % t.eval_interval == 0 and step + 1 < t.train_iters:
-                metrics.write(_valid_line(step + 1, vars(held_out_loss(model, held_out, t.micro_batch_tokens))))
+                metrics.write(_valid_line(step + 1, vars(held_out_loss(model, held_out, t.micro_batch_tokens, config.loss.conversation_unit))))
         examine("after", t.train_iters)
         export_model(model, data / "tokenizer", output / "model")
         metrics.write({"kind": "end", "steps": t.train_iters, "seconds": time.perf_counter() - started})
