@@ -70,7 +70,7 @@ def _matches(value: Any, kind: Any) -> bool:
 def _type_name(kind: Any) -> str:
     return getattr(kind, "__name__", str(kind)) if not typing.get_args(kind) else str(kind)
 
-# %% ../nbs/00_core.ipynb #fe954856
+# %% ../nbs/00_core.ipynb #3400da2e
 def from_mapping(
     cls: type[T],  # the dataclass to fill
     mapping: Mapping[str, Any],  # names to values; nested mappings for nested dataclasses
@@ -108,7 +108,7 @@ def _fill(kind: Any, value: Any, where: str) -> Any:
             where=where,
             fix=f"write it as {_type_name(kind)}",
         )
-    return value
+    return tuple(value) if typing.get_origin(kind) is tuple else value
 
 # %% ../nbs/00_core.ipynb #3d0bd793
 def write_atomic(

@@ -129,7 +129,14 @@ def test_the_committed_defaults_are_the_recipe(family):
     assert (sft.data.train_ratio, sft.data.valid_ratio, sft.data.test_ratio) == (0.98, 0.01, 0.01)
     assert sft.optimizer.lr == 1e-5
     assert {"nano3": "Nano-30B-A3B", "super3": "Super-120B-A12B"}[family] in sft.model.name
-    assert "Nano-9B-v2" not in sft.data.tokenizer
+    assert "Nano-9B-v2" not in sft.data.tokenizer.model
+
+
+@pytest.mark.parametrize("spelling", ["data.tokenizer=tekken", "data.tokenizer_model=tekken", "data.tokenizer.model=tekken"])
+def test_the_tokenizer_in_each_of_its_spellings(spelling):
+    effective = sft_config("nano3", "tiny", [spelling])
+    assert effective.settings.data.tokenizer.model == "tekken" and effective.origins["data.tokenizer.model"] == "command line"
+    assert data_prep_config("nano3", "tiny", [spelling.removeprefix("data.")]).settings.tokenizer.model == "tekken"
 
 
 def test_nothing_is_marked_as_changed_in_the_recipe_itself():

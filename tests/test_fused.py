@@ -247,11 +247,11 @@ def test_a_workspace_of_nothing_is_refused():
 
 def test_bfloat16_inputs_and_float32_mathematics():
     r = torch.Generator().manual_seed(0)
-    hidden, weight = ((torch.randn(n, 64, generator=r)).bfloat16().requires_grad_() for n in (48, 700))
-    labels, weights = torch.randint(700, (48,), generator=r), torch.rand(48, generator=r)
+    hidden, weight = ((torch.randn(n, 16, generator=r)).bfloat16().requires_grad_() for n in (480, 70))
+    labels, weights = torch.randint(70, (480,), generator=r), torch.rand(480, generator=r)
     exact_hidden, exact_weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
     exact = gradients(masked_linear_cross_entropy_by_hand(exact_hidden, exact_weight, labels, weights), exact_hidden, exact_weight)
-    loss, stats = masked_linear_cross_entropy(hidden, weight, labels, weights, workspace_bytes=5 * 700 * 4)
+    loss, stats = masked_linear_cross_entropy(hidden, weight, labels, weights, workspace_bytes=5 * 70 * 4, strategy="speed")  # 96 chunks
     got = gradients(loss, hidden, weight)
     assert (loss.dtype, stats.nll.dtype, got[1].dtype, got[2].dtype) == (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16)
     assert abs(got[0] / exact[0] - 1) < 1e-6
@@ -442,7 +442,7 @@ def test_the_library_works_without_triton():
     assert done.stdout.strip() == "tensor(True)", done.stderr
 
 
-@pytest.mark.parametrize("shards", [(19, 18), (3, 14, 1, 19)], ids=["2 processes", "4 processes"])
+@pytest.mark.parametrize("shards", [(30, 7), (3, 14, 1, 19)], ids=["2 processes", "4 processes"])
 def test_processes_that_share_a_vocabulary(shards, tmp_path):
     """Real processes over gloo, parts of unequal size, both strategies: one loss, and the gradients of the whole."""
     run_shards(shards, tmp_path, {})

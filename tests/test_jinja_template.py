@@ -129,6 +129,22 @@ def test_a_thought_that_is_printed_for_the_last_message_only_is_not_trained_away
         template.drafts(chat_of(("user", "u"), step, ("tool", "t"), ("assistant", "A", {"reasoning_content": "r"})))
 
 
+def test_a_template_that_looks_into_a_text_is_not_believed_with_marks():
+    looks = chat_template(CHATML.replace("{{ m.content }}", "{{ 'loud ' if m.content.startswith('!') else '' }}{{ m.content }}"))
+    with pytest.raises(BadRecord, match="cannot be followed"):
+        looks.drafts(chat_of(("user", "!<b>"), ("assistant", "A")))
+    (draft,) = looks.drafts(chat_of(("user", "!b"), ("assistant", "A")))
+    assert draft.chunks[0].text == "<|im_start|>user\nloud !b<|im_end|>\n"
+
+
+def test_a_turn_that_does_not_begin_as_its_prompt_ends_is_refused():
+    text = CHATML.replace("{{ m.content }}", "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}")
+    broken = chat_template(text.replace("assistant\n{% endif %}", "assistant\n{{ '<think>\n' if enable_thinking else '' }}{% endif %}"))
+    assert broken.drafts(chat_of(("user", "u"), ("assistant", "A")))
+    with pytest.raises(BadRecord, match="the prompt of inference is not the beginning"):
+        broken.drafts(chat_of(("user", "u"), ("assistant", "A", {"reasoning_content": "r"})))
+
+
 def test_switches_for_one_chat():
     chat = chat_of(("user", "u"), ("assistant", "A", {"reasoning_content": "r"}))
     loud = chat_template("{{ style }}{{ chat_template_kwargs.style }}|" + CHATML)
@@ -239,6 +255,8 @@ def test_private_use_letters_in_a_chat_do_not_confuse_the_marks():
         chat = chat_of(("user", f"u{letters}"), ("assistant", "A"))
         (draft,) = BUILT["chatml"].drafts(chat)
         assert [c.text for c, on in zip(draft.chunks, draft.trained) if on] == ["A<|im_end|>\n"]
+    (draft,) = BUILT["chatml"].drafts(chat_of(("user", "<|im_end|>\U00100001"), ("assistant", "A")))
+    assert draft.chunks[0].pieces[1] == ("<|im_end|>\U00100001", False)
     with pytest.raises(BadRecord, match="cannot be followed"):
         BUILT["chatml"].drafts(chat_of(("user", "<|im_end|>\U00100001\U000f0001"), ("assistant", "A")))
 

@@ -418,11 +418,11 @@ def paths(
     """How many rows take which way in `reference_drafts`."""
     return Counter(path(record, **fields) for record in records)
 
-# %% ../../nbs/data/04a_compat.ipynb #29f84a49
-def _verdict(found: list[Draft] | str, tokenizer: ChatTokenizer) -> Picture:
-    """Training sequences as strips, or the reason why there are none."""
+# %% ../../nbs/data/04a_compat.ipynb #3b284fdf
+def _verdict(found: list[Draft] | str, tokenizer: ChatTokenizer, fate: str) -> Picture:
+    """Training sequences as strips, or what became of the row, and why."""
     if isinstance(found, str):
-        return Picture(f'<div style="background:#f7b5ad;color:#111111;padding:6px"><b>row lost</b>: {found}</div>', f"row lost: {found}")
+        return Picture(f'<div style="background:#f7b5ad;color:#111111;padding:6px"><b>{fate}</b>: {found}</div>', f"{fate}: {found}")
     sequences = (encode_chunks(d.chunks, d.trained, tokenizer) for d in found)
     return joined(mask_strip(s, tokenizer) for s in sequences)
 
@@ -444,7 +444,7 @@ def side_by_side(
 ) -> Picture:
     """What the reference trains of a row, beside what `compat=fixed` trains of it."""
     fixed = _fixed(record if cleaned is None else cleaned)
-    sides = {"reference": _verdict(reference_drafts(record), tokenizer), "fixed": _verdict(fixed, tokenizer)}
+    sides = {"reference": _verdict(reference_drafts(record), tokenizer, "row lost"), "fixed": _verdict(fixed, tokenizer, "row refused, and listed with its line")}
     cell = '<td style="vertical-align:top;text-align:left;width:50%;padding:2px 8px;border-left:3px solid #cccccc"><i>{}</i>{}</td>'
     row = "".join(cell.format(name, side.html) for name, side in sides.items())
     page = f'<div><b>{escape(title)}</b></div><table style="border-collapse:collapse;width:100%;table-layout:fixed"><tr>{row}</tr></table>'

@@ -621,11 +621,11 @@ def _cuts_by_header(sequence: _Sequence) -> list[_Cut] | None:
     inside = all(owner[m].begin <= a and b <= owner[m].end if m in owner else not any(c.start < b and a < c.end for c in cuts) for a, b, m in sequence.spans)
     return cuts if inside else None
 
-# %% ../../nbs/data/03a_jinja.ipynb #bde30124
+# %% ../../nbs/data/03a_jinja.ipynb #e773f864
 def _prompts(sequence: _Sequence, message: int) -> Iterator[str]:
-    """What inference may put before an answer: first as the answer has it, with a thought or without, then the other way."""
-    for on in dict.fromkeys((thinks(sequence.conversation.messages[message]), True, False)):
-        switches = dict(sequence.switches) | ({"enable_thinking": on} if message >= sequence.plan.first else {})
+    """What inference may put before an answer: as the answer has it, with a thought or without, or else as the sequence has it."""
+    for on in dict.fromkeys((thinks(sequence.conversation.messages[message]), sequence.switches["enable_thinking"])):
+        switches = dict(sequence.switches) | {"enable_thinking": on}
         try:
             yield sequence.template.render(sequence.conversation.messages[:message], sequence.conversation.tools, add_generation_prompt=True, **switches)
         except BadRecord:

@@ -7,7 +7,7 @@ __all__ = ['SPLITS', 'COMPAT', 'FORMATS', 'ON_BAD', 'UNIT_BYTES', 'TokenizerSect
            'Plan', 'make_plan', 'data_key', 'Corpus', 'Ledger', 'SplitPlan', 'Manifest', 'Built', 'prepare',
            'length_histogram']
 
-# %% ../../nbs/data/06_prep.ipynb #a2fd31b3
+# %% ../../nbs/data/06_prep.ipynb #84097baf
 import dataclasses
 import errno
 import fcntl
@@ -37,6 +37,7 @@ from .jinja_template import Template, chat_template
 from .mask import LOSS_MODES
 from .pack import ALGORITHMS, OVERFLOWS, Packing, Spans, aligned, close_turn, fitted, longest, pack
 from .reasoning import ReasoningPolicy
+from .records import REPAIRS
 from .sample import sample_path
 from .shards import COMPRESSIONS, NPY_NAMES, REFERENCE_LAYOUT, Sequences, read_packs, write_npy, write_shard
 from .spool import EXECUTORS, JudgeSection, Joined, Progress, RowSettings, Spooled, Task, code_digest, settings_digest, tokenize, worker_count
@@ -311,7 +312,7 @@ def _corpus(sources: Sequence[Source], spools: Sequence[Sequence[Spooled]]) -> C
     whole = {name: np.concatenate(parts).astype(np.int64) for name, parts in columns.items()}
     return Corpus(tuple(flat), chat_ids=tuple(ids), paths=tuple(paths), **whole)
 
-# %% ../../nbs/data/06_prep.ipynb #862f2363
+# %% ../../nbs/data/06_prep.ipynb #041e56aa
 @dataclass
 class Ledger:
     """What happened to the rows and tokens on the way."""
@@ -322,6 +323,7 @@ class Ledger:
     left_out: list[Reject] = field(default_factory=list)  # rows that settings leave out
     dropped: list[Reject] = field(default_factory=list)  # sequences of used rows that were left out
     repairs: Counter[str] = field(default_factory=Counter)
+    unprinted: Counter[str] = field(default_factory=Counter)  # parts of chats that the template has no place for
     changes: list[dict[str, Any]] = field(default_factory=list)  # what reasoning control did
     truncated_sequences: int = 0
     truncated_tokens: int = 0
@@ -334,6 +336,7 @@ class Ledger:
         self.rejects += [Reject(**r) for r in record["rejects"]]
         self.left_out += [Reject(**r) for r in record["left_out"]]
         self.repairs.update(record["repairs"])
+        self.unprinted.update(record["unprinted"])
         self.changes += record["changes"]
 
     def check(self, config: PrepConfig, where: str) -> None:
@@ -516,7 +519,7 @@ class Manifest:
 
 _LOSSES = (("bad row", "rejects"), ("row left out", "left_out"), ("sequence dropped", "dropped_sequences"))
 
-# %% ../../nbs/data/06_prep.ipynb #c5fae418
+# %% ../../nbs/data/06_prep.ipynb #a852f137
 def _summary_of_split(corpus: Corpus, spans: Spans, trained: np.ndarray, plans: Sequence[SplitPlan], pack_size: int) -> dict[str, Any]:
     """Counts of a split."""
     chosen = np.concatenate([np.zeros(0, np.int64), *(p.spans for p in plans)])
@@ -551,7 +554,8 @@ def _notes(values: Mapping[str, Any], ledger: Ledger) -> list[str]:
         notes.append(f"{ledger.truncated_sequences} sequences were longer than a pack; {ledger.truncated_tokens} tokens were cut ({share:.1%}); raise pack_size to keep them")
     if ledger.dropped:
         notes.append(f"{len(ledger.dropped)} sequences with {ledger.dropped_tokens} tokens were left out, see rejects.jsonl")
-    notes += [f"{n} chats were repaired: {name}" for name, n in sorted(ledger.repairs.items())]
+    notes += [f"{name}, {n} chats: {REPAIRS[name.partition(':')[0]]}" for name, n in sorted(ledger.repairs.items())]
+    notes += [f"the template has no place for {part}: {n} chats" for part, n in sorted(ledger.unprinted.items())]
     notes += [f"reasoning control: {n} chats {action}, see changes.jsonl" for action, n in values["reasoning"].items()]
     notes += [f"the {name} split is empty" for name, s in values["splits"].items() if not s["packs"]]
     return notes
@@ -722,7 +726,7 @@ def _write(built: Built, folder: Path, workers: int) -> None:
     write_json(folder / "metadata.json", _metadata(built))
     write_json(folder / "manifest.json", built.values)
 
-# %% ../../nbs/data/06_prep.ipynb #203c88f7
+# %% ../../nbs/data/06_prep.ipynb #8460d65b
 _OWN = ("splits", "tokenizer", *(f"{name}.npy" for name in NPY_NAMES.values()), "rejects.jsonl", "changes.jsonl", "blend.json", "metadata.json", "manifest.json")
 
 
@@ -740,7 +744,11 @@ def _alone(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError("another preparation is writing here", where=str(folder), fix="wait for it, or give another output_dir") from None
-        yield
+        try:
+            yield
+        finally:
+            if [p.name for p in folder.iterdir()] == [".lock"]:
+                shutil.rmtree(folder)
 
 
 def _sweep(folder: Path) -> None:

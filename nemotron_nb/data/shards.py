@@ -24,12 +24,12 @@ import pyarrow.parquet as pq
 from ..core import UserError, nearest, write_json
 from .pack import Pack, Packing, Spans, aligned, close_turn
 
-# %% ../../nbs/data/05a_shards.ipynb #6c8f7639
+# %% ../../nbs/data/05a_shards.ipynb #1e494c2d
 @dataclass(frozen=True, eq=False)
 class Sequences:
     """Training sequences, one behind the other. Sequence `i` is `input_ids[offsets[i] : offsets[i + 1]]`."""
 
-    input_ids: np.ndarray  # int32 [N] (may be mapped from a file)
+    input_ids: np.ndarray  # int32 [N]; anything that gives stretches by slices will do, such as a file mapped into memory
     loss_mask: np.ndarray  # uint8 [N], 1 = the model must produce this token
     offsets: np.ndarray  # int64 [S+1]
     conversation: np.ndarray  # int32 [S], index into the two lists below
@@ -54,7 +54,7 @@ class Sequences:
     def __repr__(self) -> str:
         return f"Sequences({len(self):,} sequences of {len(self.conversation_ids):,} conversations, {len(self.input_ids):,} tokens)"
 
-# %% ../../nbs/data/05a_shards.ipynb #0afac6df
+# %% ../../nbs/data/05a_shards.ipynb #28f23c18
 def whole(
     sequences: Sequences,
     lengths: np.ndarray | None = None,  # [S] tokens kept of each, from its beginning; None keeps all

@@ -122,7 +122,7 @@ def settings_digest(
     content = {"dataset": dataset, "lists": lists, "tokenizer": tokenizer.digest, "chat_template": template.digest, "code": code_digest(), "version": __version__}
     return digest(asdict(settings) | content)
 
-# %% ../../nbs/data/05e_spool.ipynb #64ddec94
+# %% ../../nbs/data/05e_spool.ipynb #8389a499
 def _used_in(record: Any, settings: RowSettings) -> bool:
     """Is the row marked with the word that is asked for? The mark is a list of words, or words with commas between."""
     marks = record.get(settings.used_in_field) if isinstance(record, Mapping) else None
@@ -146,12 +146,13 @@ class UnitRecord:
     rejects: list[Reject] = field(default_factory=list)  # rows that cannot be used
     left_out: list[Reject] = field(default_factory=list)  # rows that settings leave out
     repairs: Counter[str] = field(default_factory=Counter)
+    unprinted: Counter[str] = field(default_factory=Counter)  # parts of chats that the template has no place for
     changes: list[Change] = field(default_factory=list)  # what reasoning control did
 
     def to_json(self) -> dict[str, Any]:
         """As record.json holds it."""
         lists = {name: [asdict(r) for r in getattr(self, name)] for name in ("rejects", "left_out", "changes")}
-        return {"rows": self.rows, **lists, "repairs": dict(sorted(self.repairs.items()))}
+        return {"rows": self.rows, **lists, "repairs": dict(sorted(self.repairs.items())), "unprinted": dict(sorted(self.unprinted.items()))}
 
 
 def _chats(value: Any, settings: RowSettings) -> list[Any]:
@@ -208,6 +209,8 @@ def _drafts(chat: Chat, settings: RowSettings, tools: "_Tools", record: UnitReco
     conversation, change = apply_reasoning(chat.conversation, settings.reasoning, tools.tokenizer, chat.low_effort)
     record.changes += [change] if change else []
     record.repairs.update(set(conversation.repairs))
+    if not tools.template.native:
+        record.unprinted.update(tools.template.loses(conversation))
     try:
         drafts = tools.template.drafts(conversation, settings.loss_mode)
     except BadRecord as e:

@@ -91,7 +91,7 @@ def _row_gradients_(
         if tanh is not None:
             z.mul_(1 - tanh**2)
 
-# %% ../../nbs/loss/11_fused.ipynb #4c179a0a
+# %% ../../nbs/loss/11_fused.ipynb #15594a4f
 Combine = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -107,7 +107,7 @@ class PyTorchSteps:
     def _cast(weight_VH: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """The output weight in the type of the mathematics: as it is, or slice by slice."""
         width = len(weight_VH) if weight_VH.dtype == dtype else (8 << 20) // (weight_VH.shape[1] * dtype.itemsize)
-        return ((v, weight_VH[v].to(dtype)) for v in _slices(weight_VH, max(1, width)))
+        return ((v, weight_VH[v].to(dtype)) for v in _slices(weight_VH, width))
 
     @staticmethod
     def logits(
@@ -160,8 +160,11 @@ class PyTorchSteps:
         return lse_M, target_M
 
     @staticmethod
-    def slice_words(word_bytes: int, workspace_bytes: int) -> int:
-        """How many words a slice has, if each takes `word_bytes`."""
+    def slice_words(
+        word_bytes: int,  # one word for all rows
+        workspace_bytes: int,
+    ) -> int:
+        """How many words a slice of the vocabulary has, at least one."""
         return max(1, workspace_bytes // max(1, word_bytes))
 
     @staticmethod
@@ -183,8 +186,12 @@ class PyTorchSteps:
         return out_MS
 
     @staticmethod
-    def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-        """a @ b into `out`; the output weight may be `b`, in its own type."""
+    def product(
+        a: Tensor,  # [i, k] in the type of the mathematics
+        b: Tensor,  # [k, j] in any type: it may be the output weight
+        out: Tensor,  # [i, j] in any type
+    ) -> Tensor:
+        """a @ b into `out`, rounded at most once."""
         if b.dtype == a.dtype == out.dtype:
             return torch.mm(a, b, out=out)
         if b.dtype == a.dtype:
@@ -192,15 +199,22 @@ class PyTorchSteps:
         return PyTorchSteps.add_product_(out.zero_(), a, b)
 
     @staticmethod
-    def add_product_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def add_product_(
+        total: Tensor,  # [i, j] in the type of the mathematics
+        a: Tensor,  # [i, k] likewise
+        b: Tensor,  # [k, j] in any type: it may be the output weight
+    ) -> Tensor:
         """total += a @ b."""
         for v, part in PyTorchSteps._cast(b, a.dtype):
             total.addmm_(a[:, v], part)
         return total
 
     @staticmethod
-    def scale_(x: Tensor, factor: Tensor) -> None:
-        """x *= factor; nothing to do when it is 1."""
+    def scale_(
+        x: Tensor,  # becomes x * factor
+        factor: Tensor,  # 0-dim
+    ) -> None:
+        """In place; nothing to do when the factor is 1."""
         if factor != 1:
             x.mul_(factor)
 
@@ -310,7 +324,7 @@ def _largest_of_all(number: int, group: dist.ProcessGroup | None, device: torch.
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     return int(largest)
 
-# %% ../../nbs/loss/11_fused.ipynb #49c33012
+# %% ../../nbs/loss/11_fused.ipynb #e3d467ab
 @dataclass(frozen=True)
 class _Call:
     """How a call computes: everything that is not a tensor."""
@@ -330,10 +344,9 @@ def _chunk_rows(M: int, weight_VH: Tensor, z_dtype: torch.dtype, call: _Call, su
     """Rows of logits in memory at once, at least one."""
     V, H = weight_VH.shape
     fits = max(1, call.workspace_bytes // (V * z_dtype.itemsize))
-    if sums_apart and M * V * z_dtype.itemsize <= call.workspace_bytes + 4 * V * H:
-        return max(1, M)
-    chunks = _largest_of_all(-(-M // fits), _group(call.group), weight_VH.device)
-    return max(1, -(-M // max(1, chunks)))
+    saved_bytes = 4 * V * H if sums_apart else 0  # the float32 sum, which one chunk does without
+    chunks = 1 if M * V * z_dtype.itemsize <= call.workspace_bytes + saved_bytes else -(-M // fits)
+    return max(1, -(-M // _largest_of_all(chunks, _group(call.group), weight_VH.device)))
 
 
 def _weight_buffer(weight_VH: Tensor, dtype: torch.dtype, empty: bool) -> Tensor:
