@@ -41,6 +41,7 @@ COUNTERS = {
     **dict.fromkeys(("bad_message", "bad_arguments", "template_failed", "mask_failed"), {"num_filtered", "num_errors"}),
     "nothing_trained": {"num_filtered", "num_empty_after_masking"},
     "encode_failed": {"num_errors"},
+    "nothing_rendered": set(),
 }
 
 

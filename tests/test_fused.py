@@ -2,9 +2,12 @@
 
 import functools
 import math
+import shutil
 import subprocess
 import sys
+import sysconfig
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -389,6 +392,9 @@ def test_compiled_in_one_graph_that_serves_both_stages(strategy):
     torch.compiler.reset()
 
 
+@pytest.mark.skipif(
+    not (shutil.which("g++") and (Path(sysconfig.get_path("include")) / "Python.h").exists()), reason="torch.compile needs g++ and the headers of Python"
+)
 def test_compiled_by_inductor_with_a_buffer():
     torch.compiler.reset()
     hidden, weight, labels, weights = problem(12, 4, 19, dtype=torch.float32)

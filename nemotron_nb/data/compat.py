@@ -26,7 +26,7 @@ from .template import IM_END, IM_START, NO_THOUGHT, OPEN_THOUGHT, TOOLS_INSTRUCT
 from .tokenizer import ChatTokenizer
 from ..viz import Picture, escape, joined
 
-# %% ../../nbs/data/04a_compat.ipynb #cc03219a
+# %% ../../nbs/data/04a_compat.ipynb #c1034fb5
 DROPS: Mapping[str, str] = {
     "used_in": "the field used_in does not name the filter; a row without the field is dropped too",
     "no_messages": "messages are missing or empty",
@@ -36,7 +36,8 @@ DROPS: Mapping[str, str] = {
     "template_failed": "the template raises an error, for instance on arguments that are null or on a system message that is no text",
     "mask_failed": "the chat rendered up to a message is not how the whole chat begins",
     "nothing_trained": "there is reasoning, but no user turn that is followed by anything",
-    "encode_failed": "every sequence of the row holds half of a surrogate pair, or nothing at all",
+    "nothing_rendered": "the rendered chat is empty: a lone system message without a content",
+    "encode_failed": "every sequence of the row holds half of a surrogate pair",
     "shard_failed": "the row is not dropped: it stops the program, and the whole shard is lost",
 }
 
@@ -133,14 +134,14 @@ def _prefix(messages: Sequence[Mapping[str, Any]], end: int, tools: Any, thinkin
     """The chat up to a message, and the opening of the answer to it."""
     return _rendered(messages[:end], tools) + _opening(messages, end, thinking, always)
 
-# %% ../../nbs/data/04a_compat.ipynb #96c13424
+# %% ../../nbs/data/04a_compat.ipynb #f23b9175
 def _last_user(messages: Sequence[Mapping[str, Any]]) -> int:
     """Where the last user message stands."""
     return max(i for i, m in enumerate(messages) if m["role"] == "user")
 
 
-def _head(messages: Sequence[Mapping[str, Any]], whole: str, tools: Any) -> list[tuple[str, str, int]]:
-    """(role, text, message) of the two parts that end with the last question: the system turn, and all that follows it."""
+def _head(messages: Sequence[Mapping[str, Any]], whole: str, tools: Any) -> tuple[list[tuple[str, str, int]], int]:
+    """((role, text, message) of the two parts that end with the last question, where they end): the system turn, and all that follows it."""
     system_end = whole.find(f"{IM_END}\n") + len(f"{IM_END}\n")
     last = _last_user(messages)
     start = len(_prefix(messages, last + 1, tools, thinking=True, always=True))
@@ -170,7 +171,7 @@ def _system_apart(parts: list[tuple[str, str, int]]) -> list[tuple[str, str, int
     system_end = text.find(f"{IM_END}\n") + len(f"{IM_END}\n")
     return [("system", text[:system_end], -1), ("user", text[text.find(f"{IM_START}user") :], message), *parts[1:]]
 
-# %% ../../nbs/data/04a_compat.ipynb #fc75f5ae
+# %% ../../nbs/data/04a_compat.ipynb #edd60bd7
 def _is_reasoned(messages: Sequence[Mapping[str, Any]]) -> bool:
     """Is there reasoning anywhere in the chat? A blank counts, and so does any role."""
     return any(m.get("reasoning_content") for m in messages)
@@ -209,10 +210,11 @@ def _is_unicode(text: str) -> bool:
 
 
 def _encodable(found: list[Draft]) -> list[Draft]:
-    """The sequences that can be encoded and hold anything. The others are passed over; if none is left, the row is gone."""
-    kept = [d for d in found if any(c.text for c in d.chunks) and all(_is_unicode(c.text) for c in d.chunks)]
+    """The sequences that hold anything and can be encoded. The others are passed over; if none is left, the row is gone."""
+    found = [d for d in found if any(c.text for c in d.chunks)]
+    kept = [d for d in found if all(_is_unicode(c.text) for c in d.chunks)]
     if not kept:
-        raise _Dropped("encode_failed")
+        raise _Dropped("encode_failed" if found else "nothing_rendered")
     return kept
 
 # %% ../../nbs/data/04a_compat.ipynb #66b47307
@@ -450,15 +452,16 @@ def side_by_side(
     page = f'<div><b>{escape(title)}</b></div><table style="border-collapse:collapse;width:100%;table-layout:fixed"><tr>{row}</tr></table>'
     return Picture(page, "\n".join([title, *(f"--- {name}\n{side.text}" for name, side in sides.items())]))
 
-# %% ../../nbs/data/04a_compat.ipynb #39cc6f4f
+# %% ../../nbs/data/04a_compat.ipynb #23078465
 def _shares(sizes: Sequence[int], num_shards: int) -> list[int]:
-    """How many shards each file gets: in proportion to its size, at least one. The sum may be too large; see `shard_plan`."""
+    """How many shards each file gets: in proportion to its size, at least one. The sum may be too large; see `shard_plan`.
+
+    The reference then takes shards away again, but begins with files that have only one, and ends before it comes to others.
+    """
     exact = [size / sum(sizes) * num_shards for size in sizes]
     shares = [max(1, math.floor(share)) for share in exact]
-    rest = num_shards - sum(shares)
-    by_rest = sorted(range(len(sizes)), key=lambda i: ((shares[i] - exact[i]) * (1 if rest > 0 else -1), i))
-    for i in by_rest[: abs(rest)]:
-        shares[i] = max(1, shares[i] + (1 if rest > 0 else -1))
+    for i in sorted(range(len(sizes)), key=lambda i: (shares[i] - exact[i], i))[: max(0, num_shards - sum(shares))]:
+        shares[i] += 1
     return shares
 
 

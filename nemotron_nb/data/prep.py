@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'COMPAT', 'FORMATS', 'ON_BAD', 'UNIT_BYTES', 'TokenizerSection', 'PrepConfig', 'assign_splits', 'Source',
-           'Plan', 'make_plan', 'data_key', 'Corpus', 'Ledger', 'SplitPlan', 'Manifest', 'Built', 'prepare',
-           'length_histogram']
+           'Plan', 'make_plan', 'data_key', 'Corpus', 'Ledger', 'SplitPlan', 'Manifest', 'Built', 'length_histogram',
+           'prepare']
 
-# %% ../../nbs/data/06_prep.ipynb #84097baf
+# %% ../../nbs/data/06_prep.ipynb #e8ea2afb
 import dataclasses
 import errno
 import fcntl
@@ -42,7 +42,7 @@ from .sample import sample_path
 from .shards import COMPRESSIONS, NPY_NAMES, REFERENCE_LAYOUT, Sequences, read_packs, write_npy, write_shard
 from .spool import EXECUTORS, JudgeSection, Joined, Progress, RowSettings, Spooled, Task, code_digest, settings_digest, tokenize, worker_count
 from .tokenizer import ChatTokenizer, load_tokenizer
-from ..viz import Picture, joined, png, table
+from ..viz import Picture, joined, png, table, token_strip
 
 # %% ../../nbs/data/06_prep.ipynb #d37f58bc
 SPLITS = ("train", "valid", "test")
@@ -472,7 +472,7 @@ def _reference_shards(corpus: Corpus, plan: Plan, spans: Spans, pack_size: int) 
     dealt = split_shards(range(len(shards)), num_shards, valid_ratio=config.valid_ratio, test_ratio=config.test_ratio, seed=config.seed)
     return {s: [shards[i] for i in dealt[s]] for s in SPLITS}
 
-# %% ../../nbs/data/06_prep.ipynb #f9e701f1
+# %% ../../nbs/data/06_prep.ipynb #4027ec68
 @dataclass(frozen=True)
 class Manifest:
     """The record of a preparation. `values` is what manifest.json holds."""
@@ -499,7 +499,7 @@ class Manifest:
         packs = sum(s["packs"] for s in v["splits"].values())
         return [("rows read", v["rows"]), ("chats used", v["accepted"]), ("training sequences", v["sequences"]), ("tokens", v["tokens"]), ("trained tokens", v["trained_tokens"]), ("packs", packs)]
 
-    def _pictures(self) -> Picture:
+    def picture(self) -> Picture:
         """The tables for people."""
         v = self.values
         lost = [{"what": kind, "reason": reason, "count": n, "for example": v["examples"].get(reason, "")} for kind, name in _LOSSES for reason, n in v[name].items()]
@@ -511,10 +511,10 @@ class Manifest:
         return joined(parts)
 
     def __repr__(self) -> str:
-        return self._pictures().text
+        return self.picture().text
 
     def _repr_html_(self) -> str:
-        return self._pictures().html
+        return self.picture().html
 
 
 _LOSSES = (("bad row", "rejects"), ("row left out", "left_out"), ("sequence dropped", "dropped_sequences"))
@@ -653,7 +653,44 @@ def _identity(plan: Plan, pack_size: int) -> dict[str, Any]:
         **{name: getattr(config, name) for name in ("algorithm", "overflow", "pad_to_multiple", "loss_mode", "compat", "format", "seed", "sample")},
     }
 
-# %% ../../nbs/data/06_prep.ipynb #9bc85ff7
+# %% ../../nbs/data/06_prep.ipynb #1d43f04f
+def length_histogram(
+    manifest: Manifest,
+) -> Picture:
+    """Training sequences by length, and by the share of their tokens that is trained."""
+    from matplotlib.figure import Figure
+
+    found, tenths = {int(k): n for k, n in manifest["length_histogram"].items()}, manifest["trained_share_histogram"]
+    counts = {str(1 << k): found.get(1 << k, 0) for k in range(min(found).bit_length() - 1, max(found).bit_length())}
+    figure = Figure(figsize=(9, 2.4))
+    left, right = figure.subplots(1, 2)
+    left.bar(list(counts), list(counts.values()), color="#3182bd")
+    left.set(xlabel="tokens, up to", ylabel="sequences")
+    left.tick_params(axis="x", rotation=45)
+    right.bar([10 * i + 5 for i in range(10)], tenths, width=9, color="#e6550d")
+    right.set(xlabel="share of trained tokens in %", ylabel="sequences")
+    figure.tight_layout()
+    share = manifest["trained_tokens"] / max(1, manifest["tokens"])
+    return png(figure, f"{manifest['sequences']} sequences by length and by trained share; {share:.0%} of all their tokens are trained")
+
+# %% ../../nbs/data/06_prep.ipynb #e23763da
+def _one_sequence(built: Built) -> Picture:
+    """The first training sequence that was kept, token by token, trained tokens underlined."""
+    ids, mask = built.corpus.part(built.spans, 0)
+    path, line = built.corpus.place(int(built.spans.sequence[0]))
+    return token_strip(built.plan.tokenizer.pieces(ids.tolist()), mask.tolist(), roles=["token"] * len(ids), title=f"one training sequence, {Path(path).name}:{line}; underlined = trained", window=700)
+
+
+def _page(built: Built) -> str:
+    """report.html: the tables, the histograms and one sequence. Works without scripts and without a network."""
+    manifest = Manifest(built.values)
+    datasets = table([{k: v for k, v in d.items() if k != "digest"} for d in built.values["datasets"]], title="datasets")
+    settings = table([[k, v] for k, v in built.values.items() if isinstance(v, (str, int, float)) and not isinstance(v, bool)], header=["name", "value"], title="what went in and what came out")
+    parts = joined([manifest.picture(), length_histogram(manifest), _one_sequence(built), datasets, settings]).html
+    style = "font-family:sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#111;background:#fff"
+    return f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>prepared data {built.values["key"]}</title></head><body style="{style}"><h1>Prepared data</h1>{parts}</body></html>\n'
+
+# %% ../../nbs/data/06_prep.ipynb #a1fbbd40
 def _sequences(corpus: Corpus, sources: Sequence[Source]) -> Sequences:
     """All sequences as one long array that stays on disk."""
     return Sequences(
@@ -724,10 +761,11 @@ def _write(built: Built, folder: Path, workers: int) -> None:
     built.plan.tokenizer.save(folder / "tokenizer", chat_template=built.plan.template.text)
     write_json(folder / "blend.json", {s: [x for name in names[s] for x in ("1.0", name)] for s in SPLITS if names[s]})
     write_json(folder / "metadata.json", _metadata(built))
+    write_atomic(folder / "report.html", _page(built))
     write_json(folder / "manifest.json", built.values)
 
-# %% ../../nbs/data/06_prep.ipynb #8460d65b
-_OWN = ("splits", "tokenizer", *(f"{name}.npy" for name in NPY_NAMES.values()), "rejects.jsonl", "changes.jsonl", "blend.json", "metadata.json", "manifest.json")
+# %% ../../nbs/data/06_prep.ipynb #a0708289
+_OWN = ("splits", "tokenizer", *(f"{name}.npy" for name in NPY_NAMES.values()), "rejects.jsonl", "changes.jsonl", "report.html", "blend.json", "metadata.json", "manifest.json")
 
 
 def _is_own(name: str) -> bool:
@@ -856,22 +894,3 @@ def _prepare(plan: Plan, folder: Path, progress: Progress) -> Manifest:
     _put_in_place(new, folder)
     new.rmdir()
     return Manifest(built.values, folder, encoders)
-
-# %% ../../nbs/data/06_prep.ipynb #3f297ba8
-def length_histogram(
-    manifest: Manifest,
-) -> Picture:
-    """Training sequences by length, and by the share of their tokens that is trained."""
-    from matplotlib.figure import Figure
-
-    counts, tenths = manifest["length_histogram"], manifest["trained_share_histogram"]
-    figure = Figure(figsize=(9, 2.4))
-    left, right = figure.subplots(1, 2)
-    left.bar(list(counts), list(counts.values()), color="#3182bd")
-    left.set(xlabel="tokens, up to", ylabel="sequences")
-    left.tick_params(axis="x", rotation=45)
-    right.bar([10 * i + 5 for i in range(10)], tenths, width=9, color="#e6550d")
-    right.set(xlabel="share of trained tokens in %", ylabel="sequences")
-    figure.tight_layout()
-    share = manifest["trained_tokens"] / max(1, manifest["tokens"])
-    return png(figure, f"{manifest['sequences']} sequences by length and by trained share; {share:.0%} of all their tokens are trained")

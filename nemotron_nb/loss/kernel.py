@@ -237,7 +237,7 @@ def gradient_tiles_kernel(
     place = row[:, None].to(tl.int64) * out_stride + column[None, :]
     tl.store(OUT + place, gradient.to(OUT.dtype.element_ty), mask=(row < M)[:, None] & (column < N)[None, :])
 
-# %% ../../nbs/loss/11a_kernel.ipynb #7bb4e5f0
+# %% ../../nbs/loss/11a_kernel.ipynb #da20c092
 def tile_shape(
     dtype: torch.dtype,  # of hidden states and output weight
     capability: int,  # 80, 90, 100: compute capability; 0 = the interpreter, which wants few programs
@@ -248,7 +248,7 @@ def tile_shape(
         return {"BM": 32, "BN": 64, "BK": 32, "GROUP": 2}
     if dtype == torch.float32:
         return {"BM": 64, "BN": 64, "BK": 16, "GROUP": 8, "num_warps": 8, "num_stages": 2}
-    return {"BM": 128, "BN": 256 if capability >= 90 and not softcap else 128, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+    return {"BM": 128, "BN": 256 if capability // 10 in (9, 10) and not softcap else 128, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
 
 
 def _tile_options(x_MH: Tensor, softcap: float) -> dict[str, object]:

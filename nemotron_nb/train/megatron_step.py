@@ -112,7 +112,7 @@ def check_model_settings(
     if getattr(config, "overlap_moe_expert_parallel_comm", False):
         raise UserError("it is set", where="model.overlap_moe_expert_parallel_comm", why="it asks for a plan of the step, and this step computes at once", fix="set it to false")
 
-# %% ../../nbs/train/26_megatron_step.ipynb #ea7001c3
+# %% ../../nbs/train/26_megatron_step.ipynb #b51d5238
 class TwoStageStep:
     """A forward step for Megatron-Bridge's `finetune`. It also keeps the sums of the losses for the metrics."""
 
@@ -129,7 +129,12 @@ class TwoStageStep:
 
     def forget(self) -> None:
         """Begin a new step of the metrics."""
-        self.pair, self.places = MeanPair.nothing(), 0
+        self.sums: list[Tensor] = []
+        self.places = 0
+
+    def pair(self) -> MeanPair:
+        """Sums and counts of the micro-batches since `forget`, of this rank."""
+        return sum(map(MeanPair, self.sums), MeanPair.nothing(self.sums[0].device if self.sums else "cpu"))
 
     def share(
         self,
@@ -145,8 +150,7 @@ class TwoStageStep:
     def remember(self, lengths: Tensor, share: Share, places: int, nll: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The loss for Megatron; its sums are kept."""
         loss, number, reported = weighted_loss(lengths, share, nll)
-        sums = MeanPair.of(nll.view(-1), lengths.view(-1)).sums_4.cpu()
-        self.pair = self.pair + MeanPair(sums) + share.pair
+        self.sums.append(torch.stack([reported["loss_token"], reported["loss_sample"]], dim=1).flatten())
         self.places += places if share.counted_here else 0
         return loss, number, reported
 
