@@ -6,7 +6,7 @@
 __all__ = ['DROPS', 'Shard', 'plain_reference_drafts', 'SpecialTokens', 'reference_drafts', 'path', 'paths', 'side_by_side',
            'shard_plan', 'split_shards']
 
-# %% ../../nbs/data/04a_compat.ipynb #b44be2d5
+# %% ../../nbs/data/04a_compat.ipynb #b984c3fd
 import functools
 import heapq
 import itertools
@@ -23,7 +23,7 @@ from ..core import UserError
 from .mask import Draft, drafts, encode_chunks, mask_strip
 from .records import BadRecord, parse_conversation
 from .template import IM_END, IM_START, NO_THOUGHT, OPEN_THOUGHT, TOOLS_INSTRUCTION, Chunk, first_turn, template_path, turns
-from .tokenizer import ChatTokenizer
+from .tokenizer import ChatTokenizer, any_of
 from ..viz import Picture, escape, joined
 
 # %% ../../nbs/data/04a_compat.ipynb #c1034fb5
@@ -286,15 +286,7 @@ def _odd(messages: Sequence[Mapping[str, Any]], tools: Any) -> str:
         before = message["role"]
     return ""
 
-# %% ../../nbs/data/04a_compat.ipynb #860a9806
-def _tree(words: Iterable[str]) -> str:
-    """A regular expression for the longest of some words. Words that begin alike share that beginning."""
-    words = sorted(set(words))
-    branches = [re.escape(first) + _tree(word[1:] for word in same) for first, same in itertools.groupby(filter(None, words), key=lambda w: w[0])]
-    body = branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
-    return "" if not branches else f"(?:{body})?" if "" in words else body
-
-
+# %% ../../nbs/data/04a_compat.ipynb #2b281a69
 class SpecialTokens:
     """Finds the special tokens of a tokenizer in a text, the longest where several begin."""
 
@@ -302,7 +294,7 @@ class SpecialTokens:
         self,
         tokens: Iterable[str],  # spelt out, as in `ChatTokenizer.special_ids`
     ):
-        self.pattern = re.compile(_tree(tokens))
+        self.pattern = re.compile(any_of(tokens))
         self._known: dict[tuple[str, ...], list[str]] = {}
 
     def spelt(self, text: str) -> list[str]:

@@ -8,7 +8,7 @@ __all__ = ['CAPITAL', 'SMALL', 'NUMBER', 'BREAK', 'SPACE', 'SIGN', 'BEFORE', 'LO
            'Pairs', 'Scratch', 'Memo', 'merges_follow_ids', 'unknown_in', 'wrong_in', 'trial_texts', 'first_difference',
            'SegmentEncoder', 'make_encoder']
 
-# %% ../../nbs/data/02a_encoder.ipynb #e90c8cfa
+# %% ../../nbs/data/02a_encoder.ipynb #a880362e
 import functools
 import importlib
 import io
@@ -28,7 +28,7 @@ import tokenizers
 from tokenizers import Regex, pre_tokenizers
 
 from ..core import UserError, digest, nearest, write_atomic
-from .tokenizer import _BYTE_OF, WORDS_PATTERN, ChatTokenizer
+from .tokenizer import BYTE_OF, WORDS_PATTERN, ChatTokenizer
 
 # %% ../../nbs/data/02a_encoder.ipynb #e3a47d7a
 def merge_steps(
@@ -44,13 +44,13 @@ def merge_steps(
         steps.append(list(parts))
     return steps
 
-# %% ../../nbs/data/02a_encoder.ipynb #4aa183c4
+# %% ../../nbs/data/02a_encoder.ipynb #90ca8ff8
 def vocabulary(
     tokenizer: ChatTokenizer,
 ) -> tuple[dict[bytes, int], list[tuple[bytes, bytes]]]:
     """The id of each byte string, and the merges in their order. Entries that no byte string can spell are never met, and left out."""
     model = json.loads(tokenizer.full.to_str())["model"]
-    spelt = {token: bytes(map(_BYTE_OF.__getitem__, token)) for token in model["vocab"] if _BYTE_OF.keys() >= set(token)}
+    spelt = {token: bytes(map(BYTE_OF.__getitem__, token)) for token in model["vocab"] if BYTE_OF.keys() >= set(token)}
     ids = {spelt[token]: i for token, i in model["vocab"].items() if token in spelt and token not in tokenizer.special_ids}
     pairs = (pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"])
     return ids, [(spelt[left], spelt[right]) for left, right in pairs]

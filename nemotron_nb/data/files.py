@@ -637,8 +637,8 @@ def _check_content(unit: Unit) -> None:
     if same != unit.digest:
         raise _changed(unit.path)
 
-# %% ../../nbs/data/00a_files.ipynb #bfa40207
-def _text_rows(unit: Unit, limit: int) -> Iterator[tuple[int, Any]]:
+# %% ../../nbs/data/00a_files.ipynb #704ed598
+def _text_rows(unit: Unit, limit: int, parse: Callable[[bytes], Any]) -> Iterator[tuple[int, Any]]:
     """The parsed rows of a unit of text, and at the end the check that it is the text that was cut."""
     text, _, packing = unit.format.partition(".")
     with _opened(unit.path) as file:
@@ -650,17 +650,17 @@ def _text_rows(unit: Unit, limit: int) -> Iterator[tuple[int, Any]]:
         packed = io.BufferedReader(span, _BLOCK)
         cut = _json_rows if text == "json" else _lines
         for line, data in cut(_unpacked(packed, packing), unit.path, unit.first_line, limit):
-            yield line, data if isinstance(data, Reject) else _parsed(unit.path, line, data)
+            yield line, data if isinstance(data, Reject) else _parsed(unit.path, line, data, parse)
         while packed.read(_BLOCK):  # what stands behind damage belongs to the digest too
             pass
     if span.digest != unit.digest:
         raise _changed(unit.path)
 
 
-def _parsed(source: str, line: int, data: bytes) -> Any:
+def _parsed(source: str, line: int, data: bytes, parse: Callable[[bytes], Any]) -> Any:
     """The value of one row, or its `Reject`."""
     try:
-        return parse_json(data)
+        return parse(data)
     except BadJson as e:
         return _reject(source, line, e.reason, e.detail)
 
@@ -668,9 +668,10 @@ def _parsed(source: str, line: int, data: bytes) -> Any:
 def read_unit(
     unit: Unit,
     max_line_bytes: int = MAX_LINE_BYTES,  # a longer row of text is rejected without being held in memory
+    parse: Callable[[bytes], Any] = parse_json,  # what makes a value of a row of text; raises BadJson
 ) -> Iterator[tuple[int, Any | Reject]]:
     """(line, value) of each row of a unit, in order; the value is a `Reject` where a row cannot be read.
 
     Lines count from 1 in the file; in a JSON array and in columnar files it is the row that is counted. Blank lines are passed over.
     `UserError` if the file changed since it was cut: before the first row where its size tells, else behind the last."""
-    yield from (_column_rows if unit.format in ("parquet", "arrow") else _text_rows)(unit, max_line_bytes)
+    yield from _column_rows(unit, max_line_bytes) if unit.format in ("parquet", "arrow") else _text_rows(unit, max_line_bytes, parse)

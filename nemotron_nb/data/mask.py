@@ -386,7 +386,7 @@ def drafts(
         result.append(Draft(tuple(parts), (False,) * (1 + begin) + tuple(trained[begin : starts[end]]), turn))
     return result
 
-# %% ../../nbs/data/04_mask.ipynb #d19e8eb5
+# %% ../../nbs/data/04_mask.ipynb #2eb6d992
 class SegmentEncoder(Protocol):
     """Anything that turns plain texts into ids, many at a time."""
 
@@ -410,10 +410,8 @@ class _BatchEncoder:
 class _Pool:
     """The distinct chunks of some drafts as atoms: a segment's number, or -1 - id for a special token."""
 
-    def __init__(self, special_ids: Mapping[str, int], allow_special_in_text: bool):
-        longest_first = sorted(special_ids, key=len, reverse=True)
-        self._pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
-        self._special_ids, self._allow = special_ids, allow_special_in_text
+    def __init__(self, tokenizer: ChatTokenizer, allow_special_in_text: bool):
+        self._pattern, self._special_ids, self._allow = tokenizer.special_pattern, tokenizer.special_ids, allow_special_in_text
         self._parts: dict[str, list[str]] = {}  # the format's words, split at special tokens
         self._chunks: dict[tuple[Piece, ...], int] = {}
         self.segments: dict[str, int] = {}
@@ -465,7 +463,7 @@ class _Pool:
         if text := "".join(waiting):
             self.atoms.append(self.segments.setdefault(text, len(self.segments)))
 
-# %% ../../nbs/data/04_mask.ipynb #efe5bd9d
+# %% ../../nbs/data/04_mask.ipynb #7e5dee86
 @dataclass(frozen=True, eq=False)
 class Encoded:
     """Training sequences laid end to end."""
@@ -494,7 +492,7 @@ def encode_drafts(
     allow_special_in_text: bool = False,  # let special tokens spelt out in messages become tokens
 ) -> Encoded:
     """Drafts as ids and masks, the same as `encode_chunks` gives one by one. Each distinct segment is encoded once."""
-    pool = _Pool(tokenizer.special_ids, allow_special_in_text)
+    pool = _Pool(tokenizer, allow_special_in_text)
     numbers = {id(c): c for d in drafts for c in d.chunks}
     numbers = {key: pool.add(c.pieces) for key, c in numbers.items()}
     ids, offsets = (encoder or _BatchEncoder(tokenizer)).encode(list(pool.segments))

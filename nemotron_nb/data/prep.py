@@ -7,7 +7,7 @@ __all__ = ['SPLITS', 'COMPAT', 'FORMATS', 'ON_BAD', 'UNIT_BYTES', 'TokenizerSect
            'Plan', 'make_plan', 'data_key', 'Corpus', 'Ledger', 'SplitPlan', 'Manifest', 'Built', 'length_histogram',
            'prepare']
 
-# %% ../../nbs/data/06_prep.ipynb #e8ea2afb
+# %% ../../nbs/data/06_prep.ipynb #b6e0397c
 import dataclasses
 import errno
 import fcntl
@@ -42,7 +42,7 @@ from .sample import sample_path
 from .shards import COMPRESSIONS, NPY_NAMES, REFERENCE_LAYOUT, Sequences, read_packs, write_npy, write_shard
 from .spool import EXECUTORS, JudgeSection, Joined, Progress, RowSettings, Spooled, Task, code_digest, settings_digest, tokenize, worker_count
 from .tokenizer import ChatTokenizer, load_tokenizer
-from ..viz import Picture, joined, png, table, token_strip
+from ..viz import Picture, bars, joined, table, token_strip
 
 # %% ../../nbs/data/06_prep.ipynb #d37f58bc
 SPLITS = ("train", "valid", "test")
@@ -653,25 +653,16 @@ def _identity(plan: Plan, pack_size: int) -> dict[str, Any]:
         **{name: getattr(config, name) for name in ("algorithm", "overflow", "pad_to_multiple", "loss_mode", "compat", "format", "seed", "sample")},
     }
 
-# %% ../../nbs/data/06_prep.ipynb #1d43f04f
+# %% ../../nbs/data/06_prep.ipynb #415877af
 def length_histogram(
     manifest: Manifest,
 ) -> Picture:
     """Training sequences by length, and by the share of their tokens that is trained."""
-    from matplotlib.figure import Figure
-
-    found, tenths = {int(k): n for k, n in manifest["length_histogram"].items()}, manifest["trained_share_histogram"]
-    counts = {str(1 << k): found.get(1 << k, 0) for k in range(min(found).bit_length() - 1, max(found).bit_length())}
-    figure = Figure(figsize=(9, 2.4))
-    left, right = figure.subplots(1, 2)
-    left.bar(list(counts), list(counts.values()), color="#3182bd")
-    left.set(xlabel="tokens, up to", ylabel="sequences")
-    left.tick_params(axis="x", rotation=45)
-    right.bar([10 * i + 5 for i in range(10)], tenths, width=9, color="#e6550d")
-    right.set(xlabel="share of trained tokens in %", ylabel="sequences")
-    figure.tight_layout()
-    share = manifest["trained_tokens"] / max(1, manifest["tokens"])
-    return png(figure, f"{manifest['sequences']} sequences by length and by trained share; {share:.0%} of all their tokens are trained")
+    found = {int(k): n for k, n in manifest["length_histogram"].items()}
+    lengths = {f"up to {1 << k:,}": found.get(1 << k, 0) for k in range(min(found).bit_length() - 1, max(found).bit_length())}
+    shares = {f"{10 * i} to {10 * i + 10} %": n for i, n in enumerate(manifest["trained_share_histogram"])}
+    total = manifest["trained_tokens"] / max(1, manifest["tokens"])
+    return joined([bars(lengths, title="sequences by length, in tokens"), bars(shares, title=f"sequences by their share of trained tokens ({total:.0%} of all tokens)")])
 
 # %% ../../nbs/data/06_prep.ipynb #e23763da
 def _one_sequence(built: Built) -> Picture:

@@ -7,10 +7,11 @@ __all__ = ['JUDGES', 'BATCH_ROWS', 'Progress', 'EXECUTORS', 'JudgeSection', 'Row
            'UnitRecord', 'Chat', 'Task', 'tokenize_unit', 'Spooled', 'Joined', 'in_processes', 'worker_count',
            'tokenize']
 
-# %% ../../nbs/data/05e_spool.ipynb #0e090760
+# %% ../../nbs/data/05e_spool.ipynb #2536240c
 import bisect
 import ctypes
 import functools
+import gc
 import itertools
 import json
 import multiprocessing
@@ -21,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from importlib.resources import files
@@ -32,10 +34,10 @@ import numpy as np
 from .. import __version__
 from ..core import UserError, digest, file_digest, nearest, new_folder, write_json
 from .blend import Dataset
-from .compat import reference_drafts
+from .compat import SpecialTokens, reference_drafts
 from .encoder import SegmentEncoder, make_encoder
 from .endpoint import Endpoint, endpoint_judge, rule_judge
-from .files import Reject, Unit, read_unit
+from .files import BadJson, Reject, Unit, parse_json, read_unit
 from .filters import FilterPolicy, Judge, apply_filters, list_path
 from .jinja_template import Template, chat_template
 from .mask import Draft, encode_drafts
@@ -43,7 +45,7 @@ from .reasoning import Change, ReasoningPolicy, apply_reasoning, low_effort_flag
 from .records import BadRecord, Conversation, parse_conversation
 from .sources import row_format
 from .template import Chunk
-from .tokenizer import ChatTokenizer, load_tokenizer
+from .tokenizer import ChatTokenizer, cache_folder, load_tokenizer
 
 # %% ../../nbs/data/05e_spool.ipynb #5eb9a736
 JUDGES = ("none", "rules", "endpoint")
@@ -122,7 +124,7 @@ def settings_digest(
     content = {"dataset": dataset, "lists": lists, "tokenizer": tokenizer.digest, "chat_template": template.digest, "code": code_digest(), "version": __version__}
     return digest(asdict(settings) | content)
 
-# %% ../../nbs/data/05e_spool.ipynb #8389a499
+# %% ../../nbs/data/05e_spool.ipynb #0f11b935
 def _used_in(record: Any, settings: RowSettings) -> bool:
     """Is the row marked with the word that is asked for? The mark is a list of words, or words with commas between."""
     marks = record.get(settings.used_in_field) if isinstance(record, Mapping) else None
@@ -221,15 +223,16 @@ def _drafts(chat: Chat, settings: RowSettings, tools: "_Tools", record: UnitReco
     return _with_bos(drafts) if settings.add_bos else drafts
 
 
-def _as_nvidia(value: Any, line: int, unit: Unit, settings: RowSettings, record: UnitRecord) -> list[Draft]:
+def _as_nvidia(value: Any, line: int, unit: Unit, settings: RowSettings, special: SpecialTokens, record: UnitRecord) -> list[Draft]:
     """What NVIDIA's preparation makes of a row."""
-    drafts = reference_drafts(value, messages_field=settings.messages_field, tools_field=settings.tools_field, used_in_filter=settings.used_in_filter, used_in_field=settings.used_in_field)
+    names = {n: getattr(settings, n) for n in ("messages_field", "tools_field", "used_in_filter", "used_in_field")}
+    drafts = reference_drafts(value, **names, special=special)
     if isinstance(drafts, str):
         record.left_out.append(Reject(unit.path, line, drafts, "NVIDIA's data preparation drops this row"))
         return []
     return drafts
 
-# %% ../../nbs/data/05e_spool.ipynb #83594d6f
+# %% ../../nbs/data/05e_spool.ipynb #5c2496f0
 BATCH_ROWS = 512  # rows whose texts are encoded together
 
 
@@ -243,7 +246,7 @@ class Task:
     version: str = ""  # digest of tokenizer, template and settings: what a process keeps is kept under this name
     encoder: str = "auto"  # which encoder; all give the same ids
     num_bytes: int = 0  # of all files there are to tokenize; "auto" goes by it
-    kept: str = ""  # a folder for tables of the encoder and answers of a judge; empty: none are kept
+    kept: str = ""  # a folder for answers of a judge; empty: none are kept
 
     @property
     def done(self) -> bool:
@@ -258,18 +261,29 @@ class _Tools:
     tokenizer: ChatTokenizer
     template: Template
     encoder: SegmentEncoder
+    special: SpecialTokens
 
 
 @functools.lru_cache(maxsize=2)
 def _tools(tokenizer: str, template: str, version: str, tier: str, num_bytes: int, tables: str | None) -> _Tools:
     """Made once in each process; forked workers inherit it. `version` keeps an edited file from meeting an old copy of it."""
     loaded = load_tokenizer(tokenizer)
-    return _Tools(loaded, chat_template(template, tokenizer), make_encoder(loaded, tier, num_bytes, tables))
+    return _Tools(loaded, chat_template(template, tokenizer), make_encoder(loaded, tier, num_bytes, tables), SpecialTokens(loaded.special_ids))
+
+
+def _table_folder() -> str | None:
+    """Where encoders keep their tables: in the user's cache folder, if it can be written."""
+    folder = cache_folder() / "tables"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return str(folder) if os.access(folder, os.W_OK) else None
 
 
 def _tools_of(task: Task) -> _Tools:
     """The tools for a task."""
-    return _tools(task.settings.tokenizer, task.settings.chat_template, task.version, task.encoder, task.num_bytes, str(Path(task.kept) / "tables") if task.kept else None)
+    return _tools(task.settings.tokenizer, task.settings.chat_template, task.version, task.encoder, task.num_bytes, _table_folder())
 
 
 @dataclass
@@ -304,14 +318,26 @@ class _Tables:
 
 def _trained_labels(mask_N: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """[S] the trained tokens of each sequence that have a token before them to be predicted from."""
-    sums = np.concatenate([[0], np.cumsum(mask_N, dtype=np.int64)])
-    firsts = mask_N[offsets[:-1]] if len(mask_N) else np.zeros(0, np.int64)
-    return sums[offsets[1:]] - sums[offsets[:-1]] - firsts
+    lengths = np.diff(offsets)
+    trained = np.zeros(len(lengths), np.int64)
+    filled = np.flatnonzero(lengths)
+    if len(filled):
+        begins = offsets[:-1][filled]
+        trained[filled] = np.add.reduceat(mask_N, begins, dtype=np.int64) - mask_N[begins]
+    return trained
+
+
+def _as_python(data: bytes) -> Any:
+    """A row as Python's own parser takes it, NaN, repeated keys and half characters included: so does NVIDIA's preparation."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as e:
+        raise BadJson("not_json", str(e)) from None
 
 
 def _rows(task: Task, record: UnitRecord) -> Iterator[tuple[int, Any]]:
     """(line, value) of each row that can be read; the others go into the record."""
-    for line, value in read_unit(task.unit):
+    for line, value in read_unit(task.unit, parse=_as_python if task.settings.compat == "nvidia" else parse_json):
         if task.settings.max_rows and record.rows == task.settings.max_rows:
             return
         record.rows += 1
@@ -329,7 +355,7 @@ def _batches(task: Task, tools: _Tools, record: UnitRecord, tables: _Tables) -> 
     while some := list(itertools.islice(((line, value, record.rows - 1) for line, value in rows), BATCH_ROWS)):
         batch: list[Draft] = []
         if settings.compat == "nvidia":
-            found = [(digest([task.unit.path, line]), line, row, _as_nvidia(value, line, task.unit, settings, record)) for line, value, row in some]
+            found = [(digest([task.unit.path, line]), line, row, _as_nvidia(value, line, task.unit, settings, tools.special, record)) for line, value, row in some]
         else:
             chats = [chat._replace(row=row) for line, value, row in some for chat in _admitted(value, line, task.unit, settings, record)]
             kept = _filtered(chats, settings, judge, record)
@@ -341,6 +367,18 @@ def _batches(task: Task, tools: _Tools, record: UnitRecord, tables: _Tables) -> 
         yield batch
 
 
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """No garbage collection while the block runs: a unit makes a million small objects, none of them in a cycle."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def tokenize_unit(
     task: Task,
 ) -> str:
@@ -348,7 +386,7 @@ def tokenize_unit(
     if task.done:
         return "found"
     tools, record, tables = _tools_of(task), UnitRecord(), _Tables()
-    with new_folder(task.folder) as folder:
+    with new_folder(task.folder) as folder, _without_collection():
         with open(folder / "tokens.bin", "wb") as tokens, open(folder / "mask.bin", "wb") as mask:
             for batch in _batches(task, tools, record, tables):
                 encoded = encode_drafts(batch, tools.tokenizer, tools.encoder, allow_special_in_text=task.settings.allow_special_in_text)
@@ -360,7 +398,7 @@ def tokenize_unit(
         write_json(folder / "record.json", record.to_json())
     return tools.encoder.tier
 
-# %% ../../nbs/data/05e_spool.ipynb #b9081b5b
+# %% ../../nbs/data/05e_spool.ipynb #e0a7d58f
 @dataclass(frozen=True)
 class Spooled:
     """A tokenized unit on disk."""
@@ -411,12 +449,12 @@ class Spooled:
         path = self.folder / name
         return np.memmap(path, kind, mode="r") if path.stat().st_size else np.zeros(0, kind)
 
-    @property
+    @cached_property
     def tokens(self) -> np.ndarray:
         """int32 [N] all tokens, sequence after sequence."""
         return self._flat("tokens.bin", np.int32)
 
-    @property
+    @cached_property
     def mask(self) -> np.ndarray:
         """uint8 [N] 1 = the model must produce this token."""
         return self._flat("mask.bin", np.uint8)

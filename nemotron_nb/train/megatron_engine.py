@@ -6,7 +6,7 @@
 __all__ = ['set_value', 'bridge_values', 'MegatronConfig', 'dataset_of', 'layout_multiple', 'check_layout', 'build_config',
            'kept_lines', 'Recorder', 'balance_of', 'check_packs', 'train']
 
-# %% ../../nbs/train/27_megatron_engine.ipynb #ff5fccb3
+# %% ../../nbs/train/27_megatron_engine.ipynb #b2faf853
 import dataclasses
 import enum
 import json
@@ -27,20 +27,22 @@ from ..data.prep import Manifest
 from ..loss.schedule import StageSchedule
 from ..loss.two_stage import MeanPair
 from .megatron_compat import dotted, installed_version, local_model, names_of, recipe_function, require_megatron
-from .megatron_data import PackCheck, validate_packs
+from .megatron_data import PackCheck, reading_tokenizer, validate_packs
 from .megatron_step import TwoStageStep
 from .settings import TrainConfig
 
-# %% ../../nbs/train/27_megatron_engine.ipynb #f6d3cade
+# %% ../../nbs/train/27_megatron_engine.ipynb #5566fe3c
 def _fits(value: Any, kind: Any) -> bool:
-    """Is a value of an annotated type? What cannot be judged fits."""
+    """Is a value of an annotated type? What cannot be judged fits, and so does None: Megatron-Bridge writes it where its annotations do not."""
+    if value is None:
+        return True
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         return value in arguments
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, k) for k in arguments)
     kind = origin or kind
-    if not isinstance(kind, type) or kind in (Any, object) or value is None:
+    if not isinstance(kind, type) or kind in (Any, object):
         return True
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, kind)
@@ -210,17 +212,17 @@ def _require(holds: bool, where: str, what: str, fix: str) -> None:
     if not holds:
         raise UserError(what, where=where, fix=fix)
 
-# %% ../../nbs/train/27_megatron_engine.ipynb #3f754c2f
+# %% ../../nbs/train/27_megatron_engine.ipynb #d155bcae
 def _engine_values(run: MegatronConfig, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What this engine needs, whatever the recipe says."""
-    shared, tokenizer = run.shared, str(Path(run.shared.data_dir) / "tokenizer")
+    shared, tokenizer = run.shared, reading_tokenizer(Path(run.shared.data_dir) / "tokenizer", Path(run.shared.output_dir) / "tokenizer_of_reader")
     held_out = manifest["splits"].get("valid", {"packs": 0})["packs"]
     save = str(Path(shared.output_dir) / "checkpoints")
     batch = shared.train.packs_in_step(manifest["pack_size"])
     return {
         "train.micro_batch_size": 1,
         "tokenizer.tokenizer_type": "HuggingFaceTokenizer",
-        "tokenizer.tokenizer_model": tokenizer,
+        "tokenizer.tokenizer_model": str(tokenizer),
         "model.seq_length": manifest["pack_size"],
         "model.calculate_per_token_loss": True,
         "ddp.average_in_collective": False,

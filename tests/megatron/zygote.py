@@ -6,6 +6,7 @@ last rank (the one that has the loss), or {"error": text}. Imports take longer t
 
 import json
 import multiprocessing as mp
+import multiprocessing.connection
 import os
 import socket
 import sys
@@ -49,10 +50,11 @@ def run(job, folder):
     processes = [context.Process(target=_rank, args=(job, r, port, pipes[r][1], f"{folder}/{job['name']}.{r}.log")) for r in range(job["ranks"])]
     for process in processes:
         process.start()
-    deadline, results = time.monotonic() + 150, []
-    for receiver, _ in pipes:
-        found = receiver.poll(max(0, deadline - time.monotonic()))
-        results.append(receiver.recv() if found else {"error": "no answer in 150 seconds"})
+    deadline, results = time.monotonic() + 150, {}
+    while len(results) < job["ranks"] and time.monotonic() < deadline and not any("error" in r for r in results.values()):
+        ready = mp.connection.wait([receiver for rank, (receiver, _) in enumerate(pipes) if rank not in results], 1)
+        results |= {rank: receiver.recv() for rank, (receiver, _) in enumerate(pipes) if receiver in ready}
+    results = [results.get(rank, {"error": "no answer"}) for rank in sorted(results)] or [{"error": "no answer in 150 seconds"}]
     for process in processes:
         process.join(5 if all("error" not in r for r in results) else 0.5)
         process.kill()
