@@ -254,7 +254,7 @@ def test_another_pack_size_tokenizes_nothing_again(tmp_path, monkeypatch):
     prepare(config)
     monkeypatch.setattr("nemotron_nb.data.spool.encode_drafts", lambda *a, **k: pytest.fail("tokenized twice"))
     larger = prepare(PrepConfig(output_dir=str(tmp_path / "out"), **SMALL | {"pack_size": 1024}), force=True)
-    assert larger["pack_size"] == 1024 and larger.encoders.endswith("found")
+    assert larger["pack_size"] == 1024 and larger.tokenized.endswith("found")
 
 
 def test_an_edited_template_is_never_stale(tmp_path):

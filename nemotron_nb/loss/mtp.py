@@ -134,13 +134,18 @@ def mtp_loss_by_hand(
             loss = loss + factor / depths * loss_by_hand(nll, mask, sequence_of_T, stage if normalization == "stage" else "token")
     return loss
 
-# %% ../../nbs/loss/12_mtp.ipynb #0d759390
+# %% ../../nbs/loss/12_mtp.ipynb #455deb8d
 @dataclass(frozen=True, eq=False)
 class MTPStats:
     """What the loss was made of. Not differentiable."""
 
     nll: Tensor  # [1+K, ..., T] in nats at each depth, 0 where the weight is 0
-    num_active: int  # targets that were computed, all depths together
+    count: Tensor  # 0-dim int64, targets that were computed, all depths together
+
+    @property
+    def num_active(self) -> int:
+        """The count as a number. On a GPU, reading it waits for the device."""
+        return int(self.count)
 
 
 def mtp_cross_entropy(
@@ -154,7 +159,7 @@ def mtp_cross_entropy(
     hidden_NH = torch.cat([h.reshape(-1, h.shape[-1]) for h in hidden])
     assert len(hidden_NH) == labels.numel() and labels.shape == weights.shape, "one hidden state, one label and one weight for each depth and position"
     loss, stats = masked_linear_cross_entropy(hidden_NH, weight, labels.reshape(-1), weights.reshape(-1), **options)
-    return loss, MTPStats(stats.nll.view(labels.shape), stats.num_active)
+    return loss, MTPStats(stats.nll.view(labels.shape), stats.count)
 
 # %% ../../nbs/loss/12_mtp.ipynb #b50eeedb
 class MTPBlock(nn.Module):

@@ -24,7 +24,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 Config = Annotated[str, typer.Option("--config", "-c", help="A configuration's name, such as tiny, or a path to a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the files, e.g. optimizer.lr=1e-4")]
 
-# %% ../../nbs/ops/33_cli.ipynb #9650ef51
+# %% ../../nbs/ops/33_cli.ipynb #cb6654fb
 @contextmanager
 def _progress() -> Iterator[dict[str, Any]]:
     """What to give `prepare` so that a bar with rate and time left stands on stderr while the block runs."""
@@ -51,6 +51,8 @@ def data_prep(family: str, config: str, overrides: list[str], sample: int | None
     with _progress() as told:
         manifest = prepare(settings, force=force, **told)
     print(manifest)
+    if manifest.tokenized:
+        print(f"\ntokenized: {manifest.tokenized}")
     print(f"\nprepared data: {settings.output_dir}\nto look at: {settings.output_dir}/report.html")
 
 # %% ../../nbs/ops/33_cli.ipynb #f6b4689a

@@ -88,8 +88,8 @@ def make_layers():
         def forward(self, x):
             return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
 
-    class NormColumn(ColumnParallelLinear):
-        """RMSNorm and Megatron's column-parallel layer in one, as Transformer Engine has it."""
+    class LayerNormColumnParallelLinear(ColumnParallelLinear):
+        """RMSNorm and Megatron's column-parallel layer in one, as Transformer Engine has it. Megatron-Bridge goes by the name."""
 
         def __init__(self, input_size, output_size, *, config, **options):
             options.pop("tp_comm_buffer_name", None)
@@ -121,7 +121,7 @@ def make_layers():
             options.pop("tp_comm_buffer_name", None)
             super().__init__(*arguments, **options)
 
-    return types.SimpleNamespace(PackedAttention=PackedAttention, Norm=Norm, NormColumn=NormColumn, Row=Row, Column=Column)
+    return types.SimpleNamespace(PackedAttention=PackedAttention, Norm=Norm, NormColumn=LayerNormColumnParallelLinear, Row=Row, Column=Column)
 
 
 LAYERS = None  # filled by install
@@ -137,7 +137,7 @@ def install():
 
     LAYERS = make_layers()
     hybrid_block.TENorm = LAYERS.Norm  # the last norm is not in the spec
-    for kind, how in (("Row", "row"), ("Column", "column"), ("NormColumn", "column")):
+    for kind, how in (("Row", "row"), ("Column", "column")):
         AutoMapping.register_module_type(kind, how)
     core_utils.tex = mamba_cp.tex = types.SimpleNamespace(thd_get_partitioned_indices=partitioned_indices)
     mamba_cp.HAVE_TEX, mamba_cp.is_te_min_version = True, lambda *arguments, **options: True

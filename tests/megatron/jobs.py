@@ -40,15 +40,139 @@ def _run(data_dir, output_dir, model, stages, recipe, steps, batch, lr, override
     return MegatronConfig(shared, recipe, {}, CPU_PROFILE | overrides)
 
 
-def train(data_dir, output_dir, model, stages=({"stage": "token"},), recipe="nemotron_3_nano", steps=3, batch=4, lr=1e-3, overrides=None, break_it=None):
+def train(data_dir, output_dir, model, stages=({"stage": "token"},), recipe="nemotron_3_nano", steps=3, batch=4, lr=1e-3, overrides=None, change=None):
     """A training by our engine; its metrics."""
     import json
     from pathlib import Path
 
     from nemotron_nb.train.megatron_engine import train as start
 
-    if break_it:
-        globals()[break_it]()
+    if change:
+        globals()[change]()
     start(_run(data_dir, output_dir, model, stages, recipe, steps, batch, lr, overrides or {}))
     path = Path(output_dir) / "metrics.jsonl"
     return {"metrics": [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else [], "pid": os.getpid()}
+
+
+def collate(data_dir, output_dir, row_length, multiple, end_token, fill):
+    """What the real packed dataset makes of the train split: one batch of the first two packs, one of each other pack."""
+    from pathlib import Path
+
+    from megatron.bridge.data.builders.gpt_sft import GPTSFTDatasetBuilder
+    from megatron.bridge.training.tokenizers.config import TokenizerConfig
+    from megatron.bridge.training.tokenizers.tokenizer import build_tokenizer
+    from nemotron_nb.train.megatron_data import reading_tokenizer
+    from nemotron_nb.train.megatron_engine import dataset_of
+
+    reader = reading_tokenizer(Path(data_dir) / "tokenizer", Path(output_dir), end_token)
+    tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(reader)))
+    config = dataset_of(data_dir, row_length, multiple, 0, "0.6.2")
+    config.dataset_kwargs = {"pad_to_max_length": fill}
+    config.finalize()
+    train = GPTSFTDatasetBuilder(config, tokenizer).build()[0]
+    batches = [[train[0], train[1]], *([train[i]] for i in range(2, len(train)))]
+    plain = [{name: v.tolist() if hasattr(v, "tolist") else v for name, v in train.collate_fn(b).items()} for b in batches]
+    halves = train.collate_fn([train[0] | {"loss_mask": [0.5] * len(train[0]["loss_mask"])}])["loss_mask"].sum().item()
+    return {"batches": plain, "eos_id": tokenizer.eos_id, "sum_of_float_mask": halves}
+
+
+def round_trip(model, output_dir):
+    """A folder in Hugging Face form through AutoBridge: the logits of both models, and the folder it writes."""
+    import torch
+    from cpu_layers import CPU_PROFILE
+    from megatron.bridge import AutoBridge
+    from nemotron_nb.train.megatron_engine import set_value
+    from transformers import NemotronHForCausalLM
+
+    bridge = AutoBridge.from_hf_pretrained(model, torch_dtype=torch.float32)
+    provider = bridge.to_megatron_provider(load_weights=True)
+    for name, value in CPU_PROFILE.items():
+        if name.startswith("model."):
+            set_value(provider, name.removeprefix("model."), value)
+    provider.finalize()
+    torch.distributed.init_process_group("gloo")
+    provider.initialize_model_parallel(seed=1)
+    (megatron,) = chunks = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True, bf16=False, fp16=False)
+    ids = torch.randint(20, 4096, (1, 48), generator=torch.Generator().manual_seed(0))
+    reference = NemotronHForCausalLM.from_pretrained(model, dtype=torch.float32, use_mamba_kernels=False, experts_implementation="eager").eval()
+    with torch.no_grad():
+        gap = (megatron.eval()(ids, torch.arange(48)[None], None) - reference(ids, use_cache=False).logits).abs().max().item()
+        scale = reference(ids, use_cache=False).logits.abs().max().item()
+    bridge.save_hf_pretrained(chunks, output_dir, show_progress=False)
+    return {"logit_gap": gap, "scale": scale}
+
+
+def from_scratch():
+    """Random weights: Megatron-Bridge's pretrain in place of its finetune, which wants weights to begin with."""
+    import megatron.bridge.training.finetune as module
+    from megatron.bridge.training.pretrain import pretrain
+
+    module.finetune = pretrain
+
+
+# ---- mistakes made on purpose: each undoes one thing that our step or engine does
+
+
+def leak_state():
+    """Mamba layers are not told where sequences begin."""
+    from nemotron_nb.train import megatron_step
+
+    right = megatron_step.physical_borders
+    megatron_step.physical_borders = lambda packed, total: {n: v for n, v in right(packed, total).items() if n != "total_tokens"}
+
+
+def poison_labels():
+    """Labels that nobody trains are changed: nothing may depend on them."""
+    from nemotron_nb.train.megatron_step import TwoStageStep
+
+    right = TwoStageStep.share
+
+    def share(self, batch, *rest):
+        return right(self, dict(batch, labels=batch["labels"].where(batch["loss_mask"] > 0, 99)), *rest)
+
+    TwoStageStep.share = share
+
+
+def train_prompts():
+    """The model is not given the weights, as the stock step does not."""
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    right = HybridModel.forward
+    HybridModel.forward = lambda self, *a, loss_mask=None, **k: right(self, *a, **k)
+
+
+def train_prompts_poisoned():
+    """Both."""
+    train_prompts()
+    poison_labels()
+
+
+def claim_padding():
+    """Bridge is told of the padding of sequences although nobody slices them: two kinds of borders."""
+    from nemotron_nb.train import megatron_engine
+
+    right = megatron_engine.check_layout
+    megatron_engine.check_layout = lambda config, *rest: (right(config, *rest), setattr(config.dataset.offline_packing_specs, "pad_seq_to_mult", 4))
+
+
+def logical_borders():
+    """The model is given the borders without padding, on a row with padding."""
+    from nemotron_nb.train import megatron_step
+
+    claim_padding()
+    megatron_step.physical_borders = lambda packed, total: dict(packed, total_tokens=total)
+
+
+def balance_of_one():
+    """A conversation counts 1 in the sample stage."""
+    from nemotron_nb.train import megatron_engine
+
+    megatron_engine.balance_of = lambda manifest: 1
+
+
+def slice_counts():
+    """Every context-parallel rank counts the row."""
+    from nemotron_nb.train.megatron_step import TwoStageStep
+
+    right = TwoStageStep.share
+    TwoStageStep.share = lambda self, batch, step, here: right(self, batch, step, True)
