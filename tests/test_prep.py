@@ -419,3 +419,23 @@ def test_ray_gives_the_same_bytes(tmp_path, small_units):
     finally:
         ray.shutdown()
     assert files_of(tmp_path / "local") == files_of(tmp_path / "ray")
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "trained"),
+    [
+        (None, "Be kind. Hi! Hello. ", ["Hello. "]),
+        ("{% for message in messages %}{%- if message['role'] == 'system' %}{{'Context: ' + message['content'].strip()}}{%- elif message['role'] == 'user' %}{{' Question: ' + message['content'].strip() + ' Answer: '}}{%- elif message['role'] == 'assistant' %}{{message['content'].strip()}}{%- endif %}{% endfor %}", "Context: Be kind. Question: Hi! Answer: Hello.", ["Hello."]),
+    ],
+)
+def test_the_template_modes_of_nemo_rl(tmp_path, template, text, trained):
+    """null joins the contents; a custom string is the page's own example; "default" is the tokenizer's, which here has none."""
+    rows = [{"messages": [{"role": "system", "content": "Be kind. "}, {"role": "user", "content": "Hi! "}, {"role": "assistant", "content": "Hello. "}]}]
+    source = write(tmp_path / "chats.jsonl", *rows)
+    prepare(PrepConfig(path=source, output_dir=str(tmp_path / "out"), chat_template=template, train_ratio=1.0, valid_ratio=0.0, test_ratio=0.0))
+    (packed,) = read_packs(tmp_path / "out" / "splits" / "train")
+    tokenizer = load_tokenizer("tiny")
+    assert tokenizer.decode(packed.input_ids) == text
+    assert tokenizer.decode(packed.input_ids[1:][packed.loss_mask[:-1] == 1]) == "".join(trained)
+    with pytest.raises(UserError):
+        prepare(PrepConfig(path=source, output_dir=str(tmp_path / "none"), chat_template="default"))

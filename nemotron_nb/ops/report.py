@@ -337,7 +337,7 @@ def environment_picture(
     machine = ", ".join(str(env["host"][k]) for k in ("name", "cpu", "system") if k in env["host"])
     return table([("code", commit), ("python", env["python"]), ("packages", versions), ("machine", machine), ("processors", env["host"]["cpus"])], header=["", ""])
 
-# %% ../../nbs/ops/32_report.ipynb #15c39f85
+# %% ../../nbs/ops/32_report.ipynb #c226facd
 @dataclass(frozen=True)
 class Section:
     """One part of the report."""
@@ -354,7 +354,7 @@ def sections(
     data, steps, evaluated = bool(run.manifest), bool(run.lines("train")), bool(run.before and run.after)
     plan: list[tuple[bool, str, str, Callable[[], Picture]]] = [
         (data, "What became of the chats", "Each row is what was left after one step of preparation, with what was lost beside it.", lambda: joined([funnel_picture(run.manifest), splits_picture(run.manifest)])),
-        (data, "Length of the sequences", "Each bar counts the training sequences of that many tokens.", lambda: length_histogram(Manifest(run.manifest))),
+        (data, "Length of the sequences", "Each bar counts the training sequences of that many tokens, then those with that share of trained tokens.", lambda: length_histogram(Manifest(run.manifest))),
         (data, "How full the packs are", "The solid part of a bar holds tokens; the hatched part would be padding.", lambda: fill_picture(run.manifest)),
         (bool(run.lines("start")), "The arithmetic of a step", "An epoch is one pass over all packs; rows are chats; only trained tokens have a loss.", lambda: arithmetic_picture(run.lines("start")[0])),
         (steps, "Loss", "Lines are training steps, points are held-out chats, a dotted line is a change of stage; lower is better.", lambda: loss_picture(run.metrics)),

@@ -147,16 +147,26 @@ def train_prompts_poisoned():
     poison_labels()
 
 
-def claim_padding():
-    """Bridge is told of the padding of sequences although nobody slices them: two kinds of borders."""
+def end_with_im_end():
+    """The reader is given the tokenizer as it is: padding is made of its end token, and what is predicted from it is struck out."""
     from nemotron_nb.train import megatron_engine
 
+    right = megatron_engine.reading_tokenizer
+    megatron_engine.reading_tokenizer = lambda source, target: right(source, target, "<|im_end|>")
+    megatron_engine.check_packs = lambda config, data_dir: {}
+
+
+def claim_padding():
+    """And it is told of the padding of sequences although nobody slices them: so there are two kinds of borders."""
+    from nemotron_nb.train import megatron_engine
+
+    end_with_im_end()
     right = megatron_engine.check_layout
     megatron_engine.check_layout = lambda config, *rest: (right(config, *rest), setattr(config.dataset.offline_packing_specs, "pad_seq_to_mult", 4))
 
 
 def logical_borders():
-    """The model is given the borders without padding, on a row with padding."""
+    """And the model is given both, as the stock step does."""
     from nemotron_nb.train import megatron_step
 
     claim_padding()
@@ -170,7 +180,7 @@ def balance_of_one():
     megatron_engine.balance_of = lambda manifest: 1
 
 
-def slice_counts():
+def count_on_every_rank():
     """Every context-parallel rank counts the row."""
     from nemotron_nb.train.megatron_step import TwoStageStep
 

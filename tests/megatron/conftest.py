@@ -1,0 +1,150 @@
+"""Data, a tiny model, and the results of the jobs that need Megatron-Bridge."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+TINY = {
+    "hybrid_override_pattern": "M*MEM", "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2,
+    "ssm_state_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32, "routed_scaling_factor": 2.5, "initializer_range": 0.05,
+}  # fmt: skip
+PACK_SIZE, PACKS = 256, 10
+STAGES = {"token": [{"stage": "token"}], "sample": [{"stage": "sample"}], "switch": [{"stage": "token", "steps": 3}, {"stage": "sample"}]}
+
+
+def model_values(**values):
+    """Overrides of the model."""
+    return {f"model.{name}": value for name, value in values.items()}
+
+
+TP, PP = model_values(tensor_model_parallel_size=2, sequence_parallel=True), model_values(pipeline_model_parallel_size=2, hybrid_layer_pattern="M*M|EM")
+EP, CP = model_values(expert_model_parallel_size=2), model_values(context_parallel_size=2)
+MTP = model_values(mtp_num_layers=2, mtp_hybrid_override_pattern="*E")
+PLAIN_OPTIMIZER = {"ddp.use_distributed_optimizer": False, "optimizer.use_distributed_optimizer": False}  # PyTorch's Adam inside the distributed one cannot be resumed in 0.19.2
+
+
+def _train(root, name, ranks=1, data="plain", stages="sample", steps=2, folder=None, **options):
+    """A job that trains; by default on all packs in each step, so that their order does not matter."""
+    places = {"data_dir": f"{root}/{data}", "output_dir": f"{root}/{folder or name}", "model": f"{root}/model"}
+    return {"name": name, "do": "train", "ranks": ranks, **places, "stages": STAGES[stages], "steps": steps, "batch": PACKS} | options
+
+
+def _mtp(root, name, ranks=1, overrides=None, **options):
+    """A job of one step with two further predictions, by the recipe of Super, from the weights of the job "mtp_base"."""
+    start = {"checkpoint.pretrained_checkpoint": f"{root}/mtp_base/checkpoints", "checkpoint.finetune": True}
+    return _train(root, name, ranks, steps=1, recipe="nemotron_3_super", overrides=MTP | start | (overrides or {}), **options)
+
+
+def jobs(root):
+    """All jobs, in order."""
+    reader = {"do": "collate", "ranks": 1, "row_length": PACK_SIZE, "multiple": 1, "end_token": "</s>", "fill": True, "data_dir": f"{root}/plain"}
+    return [
+        {"name": "collate", **reader, "output_dir": f"{root}/reader_1"},
+        {"name": "collate_short", **reader, "output_dir": f"{root}/reader_1", "fill": False},
+        {"name": "collate_padded", **reader, "data_dir": f"{root}/padded", "output_dir": f"{root}/reader_1", "multiple": 4},
+        {"name": "collate_ended", **reader, "data_dir": f"{root}/padded", "output_dir": f"{root}/reader_2", "multiple": 4, "end_token": "<|im_end|>"},
+        {"name": "round_trip", "do": "round_trip", "ranks": 1, "model": f"{root}/model", "output_dir": f"{root}/exported"},
+        _train(root, "token", stages="token"),
+        _train(root, "sample"),
+        _train(root, "dp", 2),
+        _train(root, "tp_sp", 2, overrides=TP),
+        _train(root, "pp", 2, overrides=PP),
+        _train(root, "ep", 2, overrides=EP),
+        _train(root, "padded", data="padded"),
+        _train(root, "cp", 2, data="padded", overrides=CP),
+        _train(root, "dp_tp_sp", 4, steps=1, overrides=TP),
+        _train(root, "whole", stages="switch", steps=5, batch=4, overrides=PLAIN_OPTIMIZER),
+        _train(root, "part", stages="switch", steps=2, batch=4, overrides=PLAIN_OPTIMIZER, folder="resumed"),
+        _train(root, "rest", stages="switch", steps=5, batch=4, overrides=PLAIN_OPTIMIZER, folder="resumed"),
+        _train(root, "leak", steps=1, change="leak_state"),
+        _train(root, "counted_twice", 2, data="padded", steps=1, change="count_on_every_rank", overrides=CP),
+        _train(root, "aux", steps=1, overrides=model_values(moe_aux_loss_coeff=0.1)),
+        _train(root, "aux_one", steps=1, change="balance_of_one", overrides=model_values(moe_aux_loss_coeff=0.1)),
+        _train(root, "mtp_base", steps=1, batch=4, lr=1e-9, recipe="nemotron_3_super", change="from_scratch", overrides=MTP | {"checkpoint.pretrained_checkpoint": None}),
+        _mtp(root, "mtp"),
+        _mtp(root, "mtp_dp", 2),
+        _mtp(root, "mtp_tp_sp", 2, TP),
+        _mtp(root, "mtp_cp", 2, CP, data="padded"),
+        _mtp(root, "mtp_poisoned", change="poison_labels"),
+        _mtp(root, "mtp_stock", change="train_prompts"),
+        _mtp(root, "mtp_stock_poisoned", change="train_prompts_poisoned"),
+        _mtp(root, "mtp_ended", data="padded", change="end_with_im_end"),
+        _mtp(root, "mtp_ended_claimed", data="padded", change="claim_padding"),
+        _mtp(root, "mtp_ended_logical", data="padded", change="logical_borders"),
+    ]
+
+
+def _write_data(root):
+    """Chats of the library as packs, with and without padding."""
+    from nemotron_nb.data.prep import PrepConfig, prepare
+
+    shape = {"pack_size": PACK_SIZE, "sample": 60, "overflow": "drop", "train_ratio": 0.8, "valid_ratio": 0.2, "test_ratio": 0.0, "workers": 1, "max_bad_fraction": 1.0}
+    for name, multiple in (("plain", 1), ("padded", 4)):
+        manifest = prepare(PrepConfig(**shape, pad_to_multiple=multiple, output_dir=f"{root}/{name}"))
+        assert manifest["splits"]["train"]["packs"] == PACKS, "the jobs train on all packs in each step"
+
+
+def _write_model(root):
+    """A tiny hybrid model with random weights, in the layout of the releases."""
+    import torch
+    from transformers import NemotronHForCausalLM
+
+    from nemotron_nb.train.megatron_models import release_folder
+    from nemotron_nb.train.model import family_config
+
+    torch.manual_seed(0)
+    model = NemotronHForCausalLM(family_config(TINY, vocab_size=4096))
+    for name, parameter in model.named_parameters():
+        if "norm" in name or name.endswith(".D"):  # nothing stays at 1, or a norm that is left out would not show
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(f"{root}/saved")
+    release_folder(f"{root}/saved", f"{root}/model", f"{root}/plain/tokenizer")
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    """The folder of data, model and results; skipped where Megatron-Bridge is not installed."""
+    from nemotron_nb.train.megatron_compat import installed_version
+
+    if not installed_version("megatron-bridge"):
+        pytest.skip("megatron-bridge is not installed in this environment (extra: megatron)")
+    folder = tmp_path_factory.mktemp("megatron")
+    _write_data(folder)
+    _write_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def results(root):
+    """Name of a job -> what it returned. All jobs run once, in a process that imports Megatron once."""
+    chosen = os.environ.get("MEGATRON_JOBS", "").split()  # for a closer look at some of them
+    (root / "jobs.json").write_text(json.dumps([job for job in jobs(root) if not chosen or job["name"] in chosen]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, HERE / "zygote.py", root / "jobs.json", root / "results.json"], env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Results(json.loads((root / "results.json").read_text()))
+
+
+class Results(dict):
+    """Results by name; asking for one that failed shows its error."""
+
+    def __missing__(self, name):
+        raise KeyError(f"no job {name}")
+
+    def __getitem__(self, name):
+        found = super().__getitem__(name)
+        assert "error" not in found, f"{name}: {found['error']}"
+        return found
+
+    def lines(self, name, kind="train"):
+        """The metrics of a training."""
+        return [line for line in self[name]["metrics"] if line["kind"] == kind]
+
+    def curve(self, name):
+        """[(loss, gradient norm)] of each step."""
+        return [(line["loss"], line["grad_norm"]) for line in self.lines(name)]
