@@ -803,6 +803,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'nemotron_nb/data/prep.py'),
                                        'nemotron_nb.data.prep.PrepConfig.blend': ( 'data/prep.html#prepconfig.blend',
                                                                                    'nemotron_nb/data/prep.py'),
+                                       'nemotron_nb.data.prep.PrepConfig.template_spec': ( 'data/prep.html#prepconfig.template_spec',
+                                                                                           'nemotron_nb/data/prep.py'),
                                        'nemotron_nb.data.prep.Source': ('data/prep.html#source', 'nemotron_nb/data/prep.py'),
                                        'nemotron_nb.data.prep.SplitPlan': ('data/prep.html#splitplan', 'nemotron_nb/data/prep.py'),
                                        'nemotron_nb.data.prep.TokenizerSection': ( 'data/prep.html#tokenizersection',

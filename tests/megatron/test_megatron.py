@@ -79,16 +79,21 @@ def by_the_pytorch_engine(root, stage):
 
 @pytest.mark.parametrize("stage", ["token", "sample"])
 def test_one_process_agrees_with_float64_on_unpacked_conversations(results, root, stage):
-    loss, norm = results.curve(stage)[0]
+    loss, norm = results.curve(f"{stage}_still")[0]
     assert (loss, norm) == pytest.approx(by_hand(root, stage), rel=2e-6)
 
 
 @pytest.mark.parametrize("stage", ["token", "sample"])
 def test_both_engines_take_the_same_steps(results, root, stage):
     ours, held_out = by_the_pytorch_engine(root, stage)
-    assert np.array(results.curve(stage)) == pytest.approx(np.array(ours), rel=1e-5)
-    (valid,) = results.lines(stage, "valid")
+    assert np.array(results.curve(f"{stage}_still")) == pytest.approx(np.array(ours), rel=1e-5)
+    (valid,) = results.lines(f"{stage}_still", "valid")
     assert (valid["loss_token"], valid["loss_sample"]) == pytest.approx((held_out.loss_token, held_out.loss_sample), rel=1e-5)
+
+
+def test_routers_are_balanced_as_the_recipe_says(results):
+    assert results.curve("sample")[0] == results.curve("sample_still")[0]
+    assert results.curve("sample")[1] != results.curve("sample_still")[1]
 
 
 @pytest.mark.parametrize("job", PARALLEL)
