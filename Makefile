@@ -34,7 +34,8 @@ test:  ## notebooks in step with the library, every notebook executed, then pyte
 	@.ci/setup dev
 	@$(IN) .ci/sync
 	@$(IN) OMP_NUM_THREADS=1 nbdev-test --n-workers $(WORKERS)
-	@$(IN) OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) --dist loadfile
+	@$(IN) OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) --dist loadfile --ignore tests/megatron
+	@$(IN) OMP_NUM_THREADS=1 python -m pytest tests/megatron
 
 lab:  ## JupyterLab on the notebooks
 	@.ci/setup dev

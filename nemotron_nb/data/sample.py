@@ -84,6 +84,7 @@ def work_out(
     """The value of a sum of whole numbers. A division must leave no remainder."""
 
     def value(node: ast.AST) -> int:
+        """The value of a node; divisions must come out even."""
         match node:
             case ast.Constant(value=int(number)) if number is not True and number is not False:
                 return number
@@ -509,6 +510,7 @@ class Draft:
         self.checks.append({"expression": expression, "answer": work_out(expression)} if expression else None)
 
     def answer(self, text: str, reasoning: str = "") -> None:
+        """An answer of the assistant, with its thought if this chat thinks."""
         thought = {"reasoning_content": reasoning} if reasoning and self.thinks else {}
         self.messages.append({"role": "assistant", **thought, "content": text})
 
@@ -697,6 +699,7 @@ def _asked(chat: Mapping[str, Any]) -> str:
 
 # %% ../../nbs/data/01_sample.ipynb #13d6a2df
 def numbers_in(text: str) -> list[int]:
+    """The whole numbers in a text, in order."""
     return [int(number) for number in re.findall(r"\d+", text)]
 
 

@@ -74,6 +74,7 @@ def _told_as_it_goes(
     ended = threading.Event()
 
     def tell() -> None:
+        """Print new lines of the metrics until the block has ended, and once after that."""
         seen = 0
         while True:
             last_look = ended.wait(0.5)

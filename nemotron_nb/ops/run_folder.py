@@ -114,6 +114,7 @@ def note_failures(
     """From now on, a cell that raises marks the run as failed, with the error's message."""
 
     def after_cell(result: Any) -> None:
+        """Write down the error of a cell, if it had one."""
         error = result.error_before_exec or result.error_in_exec
         if error is not None:
             set_status(folder, "failed", message=f"{type(error).__name__}: {error}")

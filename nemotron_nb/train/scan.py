@@ -76,6 +76,7 @@ def chunked_scan(
     b_RKGLN, c_RKGLN = (_in_chunks(t, chunk).transpose(2, 3) for t in (b_RTGN, c_RTGN))
 
     def by_group(t: torch.Tensor) -> torch.Tensor:  # [R,K,H,...] -> [R,K,G,H/G,...]
+        """Heads side by side with the group they read from."""
         return t.unflatten(2, (G, H // G))
 
     scores = (c_RKGLN @ b_RKGLN.mT)[:, :, :, None]

@@ -202,6 +202,7 @@ def train(
     with MetricsFile(output / "metrics.jsonl") as metrics:
 
         def examine(name: str, step: int) -> None:
+            """Evaluate on held-out packs and write it down."""
             found = evaluate(model, held_out, tokenizer, step, e.num_generations, e.max_new_tokens, t.micro_batch_tokens, config.loss.conversation_unit)
             write_json(output / f"evaluation_{name}.json", found)
             metrics.write(_valid_line(step, found))

@@ -52,6 +52,8 @@ def jobs(root):
         {"name": "round_trip", "do": "round_trip", "ranks": 1, "model": f"{root}/model", "output_dir": f"{root}/exported"},
         _train(root, "token_still", stages="token", overrides=STILL),
         _train(root, "sample_still", overrides=STILL),
+        {"name": "export", "do": "export", "ranks": 1, "checkpoint": f"{root}/sample_still/checkpoints", "model": f"{root}/model", "output_dir": f"{root}/trained"},
+        _train(root, "lora", recipe="megatron.bridge.recipes.nemotronh.nemotron_3_nano_peft_config", recipe_arguments={"peft_scheme": "lora"}, overrides={"peft.dim": 4, "peft.alpha": 8}),
         _train(root, "sample"),
         _train(root, "dp", 2),
         _train(root, "tp_sp", 2, overrides=TP),
@@ -127,7 +129,7 @@ def results(root):
     chosen = os.environ.get("MEGATRON_JOBS", "").split()  # for a closer look at some of them
     (root / "jobs.json").write_text(json.dumps([job for job in jobs(root) if not chosen or job["name"] in chosen]))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, HERE / "zygote.py", root / "jobs.json", root / "results.json"], env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run([sys.executable, HERE / "zygote.py", root / "jobs.json", root / "results.json"], env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     return Results(json.loads((root / "results.json").read_text()))
 

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from cpu_import import module
 
 
 class _GatherSequence(torch.autograd.Function):
@@ -96,7 +97,7 @@ def make_layers():
             super().__init__(input_size, output_size, config=config, **options)
             self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size, dtype=config.params_dtype))
             self.layer_norm_weight.sequence_parallel = config.sequence_parallel
-            self.eps = config.layernorm_epsilon
+            self.eps, self.tp_size = config.layernorm_epsilon, self.tp_group.size()
 
         def forward(self, x, *arguments, **options):
             x = F.rms_norm(x.float(), (x.shape[-1],), self.layer_norm_weight.float(), self.eps).to(x.dtype)
@@ -113,6 +114,7 @@ def make_layers():
         def __init__(self, *arguments, **options):
             options.pop("tp_comm_buffer_name", None)
             super().__init__(*arguments, **options)
+            self.tp_size = self.tp_group.size()
 
     class Column(ColumnParallelLinear):
         """Megatron's column-parallel layer without an argument of Transformer Engine's."""
@@ -120,6 +122,7 @@ def make_layers():
         def __init__(self, *arguments, **options):
             options.pop("tp_comm_buffer_name", None)
             super().__init__(*arguments, **options)
+            self.tp_size = self.tp_group.size()
 
     return types.SimpleNamespace(PackedAttention=PackedAttention, Norm=Norm, NormColumn=LayerNormColumnParallelLinear, Row=Row, Column=Column)
 
@@ -136,6 +139,8 @@ def install():
     from megatron.bridge.models.conversion.param_mapping import AutoMapping
 
     LAYERS = make_layers()
+    hybrid_stack_spec.__module__ = "megatron.core.models.hybrid.cpu_stack"  # checkpoints name it, and are read with names of Megatron only
+    module(hybrid_stack_spec.__module__, hybrid_stack_spec=hybrid_stack_spec)
     hybrid_block.TENorm = LAYERS.Norm  # the last norm is not in the spec
     for kind, how in (("Row", "row"), ("Column", "column")):
         AutoMapping.register_module_type(kind, how)

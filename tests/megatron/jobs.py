@@ -27,7 +27,7 @@ def prepare():
     logging.disable(logging.WARNING)
 
 
-def _run(data_dir, output_dir, model, stages, recipe, steps, batch, lr, overrides):
+def _run(data_dir, output_dir, model, stages, recipe, steps, batch, lr, overrides, recipe_arguments):
     from cpu_layers import CPU_PROFILE
     from nemotron_nb.loss.schedule import Phase
     from nemotron_nb.train.megatron_engine import MegatronConfig
@@ -37,10 +37,10 @@ def _run(data_dir, output_dir, model, stages, recipe, steps, batch, lr, override
         data_dir, output_dir, ModelConfig(name=model), TrainSection(train_iters=steps, global_batch_size=batch, log_interval=1), OptimizerSection(lr=lr, weight_decay=0.0),
         SchedulerSection(), LossSection([Phase(**p) for p in stages]),
     )
-    return MegatronConfig(shared, recipe, {}, CPU_PROFILE | overrides)
+    return MegatronConfig(shared, recipe, recipe_arguments, CPU_PROFILE | overrides)
 
 
-def train(data_dir, output_dir, model, stages=({"stage": "token"},), recipe="nemotron_3_nano", steps=3, batch=4, lr=1e-3, overrides=None, change=None):
+def train(data_dir, output_dir, model, stages=({"stage": "token"},), recipe="nemotron_3_nano", steps=3, batch=4, lr=1e-3, overrides=None, recipe_arguments=None, change=None):
     """A training by our engine; its metrics."""
     import json
     from pathlib import Path
@@ -49,7 +49,7 @@ def train(data_dir, output_dir, model, stages=({"stage": "token"},), recipe="nem
 
     if change:
         globals()[change]()
-    start(_run(data_dir, output_dir, model, stages, recipe, steps, batch, lr, overrides or {}))
+    start(_run(data_dir, output_dir, model, stages, recipe, steps, batch, lr, overrides or {}, recipe_arguments or {}))
     path = Path(output_dir) / "metrics.jsonl"
     return {"metrics": [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else [], "pid": os.getpid()}
 
@@ -100,6 +100,15 @@ def round_trip(model, output_dir):
         scale = reference(ids, use_cache=False).logits.abs().max().item()
     bridge.save_hf_pretrained(chunks, output_dir, show_progress=False)
     return {"logit_gap": gap, "scale": scale}
+
+
+def export(checkpoint, model, output_dir):
+    """A trained checkpoint back in Hugging Face form."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+    from nemotron_nb.train.megatron_engine import export_hf
+
+    get_cuda_rng_tracker().add("model-parallel-rng", 1)  # layers are filled from it before their weights are loaded; a GPU run seeds it
+    return {"folder": str(export_hf(checkpoint, model, output_dir))}
 
 
 def from_scratch():

@@ -2,7 +2,6 @@
 
 import math
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,6 +123,18 @@ def test_a_checkpoint_passes_through_autobridge(results, root):
     assert results["round_trip"]["logit_gap"] < 1e-5 * results["round_trip"]["scale"]
     found = audit(root / "model", root / "exported")
     assert found.ok and found.equal > 40, found
+
+
+def test_a_trained_model_says_the_same_in_transformers(results, root):
+    found, (valid,) = held_out_loss(hugging_face_model(results["export"]["folder"]), read_packs(root / "plain" / "splits" / "valid"), 8192, "sequence"), results.lines("sample_still", "valid")
+    assert (found.loss_token, found.loss_sample) == pytest.approx((valid["loss_token"], valid["loss_sample"]), rel=1e-5)
+    change = audit(root / "model", root / "trained")
+    assert not change.missing and not change.extra and len(change.differing) > 30
+
+
+def test_lora_begins_as_the_model_it_is_put_on(results):
+    (loss, norm), _ = results.curve("lora")
+    assert loss == pytest.approx(results.curve("sample")[0][0], rel=1e-6) and 0 < norm < results.curve("sample")[0][1]
 
 
 def test_counts_are_those_of_the_data(results, root):

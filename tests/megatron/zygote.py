@@ -50,11 +50,11 @@ def run(job, folder):
     processes = [context.Process(target=_rank, args=(job, r, port, pipes[r][1], f"{folder}/{job['name']}.{r}.log")) for r in range(job["ranks"])]
     for process in processes:
         process.start()
-    deadline, results = time.monotonic() + 150, {}
+    deadline, results = time.monotonic() + 300, {}
     while len(results) < job["ranks"] and time.monotonic() < deadline and not any("error" in r for r in results.values()):
         ready = mp.connection.wait([receiver for rank, (receiver, _) in enumerate(pipes) if rank not in results], 1)
         results |= {rank: receiver.recv() for rank, (receiver, _) in enumerate(pipes) if receiver in ready}
-    results = [results.get(rank, {"error": "no answer"}) for rank in sorted(results)] or [{"error": "no answer in 150 seconds"}]
+    results = [results.get(rank, {"error": "no answer"}) for rank in sorted(results)] or [{"error": "no answer in 300 seconds"}]
     for process in processes:
         process.join(5 if all("error" not in r for r in results) else 0.5)
         process.kill()
