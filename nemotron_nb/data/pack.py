@@ -437,39 +437,6 @@ def longest(
     _check_capacity(capacity)
     return (capacity - 1) // multiple * multiple + 1
 
-# %% ../../nbs/data/05_pack.ipynb #ae19b1b2
-def alignment(
-    explicit: int = 1,  # a multiple that the user asks for
-    context_parallel: int = 1,  # ranks that share a sequence
-    tensor_parallel: int = 1,  # ranks that share a layer
-    sequence_parallel: bool = False,  # do the tensor-parallel ranks also divide the sequence?
-) -> int:
-    """The multiple that the positions of each sequence must be padded to: lcm(explicit, 2 CP if CP > 1, CP TP if SP and TP > 1)."""
-    if min(explicit, context_parallel, tensor_parallel) < 1:
-        raise UserError(f"numbers of ranks and multiples are at least 1, got {explicit}, {context_parallel}, {tensor_parallel}", where="pad_to_multiple")
-    context = 2 * context_parallel if context_parallel > 1 else 1
-    tensor = context_parallel * tensor_parallel if sequence_parallel and tensor_parallel > 1 else 1
-    return math.lcm(explicit, context, tensor)
-
-
-def aligned(
-    lengths: Sequence[int] | np.ndarray,  # [S] tokens of each sequence, at least 1
-    multiple: int,  # from `alignment`
-) -> np.ndarray:
-    """int64 [S]: stored length with padding, the least L' >= L with L' - 1 a multiple. What `pack` should be given."""
-    if multiple < 1:
-        raise UserError(f"a length cannot be a multiple of {multiple}", where="pad_to_multiple", fix="give 1 for no padding")
-    return -(-(_whole_numbers(lengths) - 1) // multiple) * multiple + 1
-
-
-def longest(
-    capacity: int,  # tokens a pack can hold
-    multiple: int = 1,
-) -> int:
-    """Tokens of the longest sequence that fits a pack once it is padded."""
-    _check_capacity(capacity)
-    return (capacity - 1) // multiple * multiple + 1
-
 # %% ../../nbs/data/05_pack.ipynb #3878c8a8
 OVERFLOWS = ("truncate", "drop", "split", "fail", "cut")
 
