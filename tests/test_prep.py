@@ -439,3 +439,18 @@ def test_the_template_modes_of_nemo_rl(tmp_path, template, text, trained):
     assert tokenizer.decode(packed.input_ids[1:][packed.loss_mask[:-1] == 1]) == "".join(trained)
     with pytest.raises(UserError):
         prepare(PrepConfig(path=source, output_dir=str(tmp_path / "none"), chat_template="default"))
+
+
+def test_an_edited_list_of_the_filters_is_never_stale(tmp_path):
+    """The words of a narrative list decide which chats are kept, so they are part of the name of the result."""
+    words = tmp_path / "words.toml"
+    source = write(tmp_path / "chats.jsonl", *chats(20))
+    shipped = (Path(prep.__file__).parent / "assets" / "filters" / "narrative.toml").read_text()
+    keys = []
+    for text in (shipped, shipped + "\n# a comment, and yet another file\n"):
+        words.write_text(text)
+        config = PrepConfig(path=source, output_dir=str(tmp_path / "out"), filter_chats=True, filters=prep.FilterPolicy(narrative_lists=(str(words),)))
+        keys.append(prepare(config, force=True)["key"])
+    assert keys[0] != keys[1]
+    with pytest.raises(UserError, match="other settings"):
+        prepare(PrepConfig(path=source, output_dir=str(tmp_path / "out")))

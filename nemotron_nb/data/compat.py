@@ -9,7 +9,6 @@ __all__ = ['DROPS', 'Shard', 'plain_reference_drafts', 'SpecialTokens', 'referen
 # %% ../../nbs/data/04a_compat.ipynb #b984c3fd
 import functools
 import heapq
-import itertools
 import json
 import math
 import random

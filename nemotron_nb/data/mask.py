@@ -11,7 +11,6 @@ __all__ = ['LOSS_MODES', 'MASK_COLOURS', 'TrainingSequence', 'encode_chunks', 'm
 # %% ../../nbs/data/04_mask.ipynb #065d86cf
 import html
 import itertools
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol

@@ -8,11 +8,9 @@ __all__ = ['Row', 'FORMATS', 'OpenAIFormat', 'ResponseDataset', 'Squad', 'OpenMa
            'load_sft_dataset', 'data_section']
 
 # %% ../../nbs/data/08a_sources.ipynb #e64f9423
-import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 

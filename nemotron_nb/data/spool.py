@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -101,7 +101,7 @@ class RowSettings:
     max_rows: int = 0  # of the unit; 0 = all
 
 
-_MODULES = ("core", "data/records", "data/files", "data/tokenizer", "data/template", "data/jinja_template", "data/mask", "data/compat", "data/sources", "data/filters", "data/endpoint", "data/reasoning", "data/spool")
+_MODULES = ("core", "data/records", "data/files", "data/tokenizer", "data/encoder", "data/template", "data/jinja_template", "data/mask", "data/compat", "data/sources", "data/filters", "data/endpoint", "data/reasoning", "data/spool")
 
 
 @functools.cache
@@ -157,14 +157,12 @@ class UnitRecord:
         return {"rows": self.rows, **lists, "repairs": dict(sorted(self.repairs.items())), "unprinted": dict(sorted(self.unprinted.items()))}
 
 
-def _chats(value: Any, settings: RowSettings) -> list[Any]:
-    """The chats of a row, in whatever form the dataset has."""
-    if not isinstance(value, Mapping):
-        return [value]
+def _form(settings: RowSettings) -> Any:
+    """How the rows of the dataset say their chats, made once for a unit."""
     options = settings.dataset.options
     if settings.dataset.format == "openai":
         options = {"chat_key": settings.messages_field, "tool_key": settings.tools_field} | options
-    return row_format(settings.dataset.format, options).chats(value)
+    return row_format(settings.dataset.format, options)
 
 
 class Chat(NamedTuple):
@@ -176,13 +174,14 @@ class Chat(NamedTuple):
     low_effort: bool
 
 
-def _admitted(value: Any, line: int, unit: Unit, settings: RowSettings, record: UnitRecord) -> list[Chat]:
+def _admitted(value: Any, line: int, unit: Unit, settings: RowSettings, form: Any, record: UnitRecord) -> list[Chat]:
     """The chats of a row in normal form; what is wrong goes into the record."""
     if settings.used_in_filter and not _used_in(value, settings):
         record.left_out.append(Reject(unit.path, line, "not_used_in", f"not marked {settings.used_in_filter!r} in {settings.used_in_field}"))
         return []
     try:
-        conversations = [parse_conversation(chat, source=unit.path, line=line) for chat in _chats(value, settings)]
+        chats = form.chats(value) if isinstance(value, Mapping) else [value]
+        conversations = [parse_conversation(chat, source=unit.path, line=line) for chat in chats]
         fields_of_row = value if isinstance(value, Mapping) else {}
         low = low_effort_flag({settings.reasoning.low_effort_field: settings.dataset.low_effort or None} | dict(fields_of_row), settings.dataset.name, settings.reasoning)
     except BadRecord as e:
@@ -293,7 +292,6 @@ class _Tables:
     lengths: list[np.ndarray] = field(default_factory=list)
     trained: list[np.ndarray] = field(default_factory=list)
     conversation: list[int] = field(default_factory=list)
-    turn: list[int] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
@@ -301,7 +299,6 @@ class _Tables:
     def add(self, name: str, line: int, row: int, drafts: Sequence[Draft]) -> None:
         """A chat with its sequences."""
         self.conversation += [len(self.ids)] * len(drafts)
-        self.turn += [d.turn for d in drafts]
         self.ids.append(name)
         self.lines.append(line)
         self.rows.append(row)
@@ -310,8 +307,7 @@ class _Tables:
         """As .npy files."""
         whole = lambda parts, kind: np.concatenate([np.zeros(0, kind), *parts]).astype(kind)
         tables = {"lengths": whole(self.lengths, np.int64), "trained": whole(self.trained, np.int64)}
-        tables |= {"conversation": np.array(self.conversation, np.int32), "turn": np.array(self.turn, np.int32)}
-        tables |= {"conversation_ids": np.array(self.ids, "S16"), "lines": np.array(self.lines, np.int64), "rows": np.array(self.rows, np.int64)}
+        tables |= {"conversation": np.array(self.conversation, np.int32), "conversation_ids": np.array(self.ids, "S16"), "lines": np.array(self.lines, np.int64), "rows": np.array(self.rows, np.int64)}
         for name, table in tables.items():
             np.save(folder / f"{name}.npy", table)
 
@@ -350,14 +346,14 @@ def _rows(task: Task, record: UnitRecord) -> Iterator[tuple[int, Any]]:
 def _batches(task: Task, tools: _Tools, record: UnitRecord, tables: _Tables) -> Iterator[list[Draft]]:
     """Drafts of the unit's chats, some rows at a time; whose they are is noted in the tables."""
     settings = task.settings
-    judge = settings.judge.asked(str(Path(task.kept) / "judge") if task.kept else "")
+    form, judge = _form(settings), settings.judge.asked(str(Path(task.kept) / "judge") if task.kept else "")
     rows = _rows(task, record)
     while some := list(itertools.islice(((line, value, record.rows - 1) for line, value in rows), BATCH_ROWS)):
         batch: list[Draft] = []
         if settings.compat == "nvidia":
             found = [(digest([task.unit.path, line]), line, row, _as_nvidia(value, line, task.unit, settings, tools.special, record)) for line, value, row in some]
         else:
-            chats = [chat._replace(row=row) for line, value, row in some for chat in _admitted(value, line, task.unit, settings, record)]
+            chats = [chat._replace(row=row) for line, value, row in some for chat in _admitted(value, line, task.unit, settings, form, record)]
             kept = _filtered(chats, settings, judge, record)
             found = [(c.conversation.id, c.conversation.line, c.row, _drafts(c, settings, tools, record)) for c in kept]
         for name, line, row, drafts in found:
