@@ -18,7 +18,7 @@ from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from ..core import UserError
 from .scan import use_chunked_scan
-from .settings import TINY, ModelConfig
+from .settings import TINY, TRAITS, ModelConfig
 from ..viz import Picture, table
 
 # %% ../../nbs/train/20_model.ipynb #6b1a49bd
@@ -207,7 +207,7 @@ def _loaded_model(name: str) -> NemotronHForCausalLM:
 # %% ../../nbs/train/20_model.ipynb #4a1e9c03
 def _check_sizes(config: ModelConfig) -> None:
     """Sizes belong to the tiny model; beside a checkpoint they would be ignored, so they are refused."""
-    ignored = [f.name for f in dataclasses.fields(config) if f.name != "name" and getattr(config, f.name) != f.default]
+    ignored = [f.name for f in dataclasses.fields(config) if f.name not in TRAITS and getattr(config, f.name) != f.default]
     if config.name != TINY and ignored:
         raise UserError(f"{', '.join(ignored)} set beside the checkpoint {config.name!r}", where="model", why="a checkpoint has its own sizes", fix="remove them")
 
