@@ -1,10 +1,18 @@
 """What does a user see who gives something that cannot work? One error, and nothing half-written."""
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from commands import nemotron
+from typer.testing import CliRunner
+
+from nemotron_nb.core import UserError, write_json
+from nemotron_nb.ops.artifacts import Store
+from nemotron_nb.ops.cli import app
+from nemotron_nb.ops.config import sft_config
+from nemotron_nb.ops.sft import new_run
 
 GOOD = {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
 
@@ -86,10 +94,82 @@ def test_no_data_at_all(tmp_path):
     assert done.returncode == 1 and "data.path=chats.jsonl" in done.stderr and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("option", ["--run", "--batch"])
-def test_submission_is_refused_and_not_run_here_instead(tmp_path, option):
-    done = nemotron("nano3", "sft", "-c", "tiny", option, "cluster", cwd=tmp_path)
-    assert done.returncode == 1 and "not there yet" in done.stderr and not list(tmp_path.iterdir())
+CLUSTER = "[cluster]\nexecutor = 'slurm'\npartition = 'batch'\n"
+PLACES = {  # name: (env.toml or None, words, what the error must name)
+    "no_env_toml": (None, ["--run", "cluster"], ["env.toml", "env.toml.example"]),
+    "unknown_profile": (CLUSTER, ["--run", "clutser"], ["there is no profile 'clutser'", "did you mean 'cluster'"]),
+    "unknown_key": (CLUSTER + "partitoin = 'x'\n", ["--batch", "cluster"], ["partitoin", "did you mean 'partition'"]),
+    "broken_toml": ("[cluster\n", ["--run", "cluster"], ["cannot be read as TOML"]),
+    "both": (CLUSTER, ["--run", "cluster", "--batch", "cluster"], ["--run and --batch together"]),
+    "misspelt_setting": (CLUSTER, ["--run", "cluster", "train.train_itres=5"], ["did you mean 'train.train_iters'"]),
+    "misspelt_bridge_setting": (CLUSTER, ["--run", "cluster", "train.engine=megatron", "model.tensor_model_paralel_size=5"], ["did you mean 'model.tensor_model_parallel_size'"]),
+    "other_engine": (CLUSTER, ["--run", "cluster", "model.tensor_model_parallel_size=5"], ["Megatron-Bridge", "train.engine=megatron"]),
+    "no_such_container": (CLUSTER, ["--run", "cluster", "run.env.container=/nowhere/image.sqsh"], ["container", "/nowhere/image.sqsh"]),
+    "no_such_artifact": (None, ["run.data=SFTDataArtifact-sft:v3"], ["there is no artifact SFTDataArtifact-sft:v3", "the register is empty"]),
+    "several_nodes_here": (None, ["run.nodes=2"], ["2 nodes are asked for", "--run PROFILE"]),
+    "resume_nothing": (None, ["--resume", "output/nano3/sft/none"], ["not a run folder"]),
+    "resume_with_settings": (None, ["--resume", "output/nano3/sft/none", "train.seed=1"], ["settings together with --resume"]),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_places_and_clusters_that_are_not_there(tmp_path, monkeypatch, case):
+    """In this process: the error is the same, and a process for each would take long."""
+    env, words, named = PLACES[case]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NEMOTRON_ENV_TOML", raising=False)
+    if env is not None:
+        (tmp_path / "env.toml").write_text(env)
+    error = CliRunner().invoke(app, ["nano3", "sft", "-c", "tiny", *words]).exception
+    assert isinstance(error, UserError), error
+    assert all(word in str(error) for word in named) and "what to do:" in str(error), str(error)
+    assert {p.name for p in tmp_path.iterdir()} == ({"env.toml"} if env is not None else set())
+
+
+def test_what_slurm_refuses_leaves_no_run_folder(tmp_path, monkeypatch):
+    """Its own words are shown."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: fast' >&2\nexit 1\n")
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    (tmp_path / "env.toml").write_text(CLUSTER)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    error = CliRunner().invoke(app, ["nano3", "sft", "-c", "tiny", "--batch", "cluster"]).exception
+    assert isinstance(error, UserError) and "invalid partition specified: fast" in str(error)
+    assert not list(tmp_path.glob("output/nano3/sft/*"))
+
+
+def test_a_submitted_run_is_queued_and_knows_its_job(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sbatch").write_text(f"#!/bin/sh\ncat > {tmp_path}/script\necho 4711\n")
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    (tmp_path / "env.toml").write_text(CLUSTER)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["nano3", "sft", "-c", "tiny", "--batch", "cluster", "train.train_iters=7"])
+    assert done.exit_code == 0 and "submitted job 4711" in done.output and "tail -F" in done.output, done.exception
+    folder = next(tmp_path.glob("output/nano3/sft/*"))
+    assert json.loads((folder / "status.json").read_text())["state"] == "queued" and json.loads((folder / "job.json").read_text())[0]["job"] == "4711"
+    assert str(folder / "config.yaml") in (tmp_path / "script").read_text() and "train_iters: 7" in (folder / "config.yaml").read_text()
+
+
+def test_an_artifact_whose_bytes_have_changed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    write_json(tmp_path / "data" / "manifest.json", {"pack_size": 512})
+    Store("output/artifacts").log("SFTDataArtifact-sft", "data", tmp_path / "data", {"pack_size": 512})
+    write_json(tmp_path / "data" / "manifest.json", {"pack_size": 1024})
+    error = CliRunner().invoke(app, ["nano3", "sft", "-c", "tiny", "--art.data", "SFTDataArtifact-sft:v1"]).exception
+    assert isinstance(error, UserError) and "changed: manifest.json" in str(error) and not (tmp_path / "output" / "nano3").exists()
+
+
+def test_an_output_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "nano3").write_text("a file where a folder should be")
+    effective = sft_config("nano3", "tiny")
+    with pytest.raises(UserError, match="cannot be written.*\n.*run.output_root=FOLDER"):
+        new_run(effective, "tiny")
 
 
 @pytest.mark.parametrize("words", [("nano3", "fly"), ("nano4", "sft"), ("nano3", "sft", "--colour"), ("nano3", "data", "prep", "sft", "--sample", "0")])

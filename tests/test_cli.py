@@ -12,6 +12,11 @@ import nbformat
 import pytest
 from commands import NEMOTRON, ONE_THREAD, nemotron
 from run_folders import fabricated_run
+from typer.testing import CliRunner
+
+from nemotron_nb.core import UserError
+from nemotron_nb.ops import cli
+from nemotron_nb.ops.cli import app
 
 SMALL = ["-c", "tiny", "data.sample=24", "data.pack_size=512", "model.pattern=ME*", "model.hidden_size=32", "train.global_batch_size=1"]
 SMALL += ["evaluation.num_generations=2", "evaluation.max_new_tokens=4", "train.train_iters=2"]
@@ -22,7 +27,7 @@ def test_help_needs_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
-@pytest.mark.parametrize("words", [(), ("nano3",), ("super3", "data"), ("nano3", "data", "prep", "sft"), ("super3", "sft"), ("report",), ("runs",)])
+@pytest.mark.parametrize("words", [(), ("nano3",), ("super3", "data"), ("nano3", "data", "prep", "sft"), ("super3", "sft"), ("nano3", "pretrain"), ("nano3", "model", "import", "sft"), ("report",), ("inspect",)])
 def test_help_at_every_level(tmp_path, words):
     done = nemotron(*words, "--help", cwd=tmp_path)
     assert done.returncode == 0 and "Usage: nemotron" in done.stdout
@@ -32,7 +37,7 @@ def test_dry_run_shows_every_value_with_its_origin_and_runs_nothing(tmp_path):
     (tmp_path / "mine.yaml").write_text("optimizer:\n  lr: 2e-3\n")
     done = nemotron("nano3", "sft", "-c", "mine.yaml", "--dry-run", "train.train_iters=50", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
-    row = {line.split()[1]: line for line in done.stdout.splitlines() if line.startswith("*")}
+    row = {line.split()[1]: line for line in done.stdout.splitlines() if line.startswith("* ")}
     assert set(row) == {"optimizer.lr", "train.train_iters"}
     assert re.search(r"0\.002 +\S*mine\.yaml$", row["optimizer.lr"]) and re.search(r"50 +command line$", row["train.train_iters"])
     assert [p.name for p in tmp_path.iterdir()] == ["mine.yaml"]
@@ -53,10 +58,106 @@ def test_data_prep_prints_where_and_what_and_finds_it_again(tmp_path):
 def test_report_and_runs_read_folders_alone(tmp_path):
     folder = fabricated_run(tmp_path / "output" / "nano3" / "sft" / "20260314T092653Z-x-000000")
     listed = nemotron("runs", cwd=tmp_path)
-    assert re.search(r"20260314T092653Z-x-000000 +done +40 +1\.250", listed.stdout)
+    assert re.search(r"20260314T092653Z-x-000000 +done +40 +1\.250 +1\.073 +sample +0:00:04", listed.stdout)
     done = nemotron("report", folder, cwd=tmp_path)
     assert done.returncode == 0 and "5.125 before, 1.250 after" in done.stdout and (folder / "report.html").exists()
     assert nemotron("report", tmp_path / "nowhere", cwd=tmp_path).returncode == 1
+
+
+ENV_TOML = """
+[wandb]
+project = "nemotron"
+entity = "YOUR-TEAM"
+
+[cli]
+theme = "github-light"
+
+[YOUR-CLUSTER]
+executor = "slurm"
+account = "YOUR-ACCOUNT"
+partition = "batch"
+nodes = 2
+ntasks_per_node = 8
+gpus_per_node = 8
+mem = "0"
+exclusive = true
+mounts = ["/lustre:/lustre"]
+"""
+PUBLISHED = [  # the commands of the published texts, as they stand there, with --dry-run
+    "nano3 data prep sft --run YOUR-CLUSTER path=chats.jsonl",
+    "nano3 data prep sft --run YOUR-CLUSTER path=chats.jsonl --sample 100 --force",
+    "nano3 sft --run YOUR-CLUSTER",
+    "nano3 sft -c tiny --run YOUR-CLUSTER",
+    "nano3 sft -c tiny --batch YOUR-CLUSTER",
+    "nano3 sft -c tiny train.train_iters=5000 optimizer.lr=1e-5 checkpoint.save_interval=100",
+    "nano3 sft -c tiny checkpoint.load=/path/to/pretrain/checkpoint",
+    "super3 sft checkpoint.pretrained_checkpoint=/path/to/checkpoint",
+    "super3 sft --run YOUR-CLUSTER logger.wandb_project=your_project logger.wandb_entity=nvidia logger.log_interval=5 checkpoint.save=/path/to/checkpoints checkpoint.load=/path/to/checkpoints checkpoint.pretrained_checkpoint=/path/to/pretrained/ckpt checkpoint.save_interval=50 train.global_batch_size=16 train.train_iters=200 loss.stages=[{stage:\xa0token}] scheduler.lr_warmup_iters=10 scheduler.lr_warmup_samples=0 model.tensor_model_parallel_size=4 model.sequence_parallel=True",
+    "super3 sft --run YOUR-CLUSTER --peft lora checkpoint.pretrained_checkpoint=/path/to/pretrained/ckpt train.global_batch_size=4 model.tensor_model_parallel_size=4 model.context_parallel_size=2 model.sequence_parallel=True",
+    "nano3 sft cluster.gpus_per_node=1 logger.wandb.name=sft-dev-1-gpu",
+]
+
+
+@pytest.mark.parametrize("line", PUBLISHED)
+def test_the_published_commands_are_understood(tmp_path, monkeypatch, line):
+    """In this process, as a process each would take long: exit code 0, the plan with the job script, and nothing written."""
+    (tmp_path / "env.toml").write_text(ENV_TOML)
+    monkeypatch.chdir(tmp_path)
+    words = [word.replace("\xa0", " ") for word in line.split(" ")]
+    done = CliRunner().invoke(app, [*words, "--dry-run"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "env.toml" in done.output and ("#SBATCH" in done.output) == ("YOUR-CLUSTER" in line)
+    assert [p.name for p in tmp_path.iterdir()] == ["env.toml"]
+
+
+def test_the_plan_holds_what_the_profile_and_the_command_say(tmp_path, monkeypatch):
+    (tmp_path / "env.toml").write_text(ENV_TOML)
+    monkeypatch.chdir(tmp_path)
+    text = CliRunner().invoke(app, ["super3", "sft", "-r", "YOUR-CLUSTER", "-d", "run.nodes=8", "--nproc_per_node", "4"]).output
+    for said in ("#SBATCH --nodes=8", "#SBATCH --account=YOUR-ACCOUNT", "NEMOTRON_RANKS_PER_NODE=4", "nvcr.io/nvidia/nemo:26.02.nemotron_3_super", "NEMOTRON_MOUNTS=/lustre:/lustre"):
+        assert said in text, said
+    assert re.search(r"run\.wandb\.project +nemotron .*env\.toml \[YOUR-CLUSTER\]", text) and re.search(r"logger\.wandb_project +nemotron ", text)
+    assert re.search(r"warm-up +468\.75 steps +30,000 samples", text)
+
+
+@pytest.mark.parametrize("words", [("nano3", "pretrain", "-c", "tiny", "--run", "X"), ("super3", "rl"), ("nano3", "data", "prep", "rl", "--sample", "10"), ("nano3", "data", "prep", "pretrain"), ("nano3", "model", "import", "rl", "x")])
+def test_stages_of_the_recipe_that_are_not_here_say_where_they_are(words):
+    error = CliRunner().invoke(app, list(words)).exception
+    assert isinstance(error, UserError) and "github.com/NVIDIA-NeMo/Nemotron" in str(error) and "stage" in str(error)
+
+
+def test_as_a_module(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "nemotron_nb", "runs"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "no runs under output\n")
+
+
+def test_a_theme_that_nobody_knows(tmp_path, monkeypatch):
+    (tmp_path / "env.toml").write_text("[cli]\ntheme = 'monokay'\n")
+    monkeypatch.chdir(tmp_path)
+    assert "did you mean 'monokai'" in str(CliRunner().invoke(app, ["nano3", "sft", "-c", "tiny", "-d"]).exception)
+
+
+def test_force_and_sample_as_settings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(cli, "_data_prep_here", lambda effective, family, force: asked.append((effective.settings.data.sample, force)))
+    for words in (["sample=7", "force=true"], ["--sample", "7", "--force"], ["data.sample=7", "force=false"]):
+        assert CliRunner().invoke(app, ["nano3", "data", "prep", "sft", "-c", "tiny", *words]).exit_code == 0
+    assert asked == [(7, True), (7, True), (7, False)]
+    assert "expected true or false" in str(CliRunner().invoke(app, ["nano3", "data", "prep", "sft", "force=perhaps"]).exception)
+
+
+def test_models_and_data_from_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    done = CliRunner().invoke(app, ["nano3", "model", "import", "pretrain", "base", "-s", "100", "-p", "nemotron", "-e", "me"])
+    assert done.exit_code == 0 and done.output.startswith("art://ModelArtifact-pretrain:v1"), done.exception
+    assert json.loads((tmp_path / "output/artifacts/ModelArtifact-pretrain/v1/metadata.json").read_text()) | {"iteration": 100, "project": "nemotron", "entity": "me", "family": "nano3"} == json.loads((tmp_path / "output/artifacts/ModelArtifact-pretrain/v1/metadata.json").read_text())
+    for words, said in ((("model", "import", "sft", "none"), "no such folder"), (("data", "import", "sft", "base"), "manifest.json")):
+        assert said in str(CliRunner().invoke(app, ["nano3", *words]).exception)
+    assert "ModelArtifact-pretrain:v1" in CliRunner().invoke(app, ["artifacts"]).output
+    assert "ModelArtifact-pretrain:v1" in CliRunner().invoke(app, ["lineage", "ModelArtifact-pretrain"]).output
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +177,43 @@ def test_a_run_leaves_all_it_promises(run):
     assert [p.name for p in folder.iterdir() if p.name.startswith(".")] == []
     assert json.loads((folder / "status.json").read_text())["state"] == "done"
     assert done.stderr == ""
+
+
+def test_a_run_is_in_the_register_with_all_that_went_into_it(run):
+    done, folder = run
+    root = folder.parents[3]
+    text = nemotron("lineage", "ModelArtifact-sft", "--png", "tree.png", cwd=root).stdout
+    for said in ("ModelArtifact-sft:v1", "DataBlendsArtifact-sft:v1", "sample_chats", "nemotron nano3 sft -c tiny", "random weights"):
+        assert said in text, said
+    assert (root / "tree.png").read_bytes().startswith(b"\x89PNG")
+    kept = json.loads((folder / "artifacts.json").read_text())
+    assert [a["name"] for a in kept["consumed"]] == ["DataBlendsArtifact-sft", "tiny"] and [a["address"] for a in kept["made"]] == ["art://ModelArtifact-sft:v1"]
+
+
+def test_a_run_that_is_stopped_goes_on_where_it_was(run, tmp_path):
+    """STOP, then --resume: one folder, two attempts, the losses of a run that was never stopped."""
+    words = ["nano3", "sft", *SMALL[:-1], "train.train_iters=6", "checkpoint.save_interval=1"]
+    whole = nemotron(*words, "run.output_root=whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    stopped = subprocess.Popen([str(NEMOTRON), *words, "run.output_root=halves"], cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=ONE_THREAD)
+    for line in stopped.stdout:
+        if line.startswith("run folder: "):
+            folder = tmp_path / line.split()[-1]
+        if line.startswith("  step"):
+            (folder / "STOP").touch()
+    assert stopped.wait(60) == 0
+    halfway = json.loads((folder / "status.json").read_text())
+    if halfway["state"] == "preempted":  # else it was quicker than the request
+        assert "asked to stop" in nemotron("report", folder, cwd=tmp_path).stdout
+        done = nemotron("nano3", "sft", "--resume", folder, cwd=tmp_path)
+        assert done.returncode == 0 and "It took 2 attempts" in done.stdout, done.stderr
+        assert (folder / "notebook.1.ipynb").exists() and (folder / "attempts" / "2.json").exists() and not (folder / "STOP").exists()
+    status = json.loads((folder / "status.json").read_text())
+    assert status["state"] == "done" and [a["state"] for a in status["attempts"]] == ["preempted", "done"][-len(status["attempts"]) :]
+    losses = [[(m["step"], m["loss"]) for m in map(json.loads, (f / "metrics.jsonl").read_text().splitlines()) if m["kind"] == "train"] for f in (folder, next((tmp_path / "whole/nano3/sft").iterdir()))]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+    again = nemotron("nano3", "sft", "--resume", folder, cwd=tmp_path)
+    assert again.returncode == 1 and "the run is complete" in again.stderr
 
 
 def test_a_run_tells_what_it_does(run):

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from nemotron_nb.core import UserError
+from nemotron_nb.core import UserError, write_json
+from nemotron_nb.ops.artifacts import Store
 from nemotron_nb.ops.config import (
     BUILT_IN,
     COMMAND_LINE,
@@ -15,6 +16,7 @@ from nemotron_nb.ops.config import (
     changed_names,
     config_file,
     data_prep_config,
+    derived,
     flatten,
     known_names,
     merge,
@@ -118,7 +120,7 @@ def test_a_broken_file_is_refused_by_name(tmp_path, text):
 def test_the_committed_files_are_understood(family, name):
     sft = sft_config(family, name)
     assert sft.settings.family == family
-    assert sft.settings.data == data_prep_config(family, name).settings
+    assert sft.settings.data == data_prep_config(family, name).settings.data
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -136,7 +138,7 @@ def test_the_committed_defaults_are_the_recipe(family):
 def test_the_tokenizer_in_each_of_its_spellings(spelling):
     effective = sft_config("nano3", "tiny", [spelling])
     assert effective.settings.data.tokenizer.model == "tekken" and effective.origins["data.tokenizer.model"] == "command line"
-    assert data_prep_config("nano3", "tiny", [spelling.removeprefix("data.")]).settings.tokenizer.model == "tekken"
+    assert data_prep_config("nano3", "tiny", [spelling.removeprefix("data.")]).settings.data.tokenizer.model == "tekken"
 
 
 def test_nothing_is_marked_as_changed_in_the_recipe_itself():
@@ -146,8 +148,9 @@ def test_nothing_is_marked_as_changed_in_the_recipe_itself():
 
 def test_every_setting_has_an_origin_and_a_row():
     effective = sft_config("nano3", "tiny")
-    assert set(effective.origins) == set(known_names(type(effective.settings)))
-    assert [row["setting"] for row in effective.rows()] == list(effective.values)
+    bridge = {f"megatron.{name}" for name in effective.settings.megatron}
+    assert set(effective.origins) == (set(known_names(type(effective.settings))) - {"megatron"}) | bridge
+    assert [row["setting"].removesuffix(" (megatron)") for row in effective.rows()] == [name.removeprefix("megatron.") for name in effective.values]
 
 
 def test_a_config_of_an_earlier_run_repeats_it(tmp_path):
@@ -155,6 +158,15 @@ def test_a_config_of_an_earlier_run_repeats_it(tmp_path):
     (tmp_path / "config.yaml").write_text(to_yaml(first))
     assert sft_config("nano3", str(tmp_path / "config.yaml")).settings == first.settings
     assert OmegaConf.load(tmp_path / "config.yaml").train.train_iters == 7
+
+
+@pytest.mark.parametrize("overrides", [["peft=lora", "model.context_parallel_size=2", "ddp.overlap_grad_reduce=false"], ["train.engine=torch"], []])
+def test_a_config_of_the_published_recipe_repeats_it_too(tmp_path, overrides):
+    """Names of Megatron-Bridge survive the way through the file, and those that did nothing do not become a complaint."""
+    first = sft_config("super3", "default", ["data.path=x.jsonl", *overrides])
+    (tmp_path / "config.yaml").write_text(to_yaml(first))
+    again = sft_config("super3", str(tmp_path / "config.yaml"))
+    assert again.settings == first.settings and to_yaml(again) == to_yaml(first)
 
 
 def test_names_and_paths_of_configurations(tmp_path, monkeypatch):
@@ -166,3 +178,174 @@ def test_names_and_paths_of_configurations(tmp_path, monkeypatch):
         config_file("nano3", "sft", "tinny")
     with pytest.raises(UserError, match="nano3"):
         sft_config("nano4")
+
+
+ORDER = ("default.yaml", "-c", "profile", "command line")
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.dictionaries(st.sampled_from(ORDER[1:]), st.dictionaries(st.sampled_from(["run.nodes", "train.seed", "optimizer.lr"]), st.integers(1, 9), min_size=1)))
+def test_recipe_then_file_then_profile_then_command_line(tmp_path_factory, said):
+    """Of the real layers, the last one that mentions a setting decides it, and its origin names that layer."""
+    recipe = {"run.nodes": 2, "train.seed": 1234, "optimizer.lr": 1e-5}
+    path = tmp_path_factory.mktemp("layers") / "mine.yaml"
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(nest(said.get("-c", {"train.train_iters": 5})))))
+    profile = ("env.toml [cluster]", said["profile"]) if "profile" in said else None
+    effective = sft_config("nano3", str(path), [f"{n}={v}" for n, v in said.get("command line", {}).items()], profile)
+    for name, published in recipe.items():
+        last = [place for place in ORDER[1:] if name in said.get(place, {})]
+        value = said[last[-1]][name] if last else published
+        origin = {"-c": str(path), "profile": "env.toml [cluster]", "command line": COMMAND_LINE}[last[-1]] if last else "papermill_runs/nano3/sft/default.yaml"
+        assert (effective.values[name], effective.origins[name]) == (value, origin)
+
+
+@pytest.mark.parametrize(
+    ("typed", "name", "value"),
+    [
+        ("logger.log_interval=5", "train.log_interval", 5),
+        ("logger.wandb.name=sft-dev-1-gpu", "logger.wandb_exp_name", "sft-dev-1-gpu"),
+        ("logger.wandb_project=p", "logger.wandb_project", "p"),
+        ("cluster.gpus_per_node=1", "run.nproc_per_node", 1),
+        ("cluster.num_nodes=3", "run.nodes", 3),
+        ("peft=lora", "peft.enabled", True),
+        ("recipe.peft=null", "peft.enabled", False),
+        ("policy.dtensor_cfg.lora_cfg.dim=4", "peft.dim", 4),
+        ("policy.dtensor_cfg.lora_cfg.enabled=true", "peft.enabled", True),
+        ("policy.megatron_cfg.peft.lora_A_init_method=uniform", "peft.lora_A_init", "uniform"),
+        ("policy.megatron_cfg.enabled=true", "train.engine", "megatron"),
+        ("policy.dtensor_cfg.enabled=true", "train.engine", "torch"),
+        ("tokenizer.chat_template=nano3", "data.chat_template", "nano3"),
+        ("run.env.container_image=x", "run.env.container", "x"),
+        ("checkpoint.load=/a", "checkpoint.load", "/a"),
+        ("model.context_parallel_size=2", "megatron.model.context_parallel_size", 2),
+        ("megatron.model.context_parallel_size=2", "megatron.model.context_parallel_size", 2),
+        ("recipe.packed_sequence=true", "megatron.recipe.packed_sequence", True),
+        ("+train.seed=3", "train.seed", 3),
+    ],
+)
+def test_each_published_spelling_is_understood(typed, name, value):
+    effective = sft_config("nano3", "default", [typed])
+    assert effective.values[name] == value and effective.origins[name] == COMMAND_LINE
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("model.tensor_model_paralel_size=4", "did you mean 'model.tensor_model_parallel_size'"),
+        ("train.train_itres=4", "did you mean 'train.train_iters'"),
+        ("ddp.overlap_grad_reduc=true", "did you mean 'ddp.overlap_grad_reduce'"),
+        ("megatron.model.no_such=1", "no setting of that name"),
+        ("model=3", "unknown setting 'model'"),
+        ("peft=dora", "known: lora, none, null"),
+        ("run.nodes=0", "not positive"),
+    ],
+)
+def test_what_neither_engine_knows_is_refused_with_the_nearest_of_both(typed, said):
+    with pytest.raises(UserError, match=said):
+        sft_config("super3", "default", [typed])
+
+
+def test_settings_of_the_other_engine(tmp_path):
+    """Typed, in a file or in a profile they are refused; those of the recipe are shown and not handed on."""
+    name = "model.tensor_model_parallel_size"
+    (tmp_path / "mine.yaml").write_text("train: {engine: torch}\nmodel: {tensor_model_parallel_size: 2}\n")
+    for ask in (lambda: sft_config("nano3", "tiny", [f"{name}=2"]), lambda: sft_config("nano3", str(tmp_path / "mine.yaml")), lambda: sft_config("nano3", "tiny", [], ("env.toml", {name: 2}))):
+        with pytest.raises(UserError, match="is a setting of Megatron-Bridge.*train.engine=torch"):
+            ask()
+    tiny = sft_config("nano3", "tiny")
+    assert f"{name} (megatron)" in tiny.picture().text and tiny.settings.training("", "").megatron == {}
+    assert f"{name} (megatron)" not in sft_config("nano3").picture().text
+    assert sft_config("nano3").settings.training("", "").megatron[name] == 1
+
+
+def test_lora_brings_the_familys_file_along():
+    """Its numbers lie above the recipe and below everything else."""
+    whole, lora = sft_config("super3"), sft_config("super3", "default", ["peft=lora"])
+    assert (whole.settings.optimizer.lr, lora.settings.optimizer.lr) == (1e-5, 1e-4) and lora.settings.peft.enabled
+    assert set(lora.settings.peft.target_modules) == {"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "in_proj", "out_proj"}
+    assert sft_config("super3", "lora").settings == lora.settings
+    assert sft_config("super3", "default", ["optimizer.lr=3e-4", "peft=lora"]).settings.optimizer.lr == 3e-4
+    assert sft_config("super3", "tiny", ["peft=lora"]).settings.optimizer.lr == 4e-3
+    assert not sft_config("super3", "default", ["peft=lora", "peft=null"]).settings.peft.enabled
+    assert sft_config("super3", "default", ["peft=lora", "peft=null"]).settings.optimizer.lr == 1e-5
+
+
+def test_the_published_numbers_of_super():
+    s = sft_config("super3").settings
+    assert (s.model.mtp_num_layers, s.model.mtp_loss_scaling_factor, s.train.global_batch_size, s.scheduler.lr_warmup_samples) == (2, 0.3, 64, 30000)
+    assert (s.run.ranks, s.run.env.container) == (32, "nvcr.io/nvidia/nemo:26.02.nemotron_3_super")
+    assert [s.megatron[f"model.{n}"] for n in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size", "sequence_parallel")] == [1, 1, 8, 1, True]
+    assert sft_config("nano3").settings.run.env.container == "nvcr.io/nvidian/nemo:25.11-nano-v3.rc2"
+    assert data_prep_config("nano3").settings.run.env.container == "anyscale/ray:2.49.2-py311"
+
+
+def test_a_tiny_run_needs_no_cluster():
+    for family in FAMILIES:
+        s = sft_config(family, "tiny").settings
+        assert (s.train.engine, s.run.ranks, s.run.env.container, s.checkpoint.save_interval) == ("torch", 1, "", 0)
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A register with prepared data (not real, but with the fields) in two versions, and a model."""
+    register = Store(tmp_path / "artifacts")
+    for version in (1, 2):
+        (tmp_path / f"data{version}").mkdir()
+        write_json(tmp_path / f"data{version}" / "manifest.json", {"version": version})
+        register.log("SFTDataArtifact-sft", "data", tmp_path / f"data{version}", {"pack_size": 512 * version})
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    register.log("ModelArtifact-pretrain", "model", tmp_path / "base")
+    return tmp_path
+
+
+def test_artifacts_take_the_place_of_what_they_stand_for(store):
+    asked = [f"run.artifacts={store}/artifacts", "run.data=SFTDataArtifact-sft", "run.model=art://ModelArtifact-pretrain:latest"]
+    effective = sft_config("super3", "default", asked)
+    s = effective.settings
+    assert (s.run.data, s.run.model) == ("SFTDataArtifact-sft:v2", "ModelArtifact-pretrain:v1"), "latest must be pinned"
+    assert (s.data.output_dir, s.data.pack_size, s.checkpoint.pretrained_checkpoint) == (str(store / "data2"), 1024, str(store / "base"))
+    assert effective.origins["data.pack_size"] == COMMAND_LINE
+    assert sft_config("super3", "default", [*asked, "run.data=SFTDataArtifact-sft:v1"]).settings.data.pack_size == 512
+    assert sft_config("super3", "default", [*asked, "checkpoint.pretrained_checkpoint=/mine"]).settings.checkpoint.pretrained_checkpoint == "/mine"
+
+
+def test_resolvers_in_a_file(store, monkeypatch):
+    monkeypatch.setenv("WHERE", "here")
+    (store / "mine.yaml").write_text(
+        "run: {artifacts: '" + str(store / "artifacts") + "', data: 'SFTDataArtifact-sft:v1', label: '${oc.env:WHERE}', wandb: {project: nemotron}}\n"
+        "train: {global_batch_tokens: '${art:data,pack_size}'}\nlogger: {wandb_exp_name: '${run.wandb.project}-${train.seed}'}\n"
+    )
+    effective = sft_config("nano3", str(store / "mine.yaml"), ["train.seed=9"])
+    s = effective.settings
+    assert (s.train.global_batch_tokens, s.run.label, s.logger.wandb_exp_name, s.logger.wandb_project) == (512, "here", "nemotron-9", "nemotron")
+    assert effective.origins["logger.wandb_project"].endswith("default.yaml")
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("run.data=SFTDataArtifact-sft:v7", "SFTDataArtifact-sft there are v1, v2, latest"),
+        ("run.data=SFTDataArtefact-sft", "did you mean 'SFTDataArtifact-sft'"),
+        ("optimizer.lr=${no.such.name}", "cannot be resolved"),
+        ("optimizer.lr=${run.output_root}", "expected float"),
+        ("run.label=${art:model,path}", "model"),
+    ],
+)
+def test_what_cannot_be_found_is_said(store, typed, said):
+    with pytest.raises(UserError, match=said):
+        sft_config("super3", "default", [f"run.artifacts={store}/artifacts", typed])
+
+
+def test_the_derived_numbers():
+    text = derived(sft_config("super3").settings, packs=6400).text
+    for said in ("262,144", "468.75 steps", "30,000 samples", "100", "32 data-parallel of 32 ranks"):
+        assert said in text, said
+    crooked = sft_config("super3", "default", ["run.nodes=1", "model.tensor_model_parallel_size=3"]).settings
+    assert "8 ranks cannot be divided" in derived(crooked).text
+
+
+def test_context_parallelism_asks_for_padded_sequences():
+    assert sft_config("super3", "default", ["model.context_parallel_size=2"]).settings.data.pad_to_multiple == 4
+    assert sft_config("super3", "default", ["model.context_parallel_size=2", "data.pad_to_multiple=8"]).settings.data.pad_to_multiple == 8
+    assert sft_config("super3").settings.data.pad_to_multiple == 1

@@ -2,11 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import NemotronHForCausalLM
 
 from nemotron_nb.core import UserError
+from nemotron_nb.loss.two_stage import Denominators
+from nemotron_nb.train.batches import Row, collate, share_of_loss
 from nemotron_nb.train.model import NANO, SUPER, active_parameters, build_model, count_parameters, family_config, tiny_config
 from nemotron_nb.train.scan import ChunkedMixer
 from nemotron_nb.train.settings import ModelConfig
@@ -102,8 +105,40 @@ def test_folders_that_are_no_checkpoint_are_refused(tmp_path):
     with pytest.raises(UserError, match="no config.json"):
         build_model(ModelConfig(name=str(tmp_path)), 64)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(UserError, match="'llama'"):
+    with pytest.raises(UserError, match="the weights cannot be read"):
         build_model(ModelConfig(name=str(tmp_path)), 64)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    with pytest.raises(UserError, match="no causal language model"):
+        build_model(ModelConfig(name=str(tmp_path)), 64)
+
+
+SIZES = {"vocab_size": 90, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.2}
+
+
+@pytest.mark.parametrize("kind, extra, message", [
+    ("Llama", {}, None),
+    ("GPT2", {}, None),
+    ("BertLMHead", {}, "looks ahead"),
+    ("Granite", {"logits_scaling": 8.0}, "more than hidden states times a matrix"),
+])
+def test_other_causal_models_are_welcome_and_models_with_other_manners_are_not(tmp_path, kind, extra, message):
+    import transformers
+
+    sizes = {"vocab_size": 90, "n_embd": 32, "n_layer": 2, "n_head": 2} if kind == "GPT2" else SIZES
+    config = getattr(transformers, f"{kind.removesuffix('LMHead')}Config")(**sizes, **extra)
+    name = {"BertLMHead": "BertLMHeadModel", "GPT2": "GPT2LMHeadModel"}.get(kind, f"{kind}ForCausalLM")
+    torch.manual_seed(0)
+    getattr(transformers, name)(config).save_pretrained(tmp_path)
+    if message:
+        with pytest.raises(UserError, match=message):
+            build_model(ModelConfig(name=str(tmp_path)), 90)
+        return
+    model = build_model(ModelConfig(name=str(tmp_path)), 90).eval()
+    micro = collate([Row(np.arange(1, 20), np.arange(2, 21), np.arange(19) > 4, "one"), Row(np.arange(30, 37), np.arange(31, 38), np.arange(7) > 2, "two")])
+    loss, nll = share_of_loss(model, micro, "token", Denominators(18, 2))
+    alone = torch.nn.functional.cross_entropy(model(micro.tokens[1:, :7]).logits[0], micro.labels[1, :7], reduction="none")
+    torch.testing.assert_close(nll[1, 3:7], alone[3:], atol=1e-5, rtol=1e-5)
+    assert loss.item() == pytest.approx(nll.sum().item() / 18, rel=1e-5)
 
 
 @pytest.mark.parametrize("config, message", [

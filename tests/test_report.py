@@ -1,13 +1,14 @@
 """Does the report say what the run folder says, and nothing that is not safe to open?"""
 
 import base64
+import json
 import re
 from html.parser import HTMLParser
 
 import pytest
 from run_folders import HOSTILE, fabricated_run, metrics_lines, step
 
-from nemotron_nb.core import UserError
+from nemotron_nb.core import UserError, write_json
 from nemotron_nb.ops.report import (
     fill_picture,
     funnel_picture,
@@ -15,12 +16,15 @@ from nemotron_nb.ops.report import (
     headline,
     loss_picture,
     read_run,
+    run_row,
+    seams,
     sections,
     settings_picture,
     stage_switches,
     strips_picture,
     write_report,
 )
+from nemotron_nb.ops.run_folder import read_status, set_status
 
 ALLOWED = {
     *("html", "head", "meta", "title", "style", "body", "section", "h1", "h2", "p", "div", "span", "b", "br"),
@@ -98,8 +102,6 @@ def test_a_missing_file_costs_its_sections_only(folder, missing):
 
 
 def test_an_empty_run_still_has_a_report(tmp_path):
-    from nemotron_nb.ops.run_folder import set_status
-
     set_status(tmp_path, "running")
     assert "still going on" in write_report(tmp_path).read_text()
 
@@ -155,3 +157,34 @@ def test_answers_are_paired_by_prompt(folder):
 def test_changed_settings_are_starred(folder):
     lines = settings_picture(read_run(folder)).text.splitlines()
     assert [line for line in lines if line.startswith("*")] == [line for line in lines if "train.train_iters" in line]
+
+
+def test_a_seam_is_marked_and_told(tmp_path):
+    """Two attempts, one curve: the report says where the second went on."""
+    folder = fabricated_run(tmp_path)
+    lines = metrics_lines()
+    lines.insert(22, {"kind": "resume", "step": 20, "attempt": 2})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
+    attempts = [{"attempt": 1, "state": "preempted", "host": "n1", "slurm": {"job": "7"}, "message": HOSTILE}, {"attempt": 2, "state": "done", "host": "n2", "slurm": {"job": "7"}}]
+    write_json(folder / "status.json", read_status(folder) | {"attempts": attempts})
+    text = write_report(folder).read_text()
+    assert "It took 2 attempts; training went on after step 20." in text and "Attempt 2 goes on after step 20." in text
+    assert "<h2>Attempts</h2>" in text and HOSTILE not in text
+    assert seams(lines) == [20] and len(read_run(folder).lines("train")) == 40
+
+
+@pytest.mark.parametrize(("state", "said"), [("queued", "has not begun"), ("preempted", "can be resumed: paused after step 3"), ("failed", "failed: paused")])
+def test_states_in_words(tmp_path, state, said):
+    set_status(tmp_path, state, message="paused after step 3")
+    assert said in headline(read_run(tmp_path))[0]
+
+
+def test_a_run_in_one_row(folder):
+    row = run_row(folder)
+    assert (row["state"], row["steps"], row["held-out loss"], row["stage"], row["time"]) == ("done", 40, "1.250", "sample", "0:00:04")
+
+
+def test_what_came_from_what(folder):
+    write_json(folder / "artifacts.json", {"consumed": [{"name": HOSTILE, "what": "chats", "address": "", "digest": "a" * 64}], "made": [{"name": "M", "what": "model", "address": "art://M:v1", "digest": "b" * 64}]})
+    text = write_report(folder).read_text()
+    assert "What came from what" in text and "art:" in text and "b" * 12 in text and HOSTILE not in text

@@ -12,19 +12,27 @@ from datetime import datetime, timedelta, timezone
 import pytest
 
 from nemotron_nb.core import UserError, write_json
+from nemotron_nb.ops import run_folder
 from nemotron_nb.ops.run_folder import (
+    Found,
+    MetricsReader,
     Training,
+    begin_attempt,
     environment,
     follow,
+    found_training,
+    keep_notebook,
     list_runs,
     make_run_folder,
     new_lines,
+    put_back,
     read_metrics,
     read_status,
     run_name,
     run_state,
     set_status,
     slug,
+    slurm_job,
     start_training,
 )
 
@@ -53,8 +61,8 @@ def test_many_at_once_get_a_folder_each(tmp_path):
     assert len(set(folders)) == 40 and all(f.is_dir() for f in folders)
 
 
-@pytest.mark.parametrize("end", ["failed", "done"])
-@pytest.mark.parametrize("later", ["running", "failed", "done"])
+@pytest.mark.parametrize("end", ["preempted", "failed", "done"])
+@pytest.mark.parametrize("later", ["queued", "running", "preempted", "failed", "done"])
 def test_a_finished_run_keeps_its_state(tmp_path, end, later):
     set_status(tmp_path, "running")
     before = set_status(tmp_path, end, message="first")
@@ -170,3 +178,144 @@ def test_runs_are_listed_oldest_first(tmp_path):
         set_status(make_run_folder(tmp_path / family / "sft", name), "running")
     (tmp_path / "nano3" / "sft" / "not-a-run").mkdir()
     assert [p.name for p in list_runs(tmp_path)] == ["20260101T000000Z-b", "20260102T000000Z-a"]
+
+
+JOB = {"SLURM_JOB_ID": "7"}
+
+
+def in_job(monkeypatch, job="7", restart=None):
+    """As if this process ran in a Slurm job, started again so many times."""
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    if restart is not None:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+
+
+def test_attempts_are_numbered_and_each_is_kept(tmp_path):
+    set_status(tmp_path, "queued", command="nemotron nano3 sft")
+    (tmp_path / "STOP").touch()
+    for number in (1, 2, 3):
+        assert begin_attempt(tmp_path) == number and not (tmp_path / "STOP").exists()
+        set_status(tmp_path, "preempted", message=f"stop {number}")
+        (tmp_path / "STOP").touch()
+    status = read_status(tmp_path)
+    assert [(a["attempt"], a["state"], a["message"]) for a in status["attempts"]] == [(n, "preempted", f"stop {n}") for n in (1, 2, 3)]
+    assert status["command"] == "nemotron nano3 sft" and all(a["ended"] for a in status["attempts"])
+    assert [json.loads((tmp_path / "attempts" / f"{n}.json").read_text())["python"] for n in (1, 2, 3)] == [sys.version.split()[0]] * 3
+
+
+def test_only_one_of_many_begins_an_attempt(tmp_path):
+    set_status(tmp_path, "queued")
+
+    def begin(_):
+        try:
+            return begin_attempt(tmp_path)
+        except UserError:
+            return None
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sorted(filter(None, pool.map(begin, range(8)))) == [1]
+    assert len(read_status(tmp_path)["attempts"]) == 1
+
+
+@pytest.mark.parametrize(("state", "may"), [("queued", True), ("running", False), ("preempted", True), ("failed", False), ("done", False)])
+def test_who_may_go_on(tmp_path, state, may):
+    set_status(tmp_path, state)
+    if may:
+        assert begin_attempt(tmp_path) == 1
+    else:
+        with pytest.raises(UserError, match=f"the run is {state}"):
+            begin_attempt(tmp_path)
+
+
+@pytest.mark.parametrize("state", ["running", "failed"])
+def test_a_job_that_slurm_started_again_goes_on_whatever_its_predecessor_wrote(tmp_path, monkeypatch, state):
+    """While a node dies nobody writes a status, and while a job is killed somebody may write `failed`."""
+    in_job(monkeypatch)
+    monkeypatch.setattr(run_folder, "_job_is_there", lambda job: True)
+    set_status(tmp_path, "queued")
+    begin_attempt(tmp_path)
+    if state == "failed":
+        set_status(tmp_path, "failed", message="ended by SIGTERM")
+    with pytest.raises(UserError):
+        begin_attempt(tmp_path)  # the same start of the same job
+    in_job(monkeypatch, job="8", restart=1)
+    with pytest.raises(UserError):
+        begin_attempt(tmp_path)  # another job
+    in_job(monkeypatch, restart=1)
+    assert begin_attempt(tmp_path) == 2
+
+
+def test_a_failed_run_goes_on_when_somebody_asks(tmp_path):
+    set_status(tmp_path, "queued")
+    begin_attempt(tmp_path)
+    set_status(tmp_path, "failed", message="no memory")
+    put_back(tmp_path)
+    assert begin_attempt(tmp_path) == 2 and "message" not in read_status(tmp_path)
+    with pytest.raises(UserError, match="is running"):
+        put_back(tmp_path)
+
+
+def test_a_job_that_is_gone_has_lost_its_run(tmp_path, monkeypatch):
+    """The process is on another machine: Slurm is asked, and where it cannot be asked the state stays."""
+    set_status(tmp_path, "queued")
+    write_json(tmp_path / "job.json", [{"job": "41"}, {"job": "42"}])
+    for there, shown in ((True, "queued"), (None, "queued"), (False, "lost")):
+        monkeypatch.setattr(run_folder, "_job_is_there", lambda job: there if job == "42" else True)
+        assert run_state(tmp_path) == shown
+    assert slurm_job(JOB | {"SLURM_JOB_PARTITION": "batch"}) == {"job": "7", "partition": "batch"}
+
+
+def test_a_reader_sees_what_was_cut_back_and_written_again(tmp_path):
+    """Whatever it had read before the cut: afterwards it gives the lines from the newest resume line on, each once."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"kind": "train", "step": n, "loss": n / 7}) + "\n" for n in range(1, 9)]
+    resume = json.dumps({"kind": "resume", "step": 3, "attempt": 2}) + "\n"
+    for read_before in range(9):
+        path.write_text("".join(lines[:read_before]))
+        reader = MetricsReader(path)
+        assert len(reader.new()) == read_before
+        path.write_text("".join(lines[:3]) + resume + "".join(lines[3:]))
+        steps = [(e["kind"], e["step"]) for e in reader.new()]
+        after = [("train", n) for n in range(4, 9)]
+        before = [("train", n) for n in range(read_before + 1, 4)]
+        assert steps in ([("resume", 3), *after], [*before, ("resume", 3), *after])
+        assert reader.new() == []
+
+
+def test_following_a_second_attempt_begins_where_the_first_ended(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "paused", "step": 1}\n')
+    appends = f"f = open({str(tmp_path / 'metrics.jsonl')!r}, 'a'); f.write('{{\"kind\": \"resume\", \"step\": 1}}\\n{{\"kind\": \"end\"}}\\n')"
+    assert [e["kind"] for e in follow(start_training(tmp_path, [PYTHON, "-c", appends]))] == ["resume", "end"]
+
+
+def test_a_training_inside_a_job_outlives_its_reader_and_is_found_again(tmp_path, monkeypatch):
+    in_job(monkeypatch)
+    set_status(tmp_path, "queued")
+    (tmp_path / "train.yaml").touch()
+    slow = f"import time\nf = open({str(tmp_path / 'metrics.jsonl')!r}, 'w')\nfor i in range(3): f.write('{{\"kind\": \"train\", \"step\": %d}}\\n' % i); f.flush(); time.sleep(0.4)\nf.write('{{\"kind\": \"end\"}}\\n')".replace("{{", "{").replace("}}", "}")
+    training = start_training(tmp_path, [PYTHON, "-c", slow, str(tmp_path / "train.yaml")])
+    assert os.getpgid(training.process.pid) != os.getpgid(0), "it must not be in the notebook's process group"
+    next(lines := follow(training))
+    lines.close()
+    assert training.running()
+    found = start_training(tmp_path, [PYTHON, "-c", "raise SystemExit(1)"])
+    assert isinstance(found, Found) and found.pid == training.process.pid
+    assert [e["kind"] for e in follow(found)][-1] == "end"
+    training.process.wait()
+    assert isinstance(found_training(tmp_path), Found), "a training that has ended is not begun again"
+
+
+def test_a_training_that_died_is_begun_again(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    write_json(tmp_path / "train.json", {"pid": os.getpid(), "host": __import__("socket").gethostname()})
+    assert found_training(tmp_path) is None, "this process has the number, but is no training"
+
+
+def test_notebooks_of_earlier_attempts_are_kept(tmp_path):
+    for text in "abc":
+        (tmp_path / ".partial.ipynb").write_text(text)
+        keep_notebook(tmp_path, tmp_path / ".partial.ipynb")
+    assert [(tmp_path / n).read_text() for n in ("notebook.1.ipynb", "notebook.2.ipynb", "notebook.ipynb")] == ["a", "b", "c"]
+    keep_notebook(tmp_path, tmp_path / ".partial.ipynb")
+    assert (tmp_path / "notebook.ipynb").read_text() == "c"

@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import math
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -16,13 +19,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nemotron_nb.core import UserError, from_mapping
 from nemotron_nb.data.pack import make_pack
 from nemotron_nb.data.prep import PrepConfig, prepare, read_packs
+from nemotron_nb.loss.mtp import mtp_loss_by_hand
 from nemotron_nb.loss.two_stage import loss_by_hand
+from nemotron_nb.train import torch_engine
 from nemotron_nb.train.__main__ import main, read_config
-from nemotron_nb.train.batches import global_batch, packs_of_step
+from nemotron_nb.train.balance import imbalance, move_biases
+from nemotron_nb.train.batches import collate, global_batch, grouped, packs_of_step
+from nemotron_nb.train.guard import Guard
+from nemotron_nb.train.learner import Learner, compile_layers, load_mtp, make_mtp
 from nemotron_nb.train.model import build_model
 from nemotron_nb.train.scan import use_chunked_scan
 from nemotron_nb.train.settings import ModelConfig, OptimizerSection, TrainConfig
-from nemotron_nb.train.torch_engine import MetricsFile, export_model, learning_rate, make_optimizer, train, train_step
+from nemotron_nb.train.torch_engine import MetricsFile, export_model, learning_rate, make_gradient, make_optimizer, read_metrics, train, train_step
 
 SMALL = {"hidden_size": 32, "mamba_heads": 2, "expert_size": 16, "experts": 4, "attention_heads": 2}
 
@@ -112,6 +120,8 @@ def test_learning_rate_by_hand():
     assert learning_rate(233, samples) == pytest.approx(1e-5 * 234 / 468.75)
     assert learning_rate(468, samples) == learning_rate(99_999, samples) == 1e-5
     assert learning_rate(0, config_of(optimizer={"lr": 3e-4})) == 3e-4
+    wsd = config_of(train={"train_iters": 10}, optimizer={"lr": 1.0}, scheduler={"lr_warmup_iters": 2, "lr_decay_style": "WSD", "lr_wsd_decay_iters": 4, "min_lr": 0.2})
+    assert [learning_rate(s, wsd) for s in range(10)] == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4])
 
 
 def test_a_loss_that_is_no_number_names_its_conversation_and_leaves_the_weights():
@@ -153,7 +163,7 @@ def trained(data_dir, tmp_path_factory):
 
 
 def test_what_is_written(trained, data_dir):
-    assert sorted(p.name for p in trained.iterdir()) == ["evaluation_after.json", "evaluation_before.json", "metrics.jsonl", "model"]
+    assert sorted(p.name for p in trained.iterdir()) == ["checkpoints", "evaluation_after.json", "evaluation_before.json", "metrics.jsonl", "model"]
     lines = lines_of(trained)
     assert [line["kind"] for line in lines] == ["start", "valid", *["train"] * 4, "valid", *["train"] * 4, "valid", "train", "valid", "end"]
     steps = [line for line in lines if line["kind"] == "train"]
@@ -215,7 +225,263 @@ def test_the_exported_weights_are_those_in_memory(tmp_path):
         export_model(model, tmp_path / "tokenizer", tmp_path / "model")
 
 
+# ---- stopped, killed, and gone on
+
+
+def seamless(folder):
+    """The lines without times, and without the lines that mark a seam."""
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines_of(folder) if line["kind"] not in ("resume", "paused")]
+
+
+def same_training(ours, theirs):
+    assert seamless(ours) == seamless(theirs)
+    for name in ("model/model.safetensors", "evaluation_before.json", "evaluation_after.json"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+
+
+def test_killed_and_gone_on_it_is_the_same_training_to_the_last_bit(trained, data_dir, tmp_path):
+    config = training(data_dir, tmp_path / "out", checkpoint={"save_interval": 2})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config)))
+    process = subprocess.Popen([sys.executable, "-m", "nemotron_nb.train", "--config", str(tmp_path / "recipe.yaml")], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not any(line.get("step", 0) >= 3 for _, line in read_metrics(tmp_path / "out" / "metrics.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (tmp_path / "out" / "model").exists()
+    with open(tmp_path / "out" / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "step": 99, "lo')  # as a kill in the middle of a line leaves it
+    train(config)
+    same_training(trained, tmp_path / "out")
+    (seam,) = [line for line in lines_of(tmp_path / "out") if line["kind"] == "resume"]
+    assert seam["attempt"] == 2 and seam["step"] >= 2 and seam["step"] % 2 == 0
+    with pytest.raises(UserError, match="there are metrics already"):
+        train(config)
+
+
+def test_killed_before_its_first_checkpoint_it_begins_again(trained, data_dir, tmp_path):
+    (tmp_path / "out").mkdir()
+    kept = [line for line in (trained / "metrics.jsonl").read_text().splitlines(keepends=True)][:4]
+    (tmp_path / "out" / "metrics.jsonl").write_text("".join(kept))
+    train(training(data_dir, tmp_path / "out"))
+    same_training(trained, tmp_path / "out")
+    assert [line for line in lines_of(tmp_path / "out") if line["kind"] == "resume"] == [{"kind": "resume", "step": 0, "attempt": 2}]
+
+
+EVERYTHING = SMALL | {"mtp_num_layers": 2, "moe_aux_loss_coeff": 0.02, "moe_router_bias_update_rate": 0.001}
+
+
+def stops_at(monkeypatch, folder, *steps):
+    """Someone puts a STOP file into the folder when these steps have been written."""
+    write = MetricsFile.write
+
+    def watched(self, line):
+        write(self, line)
+        if line["kind"] == "train" and line["step"] in steps:
+            (folder / "STOP").touch()
+
+    monkeypatch.setattr(MetricsFile, "write", watched)
+
+
+def test_stopped_twice_with_everything_on_it_is_the_same_training(data_dir, tmp_path, monkeypatch):
+    settings = {"model": EVERYTHING, "train": {"train_iters": 7, "global_batch_size": 2, "micro_batch_tokens": 2048, "eval_interval": 3, "recompute": True, "spike_factor": 50.0}}
+    train(training(data_dir, tmp_path / "whole", **settings))
+    stops_at(monkeypatch, tmp_path / "out", 4, 6)
+    config = training(data_dir, tmp_path / "out", **settings, checkpoint={"keep_top_k": 1})
+    for attempt, step in ((1, 4), (2, 6)):
+        train(config)
+        assert lines_of(tmp_path / "out")[-1] == {"kind": "paused", "step": step} and (tmp_path / "out" / "STOP").exists()
+    train(config)
+    assert [line for line in lines_of(tmp_path / "out") if line["kind"] == "resume"] == [{"kind": "resume", "step": s, "attempt": a} for s, a in ((4, 2), (6, 3))]
+    assert not (tmp_path / "out" / "STOP").exists()
+    same_training(tmp_path / "whole", tmp_path / "out")
+    steps = [line for line in lines_of(tmp_path / "out") if line["kind"] == "train"]
+    assert steps[-1]["loss_mtp_1"] < steps[0]["loss_mtp_1"] and steps[0]["expert_imbalance"] >= 1
+    assert steps[0]["loss"] == pytest.approx(steps[0]["loss_token"], abs=1e-5), "loss is the main loss alone"
+
+
+def test_another_batch_or_other_data_does_not_go_on(data_dir, tmp_path, monkeypatch):
+    stops_at(monkeypatch, tmp_path / "out", 1)
+    train(training(data_dir, tmp_path / "out"))
+    with pytest.raises(UserError, match="packs_in_step 2, here 3"):
+        train(training(data_dir, tmp_path / "out", train={"train_iters": 9, "global_batch_size": 3}))
+    with pytest.raises(UserError, match="another model"):
+        train(training(data_dir, tmp_path / "out", model=SMALL | {"mtp_num_layers": 1}))
+
+
+def test_weights_to_begin_with_come_from_checkpoints_or_from_an_export(trained, data_dir, tmp_path, capsys):
+    short = {"train": {"train_iters": 1, "global_batch_size": 1}, "loss": {}, "scheduler": {}, "evaluation": {"num_generations": 1, "max_new_tokens": 2}}
+    for name, folder in (("a", trained / "checkpoints"), ("b", trained / "model")):
+        model = SMALL if name == "a" else {}
+        train(training(data_dir, tmp_path / name, model=model, checkpoint={"pretrained_checkpoint": str(folder)}, **short))
+    first, second = ([line for line in lines_of(tmp_path / name) if line["kind"] == "valid"][0] for name in "ab")
+    after = json.loads((trained / "evaluation_after.json").read_text())
+    assert first["loss_token"] == after["loss_token"] and second["loss_token"] == pytest.approx(after["loss_token"], rel=1e-6)
+    assert seamless(tmp_path / "a")[2]["step"] == 1
+    with pytest.raises(UserError, match="no checkpoint here"):
+        train(training(data_dir, tmp_path / "c", checkpoint={"load": str(tmp_path)}, **short))
+
+
+# ---- further depths, balance, precision
+
+
+def test_depths_equal_the_loops_and_are_exported_and_read_again(tmp_path):
+    packs, _ = random_packs()
+    batch, config = global_batch(packs), ModelConfig(**SMALL, mtp_num_layers=2, mtp_loss_scaling_factor=0.3)
+    model = build_model(config, 60)
+    learner = Learner(model, config, make_mtp(model)).double()
+    whole = collate(batch.rows)
+    share = learner(batch=whole, stage="sample", denominators=batch.denominators, targets=batch.targets(2))
+    owner = torch.arange(len(batch.rows))[:, None].expand_as(whole.tokens).flatten()
+    by_hand = mtp_loss_by_hand(share.nll.flatten(1), whole.mask.flatten(), owner, "sample")
+    assert share.loss.item() == pytest.approx(by_hand.item(), rel=1e-7)  # the main weights 1/|O_c| are float32
+    found = make_gradient(learner, batch, "sample", 50)
+    assert found.record(batch.denominators, batch.targets(2), False)["loss_mtp_2"] == pytest.approx(share.nll[2].sum().item() / batch.targets(2)[1], rel=1e-6)
+    assert all(p.grad is not None and p.grad.any() for p in learner.mtp.parameters())
+    (tmp_path / "tokenizer").mkdir()
+    learner.float()
+    export_model(learner, tmp_path / "tokenizer", tmp_path / "model")
+    again = make_mtp(model, seed=5)
+    assert load_mtp(again, tmp_path / "model")
+    for (name, p), q in zip(again.state_dict().items(), learner.mtp.state_dict().values()):
+        assert torch.equal(p, q), name
+    assert torch.equal(build_model(ModelConfig(name=str(tmp_path / "model")), 60)(whole.tokens).logits, model(whole.tokens).logits)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["num_nextn_predict_layers"] == 2
+
+
+@pytest.mark.parametrize("stage", ["token", "sample"])
+def test_balance_does_not_depend_on_the_cut_nor_on_the_stage(stage):
+    packs, _ = random_packs()
+    batch, config = global_batch(packs), ModelConfig(**SMALL, moe_aux_loss_coeff=1.0)
+    learner = Learner(build_model(config, 60), config)
+    found = {}
+    for cap in (1, 80, 10_000):
+        learner.zero_grad()
+        parts = [learner(batch=collate(g), stage=stage, denominators=batch.denominators, rows=len(batch.rows)) for g in grouped(batch.rows, cap)]
+        balance = sum(p.loss - p.main for p in parts)
+        balance.backward()
+        gates = [m.gate.weight.grad.flatten() for m in learner.watch.layers]
+        found[cap] = balance.item(), torch.cat(gates), sum(p.counts for p in parts), sum(p.imbalance for p in parts).item()
+    for cap in (80, 10_000):
+        assert found[cap][0] == pytest.approx(found[1][0], rel=1e-4) and torch.equal(found[cap][2], found[1][2])
+        # The main loss has a gradient in the routers too; what must agree is the sum.
+        assert (found[cap][1] - found[1][1]).norm() < 1e-4 * found[1][1].norm()
+    layers = len(learner.watch.layers)
+    assert found[1][0] == pytest.approx(found[1][3] * layers, rel=1e-4) and 1 <= found[1][3] < 2, "the mean over rows, in both stages"
+
+
+def test_imbalance_by_hand():
+    r = torch.Generator().manual_seed(0)
+    scores, real = torch.rand(3, 7, 5, generator=r), torch.arange(7) < torch.tensor([[7], [4], [1]])
+    chosen = scores.topk(2).indices
+    found, counts = imbalance(scores, chosen, real)
+    for row in range(3):
+        tokens, total = int(real[row].sum()), 0.0
+        for e in range(5):
+            taken = sum(e in chosen[row, t].tolist() for t in range(tokens))
+            mean = sum((scores[row, t, e] / scores[row, t].sum()).item() for t in range(tokens)) / tokens
+            total, _ = total + 5 / 2 * taken / tokens * mean, counts[row, e] == taken or pytest.fail("miscounted")
+        assert found[row].item() == pytest.approx(total, rel=1e-5)
+
+
+def test_biases_move_by_the_sign_of_the_whole_batch():
+    layers = [m.mixer for m in build_model(ModelConfig(**SMALL), 60).model.layers if m.block_type == "moe"]
+    move_biases(layers, torch.tensor([[5, 1, 3, 3], [0, 0, 0, 8], [2, 2, 2, 2]])[: len(layers)], 0.01)
+    expected = torch.tensor([[-0.01, 0.01, 0, 0], [0.01, 0.01, 0.01, -0.01], [0, 0, 0, 0]])
+    for layer, bias in zip(layers, expected):
+        assert torch.equal(layer.gate.e_score_correction_bias, bias)
+
+
+def test_narrow_numbers_give_nearly_the_same_step():
+    packs, _ = random_packs()
+    lines = {}
+    for precision in ("fp32", "bf16", "bf16_pure"):
+        learner = Learner(build_model(ModelConfig(**SMALL), 60), precision=precision)
+        lines[precision] = train_step(learner, make_optimizer(learner, OptimizerSection()), global_batch(packs), 0, config_of())
+        kinds = {p.dtype for p in learner.parameters()}
+        assert kinds == ({torch.bfloat16} if precision == "bf16_pure" else {torch.float32})
+    for precision in ("bf16", "bf16_pure"):
+        assert lines[precision]["loss"] != lines["fp32"]["loss"] and lines[precision]["loss"] == pytest.approx(lines["fp32"]["loss"], rel=5e-3)
+        assert lines[precision]["grad_norm"] == pytest.approx(lines["fp32"]["grad_norm"], rel=5e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of PyTorch needs one for C++")
+def test_compiled_layers_give_the_same_loss():
+    packs, _ = random_packs()
+    found = []
+    for compiled in (False, True):
+        learner = Learner(build_model(ModelConfig(**SMALL | {"pattern": "ME"}), 60))
+        assert not compiled or compile_layers(learner) == 1
+        found.append(make_gradient(learner, global_batch(packs), "token", 5000).sums[0].item())
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+# ---- bad steps
+
+
+def test_a_bad_step_is_left_out_and_training_goes_on(data_dir, tmp_path, monkeypatch, capsys):
+    judge = Guard.judge
+    monkeypatch.setattr(Guard, "judge", lambda self, loss, norm: judge(self, loss, norm) or ("the gradient norm leaps" if len(self.norms) == 3 else ""))
+    train(training(data_dir, tmp_path / "out", train={"train_iters": 5, "global_batch_size": 2, "bad_step": "skip"}))
+    lines = [line for line in lines_of(tmp_path / "out") if "step" in line and line["kind"] != "valid"]
+    assert [(line["kind"], line["step"]) for line in lines] == [("train", 1), ("train", 2), ("skipped", 3), ("train", 4), ("train", 5)]
+    rows = json.loads((tmp_path / "out" / "bad_batch_step_3.json").read_text())["rows"]
+    stored = np.load(tmp_path / "out" / "bad_batch_step_3.npz")
+    assert len(rows) == len(stored["offsets"]) - 1 and lines[2]["problem"] == "the gradient norm leaps" and lines[2]["conversations"]
+    assert "left out: the gradient norm leaps" in capsys.readouterr().out
+
+
+def test_a_leap_is_measured_against_what_is_usual():
+    guard = Guard(spike_factor=5)
+    assert [guard.judge(1.0, 2.0) for _ in range(10)] == [""] * 10
+    assert "6 times the median" in guard.judge(1.0, 12.0) and guard.judge(1.0, 9.9) == ""
+    assert guard.judge(math.inf, 1.0) == "the loss is inf" and guard.judge(1.0, math.nan) == "the gradient norm is nan"
+
+
+# ---- LoRA
+
+
+def test_adapters_are_trained_saved_and_merged(data_dir, tmp_path):
+    pytest.importorskip("peft")
+    short = {"train": {"train_iters": 3, "global_batch_size": 1}, "loss": {}, "scheduler": {}, "evaluation": {"num_generations": 1, "max_new_tokens": 2}}
+    train(training(data_dir, tmp_path / "out", peft={"enabled": True, "dim": 4, "merge": True}, **short))
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["adapter", "checkpoints", "evaluation_after.json", "evaluation_before.json", "metrics.jsonl", "model"]
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
+    before, merged = build_model(ModelConfig(**SMALL), 4096, seed=1234), build_model(ModelConfig(name=str(tmp_path / "out" / "model")), 4096)
+    moved = {n for (n, p), q in zip(before.named_parameters(), merged.parameters()) if not torch.equal(p, q)}
+    assert moved and all("proj" in n for n in moved), "the pairs stand beside linear layers, and nothing else has moved"
+    with pytest.raises(UserError, match="adapters and multi-token prediction"):
+        train(training(data_dir, tmp_path / "b", peft={"enabled": True}, model=SMALL | {"mtp_num_layers": 1}, **short))
+
+
 # ---- what is refused
+
+
+def test_a_step_without_a_trained_token_is_refused_before_the_first(data_dir, tmp_path, monkeypatch):
+    found = torch_engine.inventory
+    monkeypatch.setattr(torch_engine, "inventory", lambda packs: dataclasses.replace(found(packs), trained=np.r_[0, found(packs).trained[1:]]))
+    with pytest.raises(UserError, match=r"nothing is trained in step \d+: packs 0 have no trained token"):
+        train(training(data_dir, tmp_path / "out", train={"train_iters": 20, "global_batch_size": 1}, loss={}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_packs_longer_than_the_context_and_another_tokenizer_are_refused(trained, data_dir, tmp_path):
+    folder = shutil.copytree(trained / "model", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    start = {"model": {"name": str(folder)}}
+    with pytest.raises(UserError, match="packs of 1,024 tokens, and a model for 512"):
+        train(training(data_dir, tmp_path / "out", **start))
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with pytest.raises(UserError, match="different chat templates"):
+        train(training(data_dir, tmp_path / "out", **start))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"].pop()
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="the same id would be another piece of text"):
+        train(training(data_dir, tmp_path / "out", **start))
+    assert not (tmp_path / "out").exists()
 
 
 def test_metrics_are_flushed_and_never_overwritten(tmp_path):

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREY', 'Run', 'read_run', 'headline', 'funnel_picture', 'splits_picture', 'fill_picture',
-           'arithmetic_picture', 'stage_switches', 'loss_picture', 'lr_picture', 'speed_picture', 'shortened',
-           'strips_picture', 'generations_picture', 'settings_picture', 'environment_picture', 'Section', 'sections',
-           'page', 'write_report']
+           'arithmetic_picture', 'stage_switches', 'seams', 'loss_picture', 'LivePicture', 'lr_picture',
+           'speed_picture', 'shortened', 'strips_picture', 'generations_picture', 'settings_picture',
+           'attempts_picture', 'artifacts_picture', 'environment_picture', 'run_row', 'Section', 'sections', 'page',
+           'write_report']
 
 # %% ../../nbs/ops/32_report.ipynb #2a197d65
 import html
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# %% ../../nbs/ops/32_report.ipynb #d6e40cf6
+# %% ../../nbs/ops/32_report.ipynb #4161b765
 @dataclass(frozen=True)
 class Run:
     """What a run folder says. Parts whose file is missing are empty."""
@@ -39,6 +40,8 @@ class Run:
     folder: Path
     state: str = "unknown"
     message: str = ""  # why it failed, if it did
+    attempts: Sequence[Mapping[str, Any]] = ()  # each attempt: its number, state, host and job
+    artifacts: Mapping[str, Any] = field(default_factory=dict)  # what it was made from, and what it made
     config: Mapping[str, Any] = field(default_factory=dict)  # dotted names and values in force
     origins: Mapping[str, str] = field(default_factory=dict)  # dotted names and where values came from
     env: Mapping[str, Any] = field(default_factory=dict)
@@ -48,7 +51,7 @@ class Run:
     after: Mapping[str, Any] = field(default_factory=dict)  # evaluation after it
 
     def lines(self, kind: str) -> list[Mapping[str, Any]]:
-        """The metrics lines of one kind: start, train, valid or end."""
+        """The metrics lines of one kind: start, train, valid, skipped, resume, paused or end."""
         return [m for m in self.metrics if m.get("kind") == kind]
 
 
@@ -68,6 +71,8 @@ def read_run(
         folder=folder,
         state=run_state(folder),
         message=read_status(folder).get("message", ""),
+        attempts=read_status(folder).get("attempts", []),
+        artifacts=_json(folder / "artifacts.json"),
         config=flatten(OmegaConf.to_container(OmegaConf.load(config))) if config.exists() else {},
         origins=_json(folder / "origins.json"),
         env=_json(folder / "env.json"),
@@ -77,7 +82,7 @@ def read_run(
         after=_json(folder / "evaluation_after.json"),
     )
 
-# %% ../../nbs/ops/32_report.ipynb #74f8cd1f
+# %% ../../nbs/ops/32_report.ipynb #68d97958
 def _perplexity(loss: float) -> str:
     return f"{math.exp(min(loss, 100.0)):,.1f}"
 
@@ -110,14 +115,30 @@ def _work_sentence(run: Run) -> list[str]:
     return [f"{len(steps)} steps, {trained:,} trained tokens in {seconds:.1f} seconds: {trained / max(seconds, 1e-9):,.0f} a second."]
 
 
+def _attempts_sentence(run: Run) -> list[str]:
+    """How often the run was begun, if more than once, and where training went on."""
+    if len(run.attempts) < 2:
+        return []
+    seams = [str(m["step"]) for m in run.lines("resume")]
+    steps = f"; training went on after step {', '.join(seams)}" if seams else "; training began anew"
+    return [f"It took {len(run.attempts)} attempts{steps}."]
+
+
 def headline(
     run: Run,
 ) -> list[str]:
     """The result in a few sentences."""
-    state = {"done": "The run is complete.", "failed": f"The run failed: {run.message}", "running": "The run is still going on.", "lost": "The run was killed before it ended."}
+    state = {
+        "done": "The run is complete.",
+        "failed": f"The run failed: {run.message}",
+        "running": "The run is still going on.",
+        "queued": "The run has not begun yet.",
+        "preempted": f"The run was asked to stop and can be resumed: {run.message}",
+        "lost": "The run was killed before it ended; it can be resumed.",
+    }
     model = run.folder / "model"
     where = [f"The model lies in {model}; load it with AutoModelForCausalLM.from_pretrained({str(model)!r})."] if run.state == "done" else []
-    return [state.get(run.state, "The state of the run is not known."), *_loss_sentence(run), *_form_sentence(run), *_work_sentence(run), *where]
+    return [state.get(run.state, "The state of the run is not known."), *_attempts_sentence(run), *_loss_sentence(run), *_form_sentence(run), *_work_sentence(run), *where]
 
 # %% ../../nbs/ops/32_report.ipynb #295e168a
 def funnel_picture(
@@ -188,7 +209,7 @@ def arithmetic_picture(
     stages = [(f"{stage} stage", f"{steps:,} steps") for stage, steps in start.get("plan", [])]
     return table([*rows, *stages], header=["", ""])
 
-# %% ../../nbs/ops/32_report.ipynb #16cd5e3b
+# %% ../../nbs/ops/32_report.ipynb #3a090a16
 def stage_switches(
     steps: Sequence[Mapping[str, Any]],  # metrics lines of kind "train"
 ) -> list[tuple[int, str]]:
@@ -196,7 +217,22 @@ def stage_switches(
     return [(b["step"], b["stage"]) for a, b in zip(steps, steps[1:]) if a["stage"] != b["stage"]]
 
 
+def seams(
+    metrics: Sequence[Mapping[str, Any]],  # metrics lines of any kind
+) -> list[int]:
+    """The steps after which another attempt went on with the training."""
+    return [m["step"] for m in metrics if m["kind"] == "resume"]
+
+
+def _mark_seams(axes: "Axes", metrics: Sequence[Mapping[str, Any]]) -> None:
+    """A solid grey line where one attempt ends and the next begins."""
+    for number, step in enumerate(seams(metrics), 2):
+        axes.axvline(step + 0.5, color=GREY, linewidth=1)
+        axes.annotate(f"attempt {number}", (step + 0.5, 0.03), xytext=(3, 0), xycoords=("data", "axes fraction"), textcoords="offset points", va="bottom", rotation=90, fontsize=8, color=GREY)
+
+
 def _mark_switches(axes: "Axes", steps: Sequence[Mapping[str, Any]]) -> None:
+    """A dotted line where the stage of the loss changes."""
     for step, stage in stage_switches(steps):
         axes.axvline(step - 0.5, color=GREY, linestyle=":", linewidth=1)
         axes.annotate(f"{stage} stage", (step - 0.5, 0.97), xytext=(3, 0), xycoords=("data", "axes fraction"), textcoords="offset points", va="top", rotation=90, fontsize=8, color=GREY)
@@ -213,19 +249,55 @@ def loss_picture(
         axes.plot([m["step"] for m in steps], [m[name] for m in steps], dash, color=colour, linewidth=1.2, label=label)
         axes.plot([m["step"] for m in valid], [m[name] for m in valid], mark, color=colour, markersize=5, markeredgecolor="white", label=f"held-out, {label}" if valid else None)
     _mark_switches(axes, steps)
+    _mark_seams(axes, metrics)
     axes.set(xlabel="step", ylabel="loss (nats)")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)
-    return png(figure, _loss_alt(steps))
+    return png(figure, _loss_alt(steps, seams(metrics)))
 
 
-def _loss_alt(steps: Sequence[Mapping[str, Any]]) -> str:
-    """The loss curve in one sentence."""
+def _loss_alt(steps: Sequence[Mapping[str, Any]], after: Sequence[int]) -> str:
+    """The loss curve in a few sentences."""
     if not steps:
         return "No step has been taken yet."
     first, last = steps[0], steps[-1]
     switches = "".join(f" The {stage} stage begins at step {step}." for step, stage in stage_switches(steps))
+    switches += "".join(f" Attempt {number} goes on after step {step}." for number, step in enumerate(after, 2))
     return f"Loss over {last['step']} steps: mean over tokens from {first['loss_token']:.2f} to {last['loss_token']:.2f}, mean over chats from {first['loss_sample']:.2f} to {last['loss_sample']:.2f}.{switches}"
+
+# %% ../../nbs/ops/32_report.ipynb #0e6a3871
+class LivePicture:
+    """The loss curve of a run, drawn anew as it grows. In a notebook it replaces itself."""
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,  # the run folder
+        every: int = 10,  # steps between drawings
+    ):
+        self.folder, self.every, self.shown, self.failed = Path(folder), every, None, False
+
+    def see(
+        self,
+        entry: Mapping[str, Any],  # a line of metrics.jsonl that has just come
+    ) -> None:
+        """Draw again, if it is time."""
+        if self.failed or (entry.get("kind") == "train" and entry["step"] % self.every):
+            return
+        try:
+            self._draw()
+        except Exception as e:  # whatever a drawing library may raise: the training matters more
+            self.failed = True
+            print(f"the loss curve cannot be drawn ({type(e).__name__}: {e}); the training goes on")
+
+    def _draw(self) -> None:
+        """Show the picture, in place of the one before."""
+        from IPython.display import display
+
+        picture = loss_picture(read_metrics(self.folder / "metrics.jsonl"))
+        if self.shown is None:
+            self.shown = display(picture, display_id=True)
+        else:
+            self.shown.update(picture)
 
 # %% ../../nbs/ops/32_report.ipynb #a78837cf
 def lr_picture(
@@ -316,7 +388,7 @@ def generations_picture(
         tables.append(table(rows, header=["", "text", "form"]))
     return joined(tables)
 
-# %% ../../nbs/ops/32_report.ipynb #796e893b
+# %% ../../nbs/ops/32_report.ipynb #9d8475be
 def settings_picture(
     run: Run,
 ) -> Picture:
@@ -324,6 +396,28 @@ def settings_picture(
     changed = changed_names(run.origins)
     rows = [("*" if name in changed else "", name, value, run.origins.get(name, "")) for name, value in run.config.items()]
     return table(rows, header=["", "setting", "value", "from"])
+
+
+def _places(env: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The GPUs and the Slurm job, where there are any."""
+    job = ", ".join(f"{name} {value}" for name, value in env.get("slurm", {}).items())
+    return [(name, said) for name, said in (("GPUs", "; ".join(env.get("gpus", []))), ("Slurm", job)) if said]
+
+
+def attempts_picture(
+    attempts: Sequence[Mapping[str, Any]],
+) -> Picture:
+    """Each attempt: when, where, how it ended."""
+    names = ("attempt", "state", "started", "ended", "host")
+    return table([{name: a.get(name, "") for name in names} | {"job": a.get("slurm", {}).get("job", ""), "said": a.get("message", "")} for a in attempts])
+
+
+def artifacts_picture(
+    artifacts: Mapping[str, Any],  # artifacts.json
+) -> Picture:
+    """What went into the run, and what it made."""
+    rows = [{"": word, **{name: part[name] for name in ("name", "what", "address")}, "digest": part["digest"][:12]} for word in ("consumed", "made") for part in artifacts[word]]
+    return table(rows)
 
 
 def environment_picture(
@@ -335,9 +429,34 @@ def environment_picture(
     main = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "papermill")
     versions = ", ".join(f"{name} {env['packages'][name]}" for name in main if name in env["packages"])
     machine = ", ".join(str(env["host"][k]) for k in ("name", "cpu", "system") if k in env["host"])
-    return table([("code", commit), ("python", env["python"]), ("packages", versions), ("machine", machine), ("processors", env["host"]["cpus"])], header=["", ""])
+    return table([("code", commit), ("python", env["python"]), ("packages", versions), ("machine", machine), ("processors", env["host"]["cpus"]), *_places(env)], header=["", ""])
 
-# %% ../../nbs/ops/32_report.ipynb #c226facd
+# %% ../../nbs/ops/32_report.ipynb #6b963ef7
+def _took(run: Run) -> str:
+    """How long the steps of a run took, as h:mm:ss."""
+    seconds = round(sum(s["seconds"] for s in run.lines("train")))
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}" if run.lines("train") else ""
+
+
+def run_row(
+    folder: str | os.PathLike,  # a run folder
+) -> dict[str, Any]:
+    """A run as one row of a table."""
+    run = read_run(folder)
+    last: Mapping[str, Any] = (run.lines("train") or [{}])[-1]
+    return {
+        "run": str(run.folder),
+        "state": run.state,
+        "steps": last.get("step", 0),
+        "held-out loss": f"{run.after['loss_token']:.3f}" if run.after else "",
+        "loss": f"{last['loss']:.3f}" if last else "",
+        "stage": last.get("stage", ""),
+        "time": _took(run),
+        "attempts": len(run.attempts),
+        "report": str(run.folder / "report.html") if (run.folder / "report.html").exists() else "",
+    }
+
+# %% ../../nbs/ops/32_report.ipynb #d30d80fd
 @dataclass(frozen=True)
 class Section:
     """One part of the report."""
@@ -357,11 +476,13 @@ def sections(
         (data, "Length of the sequences", "Each bar counts the training sequences of that many tokens, then those with that share of trained tokens.", lambda: length_histogram(Manifest(run.manifest))),
         (data, "How full the packs are", "The solid part of a bar holds tokens; the hatched part would be padding.", lambda: fill_picture(run.manifest)),
         (bool(run.lines("start")), "The arithmetic of a step", "An epoch is one pass over all packs; rows are chats; only trained tokens have a loss.", lambda: arithmetic_picture(run.lines("start")[0])),
-        (steps, "Loss", "Lines are training steps, points are held-out chats, a dotted line is a change of stage; lower is better.", lambda: loss_picture(run.metrics)),
+        (steps, "Loss", "Lines are training steps, points are held-out chats, a dotted line is a change of stage, a solid grey one a new attempt; lower is better.", lambda: loss_picture(run.metrics)),
         (steps, "Learning rate", "The step size the schedule gave at each step.", lambda: lr_picture(run.metrics)),
         (steps, "Speed", "Only tokens the model must produce are counted; a dip is a slow step.", lambda: speed_picture(run.metrics)),
         (evaluated, "One held-out chat, token by token", "The darker a token, the more it surprised the model; underlined tokens are the ones it must produce; both strips share one scale.", lambda: strips_picture(run.before, run.after)),
         (evaluated, "Answers to held-out prompts", "The same prompts, answered greedily before and after training.", lambda: generations_picture(run.before, run.after)),
+        (bool(run.artifacts), "What came from what", "Digests say which bytes they were; `nemotron lineage NAME` follows each of them back to the raw data.", lambda: artifacts_picture(run.artifacts)),
+        (len(run.attempts) > 1, "Attempts", "Each row is one attempt at this run; what follows the first went on from its newest checkpoint.", lambda: attempts_picture(run.attempts)),
         (bool(run.config), "Settings in force", "A star marks a value somebody changed; the last column says where it was written.", lambda: settings_picture(run)),
         (bool(run.env), "Code and machine", "What is needed to repeat the run; all package versions are in env.json.", lambda: environment_picture(run.env)),
     ]

@@ -4,22 +4,24 @@
 
 # %% auto #0
 __all__ = ['INSTALL', 'BRIDGE_NAMES', 'RECIPES', 'installed_version', 'missing_reason', 'require_megatron', 'BridgeNames',
-           'names_of', 'dotted', 'recipe_function', 'local_model']
+           'names_of', 'dotted', 'recipe_function', 'local_model', 'order_table', 'packs_in_order']
 
-# %% ../../nbs/train/28_megatron_compat.ipynb #0b96913f
+# %% ../../nbs/train/28_megatron_compat.ipynb #48988748
 import importlib
 import importlib.metadata
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..core import UserError, nearest
 
-# %% ../../nbs/train/28_megatron_compat.ipynb #18176e63
-INSTALL = "use one of NVIDIA's NeMo containers, or see the extra `megatron` in the front page for the lines that install it"
+# %% ../../nbs/train/28_megatron_compat.ipynb #59d1a236
+INSTALL = "use one of NVIDIA's NeMo containers; or, to try it without a GPU, `.ci/setup dev` and the setting megatron.cpu_standins=true"
 
 
 def installed_version(
@@ -134,3 +136,41 @@ def local_model(
         yield
     finally:
         vars(module).update(names)
+
+# %% ../../nbs/train/28_megatron_compat.ipynb #4bf430a6
+def order_table(
+    order: Sequence[int],  # pack by pack, what the training shall see
+    seed: int,  # of Megatron-Bridge's dataset
+) -> list[int]:
+    """The table for a dataset that Megatron-Bridge goes through in the order of `torch.randperm(len(order))`."""
+    table = [0] * len(order)
+    for place, pack in zip(torch.randperm(len(order), generator=torch.Generator().manual_seed(seed)).tolist(), order, strict=True):
+        table[place] = int(pack)
+    return table
+
+
+@contextmanager
+def packs_in_order(
+    order: Callable[[int], Sequence[int]],  # number of packs that the training will see -> their indices
+    version: str,  # of megatron-bridge
+) -> Iterator[None]:
+    """While the block runs, Megatron-Bridge trains on packs in this order. A version that cannot be told says so, and keeps its own."""
+    try:
+        registry, kind = dotted("megatron.bridge.data.utils._REGISTRY"), dotted(names_of(version).dataset)
+        build = registry[kind]
+    except (ImportError, AttributeError, KeyError):
+        print(f"megatron-bridge {version}: packs come in its own order, not in that of the PyTorch engine", flush=True)
+        yield
+        return
+
+    def provider(train_val_test_num_samples: list[int], dataset_config: Any, tokenizer: Any = None, pg_collection: Any = None) -> tuple[Any, ...]:
+        """Megatron-Bridge's datasets, with a table for the first of them."""
+        train, *rest = build(train_val_test_num_samples, dataset_config, tokenizer, pg_collection)
+        train.samples_mapping = order_table(order(train_val_test_num_samples[0]), dataset_config.seed)
+        return (train, *rest)
+
+    registry[kind] = provider
+    try:
+        yield
+    finally:
+        registry[kind] = build

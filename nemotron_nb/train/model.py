@@ -6,7 +6,7 @@
 __all__ = ['NANO', 'SUPER', 'family_config', 'count_parameters', 'active_parameters', 'tiny_config', 'parameter_table',
            'build_model']
 
-# %% ../../nbs/train/20_model.ipynb #9c4ba16e
+# %% ../../nbs/train/20_model.ipynb #6da2c4de
 import dataclasses
 import json
 from collections import Counter
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import NemotronHConfig, NemotronHForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM, PreTrainedModel
 
 from ..core import UserError
 from .scan import use_chunked_scan
@@ -172,39 +172,45 @@ def _random_model(
         torch.manual_seed(seed)
         return NemotronHForCausalLM(config)
 
-# %% ../../nbs/train/20_model.ipynb #c8a81bdd
-def _check_folder(folder: Path) -> None:
-    """Is this folder a checkpoint of this family?"""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError("no config.json here", where=str(folder), fix="give a folder in Hugging Face form, as save_pretrained writes it")
-    kind = json.loads(path.read_text()).get("model_type")
-    if kind != "nemotron_h":
-        raise UserError(
-            f"a model of type {kind!r}",
-            where=str(path),
-            why="this engine knows the layers of nemotron_h and trains nothing else",
-            fix="give a Nemotron-H or Nemotron 3 checkpoint",
-        )
+# %% ../../nbs/train/20_model.ipynb #62a37e35
+@torch.no_grad()
+def _check_manners(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model that looks ahead, or whose logits are more than hidden states times output weight."""
+    tokens = torch.arange(8)[None] % model.config.vocab_size
+    other = tokens.clone()
+    other[0, -1] = (tokens[0, -1] + 1) % model.config.vocab_size
+    logits, moved = model(tokens).logits, model(other).logits
+    if not torch.allclose(logits[:, :-1], moved[:, :-1], atol=1e-4):
+        raise UserError(f"a {type(model).__name__} looks ahead", where=name, why="it would see the token it has to predict", fix="give a causal language model")
+    plain = model.base_model(tokens).last_hidden_state @ model.get_output_embeddings().weight.T
+    if not torch.allclose(logits, plain, atol=1e-4, rtol=1e-3):
+        raise UserError(f"the output of a {type(model).__name__} is more than hidden states times a matrix", where=name, why="the loss would be that of other logits", fix="train a model without scaled, capped or biased logits")
 
 
-def _loaded_model(name: str) -> NemotronHForCausalLM:
+def _loaded_model(name: str) -> PreTrainedModel:
     """A model from a local folder or from the local cache of the hub, in float32."""
-    if Path(name).is_dir():
-        _check_folder(Path(name))
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise UserError("no config.json here", where=name, fix="give a folder in Hugging Face form, as save_pretrained writes it")
     try:
-        return NemotronHForCausalLM.from_pretrained(
-            name, local_files_only=True, dtype=torch.float32, use_mamba_kernels=False, experts_implementation="eager"
-        )
+        family = AutoConfig.from_pretrained(name, local_files_only=True).model_type == "nemotron_h"
+        ours = {"use_mamba_kernels": False, "experts_implementation": "eager"} if family else {}
+        model = AutoModelForCausalLM.from_pretrained(name, local_files_only=True, dtype=torch.float32, **ours)
     except OSError as error:
+        if Path(name).is_dir():
+            raise UserError("the weights cannot be read", where=name, why=str(error).split("\n")[0][:200], fix="give a folder in Hugging Face form, as save_pretrained writes it") from error
         raise UserError(
             f"no such model on this machine: {name!r}",
             where="model.name",
             why="it is neither a folder with a checkpoint nor in the local cache of the hub, and nothing is downloaded unasked",
             fix=f"run `hf download {name}` first, give a folder, or use {TINY!r}",
         ) from error
+    except ValueError as error:
+        raise UserError("no causal language model that the library knows", where=name, why=str(error).split("\n")[0][:200], fix="give a checkpoint whose model_type transformers has a causal language model for") from error
+    if not family:
+        _check_manners(model, name)
+    return model
 
-# %% ../../nbs/train/20_model.ipynb #4a1e9c03
+# %% ../../nbs/train/20_model.ipynb #63cab2b6
 def _check_sizes(config: ModelConfig) -> None:
     """Sizes belong to the tiny model; beside a checkpoint they would be ignored, so they are refused."""
     ignored = [f.name for f in dataclasses.fields(config) if f.name not in TRAITS and getattr(config, f.name) != f.default]
@@ -216,8 +222,8 @@ def build_model(
     config: ModelConfig,
     vocab_size: int,  # tokens the tokenizer can produce
     seed: int = 0,  # of the random start; a checkpoint needs none
-) -> NemotronHForCausalLM:
-    """The model of a recipe, in float32, on the CPU, with the matrix-product scan."""
+) -> PreTrainedModel:
+    """The model of a recipe, in float32, on the CPU; Mamba-2 layers of Nemotron with the matrix-product scan."""
     _check_sizes(config)
     model = _random_model(tiny_config(vocab_size, config), seed) if config.name == TINY else _loaded_model(config.name)
     if model.config.vocab_size < vocab_size:

@@ -24,9 +24,12 @@ def model_values(**values):
 
 TP, PP = model_values(tensor_model_parallel_size=2, sequence_parallel=True), model_values(pipeline_model_parallel_size=2, hybrid_layer_pattern="M*M|EM")
 EP, CP = model_values(expert_model_parallel_size=2), model_values(context_parallel_size=2)
-MTP = model_values(mtp_num_layers=2, mtp_hybrid_override_pattern="*E")
-STILL = model_values(moe_router_bias_update_rate=0.0)  # the PyTorch engine leaves the routers' bias as it is
+SUPER = {"recipe._target_": "nemotron_3_super"}
+MOVING = {"model": {"moe_router_bias_update_rate": 1e-3}}  # the routers' bias follows the load, as in the recipes
 PLAIN_OPTIMIZER = {"ddp.use_distributed_optimizer": False, "optimizer.use_distributed_optimizer": False}  # PyTorch's Adam inside the distributed one cannot be resumed in 0.19.2
+LOOKED_AT = {"scheduler": {"lr_decay_style": "cosine", "lr_warmup_iters": 2}, "evaluation": {"num_generations": 2, "max_new_tokens": 4}}
+FURTHER = {"model": {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.1}}
+SMALL = {"pattern": "M*E", "hidden_size": 32, "attention_heads": 2, "mamba_heads": 2, "experts": 4, "expert_size": 16}
 
 
 def _train(root, name, ranks=1, data="plain", stages="sample", steps=2, folder=None, **options):
@@ -35,45 +38,58 @@ def _train(root, name, ranks=1, data="plain", stages="sample", steps=2, folder=N
     return {"name": name, "do": "train", "ranks": ranks, **places, "stages": STAGES[stages], "steps": steps, "batch": PACKS} | options
 
 
-def _mtp(root, name, ranks=1, overrides=None, **options):
-    """A job of one step with two further predictions, by the recipe of Super, from the weights of the job "mtp_base"."""
-    start = {"checkpoint.pretrained_checkpoint": f"{root}/mtp_base/checkpoints", "checkpoint.finetune": True}
-    return _train(root, name, ranks, steps=1, recipe="nemotron_3_super", overrides=MTP | start | (overrides or {}), **options)
+def _parallel(root, name, ranks, **options):
+    """A job that must give what the job "sample" gives."""
+    return _train(root, name, ranks, shared=MOVING, **options)
+
+
+def _mtp(root, name, ranks=1, megatron=None, **options):
+    """A job of one step with two further predictions, by the recipe of Super."""
+    return _train(root, name, ranks, steps=1, shared=FURTHER, megatron=SUPER | (megatron or {}), **options) | {"model": f"{root}/model_mtp"}
 
 
 def jobs(root):
     """All jobs, in order."""
     reader = {"do": "collate", "ranks": 1, "row_length": PACK_SIZE, "multiple": 1, "end_token": "</s>", "fill": True, "data_dir": f"{root}/plain"}
+    recipe = {"recipe._target_": "megatron.bridge.recipes.nemotronh.nemotron_3_nano_peft_config", "recipe.peft_scheme": "lora", "peft.dim": 4, "peft.alpha": 8}
+    peft = {"peft": {"enabled": True, "target_modules": ["*.o_proj", "*.in_proj"], "dim": 4, "alpha": 8.0, "merge": True}}
+    whole = {"stages": "switch", "steps": 5, "batch": 4, "megatron": PLAIN_OPTIMIZER, "shared": LOOKED_AT}
     return [
         {"name": "collate", **reader, "output_dir": f"{root}/reader_1"},
         {"name": "collate_short", **reader, "output_dir": f"{root}/reader_1", "fill": False},
         {"name": "collate_padded", **reader, "data_dir": f"{root}/padded", "output_dir": f"{root}/reader_1", "multiple": 4},
         {"name": "collate_ended", **reader, "data_dir": f"{root}/padded", "output_dir": f"{root}/reader_2", "multiple": 4, "end_token": "<|im_end|>"},
         {"name": "round_trip", "do": "round_trip", "ranks": 1, "model": f"{root}/model", "output_dir": f"{root}/exported"},
-        _train(root, "token_still", stages="token", overrides=STILL),
-        _train(root, "sample_still", overrides=STILL),
+        _train(root, "token_still", stages="token"),
+        _train(root, "sample_still"),
         {"name": "export", "do": "export", "ranks": 1, "checkpoint": f"{root}/sample_still/checkpoints", "model": f"{root}/model", "output_dir": f"{root}/trained"},
-        _train(root, "lora", recipe="megatron.bridge.recipes.nemotronh.nemotron_3_nano_peft_config", recipe_arguments={"peft_scheme": "lora"}, overrides={"peft.dim": 4, "peft.alpha": 8}),
-        _train(root, "sample"),
-        _train(root, "dp", 2),
-        _train(root, "tp_sp", 2, overrides=TP),
-        _train(root, "pp", 2, overrides=PP),
-        _train(root, "ep", 2, overrides=EP),
-        _train(root, "padded", data="padded"),
-        _train(root, "cp", 2, data="padded", overrides=CP),
-        _train(root, "dp_tp_sp", 4, steps=1, overrides=TP),
-        _train(root, "whole", stages="switch", steps=5, batch=4, overrides=PLAIN_OPTIMIZER),
-        _train(root, "part", stages="switch", steps=2, batch=4, overrides=PLAIN_OPTIMIZER, folder="resumed"),
-        _train(root, "rest", stages="switch", steps=5, batch=4, overrides=PLAIN_OPTIMIZER, folder="resumed"),
+        _train(root, "super_bf16", steps=1, shared={"train": {"precision": "bf16"}}, megatron=SUPER),
+        _train(root, "tiny", 2, steps=1, model="tiny", shared={"model": SMALL | {"name": "tiny"}}),
+        _train(root, "lora_by_recipe", steps=1, megatron=recipe),
+        _train(root, "lora", 2, shared=peft, lr=1e-2, megatron=TP),
+        {"name": "names", "do": "names", "ranks": 1, "model": f"{root}/model", "output_dir": f"{root}/names.json"},
+        _parallel(root, "sample", 1),
+        _parallel(root, "dp", 2),
+        _parallel(root, "tp_sp", 2, megatron=TP),
+        _parallel(root, "pp", 2, megatron=PP),
+        _parallel(root, "ep", 2, megatron=EP),
+        _parallel(root, "padded", 1, data="padded"),
+        _parallel(root, "cp", 2, data="padded", megatron=CP),
+        _parallel(root, "dp_tp_sp", 4, steps=1, megatron=TP),
+        _train(root, "whole", **whole),
+        _train(root, "part", **whole, folder="resumed", stop_after=2),
+        _train(root, "rest", **whole, folder="resumed"),
         _train(root, "leak", steps=1, change="leak_state"),
-        _train(root, "counted_twice", 2, data="padded", steps=1, change="count_on_every_rank", overrides=CP),
-        _train(root, "aux", steps=1, overrides=model_values(moe_aux_loss_coeff=0.1)),
-        _train(root, "aux_one", steps=1, change="balance_of_one", overrides=model_values(moe_aux_loss_coeff=0.1)),
-        _train(root, "mtp_base", steps=1, batch=4, lr=1e-9, recipe="nemotron_3_super", change="from_scratch", overrides=MTP | {"checkpoint.pretrained_checkpoint": None}),
+        _train(root, "counted_twice", 2, data="padded", steps=1, change="count_on_every_rank", megatron=CP),
+        _train(root, "aux", steps=1, shared={"model": {"moe_aux_loss_coeff": 0.1}}),
+        _train(root, "aux_one", steps=1, change="balance_of_one", shared={"model": {"moe_aux_loss_coeff": 0.1}}),
         _mtp(root, "mtp"),
         _mtp(root, "mtp_dp", 2),
         _mtp(root, "mtp_tp_sp", 2, TP),
         _mtp(root, "mtp_cp", 2, CP, data="padded"),
+        _mtp(root, "mtp_one_pack", stages="token", batch=1),
+        _mtp(root, "mtp_unscaled", data="padded", change="unscaled_depths"),
+        _mtp(root, "mtp_unscaled_cp", 2, CP, data="padded", change="unscaled_depths"),
         _mtp(root, "mtp_poisoned", change="poison_labels"),
         _mtp(root, "mtp_stock", change="train_prompts"),
         _mtp(root, "mtp_stock_poisoned", change="train_prompts_poisoned"),
@@ -94,20 +110,22 @@ def _write_data(root):
 
 
 def _write_model(root):
-    """A tiny hybrid model with random weights, in the layout of the releases."""
+    """A tiny hybrid model with random weights, in the layout of the releases; and the same with a block for further predictions."""
     import torch
     from transformers import NemotronHForCausalLM
 
-    from nemotron_nb.train.megatron_models import release_folder
+    from nemotron_nb.train.checkpoint import export_hf
+    from nemotron_nb.train.learner import make_mtp, mtp_tensors
     from nemotron_nb.train.model import family_config
 
     torch.manual_seed(0)
     model = NemotronHForCausalLM(family_config(TINY, vocab_size=4096))
-    for name, parameter in model.named_parameters():
+    block = make_mtp(model, seed=1)
+    for name, parameter in [*model.named_parameters(), *block.named_parameters()]:
         if "norm" in name or name.endswith(".D"):  # nothing stays at 1, or a norm that is left out would not show
             parameter.data += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(f"{root}/saved")
-    release_folder(f"{root}/saved", f"{root}/model", f"{root}/plain/tokenizer")
+    export_hf(model, f"{root}/plain/tokenizer", f"{root}/model")
+    export_hf(model, f"{root}/plain/tokenizer", f"{root}/model_mtp", mtp_tensors(block.state_dict()))
 
 
 @pytest.fixture(scope="session")

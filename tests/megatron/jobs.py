@@ -4,22 +4,16 @@ import logging
 import os
 import warnings
 
-from cpu_import import import_bridge
-from cpu_scan import install_mamba_reference
+from nemotron_nb.train.megatron_cpu import cpu_values, install_standins, on_cpu
 
 
 def prepare():
     """Import everything once, before processes are forked."""
     warnings.filterwarnings("ignore")
-    install_mamba_reference()
-    import_bridge()
-    import cpu_device
-    import cpu_layers
+    install_standins()
     import torch
 
     torch.set_num_threads(1)
-    cpu_device.install()
-    cpu_layers.install()
     import megatron.bridge.recipes.nemotronh  # noqa: F401
     import megatron.bridge.training.finetune  # noqa: F401
     import nemotron_nb.train.megatron_engine  # noqa: F401
@@ -27,29 +21,34 @@ def prepare():
     logging.disable(logging.WARNING)
 
 
-def _run(data_dir, output_dir, model, stages, recipe, steps, batch, lr, overrides, recipe_arguments):
-    from cpu_layers import CPU_PROFILE
-    from nemotron_nb.loss.schedule import Phase
+def _run(data_dir, output_dir, model, stages, steps, batch, lr, shared, megatron):
+    from nemotron_nb.core import from_mapping
     from nemotron_nb.train.megatron_engine import MegatronConfig
-    from nemotron_nb.train.settings import LossSection, ModelConfig, OptimizerSection, SchedulerSection, TrainConfig, TrainSection
+    from nemotron_nb.train.settings import TrainConfig
 
-    shared = TrainConfig(
-        data_dir, output_dir, ModelConfig(name=model), TrainSection(train_iters=steps, global_batch_size=batch, log_interval=1), OptimizerSection(lr=lr, weight_decay=0.0),
-        SchedulerSection(), LossSection([Phase(**p) for p in stages]),
-    )
-    return MegatronConfig(shared, recipe, recipe_arguments, CPU_PROFILE | overrides)
+    settings = {
+        "data_dir": data_dir, "output_dir": output_dir, "model": {"name": model}, "train": {"train_iters": steps, "global_batch_size": batch, "log_interval": 1},
+        "optimizer": {"lr": lr, "weight_decay": 0.0}, "loss": {"stages": list(stages)}, "evaluation": {"num_generations": 0},
+    }  # fmt: skip
+    for name, section in (shared or {}).items():
+        settings[name] = settings.get(name, {}) | section
+    return MegatronConfig.from_values(from_mapping(TrainConfig, settings, "job"), {"cpu_standins": True} | (megatron or {}))
 
 
-def train(data_dir, output_dir, model, stages=({"stage": "token"},), recipe="nemotron_3_nano", steps=3, batch=4, lr=1e-3, overrides=None, recipe_arguments=None, change=None):
+def train(data_dir, output_dir, model, stages=({"stage": "token"},), steps=3, batch=4, lr=1e-3, shared=None, megatron=None, change=None, stop_after=None):
     """A training by our engine; its metrics."""
     import json
     from pathlib import Path
 
+    from nemotron_nb.train import megatron_record
     from nemotron_nb.train.megatron_engine import train as start
 
     if change:
         globals()[change]()
-    start(_run(data_dir, output_dir, model, stages, recipe, steps, batch, lr, overrides or {}, recipe_arguments or {}))
+    if stop_after is not None:
+        write = megatron_record.append_line
+        megatron_record.append_line = lambda folder, line: (write(folder, line), line.get("step") == stop_after and Path(folder, "STOP").touch())
+    start(_run(data_dir, output_dir, model, stages, steps, batch, lr, shared, megatron))
     path = Path(output_dir) / "metrics.jsonl"
     return {"metrics": [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else [], "pid": os.getpid()}
 
@@ -65,6 +64,7 @@ def collate(data_dir, output_dir, row_length, multiple, end_token, fill):
     from nemotron_nb.train.megatron_engine import dataset_of
 
     reader = reading_tokenizer(Path(data_dir) / "tokenizer", Path(output_dir), end_token)
+    on_cpu(True).__enter__()
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(reader)))
     config = dataset_of(data_dir, row_length, multiple, 0, "0.6.2")
     config.dataset_kwargs = {"pad_to_max_length": fill}
@@ -79,14 +79,14 @@ def collate(data_dir, output_dir, row_length, multiple, end_token, fill):
 def round_trip(model, output_dir):
     """A folder in Hugging Face form through AutoBridge: the logits of both models, and the folder it writes."""
     import torch
-    from cpu_layers import CPU_PROFILE
     from megatron.bridge import AutoBridge
-    from nemotron_nb.train.megatron_engine import set_value
+    from nemotron_nb.train.megatron_engine import precision_values, set_value
     from transformers import NemotronHForCausalLM
 
+    on_cpu(True).__enter__()
     bridge = AutoBridge.from_hf_pretrained(model, torch_dtype=torch.float32)
     provider = bridge.to_megatron_provider(load_weights=True)
-    for name, value in CPU_PROFILE.items():
+    for name, value in (cpu_values() | precision_values("fp32")).items():
         if name.startswith("model."):
             set_value(provider, name.removeprefix("model."), value)
     provider.finalize()
@@ -96,10 +96,10 @@ def round_trip(model, output_dir):
     ids = torch.randint(20, 4096, (1, 48), generator=torch.Generator().manual_seed(0))
     reference = NemotronHForCausalLM.from_pretrained(model, dtype=torch.float32, use_mamba_kernels=False, experts_implementation="eager").eval()
     with torch.no_grad():
-        gap = (megatron.eval()(ids, torch.arange(48)[None], None) - reference(ids, use_cache=False).logits).abs().max().item()
-        scale = reference(ids, use_cache=False).logits.abs().max().item()
+        found, single = megatron.eval()(ids, torch.arange(48)[None], None), reference(ids, use_cache=False).logits
+        exact = reference.double()(ids, use_cache=False).logits
     bridge.save_hf_pretrained(chunks, output_dir, show_progress=False)
-    return {"logit_gap": gap, "scale": scale}
+    return {"megatron": (found - exact).abs().max().item(), "transformers": (single - exact).abs().max().item(), "scale": exact.abs().max().item()}
 
 
 def export(checkpoint, model, output_dir):
@@ -107,16 +107,17 @@ def export(checkpoint, model, output_dir):
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
     from nemotron_nb.train.megatron_engine import export_hf
 
+    on_cpu(True).__enter__()
     get_cuda_rng_tracker().add("model-parallel-rng", 1)  # layers are filled from it before their weights are loaded; a GPU run seeds it
     return {"folder": str(export_hf(checkpoint, model, output_dir))}
 
 
-def from_scratch():
-    """Random weights: Megatron-Bridge's pretrain in place of its finetune, which wants weights to begin with."""
-    import megatron.bridge.training.finetune as module
-    from megatron.bridge.training.pretrain import pretrain
+def names(model, output_dir):
+    """The names of settings of the installed Megatron-Bridge."""
+    from nemotron_nb.train.megatron_names import write_names
 
-    module.finetune = pretrain
+    with on_cpu(True):
+        return {"text": write_names(model, output_dir).read_text()}
 
 
 # ---- mistakes made on purpose: each undoes one thing that our step or engine does
@@ -154,6 +155,22 @@ def train_prompts_poisoned():
     """Both."""
     train_prompts()
     poison_labels()
+
+
+def unscaled_depths():
+    """Megatron scales each depth by the tokens that a micro-batch, or a context-parallel slice of it, loses by rolling: this takes the scale out."""
+    from megatron.core.transformer import multi_token_prediction as module
+
+    right, masks = module.roll_tensor, []
+
+    def roll_tensor(tensor, *rest, **options):
+        rolled, number = right(tensor, *rest, **options)
+        if not tensor.is_floating_point():
+            return rolled, number
+        masks.append(tensor.sum())
+        return rolled, masks[-1 if len(masks) % 2 else -2]  # two depths: the sum before the first
+
+    module.roll_tensor = roll_tensor
 
 
 def end_with_im_end():

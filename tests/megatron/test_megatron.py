@@ -1,22 +1,26 @@
 """The real Megatron-Bridge on a CPU: its reader, its training with our step, and what goes wrong without our fixes."""
 
+import json
 import math
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import jobs
 from transformers import NemotronHForCausalLM
 
+from nemotron_nb.core import from_mapping
 from nemotron_nb.data.shards import read_packs
-from nemotron_nb.loss.schedule import Phase
 from nemotron_nb.loss.two_stage import loss_by_hand
 from nemotron_nb.train.batches import global_batch, rows_of
 from nemotron_nb.train.evaluate import held_out_loss
 from nemotron_nb.train.megatron_data import bridge_batch
-from nemotron_nb.train.megatron_models import audit
-from nemotron_nb.train.settings import LossSection, OptimizerSection, TrainConfig, TrainSection
-from nemotron_nb.train.torch_engine import make_optimizer, train_step
+from nemotron_nb.train.megatron_models import audit, shapes
+from nemotron_nb.train.megatron_names import ASSET
+from nemotron_nb.train.settings import TrainConfig
+from nemotron_nb.train.torch_engine import train
 
 PARALLEL = ("dp", "tp_sp", "pp", "ep", "padded", "cp")
 
@@ -66,14 +70,25 @@ def by_hand(root, stage):
     return loss.item(), math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters() if p.grad is not None))
 
 
-@cache
-def by_the_pytorch_engine(root, stage):
-    """(loss, gradient norm) of two steps."""
-    config = TrainConfig("", "", train=TrainSection(train_iters=2, global_batch_size=10), optimizer=OptimizerSection(lr=1e-3, weight_decay=0.0), loss=LossSection([Phase(stage)]))
-    model = hugging_face_model(f"{root}/model")
-    optimizer, batch = make_optimizer(model, config.optimizer), global_batch(read_packs(f"{root}/plain/splits/train"))
-    lines = [train_step(model, optimizer, batch, step, config) for step in range(2)]
-    return [(line["loss"], line["grad_norm"]) for line in lines], held_out_loss(model, read_packs(f"{root}/plain/splits/valid"), 8192, "sequence")
+@pytest.fixture(scope="module")
+def by_the_pytorch_engine(root):
+    """The metrics of the PyTorch engine with the settings of a job."""
+
+    @cache
+    def train_as(name):
+        job = next(job for job in jobs(root) if job["name"] == name)
+        shared = {"data_dir": job["data_dir"], "output_dir": f"{root}/torch_{name}", "model": {"name": job["model"]}, "train": {"train_iters": job["steps"], "global_batch_size": job["batch"]}}
+        shared |= {"optimizer": {"lr": 1e-3, "weight_decay": 0.0}, "loss": {"stages": job["stages"]}, "evaluation": {"num_generations": 0}}
+        for section, values in job.get("shared", {}).items():
+            shared[section] = shared.get(section, {}) | values
+        train(from_mapping(TrainConfig, shared, name))
+        return [json.loads(line) for line in Path(shared["output_dir"], "metrics.jsonl").read_text().splitlines()]
+
+    return train_as
+
+
+def of_kind(metrics, kind, *names):
+    return np.array([[line[n] for n in names] for line in metrics if line["kind"] == kind])
 
 
 @pytest.mark.parametrize("stage", ["token", "sample"])
@@ -82,12 +97,23 @@ def test_one_process_agrees_with_float64_on_unpacked_conversations(results, root
     assert (loss, norm) == pytest.approx(by_hand(root, stage), rel=2e-6)
 
 
-@pytest.mark.parametrize("stage", ["token", "sample"])
-def test_both_engines_take_the_same_steps(results, root, stage):
-    ours, held_out = by_the_pytorch_engine(root, stage)
-    assert np.array(results.curve(f"{stage}_still")) == pytest.approx(np.array(ours), rel=1e-5)
-    (valid,) = results.lines(f"{stage}_still", "valid")
-    assert (valid["loss_token"], valid["loss_sample"]) == pytest.approx((held_out.loss_token, held_out.loss_sample), rel=1e-5)
+@pytest.mark.parametrize("job", ["token_still", "sample_still", "whole", "mtp_one_pack"])
+def test_both_engines_take_the_same_steps(results, by_the_pytorch_engine, job):
+    ours, theirs = by_the_pytorch_engine(job), results[job]["metrics"]
+    numbers = ("loss", "loss_token", "loss_sample", "lr", "grad_norm")
+    assert of_kind(theirs, "train", *numbers) == pytest.approx(of_kind(ours, "train", *numbers), rel=1e-5)
+    counts = ("step", "trained_tokens", "conversations", "tokens", "epoch")
+    assert of_kind(theirs, "train", *counts).tolist() == of_kind(ours, "train", *counts).tolist()
+    last = [of_kind(metrics, "valid", "step", "loss_token", "loss_sample")[-1] for metrics in (theirs, ours)]
+    assert last[0] == pytest.approx(last[1], rel=1e-5)
+
+
+def test_the_tiny_model_begins_as_in_the_pytorch_engine(results, by_the_pytorch_engine, root):
+    ours = by_the_pytorch_engine("tiny")
+    assert of_kind(results["tiny"]["metrics"], "train", "loss", "grad_norm") == pytest.approx(of_kind(ours, "train", "loss", "grad_norm"), rel=1e-5)
+    starts = [next(line for line in metrics if line["kind"] == "start") for metrics in (ours, results["tiny"]["metrics"])]
+    assert starts[0]["parameters"] == starts[1]["parameters"]
+    assert "stand-ins" in starts[1]["engine"]
 
 
 def test_routers_are_balanced_as_the_recipe_says(results):
@@ -113,14 +139,42 @@ def test_stages_switch_where_the_schedule_says(results):
     assert all(abs(line["loss_token"] - line["loss_sample"]) > 1e-6 for line in lines)
 
 
-def test_a_resumed_run_is_the_same_run(results):
+def test_a_stopped_run_goes_on_as_the_same_run(results, root):
     exact = [[{n: v for n, v in line.items() if n != "seconds"} for line in results.lines(job)] for job in ("whole", "rest")]
     assert exact[0] == exact[1]
-    assert [line["step"] for line in results.lines("part")] == [1, 2]
+    assert [(line["kind"], line.get("step")) for line in results["part"]["metrics"]] == [("start", None), ("valid", 0), ("train", 1), ("train", 2), ("paused", 2)]
+    seam = [(line["kind"], line.get("step"), line.get("attempt")) for line in results["rest"]["metrics"]]
+    assert seam[4:7] == [("paused", 2, None), ("resume", 2, 2), ("train", 3, None)]
+    assert [kind for kind, *_ in seam[7:]] == ["train", "train", "valid", "end"]
+    assert audit(root / "whole" / "model", root / "resumed" / "model").ok
+
+
+def test_the_model_is_looked_at_before_and_after(results, root):
+    before, after = (json.loads((root / "whole" / f"evaluation_{name}.json").read_text()) for name in ("before", "after"))
+    assert (before["step"], after["step"], after["num_generations"]) == (0, 5, 2)
+    first, last = results.lines("whole", "valid")
+    for line, found in ((first, before), (last, after)):
+        assert (line["step"], line["loss_token"], line["loss_sample"]) == (found["step"], pytest.approx(found["loss_token"], rel=1e-5), pytest.approx(found["loss_sample"], rel=1e-5))
+
+
+@pytest.mark.parametrize("job", PARALLEL)
+def test_every_layout_writes_the_same_model(results, root, job):
+    found = audit(root / "sample" / "model", root / job / "model")
+    assert not found.missing and not found.extra and max(found.differing.values(), default=0) < 1e-4, found
+
+
+def test_names_are_those_of_the_installed_version(results):
+    assert results["names"]["text"] == ASSET.read_text(), "write the list anew with nemotron_nb.train.megatron_names.write_names"
+
+
+def test_the_recipe_of_super_trains_in_bfloat16(results):
+    (half,), (full, _) = results.lines("super_bf16"), results.lines("sample_still")
+    assert half["loss"] != full["loss"] and half["loss"] == pytest.approx(full["loss"], rel=1e-3)
 
 
 def test_a_checkpoint_passes_through_autobridge(results, root):
-    assert results["round_trip"]["logit_gap"] < 1e-5 * results["round_trip"]["scale"]
+    gaps = results["round_trip"]  # of logits, from those of transformers in float64
+    assert gaps["megatron"] < 1e-6 * gaps["scale"] and gaps["megatron"] < 2 * gaps["transformers"]
     found = audit(root / "model", root / "exported")
     assert found.ok and found.equal > 40, found
 
@@ -133,8 +187,23 @@ def test_a_trained_model_says_the_same_in_transformers(results, root):
 
 
 def test_lora_begins_as_the_model_it_is_put_on(results):
-    (loss, norm), _ = results.curve("lora")
-    assert loss == pytest.approx(results.curve("sample")[0][0], rel=1e-6) and 0 < norm < results.curve("sample")[0][1]
+    for job in ("lora", "lora_by_recipe"):
+        loss, norm = results.curve(job)[0]
+        assert loss == pytest.approx(results.curve("sample")[0][0], rel=1e-6) and 0 < norm < results.curve("sample")[0][1]
+
+
+def test_adapters_leave_in_the_form_of_peft(results, root):
+    ids, peft = torch.arange(20, 90)[None], pytest.importorskip("peft")
+    with torch.no_grad():
+        base, merged = (hugging_face_model(root / folder)(ids, use_cache=False).logits for folder in ("model", "lora/model"))
+        adapted = peft.PeftModel.from_pretrained(hugging_face_model(root / "model"), root / "lora" / "adapter")(ids, use_cache=False).logits
+    assert (adapted - merged).abs().max() < 1e-5 < 1e-3 < (adapted - base).abs().max()
+
+
+def test_further_predictions_pass_through_the_bridge(results, root):
+    change = audit(root / "model_mtp", root / "mtp" / "model")
+    assert shapes(root / "model_mtp") == shapes(root / "mtp" / "model")
+    assert sum(name.startswith("mtp.") for name in change.differing) > 10
 
 
 def test_counts_are_those_of_the_data(results, root):
@@ -165,8 +234,10 @@ def test_further_predictions_do_not_depend_on_the_layout(results, job):
 
 
 def test_further_predictions_under_context_parallelism_differ_by_megatrons_own_scale_only(results):
+    """Megatron multiplies a depth by (tokens before rolling) / (after), counted in the slice of a rank."""
     (loss, norm), (right_loss, right_norm) = results.curve("mtp_cp")[0], results.curve("mtp")[0]
     assert loss == pytest.approx(right_loss, rel=5e-6) and norm == pytest.approx(right_norm, rel=2e-3)
+    assert results.curve("mtp_unscaled_cp")[0] == pytest.approx(results.curve("mtp_unscaled")[0], rel=5e-6)
 
 
 def test_prompts_are_not_trained_by_further_predictions(results):

@@ -1,18 +1,12 @@
 """What stands in for kernels that need a GPU, against plain PyTorch. None of this needs Megatron."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from cpu_layers import block_causal_attention, partitioned_indices  # noqa: E402
-from cpu_scan import RMSNormGated, causal_convolution, mamba_split_conv1d_scan_combined  # noqa: E402
-from nemotron_nb.train.megatron_data import context_slices  # noqa: E402
+from nemotron_nb.train.megatron_data import context_slices
+from nemotron_nb.train.megatron_kernels import GroupedRMSNorm, packed_attention, partitioned_indices, split_conv_scan
 
 BORDERS = [0, 4, 12, 13, 24]
 
@@ -46,24 +40,16 @@ def test_the_scan_starts_anew_at_each_border():
     weight, bias, dt_bias, a, d = rand(channels, 4, seed=1), rand(channels, seed=2), rand(heads, seed=3), -rand(heads, seed=4).exp(), rand(heads, seed=5)
     row = rand(1, 24, inner + channels + heads)
     seq = torch.from_numpy(np.searchsorted(BORDERS[1:], np.arange(24), "right"))[None].int()
-    whole = mamba_split_conv1d_scan_combined(row, weight, bias, dt_bias, a, d, 8, seq_idx=seq, headdim=size, ngroups=groups)[0]
+    whole = split_conv_scan(row, weight, bias, dt_bias, a, d, 8, seq_idx=seq, headdim=size, ngroups=groups)[0]
     alone = [scan_one_token_at_a_time(row[0, i:j], weight, bias, dt_bias, a, d, size, groups) for i, j in zip(BORDERS, BORDERS[1:])]
     torch.testing.assert_close(whole.double(), torch.cat(alone), rtol=1e-4, atol=1e-5)
-    leaking = mamba_split_conv1d_scan_combined(row, weight, bias, dt_bias, a, d, 8, headdim=size, ngroups=groups)[0]
+    leaking = split_conv_scan(row, weight, bias, dt_bias, a, d, 8, headdim=size, ngroups=groups)[0]
     assert (leaking - whole)[BORDERS[1] :].abs().max() > 1e-2
-
-
-def test_the_convolution_is_pytorchs_inside_a_sequence():
-    x, weight, bias = rand(2, 9, 6), rand(6, 4, seed=1), rand(6, seed=2)
-    torch.testing.assert_close(
-        causal_convolution(x, weight, bias, torch.zeros(2, 9)),
-        F.conv1d(x.transpose(1, 2), weight[:, None], bias, padding=3, groups=6)[..., :9].transpose(1, 2),
-    )
 
 
 def test_attention_sees_its_own_sequence_and_nothing_later():
     q, k, v = rand(24, 4, 8), rand(24, 2, 8, seed=1), rand(24, 2, 8, seed=2)
-    whole = block_causal_attention(q, k, v, torch.arange(24), torch.tensor(BORDERS))
+    whole = packed_attention(q, k, v, torch.arange(24), torch.tensor(BORDERS))
     for i, j in zip(BORDERS, BORDERS[1:]):
         for t in range(i, j):
             for head in range(4):
@@ -76,15 +62,15 @@ def test_attention_sees_its_own_sequence_and_nothing_later():
 def test_context_slices_are_attended_as_the_whole(ranks):
     borders = [0, 12, 36, 36, 48]
     q, k, v = rand(48, 2, 4), rand(48, 2, 4, seed=1), rand(48, 2, 4, seed=2)
-    whole = block_causal_attention(q, k, v, torch.arange(48), torch.tensor(borders))
+    whole = packed_attention(q, k, v, torch.arange(48), torch.tensor(borders))
     for rank in range(ranks):
         mine = partitioned_indices(torch.tensor(borders), 48, ranks, rank)
         assert mine.tolist() == context_slices(borders, ranks, rank).tolist()
-        torch.testing.assert_close(block_causal_attention(q[mine], k, v, mine, torch.tensor(borders)), whole[mine])
+        torch.testing.assert_close(packed_attention(q[mine], k, v, mine, torch.tensor(borders)), whole[mine])
 
 
 def test_the_gated_norm_is_a_norm_of_groups():
-    norm = RMSNormGated(12, eps=1e-5, group_size=4)
+    norm = GroupedRMSNorm(12, eps=1e-5, group_size=4)
     norm.weight.data = rand(12, seed=1)
     x = rand(3, 12)
     by_hand = torch.cat([F.rms_norm(part, (4,), eps=1e-5) for part in x.split(4, -1)], -1) * norm.weight

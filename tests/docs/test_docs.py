@@ -1,0 +1,118 @@
+"""The site: built from what is committed, every link leads somewhere, nothing is fetched when it is read."""
+
+import importlib
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urldefrag
+
+import pytest
+
+from nemotron_nb.core import UserError
+from nemotron_nb.ops import docs
+
+ROOT = Path(__file__).resolve().parents[2]
+NBS = ROOT / "nbs"
+
+
+class Seen(HTMLParser):
+    """What a page links to, loads, calls its places, and leaves without words."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.links, self.loaded, self.places, self.mute = [], [], set(), []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        """Note one tag."""
+        given = dict(attributes)
+        self.places |= {given[k] for k in ("id", "name") if given.get(k)}
+        if tag == "a" and given.get("href"):
+            self.links.append(given["href"])
+        if tag in ("script", "img", "iframe", "source") and given.get("src"):
+            self.loaded.append(given["src"])
+        if tag == "link" and given.get("rel") not in (None, "canonical"):
+            self.loaded.append(given.get("href", ""))
+        if tag == "img" and not (given.get("alt") or "").strip():
+            self.mute.append(given.get("src", "")[:60])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The folder of a site that was built now."""
+    pytest.importorskip("myst_nb", reason="Sphinx and MyST-NB come with the extra docs")
+    return docs.build_site(tmp_path_factory.mktemp("site") / "docs", ROOT).parent
+
+
+@pytest.fixture(scope="module")
+def pages(site):
+    """Every page, read."""
+    return {path: Seen(path.read_text(encoding="utf-8")) for path in site.rglob("*.html")}
+
+
+def test_every_notebook_and_every_module_has_its_page(site):
+    for notebook in NBS.rglob("*.ipynb"):
+        if ".ipynb_checkpoints" not in notebook.parts:
+            assert (site / notebook.relative_to(NBS)).with_suffix(".html").exists(), notebook
+    index = json.dumps(sorted(str(p.relative_to(site)) for p in site.rglob("api/*.html")))
+    assert "data.mask" in index and "loss.two_stage" in index and "train.torch_engine" in index
+
+
+def test_every_link_leads_to_a_page_and_a_place_on_it(site, pages):
+    lost = []
+    for path, page in pages.items():
+        for link in page.links:
+            if re.match(r"[a-z]+:", link):
+                continue
+            address, place = urldefrag(link)
+            target = (path.parent / unquote(address)).resolve() if address else path
+            if not target.exists() or (place and target in pages and unquote(place) not in pages[target].places):
+                lost.append(f"{path.relative_to(site)}: {link}")
+    assert not lost, lost[:20]
+
+
+def test_nothing_is_fetched_from_elsewhere(pages):
+    assert not [(path.name, source) for path, page in pages.items() for source in page.loaded if re.match(r"(https?:)?//", source)]
+
+
+def test_pictures_have_words(pages):
+    assert not [(path.name, page.mute) for path, page in pages.items() if page.mute]
+
+
+def test_formulas_are_mathml_and_stored_outputs_are_shown(site):
+    text = (site / "loss" / "10_two_stage.html").read_text(encoding="utf-8")
+    assert "<mfrac>" in text and "[2pt]" not in text and "data:image/png;base64" in text or "_images/" in text
+
+
+def test_hidden_cells_and_directives_stay_out(pages, site):
+    for path in pages:
+        assert not re.search(r'class="c1">#\|', path.read_text(encoding="utf-8")), path
+    assert "test_eq, test_fail</span>" not in (site / "ops" / "39_docs.html").read_text(encoding="utf-8")
+
+
+def test_a_link_to_nowhere_fails_the_build(tmp_path):
+    pytest.importorskip("myst_nb", reason="Sphinx and MyST-NB come with the extra docs")
+    (tmp_path / "nbs" / "images").mkdir(parents=True)
+    (tmp_path / "papermill_runs").mkdir()
+    cell = {"cell_type": "markdown", "id": "a", "metadata": {}, "source": "# Front\n> Where?\n\n[gone](data/99_gone.ipynb)"}
+    notebook = {"cells": [cell], "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3"}}, "nbformat": 4, "nbformat_minor": 5}
+    (tmp_path / "nbs" / "index.ipynb").write_text(json.dumps(notebook))
+    with pytest.raises(UserError, match="99_gone"):
+        docs.build_site(tmp_path / "site", tmp_path)
+    assert not (tmp_path / "site").exists()
+
+
+@pytest.mark.parametrize("module", sorted(docs.modules_of(docs.pages_of(NBS), NBS)))
+def test_every_public_function_says_what_it_does(module):
+    found = importlib.import_module(module)
+    text = docs.reference_page(module, docs.Page("x", "x", "x?"))
+    for name in found.__all__:
+        assert name == "setup" or f"## {name}" in text
+
+
+def test_every_notebook_leads_to_the_next():
+    wanted = docs.reading_steps(docs.pages_of(NBS))
+    for name, line in wanted.items():
+        cells = json.loads((NBS / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+        assert "".join(cells[-1]["source"]) == line, f"{name}: run nemotron_nb.ops.docs.write_steps"

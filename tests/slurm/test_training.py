@@ -1,0 +1,158 @@
+"""From the command line over papermill, srun and torchrun to a report: two nodes, two processes on each, a real training, once in one piece and once in three."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from nemotron_nb.ops.run_folder import read_metrics, read_status
+from nemotron_nb.ops.slurm import job
+
+ROOT = Path(__file__).parents[2]
+NEMOTRON = Path(sys.executable).with_name("nemotron")
+STEPS = 10
+SETTINGS = (
+    f"train.train_iters={STEPS}", "train.global_batch_tokens=8192", "train.eval_interval=0", "evaluation.num_generations=0",
+    "loss.stages=[{stage: token, steps: 5}, {stage: sample}]", "checkpoint.save_interval=2", "data.sample=80", "model.hidden_size=64",
+)  # fmt: skip
+
+
+def nemotron(*words, cwd, timeout=150):
+    """`nemotron WORDS...` as a user types it."""
+    return subprocess.run([str(NEMOTRON), *words], cwd=cwd, capture_output=True, text=True, timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def begun(*words, cwd):
+    """The same, not waited for."""
+    return subprocess.Popen([str(NEMOTRON), *words], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def run_folder(text):
+    """The run folder that a command named."""
+    return Path(re.search(r"^run folder: (.+)$", text, re.MULTILINE)[1])
+
+
+def steps(folder, kind="train"):
+    """[(step, loss, gradient norm)] of the metrics."""
+    return [(m["step"], m.get("loss"), m.get("grad_norm")) for m in read_metrics(folder / "metrics.jsonl") if m["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def place(cluster, tmp_path_factory):
+    """A folder with the example's env.toml."""
+    folder = tmp_path_factory.mktemp("place of work")
+    text = (ROOT / "papermill_runs" / "env.toml.example").read_text()
+    (folder / "env.toml").write_text(re.sub(r"(?ms)^\[wandb\].*?(?=^\[)", "", text))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """A run in one piece, attached."""
+    done = nemotron("nano3", "sft", "-c", "tiny", "--run", "local-slurm", *SETTINGS, cwd=place)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+    return place / run_folder(done.stdout), done.stdout
+
+
+@pytest.fixture(scope="module")
+def others(place, whole):
+    """Two runs of one process each, started together and waited for where they are needed: one on this machine, one in a job that must fail."""
+    alone = begun("nano3", "sft", "-c", "tiny", *SETTINGS, cwd=place)
+    failing = begun("nano3", "sft", "-c", "tiny", "--run", "local-slurm", *SETTINGS, "checkpoint.load=nowhere", "run.nodes=1", "run.nproc_per_node=1", cwd=place)
+    yield {"alone": alone, "failing": failing}
+    for process in (alone, failing):
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def pieces(cluster, place, whole, others):
+    """The same run, detached: asked to stop, queued again, then left without one of its nodes, queued again, and done."""
+    began = time.monotonic()
+    done = nemotron("nano3", "sft", "-c", "tiny", "--batch", "local-slurm", *SETTINGS, cwd=place)
+    assert done.returncode == 0, done.stderr
+    folder, number = place / run_folder(done.stdout), re.search(r"submitted job (\d+)", done.stdout)[1]
+    at_once = (not job(number).ended, time.monotonic() - began)
+    reached = lambda step: lambda: any(s[0] >= step for s in steps(folder)) or job(number).ended  # noqa: E731
+    cluster.wait_for(reached(2), 100, "step 2")
+    cluster.run("scancel", "--batch", "--signal=USR1", number)
+    cluster.wait_for(reached(STEPS - 3), 100, "the second attempt")
+    cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    cluster.wait_for(lambda: job(number).restarts == 2 or job(number).ended, 60, "the third attempt")
+    cluster.run("scontrol", "update", "nodename=n2", "state=resume", check=False)  # it may have come back by itself
+    cluster.wait_for(lambda: job(number).ended, 100, "the end")
+    return folder, number, at_once
+
+
+def test_two_nodes_of_two_processes_from_papermill_to_a_report(whole):
+    folder, said = whole
+    assert [s[0] for s in steps(folder)] == list(range(1, STEPS + 1))
+    assert read_status(folder)["state"] == "done" and "COMPLETED, exit code 0" in said
+    log = (folder / "train.log").read_text()
+    assert "srun --nodes=2 --ntasks=2 --ntasks-per-node=1" in log and "--nproc-per-node=2" in log
+    notebook = nbformat.read(folder / "notebook.ipynb", 4)
+    assert all(c.metadata.papermill.status == "completed" for c in notebook.cells if c.cell_type == "code")
+    assert "<img" in (folder / "report.html").read_text() and "slurm" in json.loads((folder / "env.json").read_text())
+
+
+def test_attached_the_log_is_shown_while_it_grows(whole):
+    said = whole[1]
+    assert "attempt 1 of job" in said and "Executing Cell" in said
+    assert said.index("RUNNING on n[1-2]") < said.index("Executing Cell")
+
+
+def test_detached_the_command_returns_at_once(pieces):
+    still_going, seconds = pieces[2]
+    assert still_going, seconds
+
+
+def test_stopped_and_robbed_of_a_node_it_ends_with_the_same_losses_bitwise(whole, pieces):
+    folder, number, _ = pieces
+    assert job(number).state == "COMPLETED" and job(number).restarts == 2, (folder / "slurm.log").read_text()[-3000:]
+    assert steps(folder) == steps(whole[0])
+    assert read_status(folder)["state"] == "done" and read_status(folder)["attempt"] == 3
+    kinds = [m["kind"] for m in read_metrics(folder / "metrics.jsonl")]
+    assert kinds.count("resume") == 2 and kinds.count("paused") == 1 and kinds[-1] == "end"
+
+
+def test_every_attempt_keeps_its_notebook_and_there_is_one_report(pieces):
+    folder = pieces[0]
+    assert {p.name for p in folder.glob("notebook*.ipynb")} == {"notebook.1.ipynb", "notebook.2.ipynb", "notebook.ipynb"}
+    assert not list(folder.parent.glob(".*.partial.ipynb")) and not (folder / "STOP").exists()
+    assert (folder / "report.html").exists()
+
+
+def test_the_losses_are_those_of_one_process(place, whole, others):
+    """Four processes on two nodes train the same model as one alone, up to the order of sums."""
+    said = others["alone"].communicate(timeout=150)[0]
+    assert others["alone"].returncode == 0, said
+    ours, theirs = steps(whole[0]), steps(place / run_folder(said))
+    assert [s[0] for s in ours] == [s[0] for s in theirs]
+    assert [s[1] for s in ours] == pytest.approx([s[1] for s in theirs], rel=2e-4)
+
+
+def test_a_failing_training_gives_exit_code_1_and_says_why(place, others):
+    said = others["failing"].communicate(timeout=150)[0]
+    folder = place / run_folder(said)
+    assert others["failing"].returncode == 1 and "FAILED, exit code 1" in said and read_status(folder)["state"] == "failed"
+    errors = [o for c in nbformat.read(folder / "notebook.ipynb", 4).cells if c.cell_type == "code" for o in c.outputs if o.output_type == "error"]
+    assert len(errors) == 1 and "nowhere" in errors[0]["evalue"]
+
+
+def test_a_misspelt_setting_is_refused_before_slurm_hears_of_it(cluster, place):
+    before = cluster.run("squeue", "-h", "-t", "all").count("\n"), list((place / "output" / "nano3" / "sft").iterdir())
+    done = nemotron("nano3", "sft", "-c", "tiny", "--run", "local-slurm", "train.train_itres=5", cwd=place)
+    assert done.returncode == 1 and "did you mean 'train.train_iters'" in done.stderr
+    assert (cluster.run("squeue", "-h", "-t", "all").count("\n"), list((place / "output" / "nano3" / "sft").iterdir())) == before
+
+
+def test_what_slurm_refuses_leaves_no_run_folder(cluster, place):
+    before = sorted((place / "output" / "nano3" / "sft").iterdir())
+    done = nemotron("nano3", "sft", "-c", "tiny", "--batch", "local-slurm", "run.nodes=64", cwd=place)
+    assert done.returncode == 1 and "Slurm refuses the job" in done.stderr
+    assert sorted((place / "output" / "nano3" / "sft").iterdir()) == before
