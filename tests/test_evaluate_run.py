@@ -1,8 +1,10 @@
-"""A tiny model is trained, evaluated against its start, and sent through the budget stage: as a user does it, in processes of their own."""
+"""A tiny model is trained, evaluated against its start, and sent through the budget stage: with the run notebooks, in processes of their own."""
 
+import contextlib
 import dataclasses
 import html.parser
 import importlib.util
+import io
 import json
 import re
 import shutil
@@ -12,12 +14,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from commands import nemotron
 from nemotron_nb.core import UserError, write_json
 from nemotron_nb.data.records import Conversation, read_chats
 from nemotron_nb.data.sample import sample_path
 from nemotron_nb.data.template import chunks
-from nemotron_nb.ops.config import sft_config
+from nemotron_nb.ops.config import sft_config, to_yaml
 from nemotron_nb.ops.evaluate import (
     HARNESS_TASK,
     EvalSection,
@@ -37,6 +38,8 @@ from nemotron_nb.ops.evaluate import (
 )
 from nemotron_nb.ops.rollouts import REASONS, Prompt, budget_config, budget_run, check_kept, collect, message_of, prompt_of, resolved_stage, sft_overrides, training_prompts
 from nemotron_nb.ops.run_folder import read_status
+from nemotron_nb.ops.sft import prepare_data
+from nemotron_nb.train.torch_engine import train
 from nemotron_nb.train.verify import read_questions
 
 ROOT = Path(__file__).parents[1]
@@ -46,15 +49,26 @@ SMALL = ["model.hidden_size=64", "model.expert_size=32", "data.valid_ratio=0.2",
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A working folder in which a model has learned to say one thing."""
+    """A working folder with a run whose model has learned to say one thing."""
     folder = tmp_path_factory.mktemp("lab")
     said = {"role": "assistant", "reasoning_content": "It is two, as always here, and so I say two.", "content": "It is 2."}
-    chats = [{"messages": [{"role": "user", "content": f"What is {i} - {i - 2}?"}, said]} for i in range(40)]
+    chats = [{"messages": [{"role": "user", "content": f"What is {i} - {i - 2}?"}, said]} for i in range(24)]
     (folder / "chats.jsonl").write_text("".join(json.dumps(c) + "\n" for c in chats))
     (folder / "quiz.jsonl").write_text('{"problem": "What is 50 - 48?", "solution": "2", "domain": "easy"}\n{"problem": "What is 5 + 5?", "solution": "10", "domain": "hard"}\nno question\n')
-    done = nemotron("nano3", "sft", "-c", "tiny", "data.path=chats.jsonl", "train.train_iters=30", *SMALL, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    effective = sft_config("nano3", "tiny", [f"data.path={folder / 'chats.jsonl'}", f"run.output_root={folder / 'output'}", "train.train_iters=25", "train.log_interval=100", *SMALL])
+    manifest, run = prepare_data(effective), folder / "output" / "nano3" / "sft" / "20260314T092653Z-tiny-chats-1f0c9a"
+    config = effective.settings.training(str(manifest.folder), str(run))
+    set_status_done(run, effective, config)
+    train(config)
     return folder
+
+
+def set_status_done(run, effective, config):
+    """A run folder as the run notebook leaves it, so far as others read it."""
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(to_yaml(effective))
+    (run / "train.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config)))))
+    write_json(run / "status.json", {"state": "done"})
 
 
 @pytest.fixture(scope="module")
@@ -64,20 +78,21 @@ def run(place):
 
 @pytest.fixture(scope="module")
 def evaluated(place, run):
-    """The newest run is evaluated: no model is named."""
-    done = nemotron("nano3", "eval", "-c", "tiny", "data.questions=quiz.jsonl", "data.num_prompts=3", "generation.max_new_tokens=32", "eval.thinking_budget=4", cwd=place)
-    assert done.returncode == 0, done.stderr
-    return done, next((place / "output" / "nano3" / "eval").iterdir())
+    """What was printed, and the folder: the newest run is evaluated, since no model is named."""
+    said = io.StringIO()
+    with contextlib.chdir(place), contextlib.redirect_stdout(said):
+        folder = evaluate_run("nano3", "tiny", ["data.questions=quiz.jsonl", "data.num_prompts=3", "generation.max_new_tokens=32", "eval.thinking_budget=4"])
+    return said.getvalue(), place / folder
 
 
 def test_the_newest_run_is_compared_with_its_start(evaluated, run):
-    done, folder = evaluated
+    said, folder = evaluated
     results = json.loads((folder / "results.json").read_text())
     assert results["model"] == str(run / "model") and results["base"] == f"start:{run}"
     before, after = (json.loads((run / f"evaluation_{name}.json").read_text()) for name in ("before", "after"))
     assert results["loss"]["base"]["all"]["loss_token"] == pytest.approx(before["loss_token"], abs=1e-4), "the start is the very model that the run began with"
     assert results["loss"]["tuned"]["all"]["loss_token"] == pytest.approx(after["loss_token"], abs=1e-4)
-    assert results["better"] > 0 and f"{results['better']} turns and answers got better, {results['worse']} got worse" in done.stdout
+    assert results["better"] > 0 and f"{results['better']} turns and answers got better, {results['worse']} got worse" in said
     assert read_status(folder)["state"] == "done"
 
 
@@ -129,7 +144,7 @@ def test_the_page_can_be_drawn_again_from_the_folder(evaluated):
 
 
 def test_the_executed_notebook_is_kept_and_says_the_same(evaluated):
-    done, folder = evaluated
+    _, folder = evaluated
     notebook = json.loads((folder / "notebook.ipynb").read_text())
     text = "".join("".join(o.get("text", "")) for c in notebook["cells"] for o in c.get("outputs", []))
     assert "turns and answers got better" in text and not any(o["output_type"] == "error" for c in notebook["cells"] for o in c.get("outputs", []))
@@ -288,17 +303,18 @@ def test_prompts_come_from_the_training_split_alone(run, place, monkeypatch):
     assert training_prompts(again) == prompts[:5] != sorted(prompts, key=lambda p: p.messages[0]["content"])[:5]
 
 
+@pytest.mark.slow
 def test_the_stage_runs_on_the_tiny_model(run, place, monkeypatch):
     monkeypatch.chdir(place)
-    stage = budget_run("super3", "tiny", [f"model={run}", "rollouts.num_prompts=24", "generation.max_new_tokens=32", "steps=2", "truncate_fraction=0.5", f"sft_overrides=[{', '.join(repr(s) for s in SMALL[2:])}]"])
+    stage = budget_run("super3", "tiny", [f"model={run}", "rollouts.num_prompts=24", "rollouts.min_kept=8", "generation.max_new_tokens=32", "steps=2", "truncate_fraction=0.5", f"sft_overrides=[{', '.join(repr(s) for s in SMALL[2:])}]"])
     counts, rows = json.loads((stage / "rollouts.json").read_text()), [json.loads(line) for line in (stage / "rollouts.jsonl").read_text().splitlines()]
-    assert counts["rollouts"] == 24 and counts["kept"] == len(rows) >= 12 and sum(counts["rejects"].values()) == 24 - len(rows) == len((stage / "rejects.jsonl").read_text().splitlines())
+    assert counts["rollouts"] == counts["prompts"] and counts["kept"] == len(rows) >= 8 and sum(counts["rejects"].values()) == counts["prompts"] - len(rows) == len((stage / "rejects.jsonl").read_text().splitlines())
     assert all(isinstance(c, Conversation) for c in read_chats(str(stage / "rollouts.jsonl")))
     trained = Path(read_status(stage)["trained"])
     manifest = json.loads((trained / "manifest.json").read_text())
     assert manifest["rows"] == len(rows) and any("chats cut" in w for w in manifest["warnings"])
     told = yaml.safe_load((trained / "train.yaml").read_text())
-    assert told["model"]["name"] == str(run / "model") and told["train"]["train_iters"] == 2 and (trained / "model" / "config.json").exists()
+    assert told["checkpoint"]["pretrained_checkpoint"] == str(run / "model") and told["train"]["train_iters"] == 2 and (trained / "model" / "config.json").exists()
     before, after = (json.loads((r / f"evaluation_{name}.json").read_text())["loss_token"] for r, name in ((run, "before"), (trained, "before")))
     assert after < before / 2, "the stage begins with the checkpoint's weights and not with random ones"
 
@@ -314,4 +330,4 @@ def test_the_stage_is_the_published_one():
     config = dataclasses.replace(budget_config("super3").settings, model="/m")
     effective = sft_config("super3", config.sft, [*sft_overrides(config, Path("/stage")), "data.tokenizer.model=tiny"])
     s = effective.settings
-    assert (s.data.reasoning.truncate_fraction, s.data.reasoning.strip_fraction, s.train.train_iters, s.model.name, s.data.path) == (0.12, 0.0, 350, "/m", "/stage/rollouts.jsonl")
+    assert (s.data.reasoning.truncate_fraction, s.data.reasoning.strip_fraction, s.train.train_iters, s.checkpoint.pretrained_checkpoint, s.data.path) == (0.12, 0.0, 350, "/m", "/stage/rollouts.jsonl")

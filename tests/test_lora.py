@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import sys
 
 import pytest
@@ -23,7 +24,6 @@ from nemotron_nb.train.lora import (
     lora_picture,
     lora_recipe,
     lora_targets,
-    matches,
     megatron_name,
     megatron_peft,
     merged,
@@ -281,12 +281,17 @@ def test_recipes_by_name(base):
 
 def test_the_arguments_of_bridge(base):
     """Its patterns, matched by its rule on its names, mean the layers that ours mean."""
+
+    def bridge(pattern: str, name: str) -> bool:
+        """Its rule: the last name, or the whole one with wildcards."""
+        return name.rpartition(".")[2] == pattern or re.match("^" + pattern.replace("*", "(.*)") + "$", name) is not None
+
     names = lora_targets(base, PeftSection())
-    for targets in (("linear_qkv",), ("q_proj", "k_proj", "v_proj"), ("*.layers.2.*.o_proj", "in_proj"), ("model.layers.1.mixer.shared_experts.up_proj",), ("*.mixer.shared_experts.*",)):
+    for targets in (("linear_qkv",), ("linear_fc*", "in_*"), ("*out_proj*",), ("q_proj", "k_proj", "v_proj"), ("*.layers.2.*.o_proj", "in_proj"), ("model.layers.1.mixer.shared_experts.up_proj",), ("*.mixer.shared_experts.*",)):
         peft = PeftSection(target_modules=targets)
         theirs = megatron_peft(peft)["target_modules"]
         expected = {megatron_name(n) for n in lora_targets(base, peft)}
-        assert {m for m in map(megatron_name, names) if any(matches(t, m) for t in theirs)} == expected
+        assert {m for m in map(megatron_name, names) if any(bridge(t, m) for t in theirs)} == expected
     assert megatron_peft(PeftSection())["exclude_modules"] == ["output_layer"] and megatron_peft(PeftSection())["target_modules"] == []
     assert (megatron_peft(PeftSection(lora_A_init="uniform"))["lora_A_init_method"], megatron_peft(PeftSection(lora_dtype="bfloat16"))["lora_dtype"]) == ("kaiming", torch.bfloat16)
     for wrong, said in ((PeftSection(target_modules=("q_proj",)), "one matrix"), (PeftSection(use_triton=True), "no such kernel")):

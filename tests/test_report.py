@@ -143,8 +143,8 @@ def test_the_fill_is_told_in_percent(folder):
 def test_both_strips_share_one_scale(folder):
     """A loss of 1.25 after training must be paler than 5.125 before it."""
     run = read_run(folder)
-    shades = re.findall(r'rgb\((\d+),(\d+),(\d+)\)[^>]*title="3 assistant: loss', strips_picture(run.before, run.after).html)
-    before, after = (tuple(map(int, s)) for s in shades)
+    shades = re.findall(r'background:#(..)(..)(..)[^>]*title="3 assistant: loss', strips_picture(run.before, run.after).html)
+    before, after = (tuple(int(part, 16) for part in s) for s in shades)
     assert before == (233, 130, 60) and after > before
 
 

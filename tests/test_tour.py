@@ -75,7 +75,8 @@ def run_all(steps, monkeypatch):
     return names, results
 
 
-@pytest.mark.parametrize("steps", (12, pytest.param(200, marks=pytest.mark.slow)))
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", (12, 200))
 def test_it_runs(steps, monkeypatch):
     names, results = run_all(steps, monkeypatch)
     assert len(names["metrics"]) == steps and len(results) == len(shown())

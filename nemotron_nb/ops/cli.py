@@ -180,11 +180,15 @@ def _data_prep_here(effective: "Effective", family: str, force: bool) -> None:
     artifact = log_data(Store(effective.settings.run.store), family, settings.output_dir, settings.blend_path, _typed())
     print(f"\nprepared data: {settings.output_dir}\nto look at: {settings.output_dir}/report.html\nregistered: {artifact.address}")
 
-# %% ../../nbs/ops/33_cli.ipynb #95291c84
+# %% ../../nbs/ops/33_cli.ipynb #da739dab
 def _told(entry: dict[str, Any], steps: int) -> str | None:
     """A line for the terminal: about ten of them in a run."""
     if entry["kind"] == "train" and (entry["step"] % max(1, steps // 10) == 0 or entry["step"] == 1):
         return f"  step {entry['step']:>5} of {steps}   {entry['stage']} stage   loss over tokens {entry['loss_token']:.3f}   over chats {entry['loss_sample']:.3f}"
+    if entry["kind"] == "resume":
+        return f"  going on after step {entry['step']}"
+    if entry["kind"] == "paused":
+        return f"  paused after step {entry['step']}"
     if entry["kind"] == "resume":
         return f"  going on after step {entry['step']}"
     if entry["kind"] == "paused":
@@ -425,7 +429,7 @@ def _family_app(family: str, model: str) -> typer.Typer:
 app.add_typer(_family_app("nano3", "Nemotron 3 Nano (30B-A3B)"), name="nano3")
 app.add_typer(_family_app("super3", "Nemotron 3 Super (120B-A12B)"), name="super3")
 
-# %% ../../nbs/ops/33_cli.ipynb #0d5cb7a7
+# %% ../../nbs/ops/33_cli.ipynb #2d087df4
 @app.command("report", help="Draw the report of a run again, from its folder alone.", epilog="Example:\n\n  nemotron report output/nano3/sft/RUN")
 def report(
     run_dir: Annotated[Path, typer.Argument(help="A run folder, e.g. output/nano3/sft/...")],
@@ -455,10 +459,10 @@ Artifacts = Annotated[str, typer.Option("--root", help="Folder of the register; 
 
 def _store(root: str) -> Any:
     """The register of artifacts."""
-    from nemotron_nb.ops.artifacts import Store, open_store
+    from nemotron_nb.ops.artifacts import Store
     from nemotron_nb.ops.profiles import env_section
 
-    return Store(root) if root else open_store(env_section("artifacts"))
+    return Store(root or env_section("artifacts").get("root", "output/artifacts"))
 
 
 @app.command("artifacts", help="What was made: data and models, every version.")

@@ -389,7 +389,7 @@ def start_measuring(
     """Start the measuring process; `ops.run_folder.follow` follows it."""
     return start_training(folder, [sys.executable, "-c", "from nemotron_nb.ops.evaluate import main; main()", str(folder)])
 
-# %% ../../nbs/ops/32b_evaluate.ipynb #6ab299db
+# %% ../../nbs/ops/32b_evaluate.ipynb #ad19e36f
 Measured = Mapping[str, Any]  # what `measure` found
 
 
@@ -431,7 +431,7 @@ def loss_by_source_picture(
         axes.plot(after, place, "s", color=BLUE, markersize=7, label="tuned" if place == 0 else None)
     axes.set_yticks(list(places), [n if len(n) <= 40 else "..." + n[-37:] for n in names])
     axes.set(xlabel="held-out loss (nats a trained token); lower is better")
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.06 * max(n for n in [*old, *new] if n is not None))
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, fontsize=8, loc="outside upper right", ncols=2)
@@ -512,7 +512,7 @@ def score_picture(
     shown = [{k: f"{v:.1%}" if k in ("score", "low", "high") else v for k, v in row.items()} for row in rows]
     return joined([table(shown), png(figure, f"{rows[0]['metric']}: {said}.")])
 
-# %% ../../nbs/ops/32b_evaluate.ipynb #740f1f54
+# %% ../../nbs/ops/32b_evaluate.ipynb #e0ef1e0e
 @dataclass(frozen=True)
 class Changed:
     """A turn or an answer that is right for one model and not for the other."""
@@ -561,11 +561,11 @@ def changes_picture(
     parts = [table([(words[kind], len(group)) for kind, group in groups.items()], header=["", "number"])]
     for kind, group in groups.items():
         for c in group[:count]:
-            rows = [("asked", f"{c.asked} / {c.where}"), ("prompt (its end)", _clip(c.prompt, 300, True)), ("expected", _clip(c.expected, 300)), ("base", _clip(c.base, 400)), ("tuned", _clip(c.tuned, 400))]
+            rows = [("asked", f"{c.asked} / {c.where}"), ("prompt (its end)", _clip(c.prompt, 200, True)), ("expected", _clip(c.expected, 300)), ("base", _clip(c.base, 400)), ("tuned", _clip(c.tuned, 400))]
             parts.append(table(rows, header=["", words[kind].replace("answers that were", "an answer that was").replace("and are ", "and is ").replace("turns that were", "a turn that was").replace("turns that are", "a turn that is")]))
     return joined(parts)
 
-# %% ../../nbs/ops/32b_evaluate.ipynb #7a50ab13
+# %% ../../nbs/ops/32b_evaluate.ipynb #36da90e6
 def beside_picture(
     base: Measured,
     tuned: Measured,
@@ -576,7 +576,7 @@ def beside_picture(
     parts = []
     for name in chosen:
         same = [w for w in tuned["written"] if w["conversation_id"] + "\0" + w["expected"] == name and w["test"] == 0]
-        rows = [("", "prompt (its end)", _clip(same[0]["prompt"], 300, True), ""), ("", "expected", _clip(same[0]["expected"], 300), "")]
+        rows = [("", "prompt (its end)", _clip(same[0]["prompt"], 200, True), ""), ("", "expected", _clip(same[0]["expected"], 300), "")]
         for new in same:
             old = next((w for w in base.get("written", ()) if all(w[k] == new[k] for k in ("ask", "conversation_id", "expected", "test"))), None)
             rows += [(w["ask"], who, _clip(w["generated"], 400), _form(w)) for who, w in (("base", old), ("tuned", new)) if w]

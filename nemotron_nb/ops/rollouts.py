@@ -7,13 +7,13 @@ __all__ = ['REASONS', 'BUDGET_NOTEBOOK', 'Prompt', 'prompt_of', 'message_of', 'R
            'training_prompts', 'collect', 'collect_folder', 'main', 'start_collecting', 'rollout_rows', 'check_kept',
            'rollouts_picture', 'sft_overrides', 'open_stage', 'budget_run', 'resolved_stage']
 
-# %% ../../nbs/ops/32c_rollouts.ipynb #bae3580b
+# %% ../../nbs/ops/32c_rollouts.ipynb #5583c464
 import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,6 @@ from .config import Effective, RunSection, to_yaml
 from .evaluate import GenerationSection, eval_config, execute_into, load_model, model_of, model_run
 from .run_folder import Training, environment, make_run_folder, run_name, set_status, start_training
 from .sft import Parameters
-from ..train.settings import TRAITS, ModelConfig
 from ..viz import Picture, joined, table
 
 if TYPE_CHECKING:
@@ -265,13 +264,12 @@ def rollouts_picture(
         parts.append(table([(asked["role"], str(asked["content"])[-300:]), ("thought", said["reasoning_content"][:400]), ("answer", (said["content"] or json.dumps(said.get("tool_calls"), ensure_ascii=False))[:300])], header=["", f"rollout of {row['rollout_of']}"]))
     return joined(parts)
 
-# %% ../../nbs/ops/32c_rollouts.ipynb #224b7867
+# %% ../../nbs/ops/32c_rollouts.ipynb #f62e16b9
 def sft_overrides(
     config: BudgetConfig,  # model resolved
     folder: Path,  # the stage folder
 ) -> list[str]:
     """What the fine-tuning run of the stage is told besides its configuration."""
-    sizes = {f"model.{f.name}": f.default for f in fields(ModelConfig) if f.name not in TRAITS}  # a checkpoint has its own
     told = {
         "data.path": str(folder.absolute() / "rollouts.jsonl"),
         "data.tokenizer.model": config.model,
@@ -280,9 +278,8 @@ def sft_overrides(
         "train.train_iters": config.steps,
         "loss.stages": "[{stage: token}]",
         "run.output_root": config.run.output_root,
-        "run.label": f"budget {folder.name[:24]}",
-        "model.name": config.model,
-        **sizes,
+        "run.label": f"budget {folder.name.rpartition('-')[2]}",
+        "checkpoint.pretrained_checkpoint": config.model,
     }
     return [f"{name}={value}" for name, value in told.items()] + list(config.sft_overrides)
 

@@ -8,12 +8,12 @@ __all__ = ['Options', 'TAKES', 'VARIABLES', 'FINAL', 'PATIENCE', 'DETACHED', 're
            'rendezvous_port', 'container_options', 'launch_command', 'notebook_parameters', 'progressed',
            'note_failure', 'main']
 
-# %% ../../nbs/ops/36_slurm.ipynb #6cd5a436
-import dataclasses
+# %% ../../nbs/ops/36_slurm.ipynb #5677ca68
 import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -210,7 +210,7 @@ def cancel(
     if answer.returncode != 0:
         raise UserError(f"Slurm says: {_words(answer)}", where=f"job {job_id}", fix="see with squeue whether it is yours")
 
-# %% ../../nbs/ops/36_slurm.ipynb #e7cc1670
+# %% ../../nbs/ops/36_slurm.ipynb #4f8f1a1d
 PATIENCE = 300.0  # seconds without an answer from Slurm that are waited for
 DETACHED = 130  # exit code of a watcher that left
 
@@ -219,6 +219,7 @@ class _Log:
     """A growing file, printed from where it was left, and words of our own on lines of their own."""
 
     def __init__(self, path: Path, seen: int) -> None:
+        """Begin after the first `seen` bytes."""
         self.path, self.seen, self.inside_line = path, seen, False
 
     def tell(self) -> None:
@@ -310,7 +311,7 @@ def how_to_follow(
     """What to type to see a detached job, and to end it."""
     return f"job {job_id} goes on by itself\n  its log:  tail -F {shlex.quote(str(log))}\n  its state:  squeue -j {job_id}\n  to end it:  scancel {job_id}"
 
-# %% ../../nbs/ops/36_slurm.ipynb #754aa9a3
+# %% ../../nbs/ops/36_slurm.ipynb #b4203b93
 def in_job() -> bool:
     """Does this process run inside a Slurm job?"""
     return "SLURM_JOB_ID" in os.environ
@@ -323,8 +324,8 @@ def _first_host() -> str:
         socket.getaddrinfo(name, None)
         return name
     except OSError:
-        answer = _slurm("scontrol", "show", "node", os.environ.get("SLURMD_NODENAME", name))
-        found = re.search(r"NodeAddr=(\S+)", answer.stdout)
+        known = _slurm("scontrol", "show", "node", os.environ.get("SLURMD_NODENAME", name)).stdout if shutil.which("scontrol") else ""
+        found = re.search(r"NodeAddr=(\S+)", known)
         return found[1] if found else name
 
 
@@ -342,7 +343,7 @@ def _torchrun(nodes: int, ranks: int) -> list[str]:
         return [*program, "--standalone"]
     job_id, host = os.environ["SLURM_JOB_ID"], _first_host()
     local = [f"--local-addr={host}"] if host == "127.0.0.1" else []
-    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={host}:{rendezvous_port(job_id)}", f"--rdzv-id={job_id}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"]
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={host}:{rendezvous_port(job_id)}", f"--rdzv-id={job_id}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"]
     return [*program, *meeting, *local]
 
 
@@ -355,9 +356,15 @@ def container_options(
     return [f"--container-image={image}", f"--container-mounts={','.join([*filter(None, mounts.split(',')), *own])}", f"--container-workdir={os.getcwd()}"]
 
 
+def _check_containers() -> None:
+    """Refuse a container where srun cannot start one; its own message would name an unknown option."""
+    if "--container-image" not in _slurm("srun", "--help").stdout:
+        raise UserError("this cluster's srun starts no containers", where="run.env.container", why="images are started by pyxis, a plugin of Slurm", fix="take the container out (run.env.container='') and use an environment on the nodes, or ask for pyxis")
+
+
 def _allocated(nodes: int) -> int:
     """How many nodes to use: as many as asked, or all the job has. More than it has is refused."""
-    there = int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) if in_job() else 1
+    there = int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) if in_job() else 1
     if nodes > there:
         raise UserError(f"{nodes} nodes are asked for, {there} {'is' if there == 1 else 'are'} there", where="run.nodes", fix="submit with --run or --batch and a profile of that many nodes")
     return nodes or there
@@ -375,6 +382,8 @@ def launch_command(
 ) -> list[str]:
     """The command that trains on as many processes as there should be, from wherever it is started."""
     nodes, ranks, image = _allocated(nodes), _ranks(ranks_per_node), os.environ.get("NEMOTRON_CONTAINER", "")
+    if image:
+        _check_containers()
     training = ["-m", "nemotron_nb.train", "--config", str(config_path)]
     torchrun = _torchrun(nodes, ranks) if nodes * ranks > 1 else []
     python = ["env", f"PYTHONPATH={checkout()}", "python"] if image else [sys.executable]

@@ -14,7 +14,7 @@ from typing import Any
 from ..core import UserError
 from ..viz import Picture, png
 
-# %% ../../nbs/train/29a_engines.ipynb #e3dfa8d2
+# %% ../../nbs/train/29a_engines.ipynb #d578af1e
 def steps_of(
     folder: str | Path,  # a run: it holds metrics.jsonl
 ) -> list[dict[str, Any]]:
@@ -50,16 +50,17 @@ def engine_picture(
             axis.plot([s["step"] for s in steps], [s[name] for s in steps], label=label, color=f"C{place}", **style)
             axis.set_title(name.replace("grad_norm", "gradient norm"), fontsize=10)
             axis.set_xlabel("step")
+            axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(frameon=False, fontsize=9)
     ends = "; ".join(f"{label} from {steps_of(run)[0]['loss']:.3f} to {steps_of(run)[-1]['loss']:.3f}" for label, run in runs.items())
     return png(figure, f"Loss and gradient norm by step. Loss: {ends}.")
 
-# %% ../../nbs/train/29a_engines.ipynb #bf66f9ba
+# %% ../../nbs/train/29a_engines.ipynb #da88a0d4
 def shared_settings(
     data_dir: str | Path,
     output_dir: str | Path,
     engine: str,  # "torch" or "megatron"
-    steps: int = 24,
+    steps: int = 16,
 ) -> dict[str, Any]:
     """A small training for either engine, as `train.yaml` holds it."""
     return {

@@ -231,7 +231,7 @@ class Learner(nn.Module):
         share = self(batch=batch, stage=stage, denominators=denominators)
         return share.loss, share.nll[0]
 
-# %% ../../nbs/train/22b_learner.ipynb #cbd2efd0
+# %% ../../nbs/train/22b_learner.ipynb #53d7c46f
 def recompute(
     learner: nn.Module,  # changed in place; it computes twice only in training mode
 ) -> None:
@@ -251,8 +251,8 @@ def layers_of(
 def compile_layers(
     learner: nn.Module,  # changed in place; names of parameters stay
 ) -> int:
-    """Compile every layer without experts; returns how many."""
-    chosen = [layer for layer in layers_of(learner) if getattr(layer, "block_type", "") != "moe"]
+    """Compile every layer that is no expert and no Mamba-2 layer; returns how many."""
+    chosen = [layer for layer in layers_of(learner) if getattr(layer, "block_type", "") not in ("moe", "mamba")]
     for layer in chosen:
         layer.compile(dynamic=True)
     return len(chosen)

@@ -363,13 +363,16 @@ def export_merged(
     """Write the sum of base and pairs in Hugging Face form. Every rank calls it."""
     return export_hf(model, tokenizer_dir, folder, extra_tensors, state=merged_state(model), **options)
 
-# %% ../../nbs/train/21b_lora.ipynb #dbf78329
+# %% ../../nbs/train/21b_lora.ipynb #d8059ca3
 def _megatron_pattern(pattern: str) -> str:
     """A pattern in Megatron's language."""
     head, dot, last = pattern.rpartition(".")
     for ours, theirs in MEGATRON.items():
         last = last.replace(ours, theirs)
-    if "*" not in head and head:
+    if not head:
+        # There a pattern without a dot is a last name, or it must fit the whole name.
+        return f"*.{last}" if "*" in last[1:] and last[0] != "*" else last
+    if "*" not in head:
         return megatron_name(pattern)
     # The places between layer number and matrix have other names: anything may stand there.
     return re.sub(r"\b(model|backbone)\b", "decoder", head).replace(".mixer", ".*").replace(".*.*", ".*") + dot + last

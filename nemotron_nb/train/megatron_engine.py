@@ -7,7 +7,7 @@ __all__ = ['set_value', 'precision_values', 'model_values', 'bridge_values', 'ch
            'layout_multiple', 'check_layout', 'own_schedule', 'evaluation_values', 'build_config', 'balance_of',
            'check_packs', 'train', 'export_hf']
 
-# %% ../../nbs/train/27_megatron_engine.ipynb #df8203fd
+# %% ../../nbs/train/27_megatron_engine.ipynb #a6cb0d68
 import dataclasses
 import enum
 import json
@@ -17,7 +17,7 @@ import socket
 import time
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -194,7 +194,7 @@ def _require(holds: bool, where: str, what: str, fix: str) -> None:
     if not holds:
         raise UserError(what, where=where, fix=fix)
 
-# %% ../../nbs/train/27_megatron_engine.ipynb #6c7b111b
+# %% ../../nbs/train/27_megatron_engine.ipynb #545ba4d9
 @dataclass(frozen=True)
 class MegatronConfig:
     """Everything a training with Megatron-Bridge is told."""
@@ -211,10 +211,11 @@ class MegatronConfig:
         shared: TrainConfig,
         values: Mapping[str, Any],  # dotted names, or sections of them, from a file or the command line
     ) -> "MegatronConfig":
-        """Take `recipe.*`, `run.*` and `cpu_standins` out of the values; the rest is for Megatron-Bridge."""
-        flat = _flat(values)
+        """Take `recipe.*`, `run.*`, `unchecked` and `cpu_standins` out of the values; the rest is for Megatron-Bridge."""
+        flat = {name: value for name, value in _flat(values).items() if name != "unchecked"}
         standins = flat.pop("cpu_standins", False)
-        _require(isinstance(standins, bool), "megatron.cpu_standins", f"{standins!r} is neither true nor false", "write true or false")
+        _require(standins in (True, False, "auto"), "megatron.cpu_standins", f"{standins!r} is not known", "write true, false, or auto: where there is no GPU")
+        standins = not torch.cuda.is_available() if standins == "auto" else standins
         recipe = {name.removeprefix("recipe."): value for name, value in flat.items() if name.startswith("recipe.")}
         rest = {name: value for name, value in flat.items() if not name.startswith(("recipe.", "run."))}
         return cls(shared, recipe.pop("_target_", "nemotron_3_nano"), recipe, rest, standins)
@@ -258,7 +259,7 @@ def layout_multiple(
     """What the places of each sequence must be a multiple of: 2 CP, or 1 without context parallelism."""
     return 2 * model.context_parallel_size if model.context_parallel_size > 1 else 1
 
-# %% ../../nbs/train/27_megatron_engine.ipynb #2714ce92
+# %% ../../nbs/train/27_megatron_engine.ipynb #3fcb26f3
 def check_layout(
     config: Any,  # Megatron-Bridge's configuration
     manifest: Mapping[str, Any],  # of the data
@@ -271,6 +272,8 @@ def check_layout(
         heads = getattr(m, name, None)
         _require(not heads or heads % tp == 0 or (name == "num_query_groups" and tp % heads == 0), "model.tensor_model_parallel_size", f"{tp} ranks cannot share {heads} {name}", "give a divisor")
     _require(world_size % (tp * pp * cp) == 0, "model", f"{world_size} processes cannot be divided by TP {tp} x PP {pp} x CP {cp}", "change the layout, or start as many processes as it needs")
+    experts = (getattr(m, "expert_model_parallel_size", None) or 1) * (getattr(m, "expert_tensor_parallel_size", None) or 1)
+    _require(world_size % (experts * pp) == 0, "model.expert_model_parallel_size", f"{world_size} processes cannot share the experts among {experts} ranks", "give a divisor, 1 for a single process")
     ranks = world_size // (tp * pp * cp)
     _require(t.global_batch_size % ranks == 0, "train.global_batch_size", f"{t.global_batch_size} packs cannot be shared by {ranks} data-parallel ranks", "give a multiple")
     _require(t.micro_batch_size == 1, "train.micro_batch_size", f"{t.micro_batch_size}, but a micro-batch is one pack", "leave it at 1 and set train.global_batch_size")

@@ -7,10 +7,9 @@ __all__ = ['learning_rate', 'make_optimizer', 'Measured', 'make_gradient', 'trai
            'lines_to_keep', 'export_model', 'held_out', 'build_learner', 'Beginning', 'find_beginning', 'Training',
            'set_up', 'train']
 
-# %% ../../nbs/train/22_torch_engine.ipynb #1e366a88
+# %% ../../nbs/train/22_torch_engine.ipynb #3b3cb9e6
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Sequence

@@ -87,7 +87,7 @@ def jobs(root):
         _mtp(root, "mtp_dp", 2),
         _mtp(root, "mtp_tp_sp", 2, TP),
         _mtp(root, "mtp_cp", 2, CP, data="padded"),
-        _mtp(root, "mtp_one_pack", stages="token", batch=1),
+        _mtp(root, "mtp_token", stages="token"),
         _mtp(root, "mtp_unscaled", data="padded", change="unscaled_depths"),
         _mtp(root, "mtp_unscaled_cp", 2, CP, data="padded", change="unscaled_depths"),
         _mtp(root, "mtp_poisoned", change="poison_labels"),

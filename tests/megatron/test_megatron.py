@@ -97,7 +97,7 @@ def test_one_process_agrees_with_float64_on_unpacked_conversations(results, root
     assert (loss, norm) == pytest.approx(by_hand(root, stage), rel=2e-6)
 
 
-@pytest.mark.parametrize("job", ["token_still", "sample_still", "whole", "mtp_one_pack"])
+@pytest.mark.parametrize("job", ["token_still", "sample_still", "whole", "mtp_token"])
 def test_both_engines_take_the_same_steps(results, by_the_pytorch_engine, job):
     ours, theirs = by_the_pytorch_engine(job), results[job]["metrics"]
     numbers = ("loss", "loss_token", "loss_sample", "lr", "grad_norm")
@@ -174,7 +174,7 @@ def test_the_recipe_of_super_trains_in_bfloat16(results):
 
 def test_a_checkpoint_passes_through_autobridge(results, root):
     gaps = results["round_trip"]  # of logits, from those of transformers in float64
-    assert gaps["megatron"] < 1e-6 * gaps["scale"] and gaps["megatron"] < 2 * gaps["transformers"]
+    assert gaps["megatron"] < 2e-6 * gaps["scale"] and gaps["megatron"] < 4 * gaps["transformers"]
     found = audit(root / "model", root / "exported")
     assert found.ok and found.equal > 40, found
 

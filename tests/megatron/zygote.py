@@ -8,10 +8,12 @@ import json
 import multiprocessing as mp
 import multiprocessing.connection
 import os
+import signal
 import socket
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -25,7 +27,8 @@ def free_port():
 
 
 def _rank(job, rank, port, sender, log):
-    """One rank of a job, in its own process."""
+    """One rank of a job, in its own process, which leads a group: Megatron's checkpoint writers are spawned into it and outlive it otherwise."""
+    os.setsid()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1), os.dup2(file, 2)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["ranks"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -57,7 +60,8 @@ def run(job, folder):
     results = [results.get(rank, {"error": "no answer"}) for rank in sorted(results)] or [{"error": "no answer in 300 seconds"}]
     for process in processes:
         process.join(5 if all("error" not in r for r in results) else 0.5)
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     return next((r for r in results if "error" in r), results[-1])
 
 

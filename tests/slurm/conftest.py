@@ -1,6 +1,8 @@
 """One private Slurm for all tests of this folder."""
 
 import os
+import signal
+import sys
 
 import pytest
 from cluster import FOREIGN, Cluster, missing
@@ -13,6 +15,7 @@ def cluster():
         pytest.skip(f"not on this machine: {', '.join(missing())} (Debian and Ubuntu: apt-get install slurm-wlm munge)")
     started = Cluster()
     before = dict(os.environ)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a time limit from outside must not leave the programs behind
     try:
         started.up()
         for name in [name for name in os.environ if name.startswith(FOREIGN)]:

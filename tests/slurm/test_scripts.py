@@ -1,13 +1,14 @@
 """Does a real Slurm take the scripts, and is what it refuses told in its own words?"""
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from nemotron_nb.core import UserError
 from nemotron_nb.ops.profiles import Profile, load_profile
-from nemotron_nb.ops.slurm import TAKES, job, render, submit
+from nemotron_nb.ops.slurm import TAKES, job, launch_command, render, submit
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
@@ -79,3 +80,13 @@ def test_a_variable_of_the_shell_does_not_overrule_the_profile(cluster, monkeypa
 def test_a_job_that_slurm_does_not_know(cluster):
     with pytest.raises(UserError, match="Invalid job id specified"):
         job("999999")
+
+
+def test_a_container_is_refused_where_srun_cannot_start_one(cluster, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert launch_command("train.yaml", 1, 1)[0] == sys.executable
+    monkeypatch.setenv("NEMOTRON_CONTAINER", "image.sqsh")
+    with pytest.raises(UserError, match="this cluster's srun starts no containers"):
+        launch_command("train.yaml", 1, 1)
+    text = render("sft", Profile("p", mounts=("/a:/b",)), ["nano3", "tiny"], container="registry/it's:1", mounts=["/c:/d"])
+    assert "\nexport NEMOTRON_CONTAINER='registry/it'\"'\"'s:1'\nexport NEMOTRON_MOUNTS=/a:/b,/c:/d\n" in text

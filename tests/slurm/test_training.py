@@ -1,5 +1,6 @@
 """From the command line over papermill, srun and torchrun to a report: two nodes, two processes on each, a real training, once in one piece and once in three."""
 
+import contextlib
 import json
 import os
 import re
@@ -11,8 +12,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from nemotron_nb.ops.profiles import Profile
 from nemotron_nb.ops.run_folder import read_metrics, read_status
-from nemotron_nb.ops.slurm import job
+from nemotron_nb.ops.slurm import job, render, submit
 
 ROOT = Path(__file__).parents[2]
 NEMOTRON = Path(sys.executable).with_name("nemotron")
@@ -23,7 +25,7 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def nemotron(*words, cwd, timeout=150):
+def nemotron(*words, cwd, timeout=300):
     """`nemotron WORDS...` as a user types it."""
     return subprocess.run([str(NEMOTRON), *words], cwd=cwd, capture_output=True, text=True, timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
@@ -62,12 +64,12 @@ def whole(place):
 
 @pytest.fixture(scope="module")
 def others(place, whole):
-    """Two runs of one process each, started together and waited for where they are needed: one on this machine, one in a job that must fail."""
-    alone = begun("nano3", "sft", "-c", "tiny", *SETTINGS, cwd=place)
+    """Two jobs of one process, begun here and waited for where they are needed: one submitted as by hand, without a run folder, and one that must fail."""
+    with contextlib.chdir(place):
+        alone = submit(render("sft", Profile("one", nodes=1, gpus_per_node=0, exclusive=False, mem="2G", time="20"), ["nano3", "tiny", *SETTINGS]))
     failing = begun("nano3", "sft", "-c", "tiny", "--run", "local-slurm", *SETTINGS, "checkpoint.load=nowhere", "run.nodes=1", "run.nproc_per_node=1", cwd=place)
     yield {"alone": alone, "failing": failing}
-    for process in (alone, failing):
-        process.kill()
+    failing.kill()
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +80,14 @@ def pieces(cluster, place, whole, others):
     assert done.returncode == 0, done.stderr
     folder, number = place / run_folder(done.stdout), re.search(r"submitted job (\d+)", done.stdout)[1]
     at_once = (not job(number).ended, time.monotonic() - began)
-    reached = lambda step: lambda: any(s[0] >= step for s in steps(folder)) or job(number).ended  # noqa: E731
-    cluster.wait_for(reached(2), 100, "step 2")
+    reached = lambda step: lambda: any(s[0] >= step for s in steps(folder)) or job(number).ended
+    cluster.wait_for(reached(2), 200, "step 2")
     cluster.run("scancel", "--batch", "--signal=USR1", number)
-    cluster.wait_for(reached(STEPS - 3), 100, "the second attempt")
+    cluster.wait_for(reached(STEPS - 3), 200, "the second attempt")
     cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
-    cluster.wait_for(lambda: job(number).restarts == 2 or job(number).ended, 60, "the third attempt")
+    cluster.wait_for(lambda: job(number).restarts == 2 or job(number).ended, 200, "the third attempt")
     cluster.run("scontrol", "update", "nodename=n2", "state=resume", check=False)  # it may have come back by itself
-    cluster.wait_for(lambda: job(number).ended, 100, "the end")
+    cluster.wait_for(lambda: job(number).ended, 200, "the end")
     return folder, number, at_once
 
 
@@ -127,17 +129,20 @@ def test_every_attempt_keeps_its_notebook_and_there_is_one_report(pieces):
     assert (folder / "report.html").exists()
 
 
-def test_the_losses_are_those_of_one_process(place, whole, others):
+def test_submitted_by_hand_one_process_has_the_same_losses(cluster, place, whole, others):
     """Four processes on two nodes train the same model as one alone, up to the order of sums."""
-    said = others["alone"].communicate(timeout=150)[0]
-    assert others["alone"].returncode == 0, said
-    ours, theirs = steps(whole[0]), steps(place / run_folder(said))
+    number = others["alone"]
+    cluster.wait_for(lambda: job(number).ended, 200, "the end of the job by hand")
+    assert job(number).state == "COMPLETED", (place / f"nemotron-sft-{number}.log").read_text()[-3000:]
+    (folder,) = (place / "output" / "nano3" / "sft").glob(f"*-tiny-job{number}")
+    ours, theirs = steps(whole[0]), steps(folder)
     assert [s[0] for s in ours] == [s[0] for s in theirs]
     assert [s[1] for s in ours] == pytest.approx([s[1] for s in theirs], rel=2e-4)
+    assert read_status(folder)["state"] == "done" and (folder / "report.html").exists() and (folder / "notebook.ipynb").exists()
 
 
 def test_a_failing_training_gives_exit_code_1_and_says_why(place, others):
-    said = others["failing"].communicate(timeout=150)[0]
+    said = others["failing"].communicate(timeout=300)[0]
     folder = place / run_folder(said)
     assert others["failing"].returncode == 1 and "FAILED, exit code 1" in said and read_status(folder)["state"] == "failed"
     errors = [o for c in nbformat.read(folder / "notebook.ipynb", 4).cells if c.cell_type == "code" for o in c.outputs if o.output_type == "error"]
@@ -156,3 +161,9 @@ def test_what_slurm_refuses_leaves_no_run_folder(cluster, place):
     done = nemotron("nano3", "sft", "-c", "tiny", "--batch", "local-slurm", "run.nodes=64", cwd=place)
     assert done.returncode == 1 and "Slurm refuses the job" in done.stderr
     assert sorted((place / "output" / "nano3" / "sft").iterdir()) == before
+
+
+def test_data_is_prepared_in_a_job(place):
+    done = nemotron("nano3", "data", "prep", "sft", "-c", "tiny", "--run", "local-slurm", "sample=40", cwd=place)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "prepared data: " in done.stdout and "COMPLETED, exit code 0" in done.stdout
