@@ -34,8 +34,9 @@ test:  ## notebooks in step with the library, every notebook executed, then pyte
 	@.ci/setup dev
 	@$(IN) .ci/sync
 	@$(IN) OMP_NUM_THREADS=1 nbdev-test --n-workers $(WORKERS)
-	@$(IN) OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) --dist loadfile --ignore tests/megatron
+	@$(IN) OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) --dist loadfile --ignore tests/megatron --ignore tests/slurm --ignore tests/lab
 	@$(IN) OMP_NUM_THREADS=1 python -m pytest tests/megatron
+	@$(IN) OMP_NUM_THREADS=1 python -m pytest tests/slurm tests/lab
 
 lab:  ## JupyterLab on the notebooks
 	@.ci/setup dev
@@ -51,5 +52,6 @@ readme:  ## write README.md from nbs/index.ipynb
 	@.ci/setup run
 	@$(IN) python -c 'from nemotron_nb.ops.readme import write_readme; print(write_readme())'
 
-docs:  ## (not there yet) the notebooks as a website
-	@echo "docs: the website is not built yet; the notebooks under nbs/ are the documentation, open them with: make lab" >&2; exit 1
+docs:  ## the notebooks as a website, in output/docs
+	@.ci/setup dev
+	@$(IN) python -c 'from nemotron_nb.ops.docs import build_site; build_site()'

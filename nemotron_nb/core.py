@@ -68,6 +68,7 @@ def _matches(value: Any, kind: Any) -> bool:
 
 
 def _type_name(kind: Any) -> str:
+    """A type as an error should call it."""
     return getattr(kind, "__name__", str(kind)) if not typing.get_args(kind) else str(kind)
 
 # %% ../nbs/00_core.ipynb #3400da2e

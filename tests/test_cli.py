@@ -194,7 +194,7 @@ def test_a_run_is_in_the_register_with_all_that_went_into_it(run):
 @pytest.mark.slow
 def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path):
     """STOP, then --resume: one folder, two attempts, every step once."""
-    words = ["nano3", "sft", *SMALL[:-1], "train.train_iters=40", "evaluation.num_generations=0"]
+    words = ["nano3", "sft", *SMALL[:-1], "train.train_iters=30", "evaluation.num_generations=0"]
     stopped = subprocess.Popen([str(NEMOTRON), *words], cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=ONE_THREAD)
     for line in stopped.stdout:
         folder = tmp_path / line.split()[-1] if line.startswith("run folder: ") else tmp_path
@@ -210,7 +210,7 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path):
     assert done.returncode == 0 and "It took 2 attempts" in done.stdout, done.stderr
     assert (folder / "notebook.1.ipynb").exists() and (folder / "attempts" / "2.json").exists() and not (folder / "STOP").exists()
     metrics = read_metrics(folder / "metrics.jsonl")
-    assert [m["step"] for m in metrics if m["kind"] == "train"] == list(range(1, 41)) and [m["kind"] for m in metrics].count("resume") == 1
+    assert [m["step"] for m in metrics if m["kind"] == "train"] == list(range(1, 31)) and [m["kind"] for m in metrics].count("resume") == 1
     assert [a["state"] for a in json.loads((folder / "status.json").read_text())["attempts"]] == ["preempted", "done"]
     again = nemotron("nano3", "sft", "--resume", folder, cwd=tmp_path)
     assert again.returncode == 1 and "the run is complete" in again.stderr

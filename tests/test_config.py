@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -183,7 +183,7 @@ def test_names_and_paths_of_configurations(tmp_path, monkeypatch):
 ORDER = ("default.yaml", "-c", "profile", "command line")
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=25, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # an example is small, and making it smaller would take minutes
 @given(st.dictionaries(st.sampled_from(ORDER[1:]), st.dictionaries(st.sampled_from(["run.nodes", "train.seed", "optimizer.lr"]), st.integers(1, 9), min_size=1)))
 def test_recipe_then_file_then_profile_then_command_line(tmp_path_factory, said):
     """Of the real layers, the last one that mentions a setting decides it, and its origin names that layer."""

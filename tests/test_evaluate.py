@@ -360,7 +360,7 @@ def test_samples_depend_on_seed_prompt_and_test_alone(model, packs, tokenizer):
 
 @pytest.mark.parametrize("tokens", [1, 4])
 def test_a_budget_stops_the_thought_and_nothing_else(model, packs, tokenizer, tokens):
-    prompts = [p for row in global_batch(packs).rows[:8] for p, _ in prompts_of(row)][:7]
+    prompts = [p for row in global_batch(packs).rows[:8] for p, _ in prompts_of(row)][:12]
     thinks = [tokenizer.decode(p).endswith("<think>\n") for p in prompts]
     assert any(thinks) and not all(thinks)
     free, cut = generate(model, prompts, -1, 9), generate(model, prompts, -1, 9, budget=ThoughtBudget(tokens, tokenizer))

@@ -695,6 +695,7 @@ def make_chats(
 
 
 def _asked(chat: Mapping[str, Any]) -> str:
+    """All that the user says in a chat."""
     return "\n".join(message["content"] for message in chat["messages"] if message["role"] == "user")
 
 # %% ../../nbs/data/01_sample.ipynb #13d6a2df
@@ -713,6 +714,7 @@ def check_answer(
 
 # %% ../../nbs/data/01_sample.ipynb #929dddef
 def _refuse(what: str, turn: int) -> UserError:
+    """The error for a chat that says something false."""
     return UserError(what, where=f"user turn {turn + 1}", why="a model would be trained on something false", fix="correct the record or leave it out")
 
 
@@ -738,6 +740,7 @@ def _check_sum(messages: Sequence[Mapping[str, Any]], check: Mapping[str, Any], 
 
 
 def _check_equations(reasoning: str, turn: int) -> None:
+    """Every equation in a thought holds."""
     for left, right in re.findall(r"(\d+ [+×÷-] \d+) = (\d+)", reasoning):
         if work_out(left.replace("×", "*").replace("÷", "/")) != int(right):
             raise _refuse(f"{left} is not {right}", turn)

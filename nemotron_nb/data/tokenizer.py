@@ -54,6 +54,7 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 
 # %% ../../nbs/data/02_tokenizer.ipynb #9fc50e86
 def _assets() -> Path:
+    """The folder of files that ship with the package."""
     return Path(str(importlib.resources.files("nemotron_nb"))) / "data" / "assets"
 
 
@@ -224,6 +225,7 @@ BYTE_OF: Mapping[str, int] = _byte_alphabet()
 
 
 def _shown(raw: bytes) -> str:
+    """Bytes as text; those that are no character by their number."""
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -292,6 +294,7 @@ def split_picture(
 
 # %% ../../nbs/data/02_tokenizer.ipynb #09b3afb0
 def _save(tokenizer: ChatTokenizer, folder: Path, chat_template: str | None) -> Path:
+    """Write the files that `transformers` expects."""
     roles = {"bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "<unk>", "unk_token": "<unk>"}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

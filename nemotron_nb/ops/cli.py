@@ -71,7 +71,7 @@ def _hand_over(job: str, mode: str, log: Path) -> None:
     if code:
         raise typer.Exit(code)
 
-# %% ../../nbs/ops/33_cli.ipynb #ccf42ec6
+# %% ../../nbs/ops/33_cli.ipynb #dc6df125
 def _theme() -> str:
     """The theme of env.toml; monokai where it names none. `UserError` for one that Pygments does not know."""
     from pygments.styles import get_all_styles
@@ -81,7 +81,7 @@ def _theme() -> str:
     known, theme = set(get_all_styles()) | {"github-light"}, env_section("cli").get("theme", "monokai")
     if theme not in known:
         raise UserError(f"unknown theme {theme!r}", where="env.toml: [cli] theme", fix=nearest(theme, known))
-    return {"github-light": "friendly"}.get(theme, theme)
+    return {"github-light": "friendly"}.get(theme, theme)  # the published name; Pygments has no style that is called so
 
 
 def _show(text: str, language: str, theme: str) -> None:

@@ -508,8 +508,8 @@ def _with_artifacts(layers: list[Layer]) -> tuple[list[Layer], dict[str, Any]]:
 
 # %% ../../nbs/ops/30_config.ipynb #9db54d8b
 def _check_engine(effective: Effective) -> Effective:
-    """Refuse a name of Megatron-Bridge that somebody gave for a run with the PyTorch engine."""
-    given = [name for name in changed_names(effective.origins) if name.startswith(MEGATRON) and not effective.origins[name].endswith("/sft/lora.yaml")]
+    """Refuse a name of Megatron-Bridge that somebody gave for a run with the PyTorch engine; those of the committed recipes serve both engines."""
+    given = [name for name in changed_names(effective.origins) if name.startswith(MEGATRON) and not effective.origins[name].startswith("papermill_runs/")]
     if effective.settings.train.engine == "torch" and given:
         name = min(given)
         raise UserError(

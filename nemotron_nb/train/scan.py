@@ -134,7 +134,7 @@ class ChunkedMixer(NemotronHMamba2Mixer):
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
         b, c = (t.unflatten(-1, (self.n_groups, self.ssm_state_size)) for t in (b, c))
         dt = F.softplus(dt + self.dt_bias).clamp(*self.time_step_limit)
-        y, state = chunked_scan(x, dt, -self.A_log.exp(), b, c, state, chunk=self.scan_chunk)
+        y, state = chunked_scan(x, dt, -self.A_log.to(dt.dtype).exp(), b, c, state, chunk=self.scan_chunk)
         return (y + x * self.D[:, None]).flatten(2), state
 
 # %% ../../nbs/train/19_scan.ipynb #fd3eb7a3

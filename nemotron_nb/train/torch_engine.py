@@ -361,7 +361,7 @@ def _load_weights(learner: Learner, folder: str) -> None:
     found = Checkpoints(folder).newest()
     if found is None:
         raise UserError("no checkpoint here", where=folder, fix="give a folder in Hugging Face form, or one that holds step_ folders; or leave checkpoint.pretrained_checkpoint empty")
-    Checkpoints(folder).load(found, learner, None)
+    Checkpoints(folder).load_weights(found, learner)
 
 # %% ../../nbs/train/22_torch_engine.ipynb #a179467b
 @dataclass(frozen=True)

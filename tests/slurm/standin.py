@@ -25,7 +25,7 @@ def trained():
     return sum(json.loads(line)["kind"] == "train" for line in lines)
 
 if "die" in said:  # the kernel is gone, a training that it started is not
-    trains = "import sys, time; from pathlib import Path; time.sleep(4); Path(sys.argv[1]).with_name('trained').touch()"
+    trains = "import sys, time; from pathlib import Path; time.sleep(15); Path(sys.argv[1]).with_name('trained').touch()"
     child = subprocess.Popen([sys.executable, "-c", trains, str(folder / "train.yaml")], start_new_session=True)
     write_json(folder / "train.json", {"pid": child.pid, "host": socket.gethostname()})
     os.kill(os.getpid(), 9)
