@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: help sft test lab bench readme docs
+.PHONY: help sft test lab bench readme pictures docs
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -51,6 +51,10 @@ bench:  ## run every benchmark and print its table
 readme:  ## write README.md from nbs/index.ipynb
 	@.ci/setup run
 	@$(IN) python -c 'from nemotron_nb.ops.readme import write_readme; print(write_readme())'
+
+pictures:  ## draw the pictures of the front page again, from the tour (needs Chromium)
+	@.ci/setup run
+	@$(IN) python -c 'from nemotron_nb.ops.readme import write_pictures; print(*write_pictures(), sep="\n")'
 
 docs:  ## the notebooks as a website, in output/docs
 	@.ci/setup dev

@@ -229,12 +229,11 @@ def test_hostile_words_with_numbers(words):
     balanced(strip.html)
 
 
-# Those that draw all they are given: they show whole chats, so their size is that of the chat.
-WHOLE = (template.x_ray_beside, mask.prompt_panel, mask.mask_rows, tokenizer.split_picture, compat.side_by_side, mask.mask_diff, mask.parity_panel)
-SEVERAL = (reasoning.before_after, report.strips_picture, report.generations_picture, viz.joined, report.funnel_picture, prep.length_histogram)
+# They put several pictures side by side or one below the other, each of its own size.
+SEVERAL = (compat.side_by_side, mask.mask_diff, mask.parity_panel, reasoning.before_after, report.strips_picture, report.generations_picture, viz.joined, report.funnel_picture, prep.length_histogram)
 
 
-@pytest.mark.parametrize("function", [f for f in PICTURES if f not in WHOLE], ids=name_of)
+@pytest.mark.parametrize("function", PICTURES, ids=name_of)
 def test_words_of_ten_thousand_characters_are_cut(function):
     picture = PICTURES[function]('"' * 10_000)
     assert len(picture.html) < LIMIT * (3 if function in SEVERAL else 1)

@@ -23,7 +23,7 @@ from .mask import Draft, drafts, encode_chunks, mask_strip
 from .records import BadRecord, parse_conversation
 from .template import IM_END, IM_START, NO_THOUGHT, OPEN_THOUGHT, TOOLS_INSTRUCTION, Chunk, first_turn, template_path, turns
 from .tokenizer import ChatTokenizer, any_of
-from ..viz import Picture, escape, joined
+from ..viz import Picture, clipped, escape, joined
 
 # %% ../../nbs/data/04a_compat.ipynb #c1034fb5
 DROPS: Mapping[str, str] = {
@@ -440,7 +440,7 @@ def side_by_side(
     sides = {"reference": _verdict(reference_drafts(record), tokenizer, "row lost"), "fixed": _verdict(fixed, tokenizer, "row refused, and listed with its line")}
     cell = '<td style="vertical-align:top;text-align:left;width:50%;padding:2px 8px;border-left:3px solid #cccccc"><i>{}</i>{}</td>'
     row = "".join(cell.format(name, side.html) for name, side in sides.items())
-    page = f'<div><b>{escape(title)}</b></div><table style="border-collapse:collapse;width:100%;table-layout:fixed"><tr>{row}</tr></table>'
+    page = f'<div><b>{escape(clipped(title, 200))}</b></div><table style="border-collapse:collapse;width:100%;table-layout:fixed"><tr>{row}</tr></table>'
     return Picture(page, "\n".join([title, *(f"--- {name}\n{side.text}" for name, side in sides.items())]))
 
 # %% ../../nbs/data/04a_compat.ipynb #23078465

@@ -21,7 +21,7 @@ from ..core import UserError, nearest
 from .records import Conversation
 from .template import IM_END, Chunk, Piece, chunks, first_turn, said_turn, turns
 from .tokenizer import ChatTokenizer
-from ..viz import ROLE_COLOURS, Picture, joined, png, table, token_strip
+from ..viz import ROLE_COLOURS, Picture, clipped, fitting, joined, png, table, token_strip
 
 # %% ../../nbs/data/04_mask.ipynb #4e3b5165
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ def mask_strip(
     window: int = 512,
 ) -> Picture:
     """The tokens of a sequence in the colours of their roles, trained ones underlined."""
-    return token_strip(tokenizer.pieces(sequence.input_ids.tolist()), sequence.loss_mask.tolist(), roles=sequence.token_roles, title=title, window=window)
+    ids, markers = sequence.input_ids.tolist(), set(tokenizer.special_ids.values())
+    return token_strip(tokenizer.pieces(ids), sequence.loss_mask.tolist(), roles=sequence.token_roles, special=[i in markers for i in ids], title=title, window=window)
 
 # %% ../../nbs/data/04_mask.ipynb #aa50d77e
 LOSS_MODES = ("all", "last_turn", "flags")
@@ -230,8 +231,8 @@ def _cells(tokens: Sequence[str], alike: Sequence[bool]) -> str:
 
 
 def _visible(token: str) -> str:
-    """A token on one line: line breaks and spaces at its edges are marked."""
-    return token.replace("\n", "\u21b5").replace("\t", "\u21e5").replace("\r", "\u240d") or "\u2205"
+    """A token on one line: line breaks and tabs are marked, and a long one is cut."""
+    return clipped(token.replace("\n", "\u21b5").replace("\t", "\u21e5").replace("\r", "\u240d"), 200) or "\u2205"
 
 
 def prompt_panel(
@@ -248,7 +249,7 @@ def prompt_panel(
     rows = [[_visible(t) for t in tokenizer.pieces(list(ids[start : start + tail]))] for ids in (inference, trained)]
     rows = [row + [""] * (max(map(len, rows)) - len(row)) for row in rows]
     alike = [a == b and i < longest for i, (a, b) in enumerate(zip(*rows))]
-    verdict = f"{title}: {'the same' if differ < 0 else 'different from token ' + str(differ) + ' on'} ({len(inference)} tokens at inference, {len(trained)} in training)"
+    verdict = f"{clipped(title, 200)}: {'the same' if differ < 0 else 'different from token ' + str(differ) + ' on'} ({len(inference)} tokens at inference, {len(trained)} in training)"
     heads = ("inference", "training")
     body = "".join(f'<tr><td style="padding:1px 8px;text-align:left">{head}</td>{_cells(row, alike)}</tr>' for head, row in zip(heads, rows))
     page = f'<div style="font-family:monospace;font-size:12px">{html.escape(verdict)}<table style="border-collapse:collapse">{body}</table></div>'
@@ -289,15 +290,16 @@ def mask_rows(
     window: int = 400,  # tokens shown
 ) -> Picture:
     """Several masks as rows of marks under the same tokens."""
-    shown, columns = list(tokens[:window]), list(zip(*masks.values()))
-    strip = "".join(map(_column, shown, columns, roles))
+    columns = list(zip(*masks.values()))
+    drawn, strip = fitting((1, _column(*parts)) for parts in zip(tokens[:window], columns, roles))
+    shown = list(tokens[:drawn])
     legend = " ".join(
-        f'<span style="background:{MASK_COLOURS[i % 3]};color:#ffffff;padding:0 4px">{html.escape(name)}: {sum(map(bool, mask))} tokens</span>'
+        f'<span style="background:{MASK_COLOURS[i % 3]};color:#ffffff;padding:0 4px">{i + 1} {html.escape(clipped(name, 200))}: {sum(map(bool, mask))} tokens</span>'
         for i, (name, mask) in enumerate(masks.items())
     )
-    more = f" ... and {len(tokens) - window} more tokens" if len(tokens) > window else ""
+    more = f" ... and {len(tokens) - drawn} more tokens" if len(tokens) > drawn else ""
     style = "font-family:monospace;font-size:13px;line-height:1.3;background:#ffffff;color:#111111;padding:6px"
-    page = f'<div style="{style}"><div><b>{html.escape(title)}</b> {legend}</div><div>{strip}{more}</div></div>'
+    page = f'<div style="{style}"><div><b>{html.escape(clipped(title, 200))}</b> {legend}</div><div>{strip}{more}</div></div>'
     counts = ", ".join(f"{name} {sum(map(bool, mask))}" for name, mask in masks.items())
     return Picture(page, "\n".join([f"{title} ({len(tokens)} tokens; trained: {counts})", *_mask_lines(shown, masks)]) + more)
 

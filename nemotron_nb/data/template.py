@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Piece', 'IM_START', 'IM_END', 'OPEN_THOUGHT', 'CLOSE_THOUGHT', 'NO_THOUGHT', 'TOOLS_HEADER', 'TOOLS_FOOTER',
-           'TOOLS_INSTRUCTION', 'Chunk', 'said_turn', 'first_turn', 'chunks', 'render', 'x_ray', 'Turns', 'turns',
-           'x_ray_beside', 'template_path']
+           'TOOLS_INSTRUCTION', 'LONGEST', 'Chunk', 'said_turn', 'first_turn', 'chunks', 'render', 'x_ray', 'Turns',
+           'turns', 'x_ray_beside', 'template_path']
 
 # %% ../../nbs/data/03_template.ipynb #57790df8
 import itertools
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..core import UserError, nearest
-from ..viz import ROLE_COLOURS, Picture, escape, token_strip
+from ..viz import ROLE_COLOURS, Picture, clipped, escape, fitting, token_strip
 
 # %% ../../nbs/data/03_template.ipynb #76eee489
 Piece = tuple[str, bool]  # (text, is it written by the format?)
@@ -287,11 +287,14 @@ def turns(
     return Turns(live, history, [*starts, len(live)])
 
 # %% ../../nbs/data/03_template.ipynb #8a401873
+LONGEST = 2000  # characters of a message that a picture shows
+
+
 def _spans(parts: Sequence[Chunk]) -> str:
     """Chunks as coloured text, those the model writes underlined."""
     line = {True: "2px solid #0a6b2d", False: "2px solid #ffffff"}
     style = "background:{};color:#111111;border-bottom:{};padding:0 1px"
-    return "".join(f'<span style="{style.format(ROLE_COLOURS.get(c.role, "#eeeeee"), line[c.generated])}">{escape(c.text)}</span>' for c in parts)
+    return "".join(f'<span style="{style.format(ROLE_COLOURS.get(c.role, "#eeeeee"), line[c.generated])}">{escape(clipped(c.text, LONGEST))}</span>' for c in parts)
 
 
 def _side_by_side(left: str, right: str, width: int) -> str:
@@ -319,8 +322,9 @@ def x_ray_beside(
             source += itertools.takewhile(lambda m: m["role"] == "tool", messages[index + 1 :])
         rows.append(("\n".join(json.dumps(m, indent=2, ensure_ascii=False) for m in source) or "(no message)", list(group)))
     cell = '<td style="vertical-align:top;text-align:left;padding:4px 10px;border-bottom:1px solid #cccccc;font-family:monospace;font-size:12px;background:#ffffff;color:#111111">{}</td>'
-    body = "".join(f"<tr>{cell.format(escape(source).replace('&#8629;<br>', '<br>'))}{cell.format(_spans(group))}</tr>" for source, group in rows)
-    page = f'<div><b>{escape(title)}</b></div><table style="border-collapse:collapse">{body}</table>'
+    drawn, body = fitting((1, f"<tr>{cell.format(escape(clipped(source, LONGEST)).replace('&#8629;<br>', '<br>'))}{cell.format(_spans(group))}</tr>") for source, group in rows)
+    body += f"<tr>{cell.format(f'... and {len(rows) - drawn} more messages')}<td></td></tr>" if drawn < len(rows) else ""
+    page = f'<div><b>{escape(clipped(title, 200))}</b></div><table style="border-collapse:collapse">{body}</table>'
     shown = [_side_by_side(source, "".join(f"\u00ab{c.text}\u00bb" if c.generated else c.text for c in group), width) for source, group in rows]
     rule = "\n" + "-" * width + "-+-" + "-" * 30 + "\n"
     return Picture(page, (f"{title}\n" if title else "") + rule.join(shown))

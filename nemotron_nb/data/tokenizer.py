@@ -26,7 +26,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from ..core import UserError, digest, file_digest, nearest, write_atomic, write_json
 from .sample import sample_path
-from ..viz import Picture, escape, joined
+from ..viz import Picture, clipped, escape, fitting, joined
 
 # %% ../../nbs/data/02_tokenizer.ipynb #c87931b8
 SPECIAL_TOKENS: tuple[str, ...] = (
@@ -287,9 +287,11 @@ def split_picture(
     spans, shades = [], itertools.cycle(("background:#dbe9f6;color:#111111", "background:#fbe6c8;color:#111111"))
     for piece, i in zip(tokenizer.pieces(ids), ids, strict=True):
         style = "background:#333333;color:#ffffff" if piece in tokenizer.special_ids else next(shades)
-        spans.append(f'<span style="{style};padding:1px 2px" title="id {i}">{escape(piece)}</span>')
-    head = f'<div style="font-weight:bold">{escape(title)} ({len(ids)} tokens)</div>'
-    html = f'<div style="font-family:monospace;line-height:1.8;margin:4px 0">{head}{"".join(spans)}</div>'
+        spans.append((1, f'<span style="{style};padding:1px 2px" title="id {i}">{escape(clipped(piece, 200))}</span>'))
+    head = f'<div style="font-weight:bold">{escape(clipped(title, 200))} ({len(ids)} tokens)</div>'
+    drawn, body = fitting(spans)
+    more = f" ... and {len(ids) - drawn} more tokens" if drawn < len(ids) else ""
+    html = f'<div style="font-family:monospace;line-height:1.8;margin:4px 0">{head}{body}{more}</div>'
     return Picture(html, f"{title} ({len(ids)} tokens): {'|'.join(tokenizer.pieces(ids))}")
 
 # %% ../../nbs/data/02_tokenizer.ipynb #09b3afb0

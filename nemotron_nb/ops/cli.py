@@ -59,7 +59,7 @@ def _on_cluster(profile: "Profile | None") -> bool:
     return profile is not None and profile.executor == "slurm"
 
 
-def _hand_over(job: str, mode: str, log: Path) -> None:
+def _hand_over(job: str, mode: str, log: Path, seen: int = 0) -> None:
     """After a job was submitted: follow it to its end and exit with its code, or say how to follow it."""
     from nemotron_nb.ops.slurm import follow, how_to_follow
 
@@ -67,7 +67,7 @@ def _hand_over(job: str, mode: str, log: Path) -> None:
         print(f"submitted job {job}\n{how_to_follow(job, log)}")
         return
     print(f"submitted job {job}", flush=True)
-    code = follow(job, log)
+    code = follow(job, log, seen=seen)
     if code:
         raise typer.Exit(code)
 
@@ -279,9 +279,11 @@ def _sft_in_job(effective: "Effective", profile: "Profile", mode: str, config: s
     folder = Path(resume) if resume else new_run(effective, config, command=_typed())
     if resume:
         put_back(folder)
+    log = folder / "slurm.log"
+    seen = log.stat().st_size if log.exists() else 0  # a run that goes on has told this part already
     job = submit_run(effective, profile, mode, folder, new=not resume)
     print(f"run folder: {folder}", flush=True)
-    _hand_over(job, mode, folder / "slurm.log")
+    _hand_over(job, mode, log, seen)
 
 
 def _sft_here(effective: "Effective", config: str, resume: str) -> None:
@@ -419,6 +421,14 @@ def _family_app(family: str, model: str) -> typer.Typer:
         overrides = [*(overrides or []), *(f"{name}={value}" for name, value in typed.items() if value)]
         sft(family, config, overrides, dry_run=dry_run, run=run, batch=batch, resume=resume)
 
+    if family == "super3":
+
+        @commands.command("budget", help="The semi-on-policy stage: rollouts of a model, some thoughts cut to a budget, a short fine-tuning on them.", epilog="Example:\n\n  nemotron super3 budget -c tiny model=output/super3/sft/RUN")
+        def _budget(overrides: Overrides = None, config: Config = "default") -> None:
+            from nemotron_nb.ops.rollouts import budget_run
+
+            budget_run(family, config, overrides or [])
+
     @commands.command("eval", help="Evaluate a model: held-out loss, form of its answers, calls of tools.", epilog=EXAMPLES["eval"].format(f=family))
     def _eval(overrides: Overrides = None, config: Config = "default", dry_run: DryRun = False, run: Run = "", batch: Batch = "") -> None:
         evaluation(family, config, overrides or [], dry_run=dry_run, run=run, batch=batch)
@@ -437,6 +447,11 @@ def report(
     """Draw the report of a run again."""
     from nemotron_nb.ops.report import headline, read_run, write_report
 
+    if (run_dir / "eval.yaml").exists():
+        from nemotron_nb.ops.evaluate import write_comparison
+
+        print(f"Report: {write_comparison(run_dir)}")
+        return
     path = write_report(run_dir)
     print("\n".join([*headline(read_run(run_dir)), f"Report: {path}"]))
 

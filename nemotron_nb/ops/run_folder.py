@@ -29,6 +29,7 @@ from typing import Any
 
 import nemotron_nb
 from ..core import UserError, digest, write_json
+from ..train.settings import ERROR_FILE
 
 # %% ../../nbs/ops/31_run_folder.ipynb #44b64c02
 def slug(
@@ -423,6 +424,7 @@ def start_training(
     patient = {"GOMP_SPINCOUNT": "1000"} | os.environ  # threads that wait must not spin for long: on a shared machine that is many times slower
     detached, attempt, metrics = bool(slurm_job()), read_status(folder).get("attempt", 0), folder / "metrics.jsonl"
     seen = metrics.stat().st_size if metrics.exists() else 0
+    (folder / ERROR_FILE).unlink(missing_ok=True)
     with open(folder / "train.log", "ab") as log:
         log.write(f"--- attempt {attempt}, {_now()}: {' '.join(command)}\n".encode())
         log.flush()
@@ -461,7 +463,9 @@ def follow(
         if not training.detached:
             training.stop()
     if training.ending():
-        log = training.folder / "train.log"
+        log, told = training.folder / "train.log", training.folder / ERROR_FILE
+        if told.exists():
+            raise UserError(f"{training.ending()}: {told.read_text().strip()}", where=str(log), fix="mend the cause, start again")
         raise UserError(f"{training.ending()}; its last lines:\n{_last_lines(log)}", where=str(log), fix="read the whole log, mend the cause, start again")
 
 

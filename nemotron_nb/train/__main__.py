@@ -7,6 +7,7 @@ __all__ = ['read_config', 'train', 'main']
 
 # %% ../../nbs/train/24_command.ipynb #b81739fe
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from yaml import YAMLError
 
 from ..core import UserError, from_mapping
-from .settings import TrainConfig
+from .settings import ERROR_FILE, TrainConfig
 
 # %% ../../nbs/train/24_command.ipynb #776569a4
 def read_config(
@@ -59,13 +60,27 @@ def main(
     parser.add_argument("--config", required=True, metavar="FILE.yaml", help="settings; see nemotron_nb.train.settings.TrainConfig")
     path = parser.parse_args(arguments).config
     transformers_logging.disable_progress_bar()
+    config = None
     try:
-        train(read_config(path))
+        config = read_config(path)
+        train(config)
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         print(error if rank == "0" else f"rank {rank}: {error}", file=sys.stderr)
+        _note(config, str(error))
         return 1
+    except Exception as error:
+        _note(config, f"{type(error).__name__}: {error}")
+        raise
     return 0
+
+
+def _note(config: TrainConfig | None, message: str) -> None:
+    """Leave the first error in the output folder: with several ranks, their logs bury it. Where nothing can be written, the log has to do."""
+    if config is None:
+        return
+    with contextlib.suppress(OSError), open(Path(config.output_dir) / ERROR_FILE, "x", encoding="utf-8") as file:
+        file.write(message)
 
 # %% ../../nbs/train/24_command.ipynb #5d29351e
 if __name__ == "__main__" and globals().get("__package__"):  # as a command; a notebook is "__main__" too, without a package
