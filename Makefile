@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: help sft test lab bench readme pictures docs
+.PHONY: help sft test test-long lab bench readme pictures docs
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,7 +18,7 @@ quote = '$(subst ','\'',$(1))'
 
 help:  ## this list
 	@echo "make TARGET [NAME=value ...]"
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo ""
 	@echo "  make sft DATA=chats.jsonl             train on your own chats (OpenAI format, one JSON object a line)"
 	@echo "  make sft TOKENIZER=tekken             another tokenizer: tiny, tekken, a folder, or a hub name"
@@ -34,9 +34,13 @@ test:  ## notebooks in step with the library, every notebook executed, then pyte
 	@.ci/setup dev
 	@$(IN) .ci/sync
 	@$(IN) OMP_NUM_THREADS=1 nbdev-test --n-workers $(WORKERS)
-	@$(IN) OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) --dist loadfile --ignore tests/megatron --ignore tests/slurm --ignore tests/lab
+	@$(IN) OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) --dist loadfile -m "not long" --ignore tests/megatron --ignore tests/slurm --ignore tests/lab
 	@$(IN) OMP_NUM_THREADS=1 python -m pytest tests/megatron
 	@$(IN) OMP_NUM_THREADS=1 python -m pytest tests/slurm tests/lab
+
+test-long:  ## the tests that take minutes each and are not part of "make test"
+	@.ci/setup dev
+	@$(IN) OMP_NUM_THREADS=1 python -m pytest -m long --ignore tests/megatron --ignore tests/slurm --ignore tests/lab
 
 lab:  ## JupyterLab on the notebooks
 	@.ci/setup dev

@@ -25,7 +25,6 @@ from nemotron_nb.ops.evaluate import (
     asks,
     changes,
     changes_picture,
-    comparison_page,
     comparison_sections,
     eval_config,
     evaluate_run,
@@ -36,6 +35,7 @@ from nemotron_nb.ops.evaluate import (
     write_comparison,
     write_harness,
 )
+from nemotron_nb.ops.report import html_page
 from nemotron_nb.ops.rollouts import REASONS, Prompt, budget_config, budget_run, check_kept, collect, message_of, prompt_of, resolved_stage, sft_overrides, training_prompts
 from nemotron_nb.ops.run_folder import read_status
 from nemotron_nb.ops.sft import prepare_data
@@ -230,7 +230,7 @@ def test_what_fell_is_listed_before_what_rose():
 def test_a_models_text_cannot_become_part_of_the_page():
     base, tuned = found({HOSTILE: [True]}, {"c": True}), found({HOSTILE: [False]}, {"c": False})
     config = dataclasses.replace(eval_config("nano3", "tiny").settings, model=HOSTILE)
-    page = comparison_page(HOSTILE, headline(base, tuned, config), comparison_sections(base, tuned, config, HOSTILE))
+    page = html_page(HOSTILE, headline(base, tuned, config), comparison_sections(base, tuned, config, HOSTILE))
     tags = Tags(page).found
     assert not any(tag == "script" for tag, _ in tags) and all(a["src"].startswith("data:") and "onerror" not in a for tag, a in tags if tag == "img")
     assert page.count("&lt;script&gt;") > 10

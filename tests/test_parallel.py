@@ -160,7 +160,7 @@ def alone():
         return {name: some_steps(config_of(model=EVERYTHING, **sections), sizes, Ranks()) for name, (sections, sizes) in CASES.items()}
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.long)])
 def several(request, place):
     folder = place / f"ranks{request.param}"
     folder.mkdir()

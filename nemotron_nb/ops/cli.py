@@ -307,7 +307,7 @@ def _sft_here(effective: "Effective", config: str, resume: str) -> None:
 
 # %% ../../nbs/ops/33_cli.ipynb #7ba6fb81
 def evaluation(family: str, config: str, overrides: list[str], *, dry_run: bool = False, run: str = "", batch: str = "") -> None:
-    """Evaluate a model."""
+    """Compare a model with what it began from."""
     from nemotron_nb.ops.evaluate import eval_config, evaluate_run
 
     profile, mode = _place(run, batch)
@@ -429,7 +429,7 @@ def _family_app(family: str, model: str) -> typer.Typer:
 
             budget_run(family, config, overrides or [])
 
-    @commands.command("eval", help="Evaluate a model: held-out loss, form of its answers, calls of tools.", epilog=EXAMPLES["eval"].format(f=family))
+    @commands.command("eval", help="Compare a model with what it began from: held-out loss, form of its answers in each reasoning mode, pass@1 on questions.", epilog=EXAMPLES["eval"].format(f=family))
     def _eval(overrides: Overrides = None, config: Config = "default", dry_run: DryRun = False, run: Run = "", batch: Batch = "") -> None:
         evaluation(family, config, overrides or [], dry_run=dry_run, run=run, batch=batch)
 

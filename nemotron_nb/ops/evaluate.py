@@ -8,15 +8,11 @@ __all__ = ['START', 'SAMPLE_QUESTIONS', 'Tell', 'Measured', 'HARNESS_TASK', 'EVA
            'asks', 'load_model', 'measure', 'evaluate_folder', 'main', 'start_measuring', 'loss_rows',
            'loss_by_source_picture', 'form_rows', 'score_rows', 'score_picture', 'Changed', 'changes',
            'changes_picture', 'beside_picture', 'harness_task', 'harness_command', 'write_harness', 'summary',
-           'headline', 'comparison_sections', 'comparison_page', 'open_evaluation', 'write_comparison', 'measured_pair',
-           'execute_into', 'evaluate_run']
+           'headline', 'comparison_sections', 'open_evaluation', 'write_comparison', 'measured_pair', 'evaluate_run']
 
 # %% ../../nbs/ops/32b_evaluate.ipynb #5ee53134
-import dataclasses
-import html
 import importlib.util
 import json
-import logging
 import os
 import shlex
 import sys
@@ -30,10 +26,10 @@ from omegaconf import OmegaConf
 
 from ..core import UserError, from_mapping, write_atomic, write_json
 from ..data.prep import Manifest
-from .config import COMMAND, COMMAND_LINE, FAMILIES, Effective, Layer, RunSection, config_file, known_names, merge, project_root, read_override, read_yaml, to_yaml
-from .report import BLUE, GREY, ORANGE, Section, environment_picture
+from .config import COMMAND, COMMAND_LINE, FAMILIES, Effective, Layer, RunSection, config_file, flatten, known_names, merge, project_root, read_override, read_yaml, to_yaml
+from .report import BLUE, GREY, ORANGE, Section, clipped, environment_picture, form_in_words, html_page
 from .run_folder import Training, environment, list_runs, make_run_folder, read_status, run_name, run_state, set_status, start_training
-from .sft import Parameters
+from .sft import Parameters, execute_into
 from ..viz import Picture, joined, png, table
 
 if TYPE_CHECKING:
@@ -356,7 +352,7 @@ def evaluate_folder(
     """Measure what eval.yaml names; write base.json, tuned.json and rejects.jsonl."""
     import gc
 
-    from nemotron_nb.train.torch_engine import MetricsFile
+    from nemotron_nb.train.metrics import MetricsFile
 
     folder = Path(folder)
     config = from_mapping(EvalConfig, OmegaConf.to_container(OmegaConf.load(folder / "eval.yaml")), "eval.yaml")
@@ -543,13 +539,6 @@ def changes(
     return sorted(found, key=lambda c: c.better)
 
 
-def _clip(text: str, limit: int, from_end: bool = False) -> str:
-    """A text cut to a length, with a mark where it was cut."""
-    if len(text) <= limit:
-        return text
-    return "... " + text[-limit:] if from_end else text[:limit] + " ..."
-
-
 def changes_picture(
     changed: Sequence[Changed],
     count: int = 4,  # examples of each kind
@@ -561,7 +550,7 @@ def changes_picture(
     parts = [table([(words[kind], len(group)) for kind, group in groups.items()], header=["", "number"])]
     for kind, group in groups.items():
         for c in group[:count]:
-            rows = [("asked", f"{c.asked} / {c.where}"), ("prompt (its end)", _clip(c.prompt, 200, True)), ("expected", _clip(c.expected, 300)), ("base", _clip(c.base, 400)), ("tuned", _clip(c.tuned, 400))]
+            rows = [("asked", f"{c.asked} / {c.where}"), ("prompt (its end)", clipped(c.prompt, 200, True)), ("expected", clipped(c.expected, 300)), ("base", clipped(c.base, 400)), ("tuned", clipped(c.tuned, 400))]
             parts.append(table(rows, header=["", words[kind].replace("answers that were", "an answer that was").replace("and are ", "and is ").replace("turns that were", "a turn that was").replace("turns that are", "a turn that is")]))
     return joined(parts)
 
@@ -576,18 +565,12 @@ def beside_picture(
     parts = []
     for name in chosen:
         same = [w for w in tuned["written"] if w["conversation_id"] + "\0" + w["expected"] == name and w["test"] == 0]
-        rows = [("", "prompt (its end)", _clip(same[0]["prompt"], 200, True), ""), ("", "expected", _clip(same[0]["expected"], 300), "")]
+        rows = [("", "prompt (its end)", clipped(same[0]["prompt"], 200, True), ""), ("", "expected", clipped(same[0]["expected"], 300), "")]
         for new in same:
             old = next((w for w in base.get("written", ()) if all(w[k] == new[k] for k in ("ask", "conversation_id", "expected", "test"))), None)
-            rows += [(w["ask"], who, _clip(w["generated"], 400), _form(w)) for who, w in (("base", old), ("tuned", new)) if w]
+            rows += [(w["ask"], who, clipped(w["generated"], 400), form_in_words(w)) for who, w in (("base", old), ("tuned", new)) if w]
         parts.append(table(rows, header=["asked", "", "text", "form"]))
     return joined(parts)
-
-
-def _form(said: Mapping[str, Any]) -> str:
-    """Well formed, or what is missing."""
-    faults = [("closed_think", "thinking not closed"), ("well_formed_tool_call", "tool call broken"), ("ended", "does not end")]
-    return "well formed" if said["well_formed"] else ", ".join(text for name, text in faults if said[name] is False)
 
 # %% ../../nbs/ops/32b_evaluate.ipynb #0858e59b
 HARNESS_TASK = "nemotron_nb_questions"
@@ -718,32 +701,15 @@ def comparison_sections(
         (bool(base), "What got worse, what got better", "The same prompt, asked in the same way; what got worse comes first.", lambda: changes_picture(changes(base, tuned))),
         (form, "Side by side", "The same held-out prompts in every way of asking.", lambda: beside_picture(base, tuned)),
         (bool(harness), "Public benchmarks", "Task and command for lm-evaluation-harness lie in harness/.", lambda: table([(harness,)], header=["hand-off"])),
-        (True, "Settings", "What both models were measured with.", lambda: table(list(_flat(asdict(config)).items()), header=["setting", "value"])),
+        (True, "Settings", "What both models were measured with.", lambda: table(_settings(config), header=["setting", "value"])),
         (bool(env), "Code and machine", "All package versions are in env.json.", lambda: environment_picture(env)),
     ]
     return [Section(title, how, draw()) for there, title, how, draw in plan if there]
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _settings(config: EvalConfig) -> list[tuple[str, str]]:
     """Settings by dotted name, without those of where the run is made."""
-    return {k: v for name, value in tree.items() for k, v in (_flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: str(value)}).items() if not k.startswith("run.")}
-
-
-_STYLE = (
-    "body{max-width:72rem;margin:2rem auto;padding:0 1rem;font:16px/1.5 system-ui,sans-serif;color-scheme:light dark;background:Canvas;color:CanvasText}"
-    "h2{margin:2.2rem 0 .2rem}p.how{margin:.2rem 0 .8rem;opacity:.75}.scroll{overflow-x:auto}img{background:#fff}td{vertical-align:top}"
-)
-
-
-def comparison_page(
-    title: str,
-    words: Sequence[str],
-    sections: Sequence[Section],
-) -> str:
-    """One HTML page that needs nothing else."""
-    said = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in words)
-    parts = "".join(f'<section><h2>{html.escape(s.title)}</h2><p class="how">{html.escape(s.how)}</p><div class="scroll">{s.picture.html}</div></section>' for s in sections)
-    return f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>{said}{parts}</body></html>\n'
+    return [(name, str(value)) for name, value in flatten(asdict(config)).items() if not name.startswith("run.")]
 
 # %% ../../nbs/ops/32b_evaluate.ipynb #d3d8f5dc
 EVAL_NOTEBOOK = "nbs/runs/evaluate.ipynb"
@@ -784,7 +750,7 @@ def write_comparison(
     base, tuned, env = _measured(folder, "base"), _measured(folder, "tuned"), json.loads((folder / "env.json").read_text())
     write_json(folder / "results.json", summary(base, tuned, config))
     parts = comparison_sections(base, tuned, config, write_harness(config, folder), env)
-    return write_atomic(folder / "report.html", comparison_page(folder.name, headline(base, tuned, config), parts))
+    return write_atomic(folder / "report.html", html_page(folder.name, headline(base, tuned, config), parts))
 
 
 def measured_pair(
@@ -794,37 +760,6 @@ def measured_pair(
     return _measured(Path(folder), "base"), _measured(Path(folder), "tuned")
 
 # %% ../../nbs/ops/32b_evaluate.ipynb #eea41370
-def execute_into(
-    notebook: str,  # relative to the checkout
-    folder: Path,  # a run folder that was opened
-    parameters: Parameters,
-) -> None:
-    """Execute a run notebook into its folder as notebook.ipynb. However it ends, the status says so."""
-    partial = folder / ".partial.ipynb"
-    given = asdict(parameters) | {"run_dir": str(folder.absolute()), "work_dir": os.getcwd()}
-    try:
-        _execute(notebook, partial, given)
-        if read_status(folder)["state"] != "done":
-            raise UserError("the notebook ended before its last cell", where=str(folder), fix="open its notebook.ipynb and look at the last cell that ran")
-    except BaseException as e:
-        set_status(folder, "failed", message=str(e) or f"ended by {type(e).__name__}")
-        raise
-    finally:
-        if partial.exists():
-            os.replace(partial, folder / "notebook.ipynb")
-
-
-def _execute(notebook: str, output: Path, given: Mapping[str, Any]) -> None:
-    """papermill, quiet, with the errors of the notebook as errors for people."""
-    import papermill
-
-    logging.getLogger("papermill").setLevel(logging.ERROR)
-    try:
-        papermill.execute_notebook(project_root() / notebook, output, given, kernel_name="python3", autosave_cell_every=5, progress_bar=False, extra_arguments=["--log-level=CRITICAL"])
-    except papermill.PapermillExecutionError as e:
-        raise UserError(e.evalue if e.ename == "UserError" else f"the notebook failed: {e.ename}: {e.evalue}") from None
-
-
 def _show_plan(effective: Effective, settled: EvalConfig, script: str) -> None:
     """What would be measured, and the job script if there is one."""
     named = [("model", settled.model), ("base", settled.base or "none"), ("data", settled.data.dir or "none"), ("questions", settled.data.questions or "none")]

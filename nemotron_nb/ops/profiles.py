@@ -80,7 +80,7 @@ class Profile:
 # %% ../../nbs/ops/35_profiles.ipynb #8b2c3ee4
 PLANNED = ("docker", "skypilot", "dgxcloud", "lepton")
 NOTES = {
-    "container_image": "container_image stands in the profile; images belong into the recipe, and one named there is taken instead",
+    "container_image": "container_image stands in the profile; images belong in the recipe, and one named there is taken instead",
     "ray_working_dir": "ray_working_dir is for reinforcement learning; nothing here reads it",
     "cloud": "cloud is for a cloud executor; Slurm does not read it",
     "gpus": "gpus is for a cloud executor; for Slurm give gpus_per_node",

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREY', 'Run', 'read_run', 'headline', 'funnel_picture', 'splits_picture', 'fill_picture',
            'arithmetic_picture', 'stage_switches', 'seams', 'loss_picture', 'LivePicture', 'lr_picture',
-           'speed_picture', 'shortened', 'strips_picture', 'generations_picture', 'settings_picture',
-           'attempts_picture', 'artifacts_picture', 'environment_picture', 'run_row', 'Section', 'sections', 'page',
-           'write_report']
+           'speed_picture', 'shortened', 'strips_picture', 'form_in_words', 'clipped', 'generations_picture',
+           'settings_picture', 'attempts_picture', 'artifacts_picture', 'environment_picture', 'run_row', 'Section',
+           'sections', 'html_page', 'page', 'write_report']
 
 # %% ../../nbs/ops/32_report.ipynb #2a197d65
 import html
@@ -340,7 +340,7 @@ def shortened(
         for name, values in kept.items():
             values += [example[name][i] for i in where] if shown else []
         if not shown:
-            for name, value in (("pieces", f"[... {len(where)} tokens ...]\n"), ("roles", example["roles"][where[-1]]), ("trained", 0), ("nll", None)):
+            for name, value in (("pieces", f"[... {len(where)} token{'s' if len(where) > 1 else ''} ...]\n"), ("roles", example["roles"][where[-1]]), ("trained", 0), ("nll", None)):
                 kept[name].append(value)
     return kept
 
@@ -350,7 +350,7 @@ def strips_picture(
     after: Mapping[str, Any],  # evaluation_after.json
 ) -> Picture:
     """The loss of each trained token of one held-out chat, before and after training, on one scale."""
-    examples = [(f"{name} (a chat of {len(e['example']['pieces'])} tokens):", shortened(e["example"])) for name, e in (("before", before), ("after", after)) if e.get("example")]
+    examples = [(f"{name} (a chat of {len(e['example']['pieces'])} tokens)", shortened(e["example"])) for name, e in (("before", before), ("after", after)) if e.get("example")]
     top = max((v for _, e in examples for v in e["nll"] if v is not None), default=1.0)
     return joined(
         token_strip(e["pieces"], e["trained"], roles=e["roles"], values=e["nll"], value_name="loss", title=name, top=top)
@@ -358,7 +358,9 @@ def strips_picture(
     )
 
 # %% ../../nbs/ops/32_report.ipynb #16352739
-def _verdict(said: Mapping[str, Any]) -> str:
+def form_in_words(
+    said: Mapping[str, Any],  # what a model wrote, and how it was judged
+) -> str:
     """Well formed, or what is missing."""
     if said["well_formed"]:
         return "well formed"
@@ -366,7 +368,12 @@ def _verdict(said: Mapping[str, Any]) -> str:
     return ", ".join(text for name, text in faults if said[name] is False) or "not well formed"
 
 
-def _clipped(text: str, limit: int, from_end: bool = False) -> str:
+def clipped(
+    text: str,
+    limit: int,  # characters
+    from_end: bool = False,  # keep the end, not the beginning
+) -> str:
+    """A text cut to a length, with a mark where it was cut."""
     if len(text) <= limit:
         return text
     return "... " + text[-limit:] if from_end else text[:limit] + " ..."
@@ -381,10 +388,10 @@ def generations_picture(
     old = {(g["conversation_id"], g["prompt"]): g for g in before.get("generations", [])}
     tables = []
     for said in after.get("generations", [])[:count]:
-        rows = [("prompt (its end)", _clipped(said["prompt"], 300, from_end=True), ""), ("expected", _clipped(said["expected"], 500), "")]
+        rows = [("prompt (its end)", clipped(said["prompt"], 300, from_end=True), ""), ("expected", clipped(said["expected"], 500), "")]
         earlier = old.get((said["conversation_id"], said["prompt"]))
-        rows += [("before", _clipped(earlier["generated"], 500), _verdict(earlier))] if earlier else []
-        rows += [("after", _clipped(said["generated"], 500), _verdict(said))]
+        rows += [("before", clipped(earlier["generated"], 500), form_in_words(earlier))] if earlier else []
+        rows += [("after", clipped(said["generated"], 500), form_in_words(said))]
         tables.append(table(rows, header=["", "text", "form"]))
     return joined(tables)
 
@@ -490,22 +497,30 @@ def sections(
 
 # %% ../../nbs/ops/32_report.ipynb #715eeb72
 _STYLE = (
-    "body{max-width:60rem;margin:2rem auto;padding:0 1rem;font:16px/1.5 system-ui,sans-serif;color-scheme:light dark;background:Canvas;color:CanvasText}"
-    "h2{margin:2.2rem 0 .2rem}p.how{margin:.2rem 0 .8rem;opacity:.75}.scroll{overflow-x:auto}img{background:#fff}"
+    "body{max-width:72rem;margin:2rem auto;padding:0 1rem;font:16px/1.5 system-ui,sans-serif;color-scheme:light dark;background:Canvas;color:CanvasText}"
+    "h2{margin:2.2rem 0 .2rem}p.how{margin:.2rem 0 .8rem;opacity:.75}.scroll{overflow-x:auto}img{background:#fff}td{vertical-align:top}"
 )
+
+
+def html_page(
+    title: str,
+    words: Sequence[str],  # sentences at the top, a paragraph each
+    parts: Sequence[Section],
+) -> str:
+    """One HTML page that needs nothing else. Title and sentences are escaped, pictures have done it themselves."""
+    title, said = html.escape(title), "".join(f"<p>{html.escape(sentence)}</p>" for sentence in words)
+    body = "".join(f'<section><h2>{html.escape(s.title)}</h2><p class="how">{html.escape(s.how)}</p><div class="scroll">{s.picture.html}</div></section>' for s in parts)
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1>{said}{body}</body></html>\n"
+    )
 
 
 def page(
     run: Run,
 ) -> str:
     """The report as one HTML page that needs nothing else."""
-    title = html.escape(run.folder.name)
-    words = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in headline(run))
-    parts = "".join(f'<section><h2>{html.escape(s.title)}</h2><p class="how">{html.escape(s.how)}</p><div class="scroll">{s.picture.html}</div></section>' for s in sections(run))
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1>{words}{parts}</body></html>\n"
-    )
+    return html_page(run.folder.name, headline(run), sections(run))
 
 
 def write_report(

@@ -26,9 +26,9 @@ from ..data.reasoning import SUPER_BUDGET, SUPER_BUDGET_STEPS
 from ..data.records import Conversation, read_chats
 from ..data.template import IM_END, chunks
 from .config import Effective, RunSection, to_yaml
-from .evaluate import GenerationSection, eval_config, execute_into, load_model, model_of, model_run
+from .evaluate import GenerationSection, eval_config, load_model, model_of, model_run
 from .run_folder import Training, environment, make_run_folder, run_name, set_status, start_training
-from .sft import Parameters
+from .sft import Parameters, execute_into
 from ..viz import Picture, joined, table
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def collect_folder(
     """Answer the prompts that budget.yaml names; write rollouts.jsonl, rejects.jsonl and rollouts.json."""
     from nemotron_nb.data.tokenizer import load_tokenizer
     from nemotron_nb.train.evaluate import Sampling, generate
-    from nemotron_nb.train.torch_engine import MetricsFile
+    from nemotron_nb.train.metrics import MetricsFile
 
     folder = Path(folder)
     config = from_mapping(BudgetConfig, OmegaConf.to_container(OmegaConf.load(folder / "budget.yaml")), "budget.yaml")

@@ -6,7 +6,7 @@
 __all__ = ['MODEL_FILES', 'RUN_NOTEBOOK', 'Parameters', 'given_parameters', 'cluster_layer', 'check_chats', 'data_settings',
            'prepare_data', 'new_run', 'begin_run', 'notebook_settings', 'opened_run', 'open_run', 'training_settings',
            'start_command', 'data_artifact', 'first_weights', 'consumed', 'model_artifact', 'open_tracker',
-           'import_folder', 'run_notebook', 'check_place', 'job_script', 'sft_script', 'submit_run']
+           'import_folder', 'run_notebook', 'execute_into', 'check_place', 'job_script', 'sft_script', 'submit_run']
 
 # %% ../../nbs/ops/32a_sft.ipynb #eda987ec
 import dataclasses
@@ -333,17 +333,29 @@ def run_notebook(
     parameters: Parameters,
 ) -> None:
     """Execute the run notebook into the folder as notebook.ipynb. However it ends, the status says so, and no training is left behind."""
+    try:
+        execute_into(RUN_NOTEBOOK, folder, parameters, ("done", "preempted"))
+    finally:
+        _end_training(folder)
+
+
+def execute_into(
+    notebook: str,  # relative to the checkout
+    folder: Path,  # a run folder that was opened
+    parameters: Parameters,
+    ends: Sequence[str] = ("done",),  # states that the last cell may leave
+) -> None:
+    """Execute a notebook into a run folder as notebook.ipynb. However it ends, the status says so; `UserError` if it fails."""
     partial = folder / ".partial.ipynb"
     given = dataclasses.asdict(parameters) | {"run_dir": str(folder.absolute()), "work_dir": os.getcwd()}
     try:
-        _execute(partial, given)
-        if read_status(folder)["state"] not in ("done", "preempted"):  # sys.exit(0) in a cell ends a notebook early and looks like success
+        _execute(notebook, partial, given)
+        if read_status(folder)["state"] not in ends:  # sys.exit(0) in a cell ends a notebook early and looks like success
             raise UserError("the notebook ended before its last cell", where=str(folder), fix="open its notebook.ipynb and look at the last cell that ran")
     except BaseException as e:
         set_status(folder, "failed", message=str(e) or f"ended by {type(e).__name__}")
         raise
     finally:
-        _end_training(folder)
         keep_notebook(folder, partial)
 
 
@@ -354,7 +366,7 @@ def _end_training(folder: Path) -> None:
         os.kill(found.pid, signal.SIGTERM)
 
 
-def _execute(output: Path, given: Mapping[str, Any]) -> None:
+def _execute(notebook: str, output: Path, given: Mapping[str, Any]) -> None:
     """papermill, quiet, with the errors of the notebook as errors for people."""
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -362,7 +374,7 @@ def _execute(output: Path, given: Mapping[str, Any]) -> None:
     logging.getLogger("papermill").setLevel(logging.ERROR)
     quiet = {"progress_bar": False, "extra_arguments": ["--log-level=CRITICAL"]}
     try:
-        papermill.execute_notebook(project_root() / RUN_NOTEBOOK, output, given, kernel_name="python3", autosave_cell_every=5, **quiet)
+        papermill.execute_notebook(project_root() / notebook, output, given, kernel_name="python3", autosave_cell_every=5, **quiet)
     except papermill.PapermillExecutionError as e:
         raise UserError(e.evalue if e.ename == "UserError" else f"the notebook failed: {e.ename}: {e.evalue}") from None
     except DeadKernelError:

@@ -94,7 +94,7 @@ def _refuse_pattern(pattern: str, model: nn.Module, layers: Iterable[str]) -> No
     """Say why a pattern means no layer."""
     output = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), "")
     if output and (matches(pattern, output) or pattern in ("output_layer", "lm_head")):
-        raise UserError(f"{pattern!r} means the output layer", where="peft", why="the loss reads its matrix and never calls it: a pair beside it would not be trained", fix="leave it out")
+        raise UserError(f"{pattern!r} means the output layer", where="peft", why="in training it answers with the loss, from its matrix alone: a pair beside it would not be trained", fix="leave it out")
     if any(matches(pattern, name) for name in _stacked_experts(model)):
         raise UserError(f"{pattern!r} means routed experts alone", where="peft", why="they are stacked in one tensor for each layer, and pairs are put beside linear layers", fix="name shared_experts, or train with the Megatron engine, which has pairs for routed experts")
     layers = list(layers)

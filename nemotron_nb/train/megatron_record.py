@@ -16,6 +16,7 @@ import torch
 
 from ..core import write_atomic
 from ..loss.two_stage import MeanPair
+from .metrics import read_metrics
 from .megatron_step import TwoStageStep
 
 # %% ../../nbs/train/26a_megatron_record.ipynb #1b5695fd
@@ -34,12 +35,9 @@ def append_line(
 def kept_lines(
     path: str | Path,  # metrics.jsonl of an interrupted run
     step: int,  # optimizer steps done when the checkpoint was written
-) -> list[dict[str, Any]]:
-    """The lines of an earlier part of a run that still hold."""
-    if not Path(path).exists():
-        return []
-    lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    return [line for line in lines if line.get("step", 0) <= step and line["kind"] != "end"]
+) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of an earlier part of a run that still hold, as they are and as JSON. Half a line at the end does not."""
+    return [(text, line) for text, line in read_metrics(path) if line.get("step", 0) <= step and line["kind"] != "end"]
 
 
 def go_on(
@@ -48,9 +46,9 @@ def go_on(
 ) -> None:
     """Cut metrics.jsonl back to a checkpoint and mark the seam."""
     kept = kept_lines(Path(folder) / METRICS, step)
-    attempt = 1 + max([1, *(line["attempt"] for line in kept if line["kind"] == "resume")])  # the first begins, and says nothing
-    lines = [*kept, {"kind": "resume", "step": step, "attempt": attempt}]
-    write_atomic(Path(folder) / METRICS, "".join(json.dumps(line) + "\n" for line in lines))
+    attempt = 1 + max([1, *(line["attempt"] for _, line in kept if line["kind"] == "resume")])  # the first begins, and says nothing
+    seam = {"kind": "resume", "step": step, "attempt": attempt}
+    write_atomic(Path(folder) / METRICS, "".join(text for text, _ in kept) + json.dumps(seam) + "\n")
 
 # %% ../../nbs/train/26a_megatron_record.ipynb #03828fc3
 class Recorder:
