@@ -18,3 +18,12 @@ def test_a_notebook_asks_one_question_once(path):
     long = [s for s in sources if len(s) > 60]
     assert len(long) == len(set(long)), "a cell stands twice"
     assert path.stat().st_size < 400_000
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=str)
+def test_stored_pictures_have_words(path):
+    """A code host and a screen reader find the alternative text in the metadata of the output."""
+    for cell in json.loads((ROOT / path).read_text(encoding="utf-8"))["cells"]:
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                assert output["metadata"].get("image/png", {}).get("alt", "").strip(), "".join(cell["source"])[:80]
