@@ -41,6 +41,7 @@ test:  ## notebooks in step with the library, every notebook executed, then pyte
 test-long:  ## the tests that take minutes each and are not part of "make test"
 	@.ci/setup dev
 	@$(IN) OMP_NUM_THREADS=1 python -m pytest -m long --ignore tests/megatron --ignore tests/slurm --ignore tests/lab
+	@$(IN) OMP_NUM_THREADS=1 MEGATRON_JOBS=all python -m pytest tests/megatron
 
 lab:  ## JupyterLab on the notebooks
 	@.ci/setup dev

@@ -57,7 +57,7 @@ def small(tmp_path) -> tuple[Checkpoints, nn.Module, torch.optim.Optimizer]:
     return checkpoints, model, optimizer
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_resume_and_exchange(two):
     """Everything in checkpoint_worker.py held; and what two processes wrote in either way, one process reads."""
     assert json.loads((two / "done.json").read_text()) == {"world": 2}
@@ -73,7 +73,7 @@ def test_two_processes_resume_and_exchange(two):
     assert 5 * sum(p.stat().st_size for p in small if p.suffix == ".distcp") < sum(p.stat().st_size for p in full if p.suffix == ".distcp"), "frozen weights are not saved"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_two_processes_exported_is_read_by_transformers(two):
     exported = AutoModelForCausalLM.from_pretrained(two / "travel" / "hf", use_mamba_kernels=False, dtype=torch.float32)
     expected = build_model(SIZES, 300, 3).state_dict()
@@ -81,7 +81,7 @@ def test_what_two_processes_exported_is_read_by_transformers(two):
     AutoModelForCausalLM.from_pretrained(two / "travel" / "merged", use_mamba_kernels=False)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_every_file_operation(tmp_path):
     """After each kill the newest checkpoint loads and is one of the two that can be; a disk that is really full is said to be."""
     run(str(HERE / "checkpoint_kills.py"), str(tmp_path))

@@ -303,7 +303,7 @@ def test_prompts_come_from_the_training_split_alone(run, place, monkeypatch):
     assert training_prompts(again) == prompts[:5] != sorted(prompts, key=lambda p: p.messages[0]["content"])[:5]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_stage_runs_on_the_tiny_model(run, place, monkeypatch):
     monkeypatch.chdir(place)
     stage = budget_run("super3", "tiny", [f"model={run}", "rollouts.num_prompts=24", "rollouts.min_kept=8", "generation.max_new_tokens=32", "steps=2", "truncate_fraction=0.5", f"sft_overrides=[{', '.join(repr(s) for s in SMALL[2:])}]"])
