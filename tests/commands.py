@@ -11,4 +11,4 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"} | os.environ  # models this small are slow
 
 def nemotron(*words: str, cwd: Path) -> subprocess.CompletedProcess:
     """`nemotron WORDS...` in the folder `cwd`, its output kept."""
-    return subprocess.run([str(NEMOTRON), *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=120, env=ONE_THREAD)
+    return subprocess.run([str(NEMOTRON), *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300, env=ONE_THREAD)

@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 
 def run(*command: str) -> None:
     """A Python program in a process of its own; it must end well."""
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -165,7 +165,7 @@ def several(request, place):
     folder = place / f"ranks{request.param}"
     folder.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param), __file__, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return request.param, folder, torch.load(folder / "found.pt", weights_only=False)
 
