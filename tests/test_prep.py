@@ -406,7 +406,7 @@ def test_as_nvidia_prepares(tmp_path):
     assert [len(list((tmp_path / "out" / "splits" / s).glob("*"))) for s in SPLITS] == [2, 1, 1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ray_gives_the_same_bytes(tmp_path, small_units):
     pytest.importorskip("ray")
     config = {"num_shards": 2, **SMALL}
