@@ -3276,6 +3276,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'nemotron_nb/train/model.py'),
                                          'nemotron_nb.train.model.build_model': ( 'train/model.html#build_model',
                                                                                   'nemotron_nb/train/model.py'),
+                                         'nemotron_nb.train.model.checkpoint_folder': ( 'train/model.html#checkpoint_folder',
+                                                                                        'nemotron_nb/train/model.py'),
                                          'nemotron_nb.train.model.count_parameters': ( 'train/model.html#count_parameters',
                                                                                        'nemotron_nb/train/model.py'),
                                          'nemotron_nb.train.model.family_config': ( 'train/model.html#family_config',

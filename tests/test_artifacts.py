@@ -302,6 +302,7 @@ def write_some(root, number, start, locks):
 
 @pytest.mark.parametrize("locks", [True, False], ids=["locks", "a disk without locks"])
 def test_twenty_writers_lose_nothing(tmp_path, locks):
+    """Without locks two of them may enter the artifact that all of them write at the same moment, each under its own version."""
     made(tmp_path / "shared", "shared")
     for number in range(20):
         for k in range(3):
@@ -314,9 +315,10 @@ def test_twenty_writers_lose_nothing(tmp_path, locks):
         w.join(60)
     assert [w.exitcode for w in writers] == [0] * 20
     found = Store(tmp_path / "register").list()
-    assert sorted(int(a.version[1:]) for a in found) == list(range(1, 62))
+    shared = sum("writer" not in a.metadata for a in found)
+    assert sorted(int(a.version[1:]) for a in found) == list(range(1, 61 + shared))
     assert {(a.metadata["writer"], a.metadata["k"]) for a in found if "writer" in a.metadata} == {(n, k) for n in range(20) for k in range(3)}
-    assert sum("writer" not in a.metadata for a in found) == 1
+    assert shared == 1 if locks else 1 <= shared <= 20
     whole(tmp_path / "register")
     assert not list((tmp_path / "register" / "m").glob(".*.tmp"))
 

@@ -9,6 +9,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nemotron_nb.core import UserError
 from nemotron_nb.data.template import TOOLS_INSTRUCTION, chunks, first_turn, render, template_path, turns, x_ray_beside
+from nemotron_nb.viz import visible
 
 SYSTEM = "<|im_start|>system\n<|im_end|>\n"
 
@@ -173,7 +174,7 @@ def test_x_ray_shows_every_character_once_and_is_safe(messages, tools, switches)
     picture = x_ray_beside(messages, tools, title="<script>", width=30, **switches)
     assert "<script" not in picture.html and "<style" not in picture.html and "<|im_" not in picture.html
     right = "\n".join(line[33:] for line in picture.text.split("\n")[1:] if not line.startswith("-" * 30 + "-+-"))
-    shown, whole = ("".join(text.replace("\u00ab", "").replace("\u00bb", "").split()) for text in (right, render(messages, tools, **switches)))
+    shown, whole = ("".join(text.replace("\u00ab", "").replace("\u00bb", "").split()) for text in (right, visible(render(messages, tools, **switches))))
     assert shown == whole
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..core import UserError, nearest
-from ..viz import ROLE_COLOURS, Picture, clipped, escape, fitting, token_strip
+from ..viz import ROLE_COLOURS, Picture, clipped, escape, fitting, token_strip, visible
 
 # %% ../../nbs/data/03_template.ipynb #76eee489
 Piece = tuple[str, bool]  # (text, is it written by the format?)
@@ -299,8 +299,8 @@ def _spans(parts: Sequence[Chunk]) -> str:
 
 def _side_by_side(left: str, right: str, width: int) -> str:
     """Two texts as two columns of plain text; long lines of the left one are broken."""
-    lines = [line[i : i + width] for line in left.split("\n") for i in range(0, max(len(line), 1), width)]
-    pairs = itertools.zip_longest(lines, right.split("\n"), fillvalue="")
+    lines = [line[i : i + width] for line in visible(left).split("\n") for i in range(0, max(len(line), 1), width)]
+    pairs = itertools.zip_longest(lines, visible(right).split("\n"), fillvalue="")
     return "\n".join(f"{a:<{width}} | {b}".rstrip() for a, b in pairs)
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
 from ..core import UserError
@@ -20,6 +19,7 @@ from ..data.prep import Manifest
 from ..data.shards import PackReader
 from ..data.tokenizer import load_tokenizer
 from .batches import packs_of_step
+from .model import checkpoint_folder
 from .settings import TINY, TrainConfig
 
 # %% ../../nbs/train/22e_checks.ipynb #05bc7e0e
@@ -86,11 +86,10 @@ def check_tokenizer(
     checkpoint: str,  # a folder in Hugging Face form, a hub name, or "tiny"
     data_dir: str | Path,
 ) -> None:
-    """A checkpoint with a tokenizer and a template has those of the data."""
+    """A checkpoint with a tokenizer and a template has those of the data. `UserError` if not, and if there is no such checkpoint."""
     if checkpoint == TINY:
         return
-    folder, own = Path(checkpoint), Path(data_dir) / "tokenizer"
-    folder = folder if folder.is_dir() else Path(snapshot_download(checkpoint, local_files_only=True))
+    folder, own = checkpoint_folder(checkpoint), Path(data_dir) / "tokenizer"
     if (folder / "tokenizer.json").is_file():
         theirs, ours = load_tokenizer(str(folder)).digest, load_tokenizer(str(own)).digest
         if theirs != ours:

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 
 from ..core import UserError, write_json
 from ..data.shards import read_packs
@@ -26,7 +24,7 @@ from .evaluate import evaluate
 from .learner import make_mtp, mtp_tensors
 from .megatron_compat import dotted
 from .megatron_models import release_folder, shapes
-from .model import build_model
+from .model import build_model, checkpoint_folder
 from .settings import TINY, ModelConfig, TrainConfig
 
 # %% ../../nbs/train/26b_megatron_ends.ipynb #157c4ba0
@@ -52,12 +50,7 @@ def start_folder(
     source = _source(config)
     if _must_be_written(source):
         return Path(config.output_dir) / START
-    if (Path(source) / "config.json").is_file():
-        return Path(source)
-    try:
-        return Path(snapshot_download(source, local_files_only=True))
-    except (LocalEntryNotFoundError, ValueError) as error:
-        raise UserError(f"no such model on this machine: {source!r}", where="model.name", why="it is neither a folder with a config.json nor in the local cache of the hub, and nothing is downloaded unasked", fix=f"run `hf download {source}` first, give a folder, or use {TINY!r}") from error
+    return checkpoint_folder(source)
 
 
 def _write_tiny(config: TrainConfig, tokenizer_dir: Path, folder: Path) -> None:

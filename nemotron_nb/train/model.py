@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NANO', 'SUPER', 'family_config', 'count_parameters', 'active_parameters', 'tiny_config', 'parameter_table',
-           'build_model']
+           'checkpoint_folder', 'build_model']
 
 # %% ../../nbs/train/20_model.ipynb #6da2c4de
 import dataclasses
@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM, PreTrainedModel
 
 from ..core import UserError
@@ -187,23 +189,33 @@ def _check_manners(model: PreTrainedModel, name: str) -> None:
         raise UserError(f"the output of a {type(model).__name__} is more than hidden states times a matrix", where=name, why="the loss would be that of other logits", fix="train a model without scaled, capped or biased logits")
 
 
-def _loaded_model(name: str) -> PreTrainedModel:
-    """A model from a local folder or from the local cache of the hub, in float32."""
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+def checkpoint_folder(
+    name: str,  # a folder in Hugging Face form, or a hub name
+) -> Path:
+    """Where a checkpoint lies: in the folder of that name, or in the local cache of the hub. `UserError` if in neither."""
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError("no config.json here", where=name, fix="give a folder in Hugging Face form, as save_pretrained writes it")
     try:
-        family = AutoConfig.from_pretrained(name, local_files_only=True).model_type == "nemotron_h"
-        ours = {"use_mamba_kernels": False, "experts_implementation": "eager"} if family else {}
-        model = AutoModelForCausalLM.from_pretrained(name, local_files_only=True, dtype=torch.float32, **ours)
-    except OSError as error:
-        if Path(name).is_dir():
-            raise UserError("the weights cannot be read", where=name, why=str(error).split("\n")[0][:200], fix="give a folder in Hugging Face form, as save_pretrained writes it") from error
+        return folder if folder.is_dir() else Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError) as error:
         raise UserError(
             f"no such model on this machine: {name!r}",
             where="model.name",
             why="it is neither a folder with a checkpoint nor in the local cache of the hub, and nothing is downloaded unasked",
             fix=f"run `hf download {name}` first, give a folder, or use {TINY!r}",
         ) from error
+
+
+def _loaded_model(name: str) -> PreTrainedModel:
+    """A model from a local folder or from the local cache of the hub, in float32."""
+    folder = checkpoint_folder(name)
+    try:
+        family = AutoConfig.from_pretrained(folder, local_files_only=True).model_type == "nemotron_h"
+        ours = {"use_mamba_kernels": False, "experts_implementation": "eager"} if family else {}
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **ours)
+    except OSError as error:
+        raise UserError("the weights cannot be read", where=str(folder), why=str(error).split("\n")[0][:200], fix="give a folder in Hugging Face form, as save_pretrained writes it") from error
     except ValueError as error:
         raise UserError("no causal language model that the library knows", where=name, why=str(error).split("\n")[0][:200], fix="give a checkpoint whose model_type transformers has a causal language model for") from error
     if not family:
