@@ -189,18 +189,6 @@ def _told(entry: dict[str, Any], steps: int) -> str | None:
         return f"  going on after step {entry['step']}"
     if entry["kind"] == "paused":
         return f"  paused after step {entry['step']}"
-    if entry["kind"] == "resume":
-        return f"  going on after step {entry['step']}"
-    if entry["kind"] == "paused":
-        return f"  paused after step {entry['step']}"
-    if entry["kind"] == "resume":
-        return f"  going on after step {entry['step']}"
-    if entry["kind"] == "paused":
-        return f"  paused after step {entry['step']}"
-    if entry["kind"] == "resume":
-        return f"  going on after step {entry['step']}"
-    if entry["kind"] == "paused":
-        return f"  paused after step {entry['step']}"
     return None
 
 

@@ -9,9 +9,7 @@ __all__ = ['CHAPTERS', 'FRONT', 'STEP', 'CONF', 'Page', 'page_of', 'pages_of', '
 
 # %% ../../nbs/ops/39_docs.ipynb #bba997b9
 import ast
-import importlib
 import importlib.util
-import inspect
 import json
 import os
 import re
@@ -194,41 +192,50 @@ def setup(
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 # %% ../../nbs/ops/39_docs.ipynb #5c5d092b
-def _head(source: str) -> str:
+_CODE = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+def _named(statement: ast.stmt) -> list[str]:
+    """The names that a statement at the top of a module gives to something."""
+    if isinstance(statement, _CODE):
+        return [statement.name]
+    targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target] if isinstance(statement, ast.AnnAssign) else []
+    return [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+
+
+def _head(node: ast.stmt, lines: Sequence[str]) -> str:
     """The code of a function or class up to its docstring, or to the first method of a class."""
-    node = ast.parse(source).body[0]
-    docstring = isinstance(node.body[0], ast.Expr) and isinstance(node.body[0].value, ast.Constant)
+    first, begin = node.body[0], min(n.lineno for n in (node, *node.decorator_list))
+    documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
     fields = [n for n in node.body if isinstance(n, ast.AnnAssign)] if isinstance(node, ast.ClassDef) else []
-    lines = source.splitlines()
-    head = lines[: node.body[0].lineno - 1] if docstring else lines[: node.body[0].lineno]
-    return "\n".join([*head, *(line for n in fields for line in lines[n.lineno - 1 : n.end_lineno])])
+    head = lines[begin - 1 : first.lineno - documented]
+    return textwrap.dedent("\n".join([*head, *(line for n in fields if n is not first for line in lines[n.lineno - 1 : n.end_lineno])]))
 
 
-def _described(name: str, thing: Any, level: int) -> str:
+def _described(name: str, node: ast.stmt, lines: Sequence[str], level: int) -> str:
     """A function or class as Markdown: signature and docstring."""
-    head = _head(textwrap.dedent(inspect.getsource(thing)))
-    return f"{'#' * level} {name}\n\n```python\n{head}\n```\n\n{inspect.getdoc(thing) or ''}\n"
+    return f"{'#' * level} {name}\n\n```python\n{_head(node, lines)}\n```\n\n{ast.get_docstring(node) or ''}\n"
 
 
-def _entry(name: str, thing: Any) -> str:
-    """A public name as Markdown; of a constant, its value."""
-    if not (inspect.isfunction(thing) or inspect.isclass(thing)) or not thing.__module__.startswith("nemotron_nb"):
-        text = repr(thing)
-        return f"## {name}\n\n```python\n{name} = {text if len(text) <= 300 else text[:300] + ' ...'}\n```\n"
-    members = vars(thing).items() if inspect.isclass(thing) else ()
-    methods = [(n, m) for n, m in members if not n.startswith("_") and inspect.isfunction(m) and m.__module__ == thing.__module__]
-    return "\n".join([_described(name, thing, 2), *(_described(f"{name}.{n}", m, 3) for n, m in methods)])
+def _entry(name: str, node: ast.stmt, lines: Sequence[str]) -> str:
+    """A public name as Markdown; of a constant, what it is set to."""
+    if not isinstance(node, _CODE):
+        text = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+        return f"## {name}\n\n```python\n{text if len(text) <= 300 else text[:300] + ' ...'}\n```\n"
+    methods = [n for n in node.body if isinstance(n, _CODE[:2]) and not n.name.startswith("_")] if isinstance(node, ast.ClassDef) else []
+    return "\n".join([_described(name, node, lines, 2), *(_described(f"{name}.{n.name}", n, lines, 3) for n in methods)])
 
 
 def reference_page(
     module: str,  # dotted name
     page: Page,  # the notebook it comes from
 ) -> str:
-    """Markdown: every public name of a module."""
-    found = importlib.import_module(module)
-    names = [n for n in found.__all__ if n != "setup"]
+    """Markdown: every public name of a module, as its code says it. The module is read, not imported."""
+    text = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
+    lines, top = text.splitlines(), {name: node for node in ast.parse(text).body for name in _named(node)}
+    names = [n for n in ast.literal_eval(top["__all__"].value) if n != "setup"]
     link = f"[{page.title}](../{page.path}.ipynb)"
-    return "\n".join([f"# {module.removeprefix('nemotron_nb.')}\n", f"{page.question} Explained in {link}.\n", *(_entry(n, getattr(found, n)) for n in names)])
+    return "\n".join([f"# {module.removeprefix('nemotron_nb.')}\n", f"{page.question} Explained in {link}.\n", *(_entry(n, top[n], lines) for n in names)])
 
 
 def modules_of(

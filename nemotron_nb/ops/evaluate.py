@@ -28,7 +28,7 @@ from ..core import UserError, from_mapping, write_atomic, write_json
 from ..data.prep import Manifest
 from .config import COMMAND, COMMAND_LINE, FAMILIES, Effective, Layer, RunSection, config_file, flatten, known_names, merge, project_root, read_override, read_yaml, to_yaml
 from .report import BLUE, GREY, ORANGE, Section, clipped, environment_picture, form_in_words, html_page
-from .run_folder import Training, environment, list_runs, make_run_folder, read_status, run_name, run_state, set_status, start_training
+from .run_folder import Training, as_process, environment, list_runs, make_run_folder, read_status, run_name, run_state, set_status, start_process
 from .sft import Parameters, execute_into
 from ..viz import Picture, joined, png, table
 
@@ -371,19 +371,15 @@ def evaluate_folder(
 
 
 def main() -> None:
-    """The measuring process: its argument is the run folder. An error of the user is told once, on stderr."""
-    try:
-        evaluate_folder(sys.argv[1])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    """The measuring process."""
+    as_process(evaluate_folder)
 
 
 def start_measuring(
     folder: str | os.PathLike,  # a run folder with eval.yaml
 ) -> Training:
     """Start the measuring process; `ops.run_folder.follow` follows it."""
-    return start_training(folder, [sys.executable, "-c", "from nemotron_nb.ops.evaluate import main; main()", str(folder)])
+    return start_process(folder, "nemotron_nb.ops.evaluate")
 
 # %% ../../nbs/ops/32b_evaluate.ipynb #ad19e36f
 Measured = Mapping[str, Any]  # what `measure` found

@@ -10,7 +10,6 @@ __all__ = ['REASONS', 'BUDGET_NOTEBOOK', 'Prompt', 'prompt_of', 'message_of', 'R
 # %% ../../nbs/ops/32c_rollouts.ipynb #5583c464
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -27,7 +26,7 @@ from ..data.records import Conversation, read_chats
 from ..data.template import IM_END, chunks
 from .config import Effective, RunSection, to_yaml
 from .evaluate import GenerationSection, eval_config, load_model, model_of, model_run
-from .run_folder import Training, environment, make_run_folder, run_name, set_status, start_training
+from .run_folder import Training, as_process, environment, make_run_folder, run_name, set_status, start_process
 from .sft import Parameters, execute_into
 from ..viz import Picture, joined, table
 
@@ -218,19 +217,15 @@ def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    """The collecting process: its argument is the stage folder. An error of the user is told once, on stderr."""
-    try:
-        collect_folder(sys.argv[1])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    """The collecting process."""
+    as_process(collect_folder)
 
 
 def start_collecting(
     folder: str | os.PathLike,  # a stage folder with budget.yaml
 ) -> Training:
     """Start the collecting process; `ops.run_folder.follow` follows it."""
-    return start_training(folder, [sys.executable, "-c", "from nemotron_nb.ops.rollouts import main; main()", str(folder)])
+    return start_process(folder, "nemotron_nb.ops.rollouts")
 
 # %% ../../nbs/ops/32c_rollouts.ipynb #a09deaaa
 def rollout_rows(folder: str | os.PathLike) -> list[dict[str, Any]]:

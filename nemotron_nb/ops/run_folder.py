@@ -6,7 +6,7 @@
 __all__ = ['STATES', 'ENDED', 'STOP', 'slug', 'run_name', 'make_run_folder', 'slurm_job', 'environment', 'read_status',
            'set_status', 'job_of', 'run_state', 'put_back', 'begin_attempt', 'keep_notebook', 'note_failures',
            'new_lines', 'read_metrics', 'MetricsReader', 'Training', 'Found', 'found_training', 'start_training',
-           'follow', 'wait_for_training', 'list_runs']
+           'start_process', 'as_process', 'follow', 'wait_for_training', 'list_runs']
 
 # %% ../../nbs/ops/31_run_folder.ipynb #2a1b7dd1
 import atexit
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -431,6 +431,25 @@ def start_training(
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=patient, start_new_session=detached)
     write_json(folder / "train.json", {"pid": process.pid, "host": socket.gethostname(), "attempt": attempt, "started": _now(), "command": command})
     return Training(process, folder, detached, seen)
+
+
+def start_process(
+    folder: str | os.PathLike,  # the run folder
+    module: str,  # dotted; its `main` is called
+) -> Training | Found:
+    """Start other work than training on a run folder, as `start_training` does; `follow` follows it."""
+    return start_training(folder, [sys.executable, "-c", f"from {module} import main; main()", str(folder)])
+
+
+def as_process(
+    act: Callable[[str], Any],  # takes a run folder
+) -> None:
+    """What such a process does: it acts on the folder that is its argument, and tells an error of the user once, on stderr."""
+    try:
+        act(sys.argv[1])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 # %% ../../nbs/ops/31_run_folder.ipynb #81299a71
 def _last_lines(path: Path, count: int = 12) -> str:

@@ -108,7 +108,8 @@ def test_every_public_function_says_what_it_does(module):
     found = importlib.import_module(module)
     text = docs.reference_page(module, docs.Page("x", "x", "x?"))
     for name in found.__all__:
-        assert name == "setup" or f"## {name}" in text
+        assert name == "setup" or f"## {name}\n" in text
+    assert " at 0x" not in text
 
 
 def test_every_notebook_leads_to_the_next():
