@@ -26,9 +26,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jsonschema
 import referencing
 import referencing.exceptions
 from jinja2 import StrictUndefined, TemplateError
@@ -37,6 +36,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ..core import UserError, digest, write_atomic
 from .filters import Judge, Verdict
 from .records import Conversation, Reject
+
+if TYPE_CHECKING:
+    from jsonschema import Draft202012Validator
 
 # %% ../../nbs/data/07a_endpoint.ipynb #0bf8796e
 @dataclass(frozen=True)
@@ -287,13 +289,15 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def _validator(schema: Mapping[str, Any]) -> jsonschema.Draft202012Validator:
+def _validator(schema: Mapping[str, Any]) -> "Draft202012Validator":
     """What checks a value; `UserError` for a schema that is none."""
+    from jsonschema import Draft202012Validator, SchemaError  # takes longer to import than all else of data preparation
+
     try:
-        jsonschema.Draft202012Validator.check_schema(schema)
-    except jsonschema.SchemaError as error:
+        Draft202012Validator.check_schema(schema)
+    except SchemaError as error:
         raise UserError(f"not a JSON Schema: {error.message[:200]}", where="schema", fix="see json-schema.org; for instance type, properties, required") from None
-    return jsonschema.Draft202012Validator(schema, registry=referencing.Registry())
+    return Draft202012Validator(schema, registry=referencing.Registry())
 
 
 def checked_value(
