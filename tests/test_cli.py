@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,6 +160,21 @@ def test_models_and_data_from_elsewhere(tmp_path, monkeypatch):
         assert said in str(CliRunner().invoke(app, ["nano3", *words]).exception)
     assert "ModelArtifact-pretrain:v1" in CliRunner().invoke(app, ["artifacts"]).output
     assert "ModelArtifact-pretrain:v1" in CliRunner().invoke(app, ["lineage", "ModelArtifact-pretrain"]).output
+
+
+def test_imported_data_are_traced_to_the_chats_they_were_made_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepared = nemotron("nano3", "data", "prep", "sft", "-c", "tiny", "--sample", "24", cwd=tmp_path)
+    folder = next((tmp_path / "output" / "nano3" / "data_prep").iterdir())
+    assert prepared.returncode == 0 and (folder / "manifest.json").exists(), prepared.stderr
+    shutil.move(folder, tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "output")
+    done = CliRunner().invoke(app, ["nano3", "data", "import", "sft", "elsewhere", "-n", "mine"])
+    assert done.exit_code == 0 and done.output.startswith("art://mine:v1"), done.exception
+    entered = tmp_path / "output" / "artifacts" / "mine" / "v1"
+    roles = {source["role"] for source in json.loads((entered / "manifest.json").read_text())["inputs"]}
+    assert {"chats", "tokenizer", "template"} <= roles, roles
+    assert json.loads((entered / "metadata.json").read_text())["pack_size"] == 2048
 
 
 @pytest.fixture(scope="module")

@@ -761,13 +761,15 @@ def log_data(
     blend_path: str = "",  # the blend file, where there was one
     command: str = "",  # that prepared it
     stage: str = "sft",
+    name: str = "",  # empty: the family's name for it
+    about: Mapping[str, Any] | None = None,  # what else a configuration may ask for
 ) -> Artifact:
-    """Enter prepared data, under the family's name for it. `UserError` if the folder holds none."""
+    """Enter prepared data, with the files it was made from. `UserError` if the folder holds none."""
     manifest = Manifest.load(folder)
     written = _json(Path(folder) / "metadata.json")
-    fields = {name: written[name] for name in _DATA_FIELDS if written.get(name) is not None} | {"metadata_path": "metadata.json", "family": family, "key": manifest["key"]}
+    fields = {name: written[name] for name in _DATA_FIELDS if written.get(name) is not None} | {"metadata_path": "metadata.json", "family": family, "key": manifest["key"]} | dict(about or {})
     sources = data_sources(manifest, blend_path)
-    return store.log(data_name(family, stage), "data", folder, fields, sources, ("latest", family), producer(command), _NOT_DATA)
+    return store.log(name or data_name(family, stage), "data", folder, fields, sources, ("latest", family), producer(command), _NOT_DATA)
 
 
 def log_model(

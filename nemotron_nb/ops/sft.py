@@ -309,17 +309,16 @@ def import_folder(
     about: Mapping[str, Any] | None = None,  # what else to note
 ) -> "Artifact":
     """Enter a folder that was made elsewhere. `UserError` if it does not hold what it should."""
-    from nemotron_nb.ops.artifacts import data_name, model_name, producer
+    from nemotron_nb.ops.artifacts import log_data, model_name, producer
 
+    command = f"nemotron {family} {kind} import {stage}"
     if not path.is_dir():
         raise UserError("there is no such folder", where=str(path), fix="give the folder that holds it")
-    metadata = {"family": family, "stage": stage} | dict(about or {})
     if kind == "data":
-        metadata["pack_size"] = Manifest.load(path)["pack_size"]
-    elif not any((path / known).exists() for known in MODEL_FILES):
+        return log_data(store, family, path, command=command, stage=stage, name=name, about=about)
+    if not any((path / known).exists() for known in MODEL_FILES):
         raise UserError("this folder holds no model", where=str(path), fix="give a folder in Hugging Face form (config.json), or one of checkpoints")
-    usual = data_name(family, stage) if kind == "data" else model_name(stage)
-    return store.log(name or usual, kind, path, metadata, (), ("latest", family), producer(f"nemotron {family} {kind} import {stage}"))
+    return store.log(name or model_name(stage), kind, path, {"family": family, "stage": stage} | dict(about or {}), (), ("latest", family), producer(command))
 
 
 MODEL_FILES = ("config.json", "adapter_config.json", "latest", "latest_checkpointed_iteration.txt")  # one of them lies in every folder of a model or of checkpoints
