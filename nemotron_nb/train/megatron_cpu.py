@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..core import UserError
 from .megatron_compat import installed_version
-from .megatron_kernels import GroupedRMSNorm, packed_attention, partitioned_indices, split_conv_scan
+from .megatron_kernels import GroupedRMSNorm, packed_attention, partitioned_indices, split_conv_scan, widened
 
 # %% ../../nbs/train/28b_megatron_cpu.ipynb #eed72ac9
 def _module(name: str, **attributes: Any) -> types.ModuleType:
@@ -191,8 +191,8 @@ def _replace_device_calls() -> None:
 
 # %% ../../nbs/train/28b_megatron_cpu.ipynb #27e8350f
 def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm in float32."""
-    return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(x.dtype)
+    """RMSNorm, at least in float32."""
+    return F.rms_norm(widened(x), (x.shape[-1],), widened(weight), eps).to(x.dtype)
 
 
 class _GatherSequence(torch.autograd.Function):

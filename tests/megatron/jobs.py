@@ -81,6 +81,7 @@ def round_trip(model, output_dir):
     import torch
     from megatron.bridge import AutoBridge
     from nemotron_nb.train.megatron_engine import precision_values, set_value
+    from nemotron_nb.train.scan import use_chunked_scan
     from transformers import NemotronHForCausalLM
 
     on_cpu(True).__enter__()
@@ -95,11 +96,13 @@ def round_trip(model, output_dir):
     (megatron,) = chunks = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True, bf16=False, fp16=False)
     ids = torch.randint(20, 4096, (1, 48), generator=torch.Generator().manual_seed(0))
     reference = NemotronHForCausalLM.from_pretrained(model, dtype=torch.float32, use_mamba_kernels=False, experts_implementation="eager").eval()
+    bridge.save_hf_pretrained(chunks, output_dir, show_progress=False)
     with torch.no_grad():
         found, single = megatron.eval()(ids, torch.arange(48)[None], None), reference(ids, use_cache=False).logits
-        exact = reference.double()(ids, use_cache=False).logits
-    bridge.save_hf_pretrained(chunks, output_dir, show_progress=False)
-    return {"megatron": (found - exact).abs().max().item(), "transformers": (single - exact).abs().max().item(), "scale": exact.abs().max().item()}
+        exact = use_chunked_scan(reference).double()(ids, use_cache=False).logits  # the scan of transformers computes in float32 whatever it is given
+        megatron.double().config.params_dtype = torch.float64  # layers bring their input to it
+        double = megatron(ids, torch.arange(48)[None], None)
+    return {"megatron": (found - exact).abs().max().item(), "megatron in float64": (double - exact).abs().max().item(), "transformers": (single - exact).abs().max().item(), "scale": exact.abs().max().item()}
 
 
 def export(checkpoint, model, output_dir):
