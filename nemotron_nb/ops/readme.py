@@ -9,6 +9,7 @@ __all__ = ['PICTURES', 'moved_links', 'readme', 'write_readme', 'stored_picture'
 import base64
 import io
 import json
+import posixpath
 import re
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ def moved_links(
     folder: str,  # where the relative links of the text start, seen from the new place
 ) -> str:
     """Markdown whose relative links still lead to the same files from another folder."""
-    return re.sub(r"(\]\()(?![a-z]+:|/|#)([^)\s]+)", rf"\g<1>{folder}/\g<2>", markdown)
+    return re.sub(r"(\]\()(?![a-z]+:|/|#)([^)\s]+)", lambda found: found[1] + posixpath.normpath(f"{folder}/{found[2]}"), markdown)
 
 
 def readme(
