@@ -2340,6 +2340,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'nemotron_nb.ops.sft.new_run': ('ops/sft.html#new_run', 'nemotron_nb/ops/sft.py'),
                                      'nemotron_nb.ops.sft.notebook_settings': ('ops/sft.html#notebook_settings', 'nemotron_nb/ops/sft.py'),
                                      'nemotron_nb.ops.sft.open_run': ('ops/sft.html#open_run', 'nemotron_nb/ops/sft.py'),
+                                     'nemotron_nb.ops.sft.open_stage_folder': ('ops/sft.html#open_stage_folder', 'nemotron_nb/ops/sft.py'),
                                      'nemotron_nb.ops.sft.open_tracker': ('ops/sft.html#open_tracker', 'nemotron_nb/ops/sft.py'),
                                      'nemotron_nb.ops.sft.opened_run': ('ops/sft.html#opened_run', 'nemotron_nb/ops/sft.py'),
                                      'nemotron_nb.ops.sft.prepare_data': ('ops/sft.html#prepare_data', 'nemotron_nb/ops/sft.py'),

@@ -11,7 +11,7 @@ import time
 
 import nbformat
 import pytest
-from commands import NEMOTRON, ONE_THREAD, nemotron
+from commands import ENV_TOML, NEMOTRON, ONE_THREAD, nemotron
 from run_folders import fabricated_run
 from typer.testing import CliRunner
 
@@ -66,25 +66,6 @@ def test_report_and_runs_read_folders_alone(tmp_path):
     assert nemotron("report", tmp_path / "nowhere", cwd=tmp_path).returncode == 1
 
 
-ENV_TOML = """
-[wandb]
-project = "nemotron"
-entity = "YOUR-TEAM"
-
-[cli]
-theme = "github-light"
-
-[YOUR-CLUSTER]
-executor = "slurm"
-account = "YOUR-ACCOUNT"
-partition = "batch"
-nodes = 2
-ntasks_per_node = 8
-gpus_per_node = 8
-mem = "0"
-exclusive = true
-mounts = ["/lustre:/lustre"]
-"""
 PUBLISHED = [  # the commands of the published texts, as they stand there, with --dry-run
     "nano3 data prep sft --run YOUR-CLUSTER path=chats.jsonl",
     "nano3 data prep sft --run YOUR-CLUSTER path=chats.jsonl --sample 100 --force",

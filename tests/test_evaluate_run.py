@@ -24,7 +24,6 @@ from nemotron_nb.ops.evaluate import (
     EvalSection,
     asks,
     changes,
-    changes_picture,
     comparison_sections,
     eval_config,
     evaluate_run,

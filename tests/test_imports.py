@@ -64,3 +64,9 @@ def test_command_line_answers_help_without_heavy_packages():
     done = python("import sys; from nemotron_nb.ops.cli import main; sys.argv = ['nemotron', '--help']; main()")
     assert done.returncode == 0, done.stderr
     assert "nano3" in done.stdout and "super3" in done.stdout
+
+
+def test_nothing_is_imported_or_set_that_nobody_uses():
+    """Rules of Pyflakes: a name that is not used, is not known, or hides another one."""
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--select", "F", "nemotron_nb", "tests", "benchmarks"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -19,9 +19,9 @@ import numpy as np
 
 from ..core import UserError, nearest
 from .records import Conversation
-from .template import IM_END, Chunk, Piece, chunks, first_turn, said_turn, turns
+from .template import Chunk, Piece, chunks, first_turn, said_turn, turns
 from .tokenizer import ChatTokenizer
-from ..viz import ROLE_COLOURS, Picture, clipped, fitting, joined, png, table, token_strip
+from ..viz import ROLE_COLOURS, Picture, clipped, fitting, joined, png, token_strip
 
 # %% ../../nbs/data/04_mask.ipynb #4e3b5165
 @dataclass(frozen=True)
@@ -497,12 +497,12 @@ def encode_drafts(
     numbers = {id(c): c for d in drafts for c in d.chunks}
     numbers = {key: pool.add(c.pieces) for key, c in numbers.items()}
     ids, offsets = (encoder or _BatchEncoder(tokenizer)).encode(list(pool.segments))
-    # Special tokens stand behind the segments in one table: id k is the table's entry len(ids) + k.
-    table = np.concatenate([np.asarray(ids, np.int32), np.arange(max(tokenizer.special_ids.values()) + 1, dtype=np.int32)])
+    # Special tokens stand behind the segments in one list: id k is its entry len(ids) + k.
+    words = np.concatenate([np.asarray(ids, np.int32), np.arange(max(tokenizer.special_ids.values()) + 1, dtype=np.int32)])
     atoms = np.array(pool.atoms, np.int64)
     special, offsets = atoms < 0, np.asarray(offsets, np.int64)
     starts, ends = (np.where(special, len(ids) - 1 - atoms + i, offsets[np.where(special, 0, atoms + i)]) for i in (0, 1))
-    flat, atom_offsets = _laid_out(table, starts, ends)
+    flat, atom_offsets = _laid_out(words, starts, ends)
     chunk_offsets = atom_offsets[np.array(pool.ends)]
     picked = np.array([numbers[id(c)] for d in drafts for c in d.chunks], np.int64)
     input_ids, chunk_starts = _laid_out(flat, chunk_offsets[picked], chunk_offsets[picked + 1])

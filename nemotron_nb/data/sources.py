@@ -18,7 +18,6 @@ from ..core import UserError, from_mapping, nearest
 from .blend import Dataset, resolve
 from .files import Reject, read_unit, units
 from .records import BadRecord
-from ..viz import table
 
 # %% ../../nbs/data/08a_sources.ipynb #2aeab94b
 Row = Mapping[str, Any]

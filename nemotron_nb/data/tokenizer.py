@@ -26,7 +26,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from ..core import UserError, digest, file_digest, nearest, write_atomic, write_json
 from .sample import sample_path
-from ..viz import Picture, clipped, escape, fitting, joined
+from ..viz import Picture, clipped, escape, fitting
 
 # %% ../../nbs/data/02_tokenizer.ipynb #c87931b8
 SPECIAL_TOKENS: tuple[str, ...] = (

@@ -388,7 +388,7 @@ def _memory_gradients(
     rows: _Rows, weight_VH: Tensor, lse_M: Tensor, a_M: Tensor, b_M: Tensor, grad_accum: Tensor | None, call: _Call, steps: Any
 ) -> tuple[Tensor | None, Tensor | None]:
     """Slice by slice: the gradients of x [M, H], in the type of the mathematics, and of the output weight [V, H], where wanted."""
-    x_MH, (V, H) = rows.x_MH, weight_VH.shape
+    x_MH, V = rows.x_MH, len(weight_VH)
     dx_MH = torch.zeros_like(x_MH, dtype=lse_M.dtype) if call.wants_hidden else None
     owns_sum = call.wants_weight and grad_accum is None
     dweight_VH = _weight_buffer(weight_VH, weight_VH.dtype, len(x_MH) > 0) if owns_sum else None

@@ -18,7 +18,6 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +25,10 @@ from omegaconf import OmegaConf
 
 from ..core import UserError, from_mapping, write_atomic, write_json
 from ..data.prep import Manifest
-from .config import COMMAND, COMMAND_LINE, FAMILIES, Effective, Layer, RunSection, config_file, flatten, known_names, merge, project_root, read_override, read_yaml, to_yaml
+from .config import COMMAND, COMMAND_LINE, Effective, Layer, RunSection, config_file, flatten, known_names, merge, project_root, read_override, read_yaml
 from .report import BLUE, GREY, ORANGE, Section, clipped, environment_picture, form_in_words, html_page
-from .run_folder import Training, as_process, environment, list_runs, make_run_folder, read_status, run_name, run_state, set_status, start_process
-from .sft import Parameters, execute_into
+from .run_folder import Training, as_process, list_runs, run_state, start_process
+from .sft import Parameters, execute_into, open_stage_folder
 from ..viz import Picture, joined, png, table
 
 if TYPE_CHECKING:
@@ -718,21 +717,8 @@ def open_evaluation(
     folder: str = "",  # a folder to use; empty makes one under <output_root>/<family>/eval
 ) -> Path:
     """A run folder with everything that is known before measuring, its status `running`."""
-    given = Path(folder)
-    if folder and (given / "status.json").exists():
-        if read_status(given)["state"] == "running" and not (given / "metrics.jsonl").exists() and (given / "config.yaml").read_text() == to_yaml(effective):
-            return given
-        raise UserError("the folder belongs to another run", where=folder, why="results are never overwritten", fix="give another run_dir, or none")
-    inputs = {k: v for k, v in asdict(config).items() if k != "run"}
     label = config.run.label or f"{Path(name).stem} {(model_run(config.model) or Path(config.model)).name.partition('-')[2] or Path(config.model).name}"
-    where = (given.parent, given.name) if folder else (Path(config.run.output_root) / config.family / "eval", run_name(datetime.now(timezone.utc), label, inputs))
-    path = make_run_folder(*where)
-    set_status(path, "running")
-    write_atomic(path / "config.yaml", to_yaml(effective))
-    write_json(path / "origins.json", dict(effective.origins))
-    write_json(path / "env.json", environment())
-    OmegaConf.save(OmegaConf.create(asdict(config)), path / "eval.yaml")
-    return path
+    return open_stage_folder(effective, config, "eval", label, folder)
 
 
 def write_comparison(

@@ -12,8 +12,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timezone
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +23,10 @@ from ..data.prep import Manifest, PrepConfig, make_plan
 from ..data.reasoning import SUPER_BUDGET, SUPER_BUDGET_STEPS
 from ..data.records import Conversation, read_chats
 from ..data.template import IM_END, chunks
-from .config import Effective, RunSection, to_yaml
+from .config import Effective, RunSection
 from .evaluate import GenerationSection, eval_config, load_model, model_of, model_run
-from .run_folder import Training, as_process, environment, make_run_folder, run_name, set_status, start_process
-from .sft import Parameters, execute_into
+from .run_folder import Training, as_process, start_process
+from .sft import Parameters, execute_into, open_stage_folder
 from ..viz import Picture, joined, table
 
 if TYPE_CHECKING:
@@ -289,21 +288,7 @@ def open_stage(
     folder: str = "",  # a folder to use; empty makes one under <output_root>/<family>/budget
 ) -> Path:
     """A stage folder with everything that is known before the first rollout, its status `running`."""
-    given = Path(folder)
-    if folder and (given / "status.json").exists():
-        if not (given / "metrics.jsonl").exists() and (given / "config.yaml").read_text() == to_yaml(effective):
-            return given
-        raise UserError("the folder belongs to another run", where=folder, why="results are never overwritten", fix="give another run_dir, or none")
-    label = config.run.label or f"{Path(name).stem} budget"
-    inputs = {k: v for k, v in asdict(config).items() if k != "run"}
-    where = (given.parent, given.name) if folder else (Path(config.run.output_root) / config.family / "budget", run_name(datetime.now(timezone.utc), label, inputs))
-    path = make_run_folder(*where)
-    set_status(path, "running")
-    write_atomic(path / "config.yaml", to_yaml(effective))
-    write_json(path / "origins.json", dict(effective.origins))
-    write_json(path / "env.json", environment())
-    OmegaConf.save(OmegaConf.create(asdict(config)), path / "budget.yaml")
-    return path
+    return open_stage_folder(effective, config, "budget", config.run.label or f"{Path(name).stem} budget", folder)
 
 
 def budget_run(

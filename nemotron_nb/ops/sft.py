@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MODEL_FILES', 'RUN_NOTEBOOK', 'Parameters', 'given_parameters', 'cluster_layer', 'check_chats', 'data_settings',
-           'prepare_data', 'new_run', 'begin_run', 'notebook_settings', 'opened_run', 'open_run', 'training_settings',
-           'start_command', 'data_artifact', 'first_weights', 'consumed', 'model_artifact', 'open_tracker',
-           'import_folder', 'run_notebook', 'execute_into', 'check_place', 'job_script', 'sft_script', 'submit_run']
+           'prepare_data', 'new_run', 'begin_run', 'notebook_settings', 'opened_run', 'open_run', 'open_stage_folder',
+           'training_settings', 'start_command', 'data_artifact', 'first_weights', 'consumed', 'model_artifact',
+           'open_tracker', 'import_folder', 'run_notebook', 'execute_into', 'check_place', 'job_script', 'sft_script',
+           'submit_run']
 
 # %% ../../nbs/ops/32a_sft.ipynb #eda987ec
 import dataclasses
@@ -25,7 +26,7 @@ from omegaconf import OmegaConf
 from ..core import UserError, from_mapping, write_atomic, write_json
 from ..data.prep import Manifest, PrepConfig, data_key, prepare
 from .config import Effective, Layer, RunSection, SftConfig, project_root, sft_config, to_yaml
-from .run_folder import begin_attempt, found_training, keep_notebook, make_run_folder, note_failures, read_status, run_name, set_status, slurm_job
+from .run_folder import begin_attempt, environment, found_training, keep_notebook, make_run_folder, note_failures, read_status, run_name, set_status, slurm_job
 from ..train.settings import TINY
 
 if TYPE_CHECKING:
@@ -195,6 +196,35 @@ def open_run(
     write_json(folder / "manifest.json", manifest.values)
     OmegaConf.save(training_settings(effective, manifest, folder), folder / "train.yaml")
     return folder
+
+# %% ../../nbs/ops/32a_sft.ipynb #6abc1114
+def open_stage_folder(
+    effective: Effective,
+    config: Any,  # its settings, resolved: a dataclass with `family` and `run`
+    stage: str,  # "eval" or "budget": the folder under <output_root>/<family>, and the file that holds the resolved settings
+    label: str,  # what people call it
+    folder: str = "",  # a folder to use; empty makes one
+) -> Path:
+    """The folder of a stage other than fine-tuning, its status `running`. `UserError` if it belongs to other settings, has begun, or cannot be written."""
+    given = Path(folder)
+    if _opened(folder):
+        fresh = read_status(given)["state"] == "running" and not (given / "metrics.jsonl").exists()
+        if fresh and (given / "config.yaml").read_text() == to_yaml(effective):
+            return given
+        raise UserError("the folder belongs to another run", where=folder, why="results are never overwritten", fix="give another run_dir, or none")
+    values = dataclasses.asdict(config)
+    root = given.parent if folder else Path(config.run.output_root) / config.family / stage
+    name = given.name if folder else run_name(datetime.now(timezone.utc), label, {k: v for k, v in values.items() if k != "run"})
+    try:
+        path = make_run_folder(root, name)
+        set_status(path, "running")
+        write_atomic(path / "config.yaml", to_yaml(effective))
+        write_json(path / "origins.json", dict(effective.origins))
+        write_json(path / "env.json", environment())
+        OmegaConf.save(OmegaConf.create(values), path / f"{stage}.yaml")
+    except OSError as e:
+        raise UserError(f"cannot be written: {e.strerror}", where=str(root), fix="choose another place with run.output_root=FOLDER") from None
+    return path
 
 # %% ../../nbs/ops/32a_sft.ipynb #b456f189
 def training_settings(

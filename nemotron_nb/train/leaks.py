@@ -23,7 +23,7 @@ from ..data.pack import Pack
 from ..loss.two_stage import Denominators
 from .batches import collate, grouped, rows_of, share_of_loss
 from .scan import ChunkedMixer, causal_conv
-from ..viz import Picture, joined, png, table
+from ..viz import Picture, png, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

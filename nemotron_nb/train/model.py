@@ -8,7 +8,6 @@ __all__ = ['NANO', 'SUPER', 'family_config', 'count_parameters', 'active_paramet
 
 # %% ../../nbs/train/20_model.ipynb #6da2c4de
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path

@@ -69,7 +69,7 @@ def chunked_scan(
     chunk: int = 64,  # tokens in a chunk
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `scan_by_hand` computes, as matrix products over chunks."""
-    (R, T, H, P), (G, N) = x_RTHP.shape, b_RTGN.shape[2:]
+    (R, T, H, P), G = x_RTHP.shape, b_RTGN.shape[2]
     chunk = min(chunk, T)
     x_RKHLP = _in_chunks(x_RTHP * dt_RTH[..., None], chunk).transpose(2, 3)
     log_RKHL = _in_chunks(dt_RTH * a_H, chunk).transpose(2, 3).cumsum(-1)

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from commands import ENV_TOML
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,29 +12,13 @@ from nemotron_nb.ops import profiles
 from nemotron_nb.ops.profiles import PLANNED, SECTIONS, Profile, checkout, env_section, find_env_toml, load_profile
 
 EXAMPLE = checkout() / "papermill_runs" / "env.toml.example"
-PUBLISHED = """
-[wandb]
-project = "my-project"
-entity = "my-team"
-
-[YOUR-CLUSTER]
-executor = "slurm"
-account = "YOUR-ACCOUNT"
-partition = "batch"
-nodes = 2
-ntasks_per_node = 8
-gpus_per_node = 8
-mem = "0"
-exclusive = true
-mounts = ["/lustre:/lustre"]
-"""
 
 
 def test_a_profile_of_the_published_form_is_read(tmp_path):
-    (tmp_path / "env.toml").write_text(PUBLISHED)
+    (tmp_path / "env.toml").write_text(ENV_TOML)
     profile = load_profile("YOUR-CLUSTER", tmp_path / "env.toml")
     assert (profile.account, profile.nodes, profile.ranks_per_node, profile.mem, profile.exclusive, profile.mounts) == ("YOUR-ACCOUNT", 2, 8, "0", True, ("/lustre:/lustre",))
-    assert env_section("wandb", tmp_path / "env.toml") == {"project": "my-project", "entity": "my-team"}
+    assert env_section("wandb", tmp_path / "env.toml") == {"project": "nemotron", "entity": "YOUR-TEAM"}
 
 
 def test_every_key_may_be_given(tmp_path):
