@@ -29,14 +29,16 @@ from nemotron_nb.ops.evaluate import (
     evaluate_run,
     form_rows,
     headline,
+    open_evaluation,
     resolved,
     score_rows,
+    start_measuring,
     write_comparison,
     write_harness,
 )
 from nemotron_nb.ops.report import html_page
 from nemotron_nb.ops.rollouts import REASONS, Prompt, budget_config, budget_run, check_kept, collect, message_of, prompt_of, resolved_stage, sft_overrides, training_prompts
-from nemotron_nb.ops.run_folder import read_status
+from nemotron_nb.ops.run_folder import follow, read_status
 from nemotron_nb.ops.sft import prepare_data
 from nemotron_nb.train.torch_engine import train
 from nemotron_nb.train.verify import read_questions
@@ -82,6 +84,19 @@ def evaluated(place, run):
     with contextlib.chdir(place), contextlib.redirect_stdout(said):
         folder = evaluate_run("nano3", "tiny", ["data.questions=quiz.jsonl", "data.num_prompts=3", "generation.max_new_tokens=32", "eval.thinking_budget=4"])
     return said.getvalue(), place / folder
+
+
+def test_what_goes_wrong_while_measuring_is_told_with_its_cause(place, run, tmp_path):
+    effective = eval_config("nano3", "tiny", [f"model={run}", f"data.questions={place / 'quiz.jsonl'}"])
+    folder = open_evaluation(effective, resolved(effective.settings), "tiny", str(tmp_path / "measured"))
+    assert open_evaluation(effective, resolved(effective.settings), "tiny", str(folder)) == folder
+    (folder / "eval.yaml").write_text((folder / "eval.yaml").read_text().replace(str(place / "quiz.jsonl"), "nowhere.jsonl"))
+    with pytest.raises(UserError, match=r"exit code 1: nowhere\.jsonl: "):
+        list(follow(start_measuring(folder)))
+    assert "Traceback" not in (folder / "train.log").read_text()
+    (folder / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="belongs to another run"):
+        open_evaluation(effective, resolved(effective.settings), "tiny", str(folder))
 
 
 def test_the_newest_run_is_compared_with_its_start(evaluated, run):

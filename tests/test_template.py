@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -170,6 +170,7 @@ def test_a_call_behind_white_space_is_remembered_without_it():
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(message, min_size=1, max_size=5), tools, switches)
+@example([{"role": "tool", "content": "a\r"}, {"role": "user", "content": "\x80\u202e"}], [], {})
 def test_x_ray_shows_every_character_once_and_is_safe(messages, tools, switches):
     picture = x_ray_beside(messages, tools, title="<script>", width=30, **switches)
     assert "<script" not in picture.html and "<style" not in picture.html and "<|im_" not in picture.html

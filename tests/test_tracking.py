@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from wandb_records import read_offline
 
@@ -287,6 +287,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st
 
 @any_speed
 @given(st.dictionaries(st.sampled_from(["kind", "step", "loss", "lr", "stage", "ok"]), JSON))
+@example({"kind": "train", "loss": float("nan"), "lr": float("inf"), "ok": True})
 def test_only_finite_numbers_are_sent(line):
     found = numbers(line)
     assert all(type(v) in (int, float) and v == v and abs(v) != float("inf") for v in found.values())

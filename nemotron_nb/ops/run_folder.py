@@ -444,12 +444,13 @@ def start_process(
 def as_process(
     act: Callable[[str], Any],  # takes a run folder
 ) -> None:
-    """What such a process does: it acts on the folder that is its argument, and tells an error of the user once, on stderr."""
+    """What such a process does: it acts on the folder that is its argument. An error of the user is left there for `follow`, and ends it."""
+    folder = Path(sys.argv[1])
     try:
-        act(sys.argv[1])
+        act(str(folder))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        (folder / ERROR_FILE).write_text(str(error), encoding="utf-8")
+        sys.exit(f"error: {error}")
 
 # %% ../../nbs/ops/31_run_folder.ipynb #81299a71
 def _last_lines(path: Path, count: int = 12) -> str:
@@ -459,10 +460,10 @@ def _last_lines(path: Path, count: int = 12) -> str:
 def _ending(code: int) -> str:
     """An exit code in words."""
     if code >= 0:
-        return f"training ended with exit code {code}"
+        return f"the process ended with exit code {code}"
     name = signal.Signals(-code).name
     hint = " (the kernel may have run out of memory)" if name == "SIGKILL" else ""
-    return f"training was ended by {name}{hint}"
+    return f"the process was ended by {name}{hint}"
 
 
 def follow(
