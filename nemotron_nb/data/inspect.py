@@ -154,9 +154,9 @@ class Inspection:
         draft, s = self.drafts[k], self.sequences[k]
         last = max((i for i, m in enumerate(self.conversation.messages) if m["role"] == "user"), default=-1)
         ways = {
-            "1 this recipe": draft.trained,
-            "2 last turn only": [on and c.message > last for c, on in zip(draft.chunks, draft.trained, strict=True)],
-            "3 opening as well": [on or after for on, after in zip(draft.trained, [*draft.trained[1:], False], strict=True)],
+            "this recipe": draft.trained,
+            "last turn only": [on and c.message > last for c, on in zip(draft.chunks, draft.trained, strict=True)],
+            "opening as well": [on or after for on, after in zip(draft.trained, [*draft.trained[1:], False], strict=True)],
         }
         masks = {name: np.repeat(np.array(trained, np.uint8), np.diff(s.chunk_ends, prepend=0)) for name, trained in ways.items()}
         first = max(0, int(np.argmax(np.any(list(masks.values()), axis=0))) - 16)
