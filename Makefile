@@ -36,12 +36,11 @@ test:  ## notebooks in step with the library, every notebook executed, then pyte
 	@$(IN) OMP_NUM_THREADS=1 nbdev-test --n-workers $(WORKERS)
 	@$(IN) OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) --dist loadfile -m "not long" --ignore tests/megatron --ignore tests/slurm --ignore tests/lab
 	@$(IN) OMP_NUM_THREADS=1 python -m pytest tests/megatron
-	@$(IN) OMP_NUM_THREADS=1 python -m pytest -m "not long" tests/slurm tests/lab
+	@$(IN) OMP_NUM_THREADS=1 python -m pytest tests/slurm tests/lab
 
 test-long:  ## the tests that take minutes each and are not part of "make test"
 	@.ci/setup dev
-	@$(IN) OMP_NUM_THREADS=1 python -m pytest -m long --ignore tests/megatron
-	@$(IN) OMP_NUM_THREADS=1 MEGATRON_JOBS=all python -m pytest tests/megatron
+	@$(IN) OMP_NUM_THREADS=1 python -m pytest -m long
 
 lab:  ## JupyterLab on the notebooks
 	@.ci/setup dev

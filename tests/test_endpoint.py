@@ -234,7 +234,7 @@ def test_reading_stops_without_asking_the_rest():
         next(answers)
         threading.Timer(0.3, release.set).start()  # two questions are being answered, one waits; closing must drop it
         answers.close()
-        assert len(server.requests) == 3
+        assert 2 <= len(server.requests) <= 3  # the last of the two may not have been sent yet; the one that waited never is
 
 
 @pytest.mark.parametrize("text", ["", "yes", '{"n": 1} done', '{"n": 1, "n": 1}', '{"n": NaN}', '{"n": 1.5}', '{"m": 1}', "[" * 100_000, '```json\n{"n": 1}', '<think>{"n": 1}</think>', '{"n": 1}{"n": 2}'])

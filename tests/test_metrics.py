@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nemotron_nb.train.megatron_record import go_on
-from nemotron_nb.train.metrics import MetricsFile, lines_to_keep, read_metrics
+from nemotron_nb.train.metrics import MetricsFile, lines_to_keep, metric_lines
 
 WHOLE = '{"kind": "start"}\n{"step": 1,  "kind": "train", "timing": {"forward": 1e-1}}\n'  # not as json.dumps would write it
 NEXT = '{"kind": "train", "step": 2, "timing": {"forward": 0.1}, "parts": [{"loss": 2.0}]}\n'
@@ -14,7 +14,7 @@ NEXT = '{"kind": "train", "step": 2, "timing": {"forward": 0.1}, "parts": [{"los
 def go_on_here(folder, step):
     """As the PyTorch engine goes on."""
     path = folder / "metrics.jsonl"
-    with MetricsFile(path, lines_to_keep(read_metrics(path), step, 9)) as metrics:
+    with MetricsFile(path, lines_to_keep(metric_lines(path), step, 9)) as metrics:
         metrics.write({"kind": "resume", "step": step, "attempt": 2})
 
 

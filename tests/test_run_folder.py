@@ -16,7 +16,7 @@ from nemotron_nb.ops import run_folder
 from nemotron_nb.ops.run_folder import (
     Found,
     MetricsReader,
-    Training,
+    Started,
     begin_attempt,
     environment,
     follow,
@@ -134,7 +134,7 @@ def test_a_line_written_between_two_looks_is_not_missed(tmp_path):
                 (tmp_path / "metrics.jsonl").write_text('{"kind": "end"}\n')
             return None if self.asked < 2 else 0
 
-    assert list(follow(Training(Process(), tmp_path), poll_seconds=0)) == [{"kind": "end"}]
+    assert list(follow(Started(Process(), tmp_path), poll_seconds=0)) == [{"kind": "end"}]
 
 
 def test_a_failure_comes_after_the_lines_and_brings_the_log(tmp_path):
@@ -163,7 +163,7 @@ def test_a_process_that_ignores_the_request_is_ended_anyway(tmp_path):
     process = subprocess.Popen([PYTHON, "-c", deaf], stdout=subprocess.PIPE)
     process.stdout.readline()
     started = time.monotonic()
-    Training(process, tmp_path).stop(patience=0.2)
+    Started(process, tmp_path).stop(patience=0.2)
     assert process.returncode == -signal.SIGKILL and time.monotonic() - started < 5
 
 

@@ -30,7 +30,7 @@ from nemotron_nb.train.learner import Learner, compile_layers, load_mtp, make_mt
 from nemotron_nb.train.model import build_model
 from nemotron_nb.train.scan import use_chunked_scan
 from nemotron_nb.train.settings import ModelConfig, OptimizerSection, TrainConfig
-from nemotron_nb.train.torch_engine import MetricsFile, export_model, learning_rate, make_gradient, make_optimizer, read_metrics, train, train_step
+from nemotron_nb.train.torch_engine import MetricsFile, export_model, learning_rate, make_gradient, make_optimizer, metric_lines, train, train_step
 
 SMALL = {"hidden_size": 32, "mamba_heads": 2, "expert_size": 16, "experts": 4, "attention_heads": 2}
 
@@ -244,7 +244,7 @@ def test_killed_and_gone_on_it_is_the_same_training_to_the_last_bit(trained, dat
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config)))
     process = subprocess.Popen([sys.executable, "-m", "nemotron_nb.train", "--config", str(tmp_path / "recipe.yaml")], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 900  # only against a wait without end: the machine may be busy
-    while not any(line.get("step", 0) >= 3 for _, line in read_metrics(tmp_path / "out" / "metrics.jsonl")):
+    while not any(line.get("step", 0) >= 3 for _, line in metric_lines(tmp_path / "out" / "metrics.jsonl")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)

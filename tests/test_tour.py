@@ -75,7 +75,6 @@ def run_all(steps, monkeypatch):
     return names, results
 
 
-@pytest.mark.long
 def test_it_runs(monkeypatch):
     """With few steps of training: nbdev-test and the browser run it as it stands."""
     steps = 12

@@ -154,7 +154,7 @@ def local_links(
         """A link inside the site as it was; else its words, and the file."""
         target = Path(os.path.normpath(folder / match[2].partition("#")[0]))
         inside = target.is_relative_to(root) and target.suffix in (".ipynb", ".png")
-        return match[0] if inside else f"{match[1]} (`{os.path.relpath(target, root.parent)}`)"
+        return match[0] if inside else f"{match[1]}: `{os.path.relpath(target, root.parent)}`"
 
     return _LINK.sub(shown, markdown)
 

@@ -27,7 +27,7 @@ from ..core import UserError, from_mapping, write_atomic, write_json
 from ..data.prep import Manifest
 from .config import COMMAND, COMMAND_LINE, Effective, Layer, RunSection, config_file, flatten, known_names, merge, project_root, read_override, read_yaml
 from .report import BLUE, GREY, ORANGE, Section, clipped, environment_picture, form_in_words, html_page
-from .run_folder import Training, as_process, list_runs, run_state, start_process
+from .run_folder import Started, as_process, list_runs, run_state, start_process
 from .sft import Parameters, execute_into, open_stage_folder
 from ..viz import Picture, joined, png, table
 
@@ -376,7 +376,7 @@ def main() -> None:
 
 def start_measuring(
     folder: str | os.PathLike,  # a run folder with eval.yaml
-) -> Training:
+) -> Started:
     """Start the measuring process; `ops.run_folder.follow` follows it."""
     return start_process(folder, "nemotron_nb.ops.evaluate")
 

@@ -25,7 +25,7 @@ from ..data.records import Conversation, read_chats
 from ..data.template import IM_END, chunks
 from .config import Effective, RunSection
 from .evaluate import GenerationSection, eval_config, load_model, model_of, model_run
-from .run_folder import Training, as_process, start_process
+from .run_folder import Started, as_process, start_process
 from .sft import Parameters, execute_into, open_stage_folder
 from ..viz import Picture, joined, table
 
@@ -222,7 +222,7 @@ def main() -> None:
 
 def start_collecting(
     folder: str | os.PathLike,  # a stage folder with budget.yaml
-) -> Training:
+) -> Started:
     """Start the collecting process; `ops.run_folder.follow` follows it."""
     return start_process(folder, "nemotron_nb.ops.rollouts")
 

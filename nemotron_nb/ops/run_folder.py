@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATES', 'ENDED', 'STOP', 'slug', 'run_name', 'make_run_folder', 'slurm_job', 'environment', 'read_status',
            'set_status', 'job_of', 'run_state', 'put_back', 'begin_attempt', 'keep_notebook', 'note_failures',
-           'new_lines', 'read_metrics', 'MetricsReader', 'Training', 'Found', 'found_training', 'start_training',
+           'new_lines', 'read_metrics', 'MetricsReader', 'Started', 'Found', 'found_training', 'start_training',
            'start_process', 'as_process', 'follow', 'wait_for_training', 'list_runs']
 
 # %% ../../nbs/ops/31_run_folder.ipynb #2a1b7dd1
@@ -338,8 +338,8 @@ class MetricsReader:
 
 # %% ../../nbs/ops/31_run_folder.ipynb #0d02d6ea
 @dataclass
-class Training:
-    """A training process and the files it writes."""
+class Started:
+    """A process that was started from here, a training or other work, and the files it writes."""
 
     process: subprocess.Popen
     folder: Path
@@ -414,7 +414,7 @@ def found_training(
 def start_training(
     folder: str | os.PathLike,  # the run folder
     command: list[str] | None = None,  # None: python -m nemotron_nb.train --config <folder>/train.yaml
-) -> Training | Found:
+) -> Started | Found:
     """Start training beside this process, its output going to `train.log`; or find the one that an earlier attempt started."""
     folder = Path(folder)
     found = found_training(folder)
@@ -430,13 +430,13 @@ def start_training(
         log.flush()
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=patient, start_new_session=detached)
     write_json(folder / "train.json", {"pid": process.pid, "host": socket.gethostname(), "attempt": attempt, "started": _now(), "command": command})
-    return Training(process, folder, detached, seen)
+    return Started(process, folder, detached, seen)
 
 
 def start_process(
     folder: str | os.PathLike,  # the run folder
     module: str,  # dotted; its `main` is called
-) -> Training | Found:
+) -> Started | Found:
     """Start other work than training on a run folder, as `start_training` does; `follow` follows it."""
     return start_training(folder, [sys.executable, "-c", f"from {module} import main; main()", str(folder)])
 
@@ -467,7 +467,7 @@ def _ending(code: int) -> str:
 
 
 def follow(
-    training: Training | Found,
+    training: Started | Found,
     poll_seconds: float = 0.1,  # how often to look
 ) -> Iterator[dict[str, Any]]:
     """Each line of `metrics.jsonl` as it comes, until the process ends. Its failure is raised; leaving early stops it, unless it is detached."""

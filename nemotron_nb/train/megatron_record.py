@@ -16,7 +16,7 @@ import torch
 
 from ..core import write_atomic
 from ..loss.two_stage import MeanPair
-from .metrics import read_metrics
+from .metrics import metric_lines
 from .megatron_step import TwoStageStep
 
 # %% ../../nbs/train/26a_megatron_record.ipynb #1b5695fd
@@ -37,7 +37,7 @@ def kept_lines(
     step: int,  # optimizer steps done when the checkpoint was written
 ) -> list[tuple[str, dict[str, Any]]]:
     """The lines of an earlier part of a run that still hold, as they are and as JSON. Half a line at the end does not."""
-    return [(text, line) for text, line in read_metrics(path) if line.get("step", 0) <= step and line["kind"] != "end"]
+    return [(text, line) for text, line in metric_lines(path) if line.get("step", 0) <= step and line["kind"] != "end"]
 
 
 def go_on(

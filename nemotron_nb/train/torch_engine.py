@@ -33,7 +33,7 @@ from .evaluate import evaluate
 from .guard import Guard, bad_step_error, save_bad_batch, skipped_line
 from .learner import Learner, Share, compile_layers, load_mtp, make_mtp, mtp_tensors, recompute
 from .lora import apply_lora, export_merged, save_adapter
-from .metrics import MetricsFile, lines_to_keep, read_metrics
+from .metrics import MetricsFile, lines_to_keep, metric_lines
 from .model import build_model
 from .parallel import OneVoice, Ranks, is_shared_out, passes, ranks_of_process, spread, sum_gradients, whole
 from .settings import TRAITS, ModelConfig, OptimizerSection, TrainConfig
@@ -327,7 +327,7 @@ def find_beginning(
 ) -> Beginning:
     """What there is to go on from. Every rank must call it."""
     path = Path(config.output_dir) / "metrics.jsonl"
-    lines = ranks.told(read_metrics(path) if ranks.first else None)
+    lines = ranks.told(metric_lines(path) if ranks.first else None)
     if lines and lines[-1][1]["kind"] == "end":
         raise UserError("there are metrics already", where=str(path), why="this training has come to its end, and results are never overwritten", fix="give another output_dir")
     found = store.newest()

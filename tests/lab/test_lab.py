@@ -129,7 +129,6 @@ def test_untrusted_the_stored_pictures_of_the_tour_show(lab, browser):
     assert found["colours"] >= 50, "the token strips have lost their colours"
 
 
-@pytest.mark.long
 def test_the_tour_runs_from_first_cell_to_last(lab, browser):
     page = open_notebook(browser, lab, "tour.ipynb")
     before = page.evaluate(OUTPUTS)

@@ -128,10 +128,6 @@ def _write_model(root):
     export_hf(model, f"{root}/plain/tokenizer", f"{root}/model_mtp", mtp_tensors(block.state_dict()))
 
 
-# Further layouts and traps of further predictions: a minute or two together, so they have a command of their own.
-LONG = {"dp_tp_sp", "padded", "aux", "aux_one", "mtp_dp", "mtp_tp_sp", "mtp_cp", "mtp_unscaled", "mtp_unscaled_cp", "mtp_ended", "mtp_ended_claimed", "mtp_ended_logical"}
-
-
 @pytest.fixture(scope="session")
 def root(tmp_path_factory):
     """The folder of data, model and results; skipped where Megatron-Bridge is not installed."""
@@ -148,8 +144,8 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="session")
 def results(root):
     """Name of a job -> what it returned. All jobs run once, in a process that imports Megatron once."""
-    chosen = os.environ.get("MEGATRON_JOBS", "").split()  # for a closer look at some of them; "all": the long ones too, as make test-long does
-    wanted = [job for job in jobs(root) if chosen == ["all"] or (job["name"] in chosen if chosen else job["name"] not in LONG)]
+    chosen = os.environ.get("MEGATRON_JOBS", "").split()  # for a closer look at some of them
+    wanted = [job for job in jobs(root) if not chosen or job["name"] in chosen]
     (root / "jobs.json").write_text(json.dumps(wanted))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run([sys.executable, HERE / "zygote.py", root / "jobs.json", root / "results.json"], env=environment, capture_output=True, text=True, timeout=1800)
@@ -161,8 +157,8 @@ class Results(dict):
     """Results by name; asking for one that failed shows its error."""
 
     def __missing__(self, name):
-        if name in LONG:
-            pytest.skip(f"the job {name} is one of make test-long")
+        if os.environ.get("MEGATRON_JOBS"):
+            pytest.skip(f"the job {name} was not chosen")
         raise KeyError(f"no job {name}")
 
     def __getitem__(self, name):
