@@ -4,8 +4,6 @@ import json
 import re
 from pathlib import Path
 
-import pytest
-
 from test_viz import LIMIT, Inert, balanced
 
 ROOT = Path(__file__).parents[1]
