@@ -351,3 +351,20 @@ def test_context_parallelism_asks_for_padded_sequences():
     assert sft_config("super3", "default", ["model.context_parallel_size=2"]).settings.data.pad_to_multiple == 4
     assert sft_config("super3", "default", ["model.context_parallel_size=2", "data.pad_to_multiple=8"]).settings.data.pad_to_multiple == 8
     assert sft_config("super3").settings.data.pad_to_multiple == 1
+
+
+@pytest.mark.parametrize("typed, steps, samples", [([], 0, 30_000), (["scheduler.lr_warmup_iters=10"], 10, 0), (["scheduler.lr_warmup_iters=10", "scheduler.lr_warmup_samples=64"], 0, 64), (["scheduler.lr_warmup_iters=0"], 0, 30_000)])
+def test_of_two_ways_to_say_a_warm_up_the_later_one_counts(typed, steps, samples):
+    effective = sft_config("super3", "default", typed)
+    assert (effective.settings.scheduler.lr_warmup_iters, effective.settings.scheduler.lr_warmup_samples) == (steps, samples)
+    assert effective.origins["scheduler.lr_warmup_samples"] == ("command line" if steps or len(typed) == 2 else "papermill_runs/super3/sft/default.yaml")
+
+
+def test_a_data_section_of_nemo_rl_leads_to_a_file(tmp_path):
+    with pytest.raises(UserError, match="data.blend_path=FILE.yaml"):
+        sft_config("nano3", "tiny", ["data.train.data_path=chats.jsonl"])
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text('{"q": "2 + 2?", "a": "4"}\n')
+    (tmp_path / "sft.yaml").write_text(f"data: {{train: {{data_path: {chats}, input_key: q, output_key: a}}}}")
+    (dataset,) = sft_config("nano3", "tiny", [f"data.blend_path={tmp_path / 'sft.yaml'}"]).settings.data.blend.datasets
+    assert (dataset.path, dataset.format, dataset.options) == (str(chats), "ResponseDataset", {"input_key": "q", "output_key": "a"})

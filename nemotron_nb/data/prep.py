@@ -28,7 +28,7 @@ import numpy as np
 
 from .. import __version__
 from ..core import UserError, digest, nearest, write_atomic, write_json
-from .blend import SPLITS, Blend, Dataset, draw, load_blend, resolve, single
+from .blend import SPLITS, Blend, Dataset, draw, resolve, single
 from .compat import shard_plan, split_shards
 from .encoder import TIERS
 from .files import Reject, Unit, open_chats, units
@@ -40,6 +40,7 @@ from .reasoning import ReasoningPolicy
 from .records import REPAIRS
 from .sample import sample_path
 from .shards import COMPRESSIONS, NPY_NAMES, REFERENCE_LAYOUT, Sequences, read_packs, write_npy, write_shard
+from .sources import read_blend
 from .spool import EXECUTORS, JudgeSection, Joined, Progress, RowSettings, Spooled, Task, code_digest, settings_digest, tokenize, worker_count
 from .tokenizer import ChatTokenizer, load_tokenizer
 from ..viz import Picture, bars, joined, table, token_strip
@@ -63,7 +64,7 @@ class PrepConfig:
     """Settings of a preparation."""
 
     path: str = "sample"  # a file of chats, or "sample" for the chats that ship with the library; used where no blend is given
-    blend_path: str = ""  # a JSON file that names datasets and their weights
+    blend_path: str = ""  # a JSON file that names datasets and their weights, or a YAML file with a `data:` section of NeMo RL
     blend_tokens: int = 0  # size of a weighted blend; 0: as many tokens as there are
     output_dir: str = "output/stage1_sft"
     cache_dir: str = ""  # where tokenized rows are kept; empty: runs/ in the output folder
@@ -128,7 +129,7 @@ class PrepConfig:
     def blend(self) -> Blend:
         """The datasets: those of the blend file, or the one file."""
         if self.blend_path:
-            return load_blend(self.blend_path)
+            return read_blend(self.blend_path)
         return single(open_chats(sample_path() if self.path == "sample" else self.path))
 
 

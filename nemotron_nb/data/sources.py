@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Row', 'FORMATS', 'OpenAIFormat', 'ResponseDataset', 'Squad', 'OpenMathInstruct2', 'Alpaca', 'ShareGPT', 'Tulu3',
            'OpenAssistant', 'row_format', 'PreservingDataset', 'TaskDataSpec', 'DataBlock', 'SftDataset',
-           'load_sft_dataset', 'data_section']
+           'load_sft_dataset', 'data_section', 'blend_of_section', 'read_blend']
 
 # %% ../../nbs/data/08a_sources.ipynb #e64f9423
 import random
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import UserError, from_mapping, nearest
-from .blend import Dataset, resolve
+from .blend import Blend, Dataset, load_blend, resolve
 from .files import Reject, read_unit, units
 from .records import BadRecord
 
@@ -356,3 +356,45 @@ def data_section(
         blocks[name] = from_mapping(DataBlock, plain | {"options": {k: v for k, v in values.items() if k not in _BLOCK_NAMES}}, f"data.{name}")
         row_format(blocks[name].dataset_name, blocks[name].options, f"data.{name}")
     return blocks
+
+# %% ../../nbs/data/08a_sources.ipynb #da5e4ab9
+def _dataset(block: DataBlock, where: str) -> Dataset:
+    """A block as an entry of a blend."""
+    if share := block.split_validation_size:
+        raise UserError(f"split_validation_size is {share:g}", where=where, why="chats are split by conversation, by the ratios of the settings", fix=f"leave it out, and set train_ratio={1 - share:g} valid_ratio={share:g} test_ratio=0 in the section data")
+    local = Path(block.data_path).exists() or "://" in block.data_path
+    split = "" if Path(block.data_path).is_file() else block.split or ""
+    return Dataset(_task_name(block.data_path), block.data_path if local else f"hf://{block.data_path}", split=split, subset=block.subset or "", format=block.dataset_name, options=dict(block.options))
+
+
+def blend_of_section(
+    section: Mapping[str, Any],  # train, validation, default
+    source: str = "",  # the file it was read from
+) -> Blend:
+    """A `data:` section of NeMo RL as a blend. `UserError` without a block `train`, and for `split_validation_size`."""
+    blocks = {name: (_dataset(block, f"data.{name}"),) for name, block in data_section(section).items()}
+    if "train" not in blocks:
+        raise UserError("there is no block train", where=f"{source}: data" if source else "data", fix="say what to train on: data: {train: {data_path: chats.jsonl}}")
+    if "validation" not in blocks:
+        return Blend({"all": blocks["train"]}, source)
+    return Blend({"train": blocks["train"], "valid": blocks["validation"]}, source)
+
+
+def read_blend(
+    path: str | Path,  # a JSON file of datasets, or a YAML file with a section `data`
+) -> Blend:
+    """A blend from a file of either form; `UserError` names what is wrong in it."""
+    path = Path(path)
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        return load_blend(path)
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError("is not YAML", where=str(path), why=" ".join(str(e).split()), fix="repair the file") from None
+    if not isinstance(content, Mapping) or not isinstance(content.get("data"), Mapping):
+        raise UserError("has no section data", where=str(path), fix="write data: {train: {data_path: chats.jsonl}}")
+    if others := [key for key in content if key != "data"]:
+        raise UserError(f"{', '.join(map(str, others))} beside data", where=str(path), why="only the data of such a file can be taken over, and the rest would be ignored", fix="keep the section data alone, and give the other settings with -c or on the command line")
+    return blend_of_section(content["data"], str(path))

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SPELLINGS', 'SECTION_SPELLINGS', 'LAST_SPELLINGS', 'WORDS', 'BUILT_IN', 'COMMAND', 'COMMAND_LINE', 'MEGATRON',
-           'Layer', 'CALL', 'FAMILIES', 'SLOTS', 'flatten', 'nest', 'read_yaml', 'read_override', 'known_names',
-           'canonical', 'Effective', 'shown_name', 'changed_names', 'merge', 'project_root', 'config_file',
-           'EnvSection', 'RunSection', 'SftConfig', 'DataPrepConfig', 'sft_config', 'data_prep_config', 'derived',
-           'to_yaml']
+           'Layer', 'RIVALS', 'CALL', 'FAMILIES', 'SLOTS', 'flatten', 'nest', 'read_yaml', 'read_override',
+           'known_names', 'canonical', 'Effective', 'shown_name', 'changed_names', 'merge', 'project_root',
+           'config_file', 'EnvSection', 'RunSection', 'SftConfig', 'DataPrepConfig', 'sft_config', 'data_prep_config',
+           'derived', 'to_yaml']
 
 # %% ../../nbs/ops/30_config.ipynb #9b4b1e86
 import dataclasses
@@ -106,10 +106,15 @@ def known_names(
     return names
 
 
+_BLOCKS = ("data.train", "data.validation", "data.default")
+
+
 def _check_name(name: str, known: Iterable[str], origin: str) -> None:
     """Refuse a setting nobody knows, and lead to the one that was probably meant."""
     if name in known:
         return
+    if any(name == block or name.startswith(f"{block}.") for block in _BLOCKS):
+        raise UserError(f"{name} is a setting of NeMo RL's data section", where=origin, why="here a file names the data", fix="write that section to a file, data: {train: {...}}, and give data.blend_path=FILE.yaml")
     last = name.rpartition(".")[2]
     same_ending = [k for k in known if k.rpartition(".")[2] == last]
     fix = f"did you mean {same_ending[0]!r}?" if same_ending else nearest(name, known)
@@ -128,6 +133,8 @@ SPELLINGS = {
     "policy.tokenizer.name": "data.tokenizer.model",
     "policy.tokenizer.chat_template": "data.chat_template",
     "tokenizer.chat_template": "data.chat_template",
+    "tokenizer.model": "data.tokenizer.model",
+    "tokenizer_model": "data.tokenizer.model",
     "peft.lora_A_init_method": "peft.lora_A_init",
     "peft.lora_B_init_method": "peft.lora_B_init",
 }
@@ -149,6 +156,8 @@ def canonical(
     known: Iterable[str],
 ) -> str:
     """The name of a setting, from any of its spellings; an unknown name stays as it is."""
+    if name in known:
+        return name
     for prefix, section in SECTION_SPELLINGS.items():
         name = section + name.removeprefix(prefix) if name.startswith(prefix) else name
     name = SPELLINGS.get(name, name)
@@ -242,6 +251,10 @@ def _placed(name: str, known: Mapping[str, Any], origin: str) -> str:
     raise AssertionError("unreachable: the name is in neither list")
 
 
+# Two ways to say one thing: the one that is said later wins.
+RIVALS = {"scheduler.lr_warmup_iters": "scheduler.lr_warmup_samples", "scheduler.lr_warmup_samples": "scheduler.lr_warmup_iters"}
+
+
 def merge(
     cls: type,  # the dataclass of settings to fill
     layers: Sequence[Layer],  # later ones win
@@ -251,12 +264,16 @@ def merge(
     known = known_names(cls)
     raw, origins = {}, {name: BUILT_IN for name in known if name != "megatron"}
     for origin, layer in layers:
+        said = {}
         for given, value in layer.items():
             for name, value in _meant(given, value, known, origin).items():
                 name = _placed(name, known, origin)
                 if "${" not in str(value):
                     _check_type(name, known.get(name, Any), value, origin)
-                raw[name], origins[name] = value, origin
+                said[name] = value
+        said |= {rival: 0 for name, rival in RIVALS.items() if said.get(name) and raw.get(rival) and rival not in said}
+        raw |= said
+        origins |= dict.fromkeys(said, origin)
     values = _resolved(cls, raw, origins, resolvers)
     for name in (name for name in raw if "${" in str(raw[name])):
         _check_type(name, known.get(name, Any), values[name], origins[name])

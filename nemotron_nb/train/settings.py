@@ -153,7 +153,7 @@ class PeftSection:
     lora_B_init: str = "zero"  # nothing else: the model begins as the base
     use_triton: bool = False  # a kernel of NeMo RL; PyTorch's products stand in for it
     a2a_experimental: bool = False  # Megatron only
-    lora_dtype: str = ""  # e.g. bfloat16; empty: that of the weights
+    lora_dtype: str | None = None  # e.g. bfloat16; null: that of the weights
     merge: bool = False  # write the merged model too when training ends
 
     def __post_init__(self) -> None:
@@ -166,7 +166,7 @@ class PeftSection:
         _require(0 <= self.dropout < 1, "peft.dropout", f"{self.dropout} is not a share", "give 0 for none, or e.g. 0.05")
         _choose("peft.dropout_position", self.dropout_position, DROPOUT_POSITIONS)
         _choose("peft.lora_A_init", self.lora_A_init, LORA_A_INITS)
-        _choose("peft.lora_dtype", self.lora_dtype, LORA_DTYPES)
+        _choose("peft.lora_dtype", self.lora_dtype or "", LORA_DTYPES)
         _require(self.lora_B_init == "zero", "peft.lora_B_init", f"{self.lora_B_init!r}: B begins at zero", "leave it out: with any other start the first step would not be the base model's")
 
 
