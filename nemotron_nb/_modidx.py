@@ -3379,6 +3379,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'nemotron_nb/train/settings.py'),
                                             'nemotron_nb.train.settings.TrainConfig.__post_init__': ( 'train/settings.html#trainconfig.__post_init__',
                                                                                                       'nemotron_nb/train/settings.py'),
+                                            'nemotron_nb.train.settings.TrainConfig.router_bias_rate': ( 'train/settings.html#trainconfig.router_bias_rate',
+                                                                                                         'nemotron_nb/train/settings.py'),
                                             'nemotron_nb.train.settings.TrainSection': ( 'train/settings.html#trainsection',
                                                                                          'nemotron_nb/train/settings.py'),
                                             'nemotron_nb.train.settings.TrainSection.packs_in_step': ( 'train/settings.html#trainsection.packs_in_step',

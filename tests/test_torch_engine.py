@@ -448,12 +448,13 @@ def test_a_leap_is_measured_against_what_is_usual():
 def test_adapters_are_trained_saved_and_merged(data_dir, tmp_path):
     pytest.importorskip("peft")
     short = {"train": {"train_iters": 3, "global_batch_size": 1}, "loss": {}, "scheduler": {}, "evaluation": {"num_generations": 1, "max_new_tokens": 2}}
-    train(training(data_dir, tmp_path / "out", peft={"enabled": True, "dim": 4, "merge": True}, **short))
+    train(training(data_dir, tmp_path / "out", peft={"enabled": True, "dim": 4, "merge": True}, model=SMALL | {"moe_router_bias_update_rate": 0.01}, **short))
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["adapter", "checkpoints", "evaluation_after.json", "evaluation_before.json", "metrics.jsonl", "model"]
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
     before, merged = build_model(ModelConfig(**SMALL), 4096, seed=1234), build_model(ModelConfig(name=str(tmp_path / "out" / "model")), 4096)
     moved = {n for (n, p), q in zip(before.named_parameters(), merged.parameters()) if not torch.equal(p, q)}
     assert moved and all("proj" in n for n in moved), "the pairs stand beside linear layers, and nothing else has moved"
+    assert all(torch.equal(p, q) for p, q in zip(before.buffers(), merged.buffers(), strict=True)), "an adapter has no place for the routers' bias"
     with pytest.raises(UserError, match="adapters and multi-token prediction"):
         train(training(data_dir, tmp_path / "b", peft={"enabled": True}, model=SMALL | {"mtp_num_layers": 1}, **short))
 

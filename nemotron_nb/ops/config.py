@@ -626,6 +626,8 @@ def derived(
         warm_up = max(settings.scheduler.lr_warmup_iters, settings.scheduler.lr_warmup_samples / max(1, batch))
         of = f"{settings.scheduler.lr_warmup_samples:,} samples, " if settings.scheduler.lr_warmup_samples else ""
         rows.append(("warm-up", f"{warm_up:,.2f} steps", f"{of}{warm_up / steps:.1%} of the run"))
+    if settings.peft.enabled and settings.model.moe_router_bias_update_rate:
+        rows.append(("bias of the routers", "stands still", "LoRA: an adapter has no place for it"))
     rows += [(f"stage {i}", f"{stage} loss", f"{length:,} steps") for i, (stage, length) in enumerate(plan, 1)]
     return table(rows, header=["follows", "", ""], title="What follows from them")
 

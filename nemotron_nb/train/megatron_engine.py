@@ -140,7 +140,7 @@ def model_values(
     recompute = {"model.recompute_granularity": "full", "model.recompute_method": "uniform", "model.recompute_num_layers": 1}
     return {
         "model.moe_aux_loss_coeff": m.moe_aux_loss_coeff,
-        "model.moe_router_bias_update_rate": m.moe_router_bias_update_rate,
+        "model.moe_router_bias_update_rate": config.router_bias_rate,
         **(further if m.mtp_num_layers else {"model.mtp_num_layers": None}),
         **(recompute if config.train.recompute else {}),
     }

@@ -196,6 +196,11 @@ class TrainConfig:
     peft: PeftSection = PeftSection()
     megatron: dict[str, Any] = field(default_factory=dict)  # dotted names of Megatron-Bridge and their values; for that engine alone
 
+    @property
+    def router_bias_rate(self) -> float:
+        """How far the routers' bias moves in a step; not at all with LoRA, since an adapter has no place for it."""
+        return 0.0 if self.peft.enabled else self.model.moe_router_bias_update_rate
+
     def __post_init__(self) -> None:
         """Refuse numbers that cannot be meant."""
         for name in ("train_iters", "global_batch_tokens", "micro_batch_tokens", "log_interval"):

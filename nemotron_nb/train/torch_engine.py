@@ -286,7 +286,7 @@ def build_learner(
         print("multi-token prediction: the checkpoint has none; its block begins at random", flush=True)
     if config.peft.enabled:
         model = apply_lora(model, config.peft, config.train.seed)
-    learner = Learner(model, described, mtp, config.train.precision)
+    learner = Learner(model, replace(described, moe_router_bias_update_rate=config.router_bias_rate), mtp, config.train.precision)
     if config.train.recompute:
         recompute(learner)
     learner = spread(learner, ranks, config.train.data_parallel, config.train.precision)
