@@ -1936,6 +1936,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'nemotron_nb.ops.config._layers': ('ops/config.html#_layers', 'nemotron_nb/ops/config.py'),
                                         'nemotron_nb.ops.config._meant': ('ops/config.html#_meant', 'nemotron_nb/ops/config.py'),
                                         'nemotron_nb.ops.config._named': ('ops/config.html#_named', 'nemotron_nb/ops/config.py'),
+                                        'nemotron_nb.ops.config._nemo_rl_defaults': ( 'ops/config.html#_nemo_rl_defaults',
+                                                                                      'nemotron_nb/ops/config.py'),
                                         'nemotron_nb.ops.config._origin': ('ops/config.html#_origin', 'nemotron_nb/ops/config.py'),
                                         'nemotron_nb.ops.config._placed': ('ops/config.html#_placed', 'nemotron_nb/ops/config.py'),
                                         'nemotron_nb.ops.config._resolved': ('ops/config.html#_resolved', 'nemotron_nb/ops/config.py'),

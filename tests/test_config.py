@@ -368,3 +368,12 @@ def test_a_data_section_of_nemo_rl_leads_to_a_file(tmp_path):
     (tmp_path / "sft.yaml").write_text(f"data: {{train: {{data_path: {chats}, input_key: q, output_key: a}}}}")
     (dataset,) = sft_config("nano3", "tiny", [f"data.blend_path={tmp_path / 'sft.yaml'}"]).settings.data.blend.datasets
     assert (dataset.path, dataset.format, dataset.options) == (str(chats), "ResponseDataset", {"input_key": "q", "output_key": "a"})
+
+
+@pytest.mark.parametrize("typed, dim, position", [
+    (["policy.megatron_cfg.peft.enabled=true"], 32, "pre"), (["policy.dtensor_cfg.lora_cfg.enabled=true"], 8, "post"), (["peft.enabled=true"], 8, "post"),
+    (["policy.megatron_cfg.peft.dim=4", "policy.megatron_cfg.peft.enabled=true"], 4, "pre"), (["policy.megatron_cfg.peft.enabled=true", "peft.dropout_position=post"], 32, "post"),
+])  # fmt: skip
+def test_lora_of_either_backend_has_the_defaults_of_its_section(typed, dim, position):
+    peft = sft_config("super3", "default", [*typed, "model.mtp_num_layers=0"]).settings.peft
+    assert (peft.enabled, peft.dim, peft.dropout_position) == (True, dim, position)

@@ -485,6 +485,12 @@ def _with_lora(family: str, layers: list[Layer]) -> list[Layer]:
     first = next(i for i, (origin, _) in enumerate(layers) if not origin.endswith("default.yaml"))
     return [*layers[:first], _file_layer(path), *layers[first:]]
 
+
+def _nemo_rl_defaults(layers: Iterable[Layer]) -> list[Layer]:
+    """What NeMo RL's section of LoRA for Megatron leaves unsaid, if any layer uses that section."""
+    used = any(name.startswith("policy.megatron_cfg.peft.") for _, values in layers for name in values)
+    return [("NeMo RL's defaults for Megatron", {"peft.dim": 32, "peft.dropout_position": "pre"})] if used else []
+
 # %% ../../nbs/ops/30_config.ipynb #e60ad89a
 SLOTS = {
     "data": {"data.output_dir": "${art:data,path}", "data.pack_size": "${art:data,pack_size}"},
@@ -547,7 +553,7 @@ def sft_config(
     """The settings of a fine-tuning run: data_prep/*.yaml as its data section, then sft/*.yaml, the cluster's profile, the command line."""
     layers = _layers(family, [("data_prep", "data."), ("sft", "")], name)
     layers = _with_lora(family, [*layers, *([profile] if profile else []), *_typed(overrides)])
-    layers, resolvers = _with_artifacts([(origin, _named(values)) for origin, values in layers])
+    layers, resolvers = _with_artifacts([(origin, _named(values)) for origin, values in [*_nemo_rl_defaults(layers), *layers]])
     effective = merge(SftConfig, [(COMMAND, {"family": family}), *layers], **resolvers)
     if effective.settings.family != family:
         raise UserError(f"is for the family {effective.settings.family!r}", where=effective.origins["family"], why=f"the command says {family!r}", fix="use the command of that family")
