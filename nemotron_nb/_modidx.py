@@ -35,6 +35,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'nemotron_nb.data.blend.draw': ('data/blend.html#draw', 'nemotron_nb/data/blend.py'),
                                         'nemotron_nb.data.blend.files_of_split': ( 'data/blend.html#files_of_split',
                                                                                    'nemotron_nb/data/blend.py'),
+                                        'nemotron_nb.data.blend.folder_name': ('data/blend.html#folder_name', 'nemotron_nb/data/blend.py'),
                                         'nemotron_nb.data.blend.load_blend': ('data/blend.html#load_blend', 'nemotron_nb/data/blend.py'),
                                         'nemotron_nb.data.blend.resolve': ('data/blend.html#resolve', 'nemotron_nb/data/blend.py'),
                                         'nemotron_nb.data.blend.single': ('data/blend.html#single', 'nemotron_nb/data/blend.py')},

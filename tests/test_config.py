@@ -363,10 +363,11 @@ def test_of_two_ways_to_say_a_warm_up_the_later_one_counts(typed, steps, samples
 def test_a_data_section_of_nemo_rl_leads_to_a_file(tmp_path):
     with pytest.raises(UserError, match="data.blend_path=FILE.yaml"):
         sft_config("nano3", "tiny", ["data.train.data_path=chats.jsonl"])
-    chats = tmp_path / "chats.jsonl"
+    chats = tmp_path / "my chats.jsonl"
     chats.write_text('{"q": "2 + 2?", "a": "4"}\n')
     (tmp_path / "sft.yaml").write_text(f"data: {{train: {{data_path: {chats}, input_key: q, output_key: a}}}}")
     (dataset,) = sft_config("nano3", "tiny", [f"data.blend_path={tmp_path / 'sft.yaml'}"]).settings.data.blend.datasets
+    assert dataset.name.endswith("my_chats")
     assert (dataset.path, dataset.format, dataset.options) == (str(chats), "ResponseDataset", {"input_key": "q", "output_key": "a"})
 
 

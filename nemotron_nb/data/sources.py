@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import UserError, from_mapping, nearest
-from .blend import Blend, Dataset, load_blend, resolve
+from .blend import Blend, Dataset, folder_name, load_blend, resolve
 from .files import Reject, read_unit, units
 from .records import BadRecord
 
@@ -311,17 +311,23 @@ def _task_name(path: str) -> str:
     return "-".join(Path(path).with_suffix("").parts[-2:]).strip("-/")
 
 
+def _dataset(block: DataBlock) -> Dataset:
+    """A block as an entry of a blend."""
+    local = Path(block.data_path).exists() or "://" in block.data_path
+    split = "" if Path(block.data_path).is_file() else block.split or ""
+    name = folder_name(_task_name(block.data_path))
+    return Dataset(name, block.data_path if local else f"hf://{block.data_path}", split=split, subset=block.subset or "", format=block.dataset_name, options=dict(block.options))
+
+
 def load_sft_dataset(
     block: DataBlock,
     downloads: str | Path = "output/downloads",  # for files that are fetched
 ) -> SftDataset:
     """All chats of a block, in memory. For data of any size, name it in a blend instead."""
     form = row_format(block.dataset_name, block.options, "data")
-    path = block.data_path if Path(block.data_path).exists() or "://" in block.data_path else f"hf://{block.data_path}"
-    entry = Dataset("data", path, split=(block.split or "") if not Path(path).is_file() else "", subset=block.subset or "")
     chats: list[dict[str, Any]] = []
     rejects: list[Reject] = []
-    for file in resolve(entry, downloads):
+    for file in resolve(_dataset(block), downloads):
         for line, row in (pair for unit in units(file) for pair in read_unit(unit)):
             try:
                 chats += [] if isinstance(row, Reject) else form.chats(row)
@@ -358,21 +364,16 @@ def data_section(
     return blocks
 
 # %% ../../nbs/data/08a_sources.ipynb #da5e4ab9
-def _dataset(block: DataBlock, where: str) -> Dataset:
-    """A block as an entry of a blend."""
-    if share := block.split_validation_size:
-        raise UserError(f"split_validation_size is {share:g}", where=where, why="chats are split by conversation, by the ratios of the settings", fix=f"leave it out, and set train_ratio={1 - share:g} valid_ratio={share:g} test_ratio=0 in the section data")
-    local = Path(block.data_path).exists() or "://" in block.data_path
-    split = "" if Path(block.data_path).is_file() else block.split or ""
-    return Dataset(_task_name(block.data_path), block.data_path if local else f"hf://{block.data_path}", split=split, subset=block.subset or "", format=block.dataset_name, options=dict(block.options))
-
-
 def blend_of_section(
     section: Mapping[str, Any],  # train, validation, default
     source: str = "",  # the file it was read from
 ) -> Blend:
     """A `data:` section of NeMo RL as a blend. `UserError` without a block `train`, and for `split_validation_size`."""
-    blocks = {name: (_dataset(block, f"data.{name}"),) for name, block in data_section(section).items()}
+    blocks = {}
+    for name, block in data_section(section).items():
+        if share := block.split_validation_size:
+            raise UserError(f"split_validation_size is {share:g}", where=f"data.{name}", why="chats are split by conversation, by the ratios of the settings", fix=f"leave it out, and set train_ratio={1 - share:g} valid_ratio={share:g} test_ratio=0 in the section data")
+        blocks[name] = (_dataset(block),)
     if "train" not in blocks:
         raise UserError("there is no block train", where=f"{source}: data" if source else "data", fix="say what to train on: data: {train: {data_path: chats.jsonl}}")
     if "validation" not in blocks:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import nemotron_nb
-from ..core import UserError, digest, write_json
+from ..core import UserError, digest, write_atomic, write_json
 from ..train.settings import ERROR_FILE
 
 # %% ../../nbs/ops/31_run_folder.ipynb #44b64c02
@@ -449,7 +449,7 @@ def as_process(
     try:
         act(str(folder))
     except UserError as error:
-        (folder / ERROR_FILE).write_text(str(error), encoding="utf-8")
+        write_atomic(folder / ERROR_FILE, str(error))
         sys.exit(f"error: {error}")
 
 # %% ../../nbs/ops/31_run_folder.ipynb #81299a71
