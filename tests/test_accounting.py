@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from nemotron_nb.core import UserError
 from nemotron_nb.loss.fused import masked_linear_cross_entropy
 from nemotron_nb.loss.mtp import count_depths, depth_lengths, mtp_cross_entropy, mtp_loss_by_hand, mtp_targets, mtp_weights
-from nemotron_nb.loss.schedule import STAGES
+from nemotron_nb.loss.schedule import LOSS_STAGES
 from nemotron_nb.loss.two_stage import (
     Denominators,
     MeanPair,
@@ -56,11 +56,11 @@ def test_the_ladder_tells_right_from_wrong():
     weight, b = head().requires_grad_(), batch()
     rungs = accounting(nll_under(weight), weight, b["mask"], b["sequence_of"])
     assert len(rungs) == 2 * 13 and all(r.agrees for r in rungs if not r.known_mistake)
-    wrong = {stage: {r.way for r in rungs if r.stage == stage and not r.agrees} for stage in STAGES}
+    wrong = {stage: {r.way for r in rungs if r.stage == stage and not r.agrees} for stage in LOSS_STAGES}
     assert wrong["token"] == {"mean of micro-batch means", "mean of rank means", "mask one label late"}
     assert wrong["sample"] == wrong["token"] | {"|O_c| counted on a slice", "weights cast to integers", "|B| = int(sum of weights)", "silent chats in |B|"}
     assert all(max(r.loss_gap, r.gradient_gap) > 0.01 for r in rungs if not r.agrees)
-    for stage in STAGES:
+    for stage in LOSS_STAGES:
         expected = loss_by_hand(nll_under(weight)(torch.arange(len(b["mask"]))), b["mask"], b["sequence_of"], stage).item()
         assert all(r.loss == pytest.approx(expected, rel=1e-12) for r in rungs if r.stage == stage and r.agrees)
 
@@ -127,7 +127,7 @@ def test_mean_pairs_add_up_however_the_batch_is_cut(unit, seed):
     piece_of = torch.randint(4, (T,), generator=torch.Generator().manual_seed(seed))
     pieces = [(piece_of == p).nonzero().squeeze(1) for p in range(4)]
     record = sum((MeanPair.of(nll(piece), lengths[piece]) for piece in pieces), MeanPair.counted(counts)).record()
-    for stage in STAGES:
+    for stage in LOSS_STAGES:
         expected = loss_by_hand(nll(torch.arange(T)), b["mask"], owner, stage).item()
         assert record[f"loss_{stage}"] == pytest.approx(expected, rel=1e-12)
     assert (record["trained_tokens"], record["conversations"]) == (counts.tokens, counts.conversations)
@@ -137,7 +137,7 @@ def test_mean_pairs_add_up_however_the_batch_is_cut(unit, seed):
 def test_what_is_untrained_is_not_read():
     lengths = torch.tensor([0, 1])
     spoilt = MeanPair.counted(Denominators(1, 1)) + MeanPair.of(torch.tensor([float("nan"), 2.0], requires_grad=True), lengths)
-    assert spoilt.record()["loss_token"] == 2.0 and not spoilt.sums_4.requires_grad
+    assert spoilt.record()["loss_token"] == 2.0 and not spoilt.sums.requires_grad
     with pytest.raises(UserError, match="no trained token"):
         MeanPair.nothing().record()
 
@@ -193,7 +193,7 @@ def results_of(rank: int, group) -> dict:
         piece = pieces[rank]
         hidden, labels, seen = b["hidden"][:, piece], b["labels"][piece], (b["mask"][piece], b["sequence_of"][piece])
         own = count(*seen)
-        for stage in STAGES:
+        for stage in LOSS_STAGES:
             weights = weights_of(lengths[piece], stage, torch.float64)
             *results[ranks, layout, stage, "global"], nll = averaged(group, ranks == 2, hidden[0], labels, weights, ranks / counts.of(stage))
             local = token_weights(*seen, stage, torch.float64), 1 / own.of(stage) if own.tokens else 0.0
@@ -233,7 +233,7 @@ def test_ranks_give_the_loss_and_the_gradient_of_one_device(ranks, layout, compu
     b, weight = batch(), head().requires_grad_()
     labels, _ = mtp_targets(b["labels"], b["mask"], b["sequence_of"])
     full = torch.nn.functional.cross_entropy((b["hidden"] @ weight.T).flatten(0, 1), labels.flatten(), reduction="none").view(3, -1)
-    for stage in STAGES:
+    for stage in LOSS_STAGES:
         oracles = {"global": loss_by_hand(full[0], b["mask"], b["sequence_of"], stage), "mtp": mtp_loss_by_hand(full, b["mask"], b["sequence_of"], stage)}
         for name, expected in oracles.items():
             loss, gradient = computed_by_ranks[ranks, layout, stage, name]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from nemotron_nb.core import UserError
 from nemotron_nb.loss.fused import masked_linear_cross_entropy
-from nemotron_nb.loss.schedule import CONVERSATION_UNITS, STAGES, Phase, StageSchedule, check_unit
+from nemotron_nb.loss.schedule import CONVERSATION_UNITS, LOSS_STAGES, Phase, StageSchedule, check_unit
 from nemotron_nb.loss.two_stage import Denominators, answer_lengths, count, loss_by_hand, split_invariance, token_weights, unit_of, weights_of
 
 
@@ -40,14 +40,14 @@ def test_values_by_arithmetic():
 
 
 @settings(deadline=None)
-@given(some_trained, st.sampled_from(STAGES), st.integers(0, 99))
+@given(some_trained, st.sampled_from(sorted(LOSS_STAGES)), st.integers(0, 99))
 def test_weighted_sum_is_the_loop(sequences, stage, seed):
     nll, mask, sequence_of = batch_of(sequences, seed)
     torch.testing.assert_close(weighted(nll, mask, sequence_of, stage), loss_by_hand(nll, mask, sequence_of, stage), rtol=1e-12, atol=0)
 
 
 @settings(deadline=None)
-@given(some_trained, st.sampled_from(STAGES))
+@given(some_trained, st.sampled_from(sorted(LOSS_STAGES)))
 def test_weights_add_up_to_the_denominator(sequences, stage):
     _, mask, sequence_of = batch_of(sequences)
     denominators = count(mask, sequence_of)
@@ -57,7 +57,7 @@ def test_weights_add_up_to_the_denominator(sequences, stage):
 
 
 @settings(deadline=None)
-@given(some_trained, st.sampled_from(STAGES), st.randoms(use_true_random=False))
+@given(some_trained, st.sampled_from(sorted(LOSS_STAGES)), st.randoms(use_true_random=False))
 def test_order_numbering_padding_and_prompts_do_not_matter(sequences, stage, random):
     nll, mask, sequence_of = batch_of(sequences)
     expected = loss_by_hand(nll, mask, sequence_of, stage)
@@ -86,13 +86,13 @@ def test_repeating_an_answer_moves_the_token_stage_only():
 
 def test_share_of_ten_tokens_beside_a_thousand():
     _, mask, sequence_of = batch_of([[1] * 10, [1] * 1000])
-    shares = {stage: (token_weights(mask, sequence_of, stage, torch.float64)[:10].sum() / count(mask, sequence_of).of(stage)).item() for stage in STAGES}
+    shares = {stage: (token_weights(mask, sequence_of, stage, torch.float64)[:10].sum() / count(mask, sequence_of).of(stage)).item() for stage in LOSS_STAGES}
     assert shares == pytest.approx({"token": 1 / 101, "sample": 1 / 2}, rel=1e-12)
 
 
 def test_rows_and_columns_are_welcome():
     _, mask, sequence_of = batch_of([[0, 1, 1], [1, 0, 1]])
-    for stage in STAGES:
+    for stage in LOSS_STAGES:
         flat = token_weights(mask, sequence_of, stage)
         assert torch.equal(token_weights(mask.view(2, 3), sequence_of.view(2, 3), stage), flat.view(2, 3))
 
@@ -105,7 +105,7 @@ def test_counts_are_whole_numbers():
 
 def test_what_is_refused():
     empty = torch.zeros(3, dtype=torch.bool), torch.zeros(3, dtype=torch.int64)
-    for stage in STAGES:
+    for stage in LOSS_STAGES:
         with pytest.raises(UserError, match="no trained token"):
             count(*empty).of(stage)
         assert not token_weights(*empty, stage).any()
@@ -119,7 +119,7 @@ def test_what_is_refused():
 
 
 @settings(deadline=None)
-@given(some_trained, st.sampled_from(STAGES), st.sampled_from(CONVERSATION_UNITS), st.data())
+@given(some_trained, st.sampled_from(sorted(LOSS_STAGES)), st.sampled_from(CONVERSATION_UNITS), st.data())
 def test_a_unit_is_a_regrouping_and_nothing_else(sequences, stage, unit, data):
     nll, mask, sequence_of = batch_of(sequences)
     chats = data.draw(st.lists(st.sampled_from(["a", "b", ("c", 3)]), min_size=len(sequences), max_size=len(sequences)))
@@ -142,7 +142,7 @@ def test_units_by_arithmetic():
 
 
 @settings(deadline=None)
-@given(some_trained, st.sampled_from(STAGES), st.randoms(use_true_random=False))
+@given(some_trained, st.sampled_from(sorted(LOSS_STAGES)), st.randoms(use_true_random=False))
 def test_weights_may_be_made_after_any_cut(sequences, stage, random):
     _, mask, sequence_of = batch_of(sequences)
     piece = torch.tensor(random.sample(range(len(mask)), random.randint(1, len(mask))))
@@ -163,7 +163,7 @@ def test_schedule_follows_the_steps():
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(STAGES), st.integers(1, 7)), min_size=1, max_size=5), st.integers(1, 20))
+@given(st.lists(st.tuples(st.sampled_from(sorted(LOSS_STAGES)), st.integers(1, 7)), min_size=1, max_size=5), st.integers(1, 20))
 def test_plan_is_the_count_of_stage_at(phases, num_steps):
     schedule = StageSchedule.from_config([{"stage": s, "steps": n} for s, n in phases] + [{"stage": "sample"}])
     plan = schedule.plan(num_steps)
@@ -250,7 +250,7 @@ def oracle(batch, weight, stage):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.sampled_from(STAGES), st.data())
+@given(st.sampled_from(sorted(LOSS_STAGES)), st.data())
 def test_any_split_gives_one_loss_and_one_gradient(stage, data):
     batch, weight = accounting_batch(), head().requires_grad_()
     T = len(batch["mask"])

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..core import UserError
-from .schedule import STAGES, check_stage, check_unit
+from .schedule import LOSS_STAGES, check_stage, check_unit
 from ..viz import Picture, png, table
 
 # %% ../../nbs/loss/10_two_stage.ipynb #c2f53677
@@ -30,9 +30,9 @@ def loss_by_hand(
     for nll, trained, c in zip(nll_T, mask_T.tolist(), sequence_of_T.tolist(), strict=True):
         if trained:
             sequences.setdefault(c, []).append(nll)
-    if check_stage(stage) == "token":
-        return sum(sum(s) for s in sequences.values()) / sum(len(s) for s in sequences.values())
-    return sum(sum(s) / len(s) for s in sequences.values()) / len(sequences)
+    row = LOSS_STAGES[check_stage(stage)]
+    total = sum(sum(s) / row.divisor(len(s)) for s in sequences.values())
+    return total / (len(sequences) if row.counts == "conversations" else sum(len(s) for s in sequences.values()))
 
 # %% ../../nbs/loss/10_two_stage.ipynb #0e56d1e6
 def _trained(mask_T: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def weights_of(
 ) -> Tensor:
     """[T] the weight of each label: 1, or 1/|O_c|; 0 where untrained."""
     weights_T = (lengths_T > 0).to(dtype)
-    return weights_T / lengths_T.clamp(min=1).to(dtype) if check_stage(stage) == "sample" else weights_T
+    return weights_T / LOSS_STAGES[check_stage(stage)].divisor(lengths_T.clamp(min=1).to(dtype))
 
 
 def token_weights(
@@ -95,7 +95,7 @@ class Denominators:
                 why="its loss would be 0/0",
                 fix="look at the loss mask of the data: no label of these sequences is trained",
             )
-        return self.tokens if check_stage(stage) == "token" else self.conversations
+        return getattr(self, LOSS_STAGES[check_stage(stage)].counts)
 
 
 def count(
@@ -123,9 +123,9 @@ def unit_of(
 # %% ../../nbs/loss/10_two_stage.ipynb #c41f3fb8
 @dataclass(frozen=True, eq=False)
 class MeanPair:
-    """Four sums that can be added over pieces, ranks and steps; both means of the loss follow from them."""
+    """Sums that can be added over pieces, ranks and steps; the mean of every stage follows from them."""
 
-    sums_4: Tensor  # float64 [4]: sum of nll, sum over conversations of their mean nll, trained tokens, conversations
+    sums: Tensor  # float64 [K+2]: the weighted sum of nll of each row of `LOSS_STAGES`, trained tokens, conversations
 
     @classmethod
     def of(
@@ -135,7 +135,7 @@ class MeanPair:
     ) -> "MeanPair":
         """The sums of one piece of a batch. It counts nothing; that is done once, by `counted`."""
         nll_T = torch.where(lengths_T > 0, nll_T.detach(), 0).to(torch.float64)
-        sums = nll_T.sum(), (nll_T * weights_of(lengths_T, "sample", torch.float64)).sum()
+        sums = [(nll_T * weights_of(lengths_T, stage, torch.float64)).sum() for stage in LOSS_STAGES]
         return cls(torch.cat([torch.stack(sums), nll_T.new_zeros(2)]))
 
     @classmethod
@@ -145,35 +145,38 @@ class MeanPair:
         device: torch.device | str = "cpu",
     ) -> "MeanPair":
         """The counts without any loss: what a sum over pieces begins with."""
-        return cls(torch.tensor([0, 0, counts.tokens, counts.conversations], dtype=torch.float64, device=device))
+        sums = [0] * len(LOSS_STAGES) + [counts.tokens, counts.conversations]
+        return cls(torch.tensor(sums, dtype=torch.float64, device=device))
 
     @classmethod
     def nothing(cls, device: torch.device | str = "cpu") -> "MeanPair":
         """No loss and no counts: what the other ranks begin with."""
-        return cls(torch.zeros(4, dtype=torch.float64, device=device))
+        return cls(torch.zeros(len(LOSS_STAGES) + 2, dtype=torch.float64, device=device))
 
     def __add__(self, other: "MeanPair") -> "MeanPair":
         """The sums of both."""
-        return MeanPair(self.sums_4 + other.sums_4)
+        return MeanPair(self.sums + other.sums)
 
     def all_reduced(
         self,
         group: "dist.ProcessGroup | None" = None,  # None = all ranks
     ) -> "MeanPair":
         """The sums over all ranks of a group; every rank must call it."""
-        total_4 = self.sums_4.clone()
-        dist.all_reduce(total_4, group=group)
-        return MeanPair(total_4)
+        total = self.sums.clone()
+        dist.all_reduce(total, group=group)
+        return MeanPair(total)
 
     def record(self) -> dict[str, float | int]:
-        """Both means and what they are made of, under the names of the metrics file. `UserError` if nothing was trained."""
-        nll, means, tokens, conversations = self.sums_4.tolist()
+        """Every mean and what it is made of, under the names of the metrics file. `UserError` if nothing was trained."""
+        *sums, tokens, conversations = self.sums.tolist()
         counts = Denominators(round(tokens), round(conversations))
-        return {"loss_token": nll / counts.of("token"), "loss_sample": means / counts.of("sample"), "trained_tokens": counts.tokens, "conversations": counts.conversations}
+        means = {f"loss_{stage}": total / counts.of(stage) for stage, total in zip(LOSS_STAGES, sums, strict=True)}
+        return means | {"trained_tokens": counts.tokens, "conversations": counts.conversations}
 
     def __repr__(self) -> str:
-        nll, means, tokens, conversations = self.sums_4.tolist()
-        return f"MeanPair(nll {nll:.6g} over {tokens:.0f} tokens, means {means:.6g} over {conversations:.0f} conversations)"
+        *sums, tokens, conversations = self.sums.tolist()
+        said = ", ".join(f"{stage} {total:.6g}" for stage, total in zip(LOSS_STAGES, sums, strict=True))
+        return f"MeanPair({said}; {tokens:.0f} tokens, {conversations:.0f} conversations)"
 
 # %% ../../nbs/loss/10_two_stage.ipynb #8914f2a6
 @dataclass(frozen=True)
@@ -297,7 +300,8 @@ class _Batch:
         """Every sequence is a member of B, trained or not; negative indices are padding."""
         weights_T = token_weights(self.mask_T, self.sequence_of_T, self.stage, torch.float64)
         everyone = self.sequence_of_T[self.sequence_of_T >= 0].unique().numel()
-        total = everyone if self.stage == "sample" else count(self.mask_T, self.sequence_of_T).tokens
+        of_tokens = LOSS_STAGES[self.stage].counts == "tokens"
+        total = count(self.mask_T, self.sequence_of_T).tokens if of_tokens else everyone
         return sum(self.share(p, weights_T[p], total) for p in pieces)
 
     def late_mask(self, pieces: Sequence[Tensor]) -> Tensor:
@@ -345,7 +349,7 @@ def accounting(
     """The same batch computed in the usual ways, right and wrong, in both stages, each measured against `loss_by_hand`. `UserError` if nothing is trained."""
     count(mask_T, sequence_of_T).of("token")
     rungs = []
-    for stage in STAGES:
+    for stage in LOSS_STAGES:
         oracle = loss_by_hand(nll_of(torch.arange(len(mask_T))), mask_T, sequence_of_T, stage)
         (reference,) = torch.autograd.grad(oracle, parameter)
         for way, known_mistake, compute in _ways(_Batch(nll_of, mask_T, sequence_of_T, stage)):
@@ -375,8 +379,8 @@ def accounting_ladder(
     """The rungs from top to bottom, their loss from left to right, a rail at the loss of the loop; a cross has the wrong loss or gradient."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(STAGES), figsize=(8.8, 4.2), sharey=True)
-    for axis, stage in zip(axes, STAGES, strict=True):
+    figure, axes = plt.subplots(1, len(LOSS_STAGES), figsize=(8.8, 4.2), sharey=True)
+    for axis, stage in zip(axes, LOSS_STAGES, strict=True):
         shown = [r for r in rungs if r.stage == stage]
         axis.axvline(shown[0].loss, color="#30639a", linewidth=3, alpha=0.25)
         for y, rung in enumerate(shown):
@@ -388,6 +392,6 @@ def accounting_ladder(
         axis.set_title(f"{stage} stage", fontsize=10)
     axes[0].invert_yaxis()
     figure.tight_layout()
-    wrong = {stage: [r.way for r in rungs if r.stage == stage and not r.agrees] for stage in STAGES}
+    wrong = {stage: [r.way for r in rungs if r.stage == stage and not r.agrees] for stage in LOSS_STAGES}
     told = "; ".join(f"in the {stage} stage {len(ways)} ways have a wrong loss or gradient ({', '.join(ways) or 'none'})" for stage, ways in wrong.items())
     return png(figure, f"Loss accounting ladder: many ways to compute the loss of one batch; dots on the blue line agree with the loop, crosses do not; {told}.")

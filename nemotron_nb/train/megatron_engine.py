@@ -445,8 +445,8 @@ def _begin_record(run: MegatronConfig, config: Any, manifest: Mapping[str, Any],
         print("no held-out loss: fewer held-out packs than data-parallel ranks", flush=True)
     line, output = _start_line(run, config, manifest), Path(run.shared.output_dir)
     print(f"{line['engine']}: {names_of(installed_version('megatron-bridge')).note}; recipe {run.recipe}; conversations count {step.balance} in the sample stage", flush=True)
-    if run.shared.model.mtp_num_layers and any(stage == "sample" for stage, _ in line["plan"]):
-        print("further predictions: in the sample stage they are weighted like the loss; the PyTorch engine averages them over tokens", flush=True)
+    if run.shared.model.mtp_num_layers and any(stage != "token" for stage, _ in line["plan"]):
+        print("MTP depths: in a stage other than the token stage they are weighted like the loss; the PyTorch engine averages them over tokens", flush=True)
     (output / STOP).unlink(missing_ok=True)  # it was obeyed
     if config.checkpoint.load is None:
         write_atomic(output / METRICS, "")

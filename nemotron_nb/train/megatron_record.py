@@ -86,7 +86,7 @@ class Recorder:
         if groups.pp.rank() != groups.pp.size() - 1:
             return MeanPair.nothing(), 0
         pair = self.step.pair()
-        places = pair.sums_4.new_full((1,), self.step.places)
+        places = pair.sums.new_full((1,), self.step.places)
         torch.distributed.all_reduce(places, group=groups.dp_cp)
         return pair.all_reduced(groups.dp_cp), int(places)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core import UserError
-from ..loss.schedule import StageSchedule, check_stage
+from ..loss.schedule import LOSS_STAGES, StageSchedule, check_stage
 from ..loss.two_stage import Denominators, MeanPair, answer_lengths, count, weights_of
 
 # %% ../../nbs/train/26_megatron_step.ipynb #77965ba2
@@ -57,13 +57,13 @@ class Share:
 
     @property
     def factor(self) -> int:
-        """K in the sample stage, 1 in the token stage."""
-        return self.balance if check_stage(self.stage) == "sample" else 1
+        """K where conversations are counted (the sample stage), 1 where tokens are."""
+        return self.balance if LOSS_STAGES[check_stage(self.stage)].counts == "conversations" else 1
 
     @property
     def number(self) -> int:
         """What this micro-batch adds to the number that the gradient is divided by."""
-        own = self.counts.tokens if self.stage == "token" else self.counts.conversations
+        own = getattr(self.counts, LOSS_STAGES[check_stage(self.stage)].counts)
         if own * self.factor >= 1 << 31:
             raise UserError(f"{own * self.factor} does not fit in 32 bits", where="megatron step", why="Megatron adds up such numbers as 32-bit integers", fix="train with fewer tokens in a micro-batch")
         return own * self.factor if self.counted_here else 0
@@ -83,9 +83,10 @@ def weighted_loss(
     nll, lengths = nll.view(-1).float(), lengths.view(-1)
     total = (nll * share.weights(lengths)).sum()
     number = torch.tensor(share.number, dtype=torch.int32, device=nll.device)
-    sums = MeanPair.of(nll, lengths).sums_4 + share.pair.sums_4.to(nll.device)
-    reported = torch.stack([total.detach().double(), number.double()])
-    return total, number, {"lm loss": reported, "loss_token": sums[[0, 2]], "loss_sample": sums[[1, 3]]}
+    *sums, tokens, conversations = MeanPair.of(nll, lengths).sums + share.pair.sums.to(nll.device)
+    counted = {"tokens": tokens, "conversations": conversations}
+    means = {f"loss_{name}": torch.stack([part, counted[row.counts]]) for (name, row), part in zip(LOSS_STAGES.items(), sums, strict=True)}
+    return total, number, {"lm loss": torch.stack([total.detach().double(), number.double()])} | means
 
 # %% ../../nbs/train/26_megatron_step.ipynb #42f15d93
 def physical_borders(
@@ -150,7 +151,7 @@ class TwoStageStep:
     def remember(self, lengths: Tensor, share: Share, places: int, nll: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The loss for Megatron; its sums are kept."""
         loss, number, reported = weighted_loss(lengths, share, nll)
-        self.sums.append(torch.stack([reported["loss_token"], reported["loss_sample"]], dim=1).flatten())
+        self.sums.append(torch.cat([torch.stack([reported[f"loss_{name}"][0] for name in LOSS_STAGES]), share.pair.sums[-2:].to(nll.device)]))
         self.places += places if share.counted_here else 0
         return loss, number, reported
 

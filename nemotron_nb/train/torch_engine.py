@@ -23,7 +23,7 @@ from ..data.pack import Pack
 from ..data.prep import Manifest
 from ..data.shards import PackReader, read_packs
 from ..data.tokenizer import ChatTokenizer, load_tokenizer
-from ..loss.schedule import StageSchedule
+from ..loss.schedule import LOSS_STAGES, StageSchedule
 from ..loss.two_stage import Denominators, MeanPair
 from .balance import move_biases
 from .batches import GlobalBatch, MicroBatch, Row, collate, global_batch, packs_of_step, share_of_loss
@@ -73,18 +73,18 @@ def make_optimizer(
 class Measured:
     """What the passes of one step found; after `summed`, of the whole global batch."""
 
-    sums: Tensor  # float64 [4+K]: main loss, imbalance, sum of nll, sum of conversations' mean nll, sum of nll of each further depth
+    sums: Tensor  # float64 [2+S+K]: main loss, imbalance, weighted sum of nll of each row of `LOSS_STAGES`, sum of nll of each MTP depth
     counts: Tensor  # int64 [L,E], how often each expert was taken
     rows: list[tuple[tuple[str, ...], Tensor]] = field(default_factory=list)  # names of conversations, and whether each has finite losses
 
     @classmethod
     def nothing(cls, depths: int, device: torch.device) -> "Measured":
         """Before the first pass."""
-        return cls(torch.zeros(4 + depths, dtype=torch.float64, device=device), torch.zeros((), dtype=torch.int64, device=device))
+        return cls(torch.zeros(2 + len(LOSS_STAGES) + depths, dtype=torch.float64, device=device), torch.zeros((), dtype=torch.int64, device=device))
 
     def add(self, share: Share, micro: MicroBatch) -> None:
         """One more micro-batch."""
-        pair = MeanPair.of(share.nll[0], micro.lengths).sums_4[:2]
+        pair = MeanPair.of(share.nll[0], micro.lengths).sums[:-2]
         depths = (share.nll[1:].detach().double() * share.trained[1:]).flatten(1).sum(1)
         self.sums = self.sums + torch.cat([torch.stack([share.main.detach().double(), share.imbalance.double()]), pair, depths])
         self.counts = self.counts + share.counts
@@ -101,8 +101,8 @@ class Measured:
 
     def record(self, counts: Denominators, targets: Sequence[int], balanced: bool) -> dict[str, float]:
         """The losses under the names of the metrics file."""
-        loss, imbalance, nll, means, *depths = self.sums.tolist()
-        pair = MeanPair(torch.tensor([nll, means, counts.tokens, counts.conversations], dtype=torch.float64)).record()
+        (loss, imbalance), sums, depths = self.sums[:2].tolist(), self.sums[2:][:len(LOSS_STAGES)], self.sums[2 + len(LOSS_STAGES):].tolist()
+        pair = (MeanPair(torch.cat([sums, sums.new_zeros(2)])) + MeanPair.counted(counts, sums.device)).record()
         further = {f"loss_mtp_{k}": total / n if n else 0.0 for k, (total, n) in enumerate(zip(depths, targets, strict=True), 1)}
         return {"loss": loss, **pair, **further, **({"expert_imbalance": imbalance} if balanced else {})}
 
@@ -156,7 +156,7 @@ def train_step(
     optimizer.zero_grad()
     if rate := learner.config.moe_router_bias_update_rate:
         move_biases(learner.watch.layers, found.counts, rate)
-    losses = found.record(counts, batch.targets(len(found.sums) - 4), learner.watch is not None)
+    losses = found.record(counts, batch.targets(len(found.sums) - 2 - len(LOSS_STAGES)), learner.watch is not None)
     line = {"kind": "train", "step": step + 1, "stage": stage, **losses, "lr": learning_rate(step, config), "grad_norm": norm, "tokens": batch.tokens}
     return line | {"seconds": time.perf_counter() - started}
 
@@ -236,12 +236,12 @@ def held_out(
     """Both means over all held-out conversations, and over those of each source if there are several. Every rank must call it."""
     rows = global_batch(packs, unit).rows
     sources = sorted({row.source for row in rows})
-    sums_S2 = torch.zeros(len(sources), 2, dtype=torch.float64, device=learner.device)
+    sums_S2 = torch.zeros(len(sources), len(LOSS_STAGES), dtype=torch.float64, device=learner.device)
     for group in passes(rows, max_tokens, ranks):
         micro = collate(group, learner.device)
         nll_RT = share_of_loss(learner.eval(), micro, "token", Denominators(1, 1))[1]
         for row, nll_T, lengths_T in zip(group, nll_RT, micro.lengths):
-            sums_S2[sources.index(row.source)] += MeanPair.of(nll_T, lengths_T).sums_4[:2]
+            sums_S2[sources.index(row.source)] += MeanPair.of(nll_T, lengths_T).sums[:-2]
     sums_S2 = ranks.summed(sums_S2).cpu()
     of = {name: MeanPair(torch.cat([sums_2, torch.zeros(2)])) + MeanPair.counted(_counted([r for r in rows if r.source == name], unit)) for name, sums_2 in zip(sources, sums_S2, strict=True)}
     total = sum(of.values(), MeanPair.nothing())
@@ -250,7 +250,7 @@ def held_out(
 
 def _valid_line(step: int, found: dict[str, Any]) -> dict[str, Any]:
     """The line of the metrics file for a held-out loss."""
-    line = {"kind": "valid", "step": step} | {k: found[k] for k in ("loss_token", "loss_sample", "trained_tokens", "conversations")}
+    line = {"kind": "valid", "step": step} | {k: found[k] for k in (*(f"loss_{s}" for s in LOSS_STAGES), "trained_tokens", "conversations")}
     return line | ({"sources": found["sources"]} if len(found.get("sources", ())) > 1 else {})
 
 
