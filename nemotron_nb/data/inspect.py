@@ -45,13 +45,16 @@ def place_of(
 def _value_at(path: str, line: int | None) -> tuple[int, Any]:
     """(line, value) of one row of a file, or of its first. `UserError` if there is no such row."""
     pieces = units(path)
+    empty = UserError("the file holds no rows", where=path, fix="give a file with one chat a row")
     if not pieces:
-        raise UserError("the file holds no rows", where=path, fix="give a file with one chat a row")
+        raise empty
     unit = pieces[max(0, bisect_right([u.first_line for u in pieces], line or 1) - 1)]
     last, row = unit.first_line - 1, None
     for last, row in read_unit(unit):
         if line is None or last >= line:
             break
+    if last < unit.first_line == 1:
+        raise empty
     if last < unit.first_line or (line is not None and last != line):
         fix = "lines are counted from 1" if line == 0 else f"the file ends with row {last}" if last < (line or 1) else "that line is blank"
         raise UserError("no such row", where=f"{path}:{line}" if line is not None else path, fix=fix)

@@ -632,7 +632,8 @@ def parse_conversation(
     messages = _messages(record[messages_field], messages_field, reading, allow_empty_turns, default)
     messages = _with_system(messages, said.get("system"), reading)
     _note_order([m["role"] for m in messages], reading)
-    return Conversation(messages, tools, _name(messages, tools_text), source, line, tuple(repairs), **_switches(said, messages, reading))
+    switches = _switches(said, messages, reading)
+    return Conversation(messages, tools, _name(messages, tools_text), source, line, tuple(repairs), **switches)
 
 # %% ../../nbs/data/00_records.ipynb #d9d3bcc2
 def parse_row(
