@@ -334,9 +334,10 @@ def terminal_text(
     full: bool = False,  # show every token
 ) -> str:
     """The whole inspection for a terminal."""
-    if not colour:
-        fold, window = (None, max(map(len, found.sequences), default=1)) if full else (64, 4096)
-        drawn = [found.strip(k, fold=fold, window=window).text for k in range(len(found.sequences))]
+    if full and not colour:
+        drawn = [f"sequence {k}, which answers {found.answered(k)}\n" + "".join(f"\u00ab{visible(c.text)}\u00bb" if on else visible(c.text) for c, on in zip(d.chunks, d.trained, strict=True)) for k, d in enumerate(found.drafts)]
+    elif not colour:
+        drawn = [found.strip(k, fold=64, window=4096).text for k in range(len(found.sequences))]
     else:
         longest = sys.maxsize if full else LONGEST_SHOWN
         drawn = [f"\x1b[1msequence {k}, which answers {found.answered(k)}\x1b[0m (underlined = trained)\n{ansi_draft(d, found.tokenizer, longest)}" for k, d in enumerate(found.drafts)]
