@@ -40,6 +40,6 @@ def conversations(draw, text=words, flags=False, budgets=False, systems_inside=T
         messages += [draw(assistants(text, thinks, flags)) for _ in range(draw(st.sampled_from([0, 1, 1, 1, 2])))]
     budget = {"reasoning_budget": draw(st.integers(0, 99))} if budgets and draw(st.booleans()) else {}
     try:
-        return parse_conversation({"messages": messages, "tools": draw(st.sampled_from([[], TOOLS]))} | budget, source="f", line=1)
+        return parse_conversation({"messages": messages, "tools": draw(st.sampled_from([[], TOOLS]))} | budget, source="f", line=1, allow_empty_turns=True)
     except BadRecord:
         reject()

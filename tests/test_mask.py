@@ -70,7 +70,8 @@ def answers(chat, mode):
     """The messages to be trained, said in other words than the library says it."""
     users = [i for i, m in enumerate(chat.messages) if m["role"] == "user"]
     thinks = any(m.get("reasoning_content") for m in chat.messages)
-    first = 0 if not users else users[-1] if mode == "last_turn" else users[0] if thinks else 0
+    answered = [i for i in users if any(m["role"] == "assistant" for m in chat.messages[i:])]
+    first = 0 if not users else (answered or [0])[-1] if mode == "last_turn" else users[0] if thinks else 0
     return [i for i, m in enumerate(chat.messages) if i >= first and m["role"] == "assistant" and m.get("train") is not False]
 
 
@@ -207,7 +208,9 @@ def test_modes_and_flags():
     thought = {"role": "assistant", "content": "a", "reasoning_content": "r"}
     plain, thinking = chat_of(U, A, U, A | {"content": "b"}), chat_of(U, thought, U, thought | {"content": "b"})
     assert [trained_texts(c, loss_mode="last_turn") for c in (plain, thinking)] == [["b<|im_end|>\n"], ["r\n</think>\nb<|im_end|>\n"]]
-    assert trained_texts(chat_of(U, A, U), loss_mode="last_turn") == []
+    assert trained_texts(chat_of(U, A, U), loss_mode="last_turn") == trained_texts(chat_of(U, A, U, U), loss_mode="last_turn") == ["a<|im_end|>\n"]
+    assert trained_texts(chat_of(U, A | {"content": "first"}, U, A, U), loss_mode="last_turn") == ["a<|im_end|>\n"]
+    assert trained_texts(chat_of(U, A, U, A | {"train": False}, U), loss_mode="last_turn") == []
     for mode in ("all", "flags"):
         assert trained_texts(chat_of(U, A | {"train": False}, U, A | {"content": "b"}), loss_mode=mode) == ["b<|im_end|>\n"]
         assert trained_texts(chat_of(U, thought | {"train": False}, U, thought | {"train": True}), loss_mode=mode) == ["r\n</think>\na<|im_end|>\n"]

@@ -153,14 +153,17 @@ def test_stripped_chats_render_in_the_mode_off():
     assert all("reasoning_content" not in m for m in after.messages) and thoughts(before) == ["why", "how"]
 
 
-def test_low_effort_is_marked_in_every_answered_user_turn_may_be_cut_and_is_never_stripped():
+def test_low_effort_is_marked_in_the_last_user_turn_of_each_sequence_may_be_cut_and_is_never_stripped():
     before = chat(("q", "one two three four", "a"), ("r", "five six seven", "b"))
     marked, change = apply_reasoning(before, ReasoningPolicy(strip_fraction=1.0), TINY, low_effort=True)
     assert change.action == "marked" and thoughts(marked) == thoughts(before)
-    assert [m["content"] for m in marked.messages] == ["q\n\n{reasoning effort: low}", "a", "r\n\n{reasoning effort: low}", "b"]
+    assert marked.messages == before.messages
+    asked = "\n\n{reasoning effort: low}<|im_end|>"
+    first, second = (TINY.decode(s.input_ids.tolist()) for s in training_sequences(marked, TINY))
+    assert f"q{asked}" in first and first.count(asked) == 1 and "q<|im_end|>" in second and f"r{asked}" in second and second.count(asked) == 1
     cut, change = apply_reasoning(before, ReasoningPolicy(truncate_fraction=1.0), TINY, low_effort=True)
     assert (change.action, change.low_effort) == ("cut", True) and change.variant.endswith("-low")
-    assert f"r\n\n{{reasoning effort: low}}\n\n{{thinking token budget: {change.budget}}}<|im_end|>" in render(cut.messages, reasoning_budget=change.budget)
+    assert f"r\n\n{{reasoning effort: low}}\n\n{{thinking token budget: {change.budget}}}<|im_end|>" in render(cut.messages, reasoning_budget=change.budget, low_effort_marker=cut.low_effort_marker)
     assert change.tokens_after == sum(map(count, thoughts(cut)))
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron_nb.core import UserError, digest
-from nemotron_nb.data import files, records
+from nemotron_nb.data import files, levels, records, sources
 from nemotron_nb.data.records import REJECTS, REPAIRS, BadRecord, Conversation, Reject, parse_conversation, parse_line, parse_row, read_chats
 from nemotron_nb.data.sample import sample_path
 from nemotron_nb.data.template import render
@@ -34,7 +34,8 @@ def reason(record):
 
 def test_null_and_absent_content_are_the_empty_string_and_never_the_word_none():
     for message in ({"role": "assistant", "content": None}, {"role": "assistant"}):
-        assert parse(USER, message, ANSWER).messages[1] == {"role": "assistant", "content": ""}
+        assert reason({"messages": [USER, message, ANSWER]}) == "empty_turn"
+        assert parse_conversation({"messages": [USER, message, ANSWER]}, allow_empty_turns=True).messages[1] == {"role": "assistant", "content": ""}
 
 
 def test_arguments_as_text_as_mapping_empty_and_null():
@@ -71,14 +72,14 @@ def test_inline_thinking_is_moved(content, expected):
     assert chat.repairs == (("inline_thinking",) if expected[0] else ())
 
 
-@pytest.mark.parametrize("content", ["yes</think>", "<think>never closed", "a <think>b</think> c", "<think>a</think>b</think>"])
+@pytest.mark.parametrize("content", ["a</think>yes</think>", "yes</think><think>", "<think>never closed", "a <think>b</think> c", "<think>a</think>b</think>"])
 def test_stray_think_tags_are_refused(content):
     assert reason({"messages": [USER, {"role": "assistant", "content": content}]}) == "stray_think_tag"
     assert parse({"role": "user", "content": content}, ANSWER).messages[0]["content"] == content
 
 
 def test_text_parts_are_joined_and_images_refused():
-    assert parse({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, ANSWER).messages[0]["content"] == "ab"
+    assert parse({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, ANSWER).messages[0]["content"] == "a\nb"
     assert reason({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER]}) == "content_not_text"
 
 
@@ -207,7 +208,7 @@ def test_talk_about_the_format_is_text(content):
 
 
 def test_reasoning_under_either_name():
-    assert one({"content": "4", "reasoning": "easy"}) == ({"content": "4", "reasoning_content": "easy"}, ("reasoning_alias",))
+    assert one({"content": "4", "reasoning": "easy"}) == ({"content": "4", "reasoning_content": "easy"}, ("other_name:message.reasoning",))
     assert one({"content": "4", "reasoning": "easy", "reasoning_content": "easy"}) == ({"content": "4", "reasoning_content": "easy"}, ())
     assert one({"content": "4", "reasoning": None, "reasoning_content": "easy"}) == ({"content": "4", "reasoning_content": "easy"}, ())
     assert one({"content": "4", "reasoning": "easy", "reasoning_content": " "})[0] == {"content": "4", "reasoning_content": "easy"}
@@ -253,16 +254,16 @@ def test_unusual_orders_are_kept_and_counted():
 
 
 def test_a_key_that_is_left_out_is_named_and_an_empty_one_is_not():
-    assert one({"content": "4", "refusal": "no", "audio": None, "annotations": [], "name": "bot", "id": "m1"})[1] == ("ignored_key:refusal",)
-    assert parse(USER | {"reasoning_content": "hm"}, ANSWER).repairs == ("ignored_key:reasoning_content",)
-    assert one({"content": "4", "k" * 1000: 1})[1] == ("ignored_key:" + "k" * 40,)
+    assert one({"content": "4", "mood": "no", "audio": None, "annotations": [], "name": "bot", "id": "m1"})[1] == ("ignored_key:message.mood",)
+    assert parse(USER | {"reasoning_content": "hm"}, ANSWER).repairs == ("ignored_key:message.reasoning_content",)
+    assert one({"content": "4", "k" * 1000: 1})[1] == ("ignored_key:message." + "k" * 40,)
 
 
 def test_nulls_and_parts_are_counted():
-    assert one({"content": None}) == ({"content": ""}, ("null_content",))
+    assert one({"content": None, "reasoning_content": "hm"}) == ({"content": "", "reasoning_content": "hm"}, ("null_content",))
     assert one({"content": None, "tool_calls": [{"name": "f", "arguments": None}]})[1] == ("no_arguments",)
     assert parse(USER, {"role": "tool", "content": [{"type": "text", "text": "3"}]}, ANSWER).repairs == ("joined_parts",)
-    assert one({"content": "", "tool_calls": '[{"name": "f", "arguments": {"x": null}}]'}) == ({"content": "", "tool_calls": [{"name": "f", "arguments": {"x": None}}]}, ("json_text",))
+    assert one({"content": "", "tool_calls": '[{"name": "f", "arguments": {"x": null}}]'}) == ({"content": "", "tool_calls": [{"name": "f", "arguments": {"x": None}}]}, ("json_text", "null_argument"))
 
 
 def test_nulls_in_declarations_are_removed_unless_they_are_values():
@@ -309,13 +310,13 @@ record = st.fixed_dictionaries({"messages": st.lists(message, min_size=1, max_si
 @given(record)
 def test_the_normal_form_is_its_own_normal_form(raw):
     """What is in normal form is not changed again, is named by the digest of what it says, and holds no null that nobody wrote."""
-    chat = parse_row(raw, "f", 1)
+    chat = parse_row(raw, "f", 1, allow_empty_turns=True)
     if isinstance(chat, Reject):
         assert chat.reason in REJECTS and chat.detail
         return
-    again = parse_conversation({"messages": list(chat.messages), "tools": list(chat.tools), "reasoning_budget": chat.reasoning_budget})
+    again = parse_conversation({"messages": list(chat.messages), "tools": list(chat.tools), "reasoning_budget": chat.reasoning_budget}, allow_empty_turns=True)
     assert (again.messages, again.tools, again.id, again.reasoning_budget) == (chat.messages, chat.tools, chat.id, chat.reasoning_budget)
-    assert set(again.repairs) <= {"assistant_first", "consecutive_assistant"} and {r.partition(":")[0] for r in chat.repairs} <= set(REPAIRS)
+    assert set(again.repairs) <= {"assistant_first", "consecutive_assistant", "null_argument", "markup_in_argument"} and {r.partition(":")[0] for r in chat.repairs} <= set(REPAIRS)
     said = [{k: v for k, v in m.items() if k != "train"} for m in chat.messages]
     assert chat.id == digest({"messages": said, "tools": chat.tools})
     for m in chat.messages:
@@ -379,12 +380,15 @@ def test_a_chat_is_the_same_in_every_format(tmp_path):
 
 def test_every_word_is_in_its_table_and_used():
     """No reason or repair outside the tables, none in them that nothing gives."""
-    given_ = {"BadRecord": set(), "BadJson": set(), "_reject": set(), "_repair": set()}
-    for module in (files, records):
+    given_ = {"BadRecord": set(), "BadJson": set(), "_reject": set(), "note": set()}
+    for module in (files, levels, records, sources):
         for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in given_:
-                given_[node.func.id] |= {a.value for a in node.args if isinstance(a, ast.Constant) and a.value in {**REJECTS, **REPAIRS}}
+            name = getattr(node.func, "attr", getattr(node.func, "id", "")) if isinstance(node, ast.Call) else ""
+            if name in given_:
+                given_[name] |= {a.value for arg in node.args for a in ast.walk(arg) if isinstance(a, ast.Constant) and a.value in {**REJECTS, **REPAIRS}}
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("other_form:"):
+                given_["note"].add("other_form")
     reasons = given_["BadRecord"] | given_["BadJson"] | given_["_reject"] | {"not_utf8"}
-    assert reasons == set(REJECTS) and given_["_repair"] == set(REPAIRS)
+    assert reasons == set(REJECTS) and given_["note"] == set(REPAIRS)
     with pytest.raises(KeyError):
         BadRecord("because", "it looks wrong")

@@ -118,6 +118,9 @@ def single(
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 
 
+_ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # what `datasets` writes beside the rows
+
+
 def _declared(readme: str, where: str) -> list[dict[str, Any]]:
     """The `configs` in the header of a dataset's README, or an empty list."""
     import yaml
@@ -157,7 +160,7 @@ def files_of_split(
     where: str,  # for errors
 ) -> list[str]:
     """The data files of one split of a dataset in the form of the hub, sorted."""
-    data = sorted(n for n in names if n.endswith(DATA_SUFFIXES) and not PurePosixPath(n).name.startswith("."))
+    data = sorted(n for n in names if n.endswith(DATA_SUFFIXES) and not PurePosixPath(n).name.startswith(".") and PurePosixPath(n).name not in _ABOUT_DATA)
     configs = _declared(readme, f"{where}/README.md")
     if subset or configs:
         known = [str(c.get("config_name", "default")) for c in configs]
@@ -173,11 +176,26 @@ def files_of_split(
     return chosen
 
 # %% ../../nbs/data/08_blend.ipynb #c19cea90
+def _saved_parts(folder: Path) -> set[str] | None:
+    """The names of the files that `save_to_disk` wrote into a folder, as its state.json lists them; None if it wrote none. Beside them may lie caches with the same rows."""
+    try:
+        state = json.loads((folder / "state.json").read_bytes())
+        return {str(part["filename"]) for part in state["_data_files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _without_caches(root: Path, names: Sequence[str]) -> list[str]:
+    """The files of a folder without what `datasets` keeps beside the rows it saved."""
+    saved = {folder: _saved_parts(root / folder) for folder in {PurePosixPath(n).parent for n in names if PurePosixPath(n).name == "state.json"}}
+    return [n for n in names if (parts := saved.get(PurePosixPath(n).parent)) is None or PurePosixPath(n).name in parts]
+
+
 def _local(entry: Dataset) -> list[Path]:
     """The files of a path on this machine."""
     path = Path(entry.path).expanduser()
     if path.is_dir():
-        names = [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
+        names = _without_caches(path, [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()])
         readme = path / "README.md"
         return [path / n for n in files_of_split(names, readme.read_text(errors="replace") if readme.is_file() else "", entry.subset, entry.split, entry.path)]
     if entry.split or entry.subset:

@@ -14,7 +14,7 @@ import re
 import threading
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -329,11 +329,14 @@ class Template:
         self,
         conversation: Conversation,
         message: int,  # the assistant message to be answered
+        loss_mode: str = "all",  # decides only which sequence it is trained in, and so what is asked for there
         **switches: Any,
     ) -> str:
         """What inference would put before an assistant message."""
-        said = conversation.messages[message]
-        return self.render(conversation.messages[:message], conversation.tools, add_generation_prompt=True, **{"enable_thinking": thinks(said)} | switches)
+        plan = next((p for p in _plans(self, conversation, loss_mode, switches) if p.first <= message < p.end), Plan(0, -1, 0, 0, None))
+        asked = _asked(conversation, plan)
+        given = {"enable_thinking": thinks(asked.messages[message])} | _switches_of(conversation, plan) | switches
+        return self.render(asked.messages[:message], asked.tools, add_generation_prompt=True, **given)
 
     def loses(
         self,
@@ -697,10 +700,26 @@ def _check_said(sequence: _Sequence, cuts: Sequence[_Cut]) -> None:
             raise _bad("template_not_traceable", f"{sequence.template.name}: message {cut.message}: what it says or thinks is not printed in its turn")
 
 
+def _asked(conversation: Conversation, plan: Plan) -> Conversation:
+    """The chat with what one training sequence asks for in its last user turn."""
+    if not plan.marker or plan.last_user < 0:
+        return conversation
+    messages = list(conversation.messages)
+    messages[plan.last_user] = {**messages[plan.last_user], "content": messages[plan.last_user]["content"] + plan.marker}
+    return replace(conversation, messages=tuple(messages))
+
+
+def _switches_of(conversation: Conversation, plan: Plan) -> dict[str, Any]:
+    """The switches that a chat sets for one of its training sequences."""
+    budget = {} if plan.budget is None else {"reasoning_budget": plan.budget}
+    return budget | ({} if conversation.truncate_history_thinking else {"truncate_history_thinking": False})
+
+
 def _draft(template: Template, conversation: Conversation, plan: Plan, switches: Mapping[str, Any]) -> Draft:
     """One training sequence of a chat."""
+    conversation = _asked(conversation, plan)
     messages, tools = conversation.messages[: plan.end], conversation.tools
-    given = {"enable_thinking": any(map(thinks, messages[plan.first :]))} | ({} if plan.budget is None else {"reasoning_budget": plan.budget}) | dict(switches)
+    given = {"enable_thinking": any(map(thinks, messages[plan.first :]))} | _switches_of(conversation, plan) | dict(switches)
     shape, text = _shape(template, switches), template.render(messages, tools, **given)
     spans = _talk(template, messages, tools, text, (shape.header.strip(), shape.end.strip()), given)
     sequence = _Sequence(template, conversation, plan, given, text, spans, shape)
@@ -713,5 +732,9 @@ def _draft(template: Template, conversation: Conversation, plan: Plan, switches:
 
 def _drafts(template: Template, conversation: Conversation, loss_mode: str, switches: Mapping[str, Any]) -> list[Draft]:
     """The training sequences of a chat in any template."""
-    plans = sequence_plans(conversation, loss_mode, each_turn=not _shape(template, switches).steady)
-    return [_draft(template, conversation, plan, switches) for plan in plans]
+    return [_draft(template, conversation, plan, switches) for plan in _plans(template, conversation, loss_mode, switches)]
+
+
+def _plans(template: Template, conversation: Conversation, loss_mode: str, switches: Mapping[str, Any]) -> list[Plan]:
+    """What each training sequence of a chat holds."""
+    return sequence_plans(conversation, loss_mode, each_turn=not _shape(template, switches).steady)

@@ -88,6 +88,7 @@ class Plan(NamedTuple):
     end: int  # messages kept
     first: int  # trained are the assistant messages from here on
     budget: int | None  # tokens of thought announced in its last user message
+    marker: str = ""  # words that ask for low effort there
 
 
 def is_trained(
@@ -109,11 +110,19 @@ def _cuts(messages: Sequence[Mapping[str, Any]], loss_mode: str, each_turn: bool
     users = [i for i, m in enumerate(messages) if m["role"] == "user"]
     last = users[-1] if users else -1
     if loss_mode == "last_turn":
-        return [(max(len(users) - 1, 0), last, len(messages), last + 1)]
+        return [_last_turn(messages, users)]
     if not users or not (each_turn or any(map(thinks, messages))):
         return [(0, last, len(messages), 0)]
     ends = [*users[1:], len(messages)]
     return [(turn, start, end, start + 1) for turn, (start, end) in enumerate(zip(users, ends))]
+
+
+def _last_turn(messages: Sequence[Mapping[str, Any]], users: Sequence[int]) -> tuple[int, int, int, int]:
+    """The cut of the last turn in which the assistant speaks: questions that nobody answers are cut off behind it."""
+    answer = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
+    asked = [i for i in users if i < answer]
+    last = asked[-1] if asked else -1
+    return max(len(asked) - 1, 0), last, next((i for i in users if i > answer), len(messages)), last + 1
 
 
 def sequence_plans(
@@ -128,7 +137,8 @@ def sequence_plans(
     for turn, last_user, end, first in _cuts(conversation.messages, loss_mode, each_turn):
         trained = [m for m in conversation.messages[first:end] if is_trained(m)]
         if trained:
-            plans.append(Plan(turn, last_user, end, first, conversation.reasoning_budget if any(map(thinks, trained)) else None))
+            budget, marker = (conversation.reasoning_budget, conversation.low_effort_marker) if any(map(thinks, trained)) else (None, "")
+            plans.append(Plan(turn, last_user, end, first, budget, marker))
     return plans
 
 # %% ../../nbs/data/04_mask.ipynb #c6dea3a3
@@ -147,7 +157,7 @@ def _trained_chunks(conversation: Conversation, loss_mode: str = "all", template
         yield from template.drafts(conversation, loss_mode)
         return
     for plan in sequence_plans(conversation, loss_mode):
-        parts = chunks(conversation.messages[: plan.end], conversation.tools, reasoning_budget=plan.budget)
+        parts = chunks(conversation.messages[: plan.end], conversation.tools, reasoning_budget=plan.budget, low_effort_marker=plan.marker, truncate_history_thinking=conversation.truncate_history_thinking)
         trained = (c.generated and c.message >= plan.first and is_trained(conversation.messages[c.message]) for c in parts)
         yield Draft(tuple(parts), tuple(trained), plan.turn)
 
@@ -219,8 +229,9 @@ def inference_prompt(
     loss_mode: str = "all",  # decides only whether a budget of thought is announced: where a thought is trained
 ) -> list[int]:
     """The ids that inference would feed before an assistant message: the chat so far and a generation prompt, encoded whole."""
-    budget = next((p.budget for p in sequence_plans(conversation, loss_mode) if p.first <= message < p.end), None)
-    prompt = chunks(conversation.messages[:message], conversation.tools, add_generation_prompt=True, enable_thinking=thinks(conversation.messages[message]), reasoning_budget=budget)
+    plan = next((p for p in sequence_plans(conversation, loss_mode) if p.first <= message < p.end), Plan(0, -1, 0, 0, None))
+    switches = {"reasoning_budget": plan.budget, "low_effort_marker": plan.marker, "truncate_history_thinking": conversation.truncate_history_thinking}
+    prompt = chunks(conversation.messages[:message], conversation.tools, add_generation_prompt=True, enable_thinking=thinks(conversation.messages[message]), **switches)
     return tokenizer.encode_pieces([piece for c in prompt for piece in c.pieces])
 
 # %% ../../nbs/data/04_mask.ipynb #88d6267c
@@ -378,11 +389,11 @@ def drafts(
     system, (live, history, starts) = first_turn(messages, conversation.tools), turns(messages)
     trained = [c.generated and is_trained(messages[c.message]) for c in live]
     result = []
-    for turn, last_user, end, first, budget in plans:
+    for turn, last_user, end, first, budget, marker in plans:
         cut = starts[max(last_user, 0)]  # behind it, nothing is forgotten
-        parts = [system, *history[:cut], *live[cut : starts[end]]]
-        if budget is not None and last_user >= 0:
-            parts[1 + cut] = said_turn(messages[last_user], last_user, budget)
+        parts = [system, *(history if conversation.truncate_history_thinking else live)[:cut], *live[cut : starts[end]]]
+        if (budget is not None or marker) and last_user >= 0:
+            parts[1 + cut] = said_turn(messages[last_user], last_user, budget, marker)
         begin = starts[first]
         result.append(Draft(tuple(parts), (False,) * (1 + begin) + tuple(trained[begin : starts[end]]), turn))
     return result

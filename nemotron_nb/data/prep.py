@@ -76,6 +76,7 @@ class PrepConfig:
     used_in_field: str = "used_in"
     loss_mode: str = "all"  # which assistant turns are trained
     allow_special_in_text: bool = False  # may a chat's own text become special tokens?
+    allow_empty_turns: bool = False  # may an assistant turn say nothing at all? Of such a turn only the end is trained
     filter_chats: bool = False  # reject chats by the rules of `filters`
     filters: FilterPolicy = FilterPolicy()
     judge: JudgeSection = JudgeSection()  # asked by the filters whether a chat is consistent
@@ -217,7 +218,7 @@ class Plan:
     def row_settings(self, dataset: Dataset) -> RowSettings:
         """What decides the tokens of a dataset's rows."""
         c = self.config
-        same = {n: getattr(c, n) for n in ("messages_field", "tools_field", "used_in_field", "loss_mode", "allow_special_in_text", "filter_chats", "filters", "judge", "reasoning", "compat")}
+        same = {n: getattr(c, n) for n in ("messages_field", "tools_field", "used_in_field", "loss_mode", "allow_special_in_text", "allow_empty_turns", "filter_chats", "filters", "judge", "reasoning", "compat")}
         return RowSettings(dataset, c.tokenizer.model, c.template_spec, used_in_filter=c.used_in_filter or "", add_bos=c.tokenizer.add_bos, **same)
 
     def task(self, source: Source, unit: Unit, max_rows: int = 0) -> Task:
@@ -607,7 +608,8 @@ def _build(plan: Plan, corpus: Corpus, ledger: Ledger) -> Built:
     spans, trained = _keep(corpus, plan, min(pack_size, config.max_doc_tokens or pack_size), ledger)
     if not len(spans):
         reasons = _counted([*ledger.dropped, *ledger.left_out])
-        raise UserError("no sequence is left to train on", where=_where(plan), why=f"left out: {reasons}", fix="raise pack_size, or look at the rows")
+        unmarked = "set train: true (or leave the flag out) on the turns to learn" if set(reasons) == {"nothing_trained"} else "raise pack_size, or look at the rows"
+        raise UserError("no sequence is left to train on", where=_where(plan), why=f"left out: {reasons}", fix=unmarked)
     plans = _split_plans(corpus, plan, spans, pack_size, books)
     lengths = spans.lengths
     splits = {s: _summary_of_split(corpus, spans, trained, p, pack_size) for s, p in plans.items()}

@@ -40,7 +40,7 @@ class ReasoningPolicy:
     low_effort_fraction: float = 0.0  # share of low effort that the mixture should hold; compared in the report, see `low_effort_flag`
     low_effort_field: str = "low_effort"  # field of a row that says whether its thought was written with low effort
     low_effort_sources: tuple[str, ...] = ()  # sources in which every chat is of low effort
-    low_effort_marker: str = "\n\n{reasoning effort: low}"  # added to the user turns of a low-effort chat
+    low_effort_marker: str = "\n\n{reasoning effort: low}"  # added to the last user turn of a low-effort chat
     min_budget: int = 1  # smallest budget that is drawn, in tokens
     max_budget: int = 32768  # largest budget that is drawn, in tokens
     budget_scale: str = "uniform"  # "uniform": every number of tokens alike; "log": every order of magnitude alike
@@ -167,7 +167,7 @@ class Change:
     conversation_id: str
     source: str
     action: str  # one of ACTIONS
-    low_effort: bool = False  # the user turns ask for low effort
+    low_effort: bool = False  # the last user turn asks for low effort
     budget: int | None = None  # tokens, as the user turn states them
     tokens_before: int = 0  # of all thoughts
     tokens_after: int = 0
@@ -238,17 +238,15 @@ def mark_low_effort(
     conversation: Conversation,
     marker: str,
 ) -> Conversation:
-    """The chat with `marker` at the end of every user turn that an assistant turn follows."""
-    after = [m["role"] for m in conversation.messages[1:]] + [""]
-    marked = ({**m, "content": m["content"] + marker} if m["role"] == "user" and n == "assistant" else m for m, n in zip(conversation.messages, after, strict=True))
-    return dataclasses.replace(conversation, messages=tuple(marked))
+    """The chat with a request for low effort: `marker` will stand at the end of the last user turn of each sequence that thinks."""
+    return dataclasses.replace(conversation, low_effort_marker=marker)
 
 # %% ../../nbs/data/06_reasoning.ipynb #e2caf882
 def _obstacle(conversation: Conversation, low_effort: bool, decision: str) -> str:
     """Why a chat that is to be changed cannot be, or nothing."""
     if not thoughts(conversation):
         return "there is no thought in it"
-    if conversation.reasoning_budget is not None:
+    if decision != "keep" and conversation.reasoning_budget is not None:
         return "it states a budget already"
     if (low_effort or decision == "cut") and not any(m["role"] == "user" for m in conversation.messages):
         return "there is no user turn to write into"
@@ -270,6 +268,8 @@ def apply_reasoning(
 ) -> tuple[Conversation, Change | None]:
     """The chat as it is to be trained, and what was changed. Depends on chat, policy, tokenizer and flag alone."""
     decision = decide(conversation.id, policy, low_effort) if thoughts(conversation) else "keep"
+    if low_effort and conversation.reasoning_budget is not None:
+        decision = "keep"  # its thought was cut already
     if decision == "keep" and not low_effort:
         return conversation, None
     record = {"conversation_id": conversation.id, "source": conversation.source}
@@ -296,7 +296,7 @@ def before_after(
 ) -> Picture:
     """A chat as the model would meet it without and with reasoning control; underlined what it would write itself."""
     pair = ((conversation, "before"), (changed, f"after: {change.action}{f' at {change.budget} tokens' if change.budget is not None else ''}"))
-    parts = [(chunks(c.messages, c.tools, reasoning_budget=c.reasoning_budget), title) for c, title in pair]
+    parts = [(chunks(c.messages, c.tools, reasoning_budget=c.reasoning_budget, low_effort_marker=c.low_effort_marker), title) for c, title in pair]
     return joined(mask_strip(encode_chunks(p, [chunk.generated for chunk in p], tokenizer), tokenizer, title) for p, title in parts)
 
 # %% ../../nbs/data/06_reasoning.ipynb #d923107e

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Row', 'FORMATS', 'OpenAIFormat', 'ResponseDataset', 'Squad', 'OpenMathInstruct2', 'Alpaca', 'ShareGPT', 'Tulu3',
-           'OpenAssistant', 'row_format', 'PreservingDataset', 'TaskDataSpec', 'DataBlock', 'SftDataset',
+           'OpenAssistant', 'row_format', 'form_of', 'PreservingDataset', 'TaskDataSpec', 'DataBlock', 'SftDataset',
            'load_sft_dataset', 'data_section', 'blend_of_section', 'read_blend']
 
 # %% ../../nbs/data/08a_sources.ipynb #e64f9423
@@ -12,12 +12,12 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..core import UserError, from_mapping, nearest
 from .blend import Blend, Dataset, folder_name, load_blend, resolve
 from .files import Reject, read_unit, units
-from .records import BadRecord
+from .levels import BadRecord, from_json_text, is_empty, message_level, squeezed
 
 # %% ../../nbs/data/08a_sources.ipynb #2aeab94b
 Row = Mapping[str, Any]
@@ -32,16 +32,30 @@ def _text(row: Row, key: str) -> str:
     return row[key]
 
 
+def _optional(row: Row, key: str) -> str:
+    """A text that a row may leave out or leave empty."""
+    return "" if row.get(key) is None else _text(row, key)
+
+
 def _turn(role: str, content: str) -> dict[str, Any]:
     """One message."""
     return {"role": role, "content": content}
 
 
-def _chat(system: str | None, user: str, assistant: str) -> dict[str, Any]:
-    """A chat of one question and one answer."""
-    return {"messages": [*([_turn("system", system)] if system else []), _turn("user", user), _turn("assistant", assistant)]}
+def _rest(row: Row, *used: str | None) -> dict[str, Any]:
+    """What a form has no use for."""
+    return {str(k): v for k, v in row.items() if k not in used}
 
 
+def _answered(row: Row, used: Sequence[str], messages: Sequence[Mapping[str, Any]], system: str, user: str, assistant: str) -> dict[str, Any]:
+    """A chat that ends with a question and its answer. Thoughts and calls beside the answer belong to it; the rest belongs to the row."""
+    said = message_level(answers=True).spelled
+    rest = _rest(row, *used)
+    own = {k: v for k, v in rest.items() if said.get(squeezed(k)) in ("reasoning_content", "tool_calls", "function_call")}
+    opening = [_turn("system", system)] if system.strip() else []
+    return {k: v for k, v in rest.items() if k not in own} | {"messages": [*opening, *messages, _turn("user", user), _turn("assistant", assistant) | own]}
+
+# %% ../../nbs/data/08a_sources.ipynb #d0000001
 @dataclass(frozen=True)
 class OpenAIFormat:
     """Rows with messages and tools, in the OpenAI form. Argument keys that a row does not have stay absent."""
@@ -51,18 +65,34 @@ class OpenAIFormat:
     system_prompt: str | None = None  # system text for rows without one
     tool_key: str = "tools"
     use_preserving_dataset: bool = False  # accepted; rows are always kept as they are written
+    row_name: ClassVar[str] = "row"
+    turn_name: ClassVar[str] = "message"
 
     def chats(self, row: Row) -> list[dict[str, Any]]:
         """The chat, with a system message from the row or the options if it has none of its own."""
         if self.chat_key not in row:
-            raise BadRecord("no_messages", f"no field {self.chat_key!r}; {nearest(self.chat_key, row)}" if row else "the row is empty")
+            raise BadRecord("no_messages", f"no field {self.chat_key!r}; {_advice(row) or nearest(self.chat_key, row)}" if row else "the row is empty")
         messages = row[self.chat_key]
         system = (row.get(self.system_key) if self.system_key else None) or self.system_prompt
+        if system:
+            messages = from_json_text(messages, self.chat_key, {})
         if system and isinstance(messages, list) and not (messages and isinstance(messages[0], Mapping) and messages[0].get("role") == "system"):
             messages = [_turn("system", system), *messages]
-        return [{"messages": messages} | ({"tools": row[self.tool_key]} if row.get(self.tool_key) else {})]
+        rest = _rest(row, self.chat_key, self.tool_key, self.system_key)
+        # A field that is not the one asked for gives way, under a name that can be counted.
+        rest = {f"{k} beside {self.chat_key}" if k == "messages" else f"{k} beside {self.tool_key}" if k == "tools" and self.tool_key in row else k: v for k, v in rest.items()}
+        return [rest | {"messages": messages} | ({"tools": row[self.tool_key]} if row.get(self.tool_key) else {})]
 
 
+_PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("input", "output"), ("problem", "solution"), ("query", "response"), ("instruction", "response"))
+
+
+def _advice(row: Row) -> str:
+    """Which form a row without messages may be in, for an error; or nothing."""
+    pair = next((pair for pair in _PAIRS if set(pair) <= row.keys()), None)
+    return f'it has {pair[0]!r} and {pair[1]!r}: name it in a blend with "format": "ResponseDataset", "options": {{"input_key": "{pair[0]}", "output_key": "{pair[1]}"}}' if pair else ""
+
+# %% ../../nbs/data/08a_sources.ipynb #d0000002
 @dataclass(frozen=True)
 class ResponseDataset:
     """Rows with a question and an answer."""
@@ -71,6 +101,8 @@ class ResponseDataset:
     output_key: str = "output"
     prompt_file: str | None = None  # text around the question, which stands where the file says {}
     system_prompt_file: str | None = None
+    row_name: ClassVar[str] = "row"
+    turn_name: ClassVar[str] = "message"
 
     def chats(self, row: Row) -> list[dict[str, Any]]:
         """One question, one answer. A row that holds messages already is taken as it is."""
@@ -79,7 +111,8 @@ class ResponseDataset:
         question = _text(row, self.input_key)
         if self.prompt_file:
             question = _read(self.prompt_file).replace("{}", question)
-        return [_chat(_read(self.system_prompt_file) if self.system_prompt_file else None, question, _text(row, self.output_key))]
+        system = _read(self.system_prompt_file) if self.system_prompt_file else ""
+        return [_answered(row, (self.input_key, self.output_key), (), system, question, _text(row, self.output_key))]
 
 
 def _read(path: str) -> str:
@@ -94,12 +127,16 @@ def _read(path: str) -> str:
 class Squad:
     """SQuAD: the paragraph is the system text, the first answer the answer."""
 
+    row_name: ClassVar[str] = "SQuAD row"
+    turn_name: ClassVar[str] = "message"
+
     def chats(self, row: Row) -> list[dict[str, Any]]:
         """One question about one paragraph. A question without an answer is a `BadRecord`."""
-        answers = (row.get("answers") or {}).get("text") or []
-        if not answers:
+        given = row.get("answers")
+        answers = given.get("text") if isinstance(given, Mapping) else None
+        if not isinstance(answers, list) or not answers:
             raise BadRecord("no_answer", "the question has no answer", "leave the row out")
-        return [_chat(_text(row, "context"), _text(row, "question"), answers[0])]
+        return [_answered(row, ("context", "question", "answers", "title"), (), _text(row, "context"), _text(row, "question"), answers[0])]
 
 
 @dataclass(frozen=True)
@@ -107,23 +144,56 @@ class OpenMathInstruct2:
     """OpenMathInstruct-2: a problem and its solution."""
 
     output_key: str = "generated_solution"  # or expected_answer, for the bare result
+    row_name: ClassVar[str] = "row"
+    turn_name: ClassVar[str] = "message"
 
     def chats(self, row: Row) -> list[dict[str, Any]]:
         """One problem, one solution."""
-        return [_chat(None, _text(row, "problem"), _text(row, self.output_key))]
+        return [_answered(row, ("problem", self.output_key), (), "", _text(row, "problem"), _text(row, self.output_key))]
+
+# %% ../../nbs/data/08a_sources.ipynb #d0000003
+def _earlier(history: Any) -> list[dict[str, Any]]:
+    """The turns of a list of pairs of question and answer."""
+    pairs = from_json_text(history, "history", {})
+    if is_empty(pairs):
+        return []
+    if not isinstance(pairs, list) or not all(isinstance(p, (list, tuple)) and len(p) == 2 and all(isinstance(t, str) for t in p) for p in pairs):
+        raise BadRecord("content_not_text", "history is no list of pairs of a question and its answer")
+    return [_turn(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair)]
 
 
 @dataclass(frozen=True)
 class Alpaca:
-    """Alpaca: an instruction, sometimes with an input, and an output."""
+    """Alpaca: an instruction, sometimes with an input and a history of earlier turns, and an output."""
+
+    row_name: ClassVar[str] = "Alpaca row"
+    turn_name: ClassVar[str] = "message"
 
     def chats(self, row: Row) -> list[dict[str, Any]]:
         """The input, if there is one, stands under the instruction."""
-        given = str(row.get("input") or "")
-        return [_chat(str(row.get("system") or "") or None, _text(row, "instruction") + (f"\n\n{given}" if given.strip() else ""), _text(row, "output"))]
+        given = _optional(row, "input")
+        used = ("instruction", "input", "output", "system", "history")
+        return [_answered(row, used, _earlier(row.get("history")), _optional(row, "system"), _text(row, "instruction") + (f"\n\n{given}" if given.strip() else ""), _text(row, "output"))]
+
+# %% ../../nbs/data/08a_sources.ipynb #d0000004
+_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "model": "assistant", "tool": "tool", "observation": "tool", "function_call": "assistant"}
 
 
-_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "model": "assistant", "tool": "tool", "observation": "tool"}
+def _message(turn: Any, index: int) -> dict[str, Any]:
+    """A turn as a message. A turn from `function_call` is the JSON text of its calls."""
+    turn = from_json_text(turn, f"turn {index}", {})
+    name = turn.get("from", turn.get("role")) if isinstance(turn, Mapping) else None
+    if not isinstance(name, str) or name not in _SHAREGPT_ROLES:
+        raise BadRecord("unknown_role", f"turn {index} is from {name!r}; {nearest(str(name), _SHAREGPT_ROLES)}")
+    role, rest = _SHAREGPT_ROLES[name], _rest(turn, "from", "role")
+    if name == "function_call":
+        return {"role": role, "tool_calls": rest.pop("value", None)} | rest
+    said = message_level(answers=role == "assistant").spelled
+    if not any(said.get(squeezed(k)) in ("content", "tool_calls", "function_call") for k in rest):
+        raise BadRecord("missing_key", f"turn {index}: no field 'value'; {nearest('value', rest)}" if rest else f"turn {index} says nothing", "write what is said under value")
+    if "value" in rest and "content" not in rest:
+        rest["content"] = rest.pop("value")
+    return {"role": role} | rest
 
 
 @dataclass(frozen=True)
@@ -131,24 +201,25 @@ class ShareGPT:
     """ShareGPT: turns with `from` and `value`."""
 
     conversations_key: str = "conversations"
+    row_name: ClassVar[str] = "ShareGPT row"
+    turn_name: ClassVar[str] = "turn"
 
     def chats(self, row: Row) -> list[dict[str, Any]]:
         """The turns under their usual names; a name nobody knows is a `BadRecord`."""
-        turns = row.get(self.conversations_key)
+        turns = from_json_text(row.get(self.conversations_key), self.conversations_key, {})
         if not isinstance(turns, list):
             raise BadRecord("no_messages", f"no list {self.conversations_key!r}; {nearest(self.conversations_key, row)}" if row else "the row is empty")
-        messages = [_turn("system", row["system"])] if isinstance(row.get("system"), str) and row["system"].strip() else []
-        for i, turn in enumerate(turns):
-            name = turn.get("from") if isinstance(turn, Mapping) else None
-            if name not in _SHAREGPT_ROLES:
-                raise BadRecord("unknown_role", f"turn {i} is from {name!r}; {nearest(str(name), _SHAREGPT_ROLES)}")
-            messages.append(_turn(_SHAREGPT_ROLES[name], _text(turn, "value")))
-        return [{"messages": messages} | ({"tools": row["tools"]} if row.get("tools") else {})]
+        system = _optional(row, "system")
+        messages = [_turn("system", system)] if system.strip() else []
+        return [_rest(row, self.conversations_key, "system") | {"messages": [*messages, *(_message(turn, i) for i, turn in enumerate(turns))]}]
 
 
 @dataclass(frozen=True)
 class Tulu3:
     """The Tulu 3 mixture: messages, and fields about where they come from."""
+
+    row_name: ClassVar[str] = "row"
+    turn_name: ClassVar[str] = "message"
 
     def chats(self, row: Row) -> list[dict[str, Any]]:
         """The messages as they are."""
@@ -164,6 +235,8 @@ class OpenAssistant:
 
     language: str | None = None  # keep only trees in this language, e.g. "en"
     best_only: bool = False  # follow only the reply that people ranked first
+    row_name: ClassVar[str] = "tree"
+    turn_name: ClassVar[str] = "message"
 
     def chats(self, row: Row) -> list[dict[str, Any]]:
         """One chat for each path from the root to a last answer."""
@@ -217,6 +290,37 @@ def row_format(
     if name not in FORMATS:
         raise UserError(f"unknown dataset format {name!r}", where=where, fix=nearest(name, FORMATS))
     return from_mapping(FORMATS[name], options, f"{where}: {name}")
+
+# %% ../../nbs/data/08a_sources.ipynb #d0000008
+def _speaks_as(turns: Any) -> str:
+    """"from" or "role", whichever the first turn of a list names its speaker with; nothing if it is no such list."""
+    try:
+        turns = from_json_text(turns, "the turns", {})
+        first = from_json_text(turns[0], "a turn", {}) if isinstance(turns, list) and turns else None
+    except BadRecord:
+        return ""
+    return next((key for key in ("role", "from") if isinstance(first, Mapping) and key in first), "")
+
+
+def form_of(
+    row: Any,
+    form: Any,  # that of the dataset
+) -> tuple[Any, tuple[str, ...]]:
+    """(the form a row is in, the repair to count). Another form than the dataset's is taken only where that is the OpenAI form and finds no chat in the row."""
+    if type(form) is not OpenAIFormat or not isinstance(row, Mapping) or form.system_key or form.system_prompt:
+        return form, ()
+    if _speaks_as(row.get(form.chat_key)) == "from":
+        return ShareGPT(form.chat_key), ("other_form:sharegpt",)
+    if form.chat_key in row:
+        return form, ()
+    for key in ("conversations", "conversation"):
+        if (speaker := _speaks_as(row.get(key))) == "from":
+            return ShareGPT(key), ("other_form:sharegpt",)
+        if speaker == "role":
+            return OpenAIFormat(key, tool_key=form.tool_key), (f"other_name:row.{key}",)
+    if isinstance(row.get("instruction"), str) and "output" in row:
+        return Alpaca(), ("other_form:alpaca",)
+    return form, ()
 
 # %% ../../nbs/data/08a_sources.ipynb #c4d57382
 @dataclass(frozen=True)
@@ -330,7 +434,7 @@ def load_sft_dataset(
     for file in resolve(_dataset(block), downloads):
         for line, row in (pair for unit in units(file) for pair in read_unit(unit)):
             try:
-                chats += [] if isinstance(row, Reject) else form.chats(row)
+                chats += [] if isinstance(row, Reject) else form_of(row, form)[0].chats(row)
                 rejects += [row] if isinstance(row, Reject) else []
             except BadRecord as e:
                 rejects.append(Reject(str(file), line, e.reason, e.what))

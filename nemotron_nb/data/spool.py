@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['JUDGES', 'BATCH_ROWS', 'Progress', 'EXECUTORS', 'JudgeSection', 'RowSettings', 'code_digest', 'settings_digest',
-           'UnitRecord', 'Chat', 'Task', 'tokenize_unit', 'Spooled', 'Joined', 'in_processes', 'worker_count',
-           'tokenize']
+           'UnitRecord', 'dataset_form', 'Chat', 'chats_of_row', 'Task', 'tokenize_unit', 'Spooled', 'Joined',
+           'in_processes', 'worker_count', 'tokenize']
 
 # %% ../../nbs/data/08b_spool.ipynb #2536240c
 import bisect
@@ -40,10 +40,10 @@ from .endpoint import Endpoint, endpoint_judge, rule_judge
 from .files import BadJson, Reject, Unit, parse_json, read_unit
 from .filters import FilterPolicy, Judge, apply_filters, list_path
 from .jinja_template import Template, chat_template
-from .mask import Draft, encode_drafts
+from .mask import Draft, encode_drafts, is_trained
 from .reasoning import Change, ReasoningPolicy, apply_reasoning, low_effort_flag
 from .records import BadRecord, Conversation, parse_conversation
-from .sources import row_format
+from .sources import form_of, row_format
 from .template import Chunk
 from .tokenizer import ChatTokenizer, cache_folder, load_tokenizer
 
@@ -97,11 +97,12 @@ class RowSettings:
     filters: FilterPolicy = FilterPolicy()
     judge: JudgeSection = JudgeSection()  # who is asked whether a chat is consistent, if filter_chats
     reasoning: ReasoningPolicy = ReasoningPolicy()  # which thoughts are stripped, cut or marked
+    allow_empty_turns: bool = False  # may an assistant turn say nothing at all?
     compat: str = "fixed"  # "nvidia" does what NVIDIA's public data preparation does, faults included
     max_rows: int = 0  # of the unit; 0 = all
 
 
-_MODULES = ("core", "data/records", "data/files", "data/tokenizer", "data/encoder", "data/template", "data/jinja_template", "data/mask", "data/compat", "data/sources", "data/filters", "data/endpoint", "data/reasoning", "data/spool")
+_MODULES = ("core", "data/records", "data/levels", "data/files", "data/tokenizer", "data/encoder", "data/template", "data/jinja_template", "data/mask", "data/compat", "data/sources", "data/filters", "data/endpoint", "data/reasoning", "data/spool")
 
 
 @functools.cache
@@ -156,8 +157,10 @@ class UnitRecord:
         lists = {name: [asdict(r) for r in getattr(self, name)] for name in ("rejects", "left_out", "changes")}
         return {"rows": self.rows, **lists, "repairs": dict(sorted(self.repairs.items())), "unprinted": dict(sorted(self.unprinted.items()))}
 
-
-def _form(settings: RowSettings) -> Any:
+# %% ../../nbs/data/08b_spool.ipynb #e0000001
+def dataset_form(
+    settings: RowSettings,
+) -> Any:
     """How the rows of the dataset say their chats, made once for a unit."""
     options = settings.dataset.options
     if settings.dataset.format == "openai":
@@ -174,23 +177,47 @@ class Chat(NamedTuple):
     low_effort: bool
 
 
+def _is_low_effort(row: Mapping[str, Any], conversation: Conversation, settings: RowSettings) -> bool:
+    """Was the thought of a chat written with low effort? The row says so, in its own field or in the switches of its template; else the dataset does."""
+    own, switched = row.get(settings.reasoning.low_effort_field), conversation.low_effort
+    if own is not None and switched is not None and own != switched:
+        raise BadRecord("two_values", f"{settings.reasoning.low_effort_field} and chat_template_kwargs differ about low effort")
+    said = switched if own is None else own
+    return low_effort_flag({settings.reasoning.low_effort_field: settings.dataset.low_effort or None if said is None else said}, settings.dataset.name, settings.reasoning)
+
+
+def chats_of_row(
+    value: Any,  # one parsed row
+    source: str,  # its file
+    line: int,  # counted from 1
+    settings: RowSettings,
+    form: Any,  # as `dataset_form` gives it
+    row: int = 0,  # its place in the unit, counted from 0
+) -> list[Chat]:
+    """The chats of a row in normal form, and what the row says about them; `BadRecord` where it holds none. Whoever reads rows reads them here."""
+    form, noted = form_of(value, form)
+    fields = value if isinstance(value, Mapping) else {}
+    flag = settings.reasoning.low_effort_field
+    passed = (settings.used_in_field, *([flag] if flag != "low_effort" else []))
+    options = {"allow_empty_turns": settings.allow_empty_turns, "row": form.row_name, "turn": form.turn_name, "passed": passed, "noted": noted}
+    chats = form.chats(value) if isinstance(value, Mapping) else [value]
+    conversations = [parse_conversation(chat, source=source, line=line, **options) for chat in chats]
+    licence = fields.get("license") or settings.dataset.license or None
+    return [Chat(c, row, licence, _is_low_effort(fields, c, settings)) for c in conversations]
+
+
 def _admitted(value: Any, line: int, unit: Unit, settings: RowSettings, form: Any, record: UnitRecord) -> list[Chat]:
     """The chats of a row in normal form; what is wrong goes into the record."""
     if settings.used_in_filter and not _used_in(value, settings):
         record.left_out.append(Reject(unit.path, line, "not_used_in", f"not marked {settings.used_in_filter!r} in {settings.used_in_field}"))
         return []
     try:
-        chats = form.chats(value) if isinstance(value, Mapping) else [value]
-        conversations = [parse_conversation(chat, source=unit.path, line=line) for chat in chats]
-        fields_of_row = value if isinstance(value, Mapping) else {}
-        low = low_effort_flag({settings.reasoning.low_effort_field: settings.dataset.low_effort or None} | dict(fields_of_row), settings.dataset.name, settings.reasoning)
+        return chats_of_row(value, unit.path, line, settings, form, record.rows - 1)
     except BadRecord as e:
         record.rejects.append(Reject(unit.path, line, e.reason, e.what))
         return []
-    licence = fields_of_row.get("license") or settings.dataset.license or None
-    return [Chat(c, record.rows - 1, licence, low) for c in conversations]
 
-
+# %% ../../nbs/data/08b_spool.ipynb #e0000002
 def _filtered(chats: Sequence[Chat], settings: RowSettings, judge: Judge | None, record: UnitRecord) -> list[Chat]:
     """The chats that the filters keep; the others go into the record."""
     if not settings.filter_chats:
@@ -203,6 +230,13 @@ def _filtered(chats: Sequence[Chat], settings: RowSettings, judge: Judge | None,
         else:
             kept.append(chat)
     return kept
+
+
+def _book_untrained(conversation: Conversation, settings: RowSettings, record: UnitRecord) -> None:
+    """Note a chat of which nothing is trained: left out where its own flags say so, else lost."""
+    asked = not any(map(is_trained, conversation.messages))
+    why = "every assistant turn is marked as not trained" if asked else f"no assistant turn is trained with loss_mode={settings.loss_mode}"
+    (record.left_out if asked else record.rejects).append(Reject(conversation.source, conversation.line, "nothing_trained", why))
 
 
 def _drafts(chat: Chat, settings: RowSettings, tools: "_Tools", record: UnitRecord) -> list[Draft]:
@@ -218,7 +252,7 @@ def _drafts(chat: Chat, settings: RowSettings, tools: "_Tools", record: UnitReco
         record.rejects.append(Reject(conversation.source, conversation.line, e.reason, e.what))
         return []
     if not drafts:
-        record.left_out.append(Reject(conversation.source, conversation.line, "nothing_trained", f"no assistant turn is trained with loss_mode={settings.loss_mode}"))
+        _book_untrained(conversation, settings, record)
     return _with_bos(drafts) if settings.add_bos else drafts
 
 
@@ -346,7 +380,7 @@ def _rows(task: Task, record: UnitRecord) -> Iterator[tuple[int, Any]]:
 def _batches(task: Task, tools: _Tools, record: UnitRecord, tables: _Tables) -> Iterator[list[Draft]]:
     """Drafts of the unit's chats, some rows at a time; whose they are is noted in the tables."""
     settings = task.settings
-    form, judge = _form(settings), settings.judge.asked(str(Path(task.kept) / "judge") if task.kept else "")
+    form, judge = dataset_form(settings), settings.judge.asked(str(Path(task.kept) / "judge") if task.kept else "")
     rows = _rows(task, record)
     while some := list(itertools.islice(((line, value, record.rows - 1) for line, value in rows), BATCH_ROWS)):
         batch: list[Draft] = []

@@ -175,10 +175,11 @@ def said_turn(
     message: Mapping[str, Any],
     index: int,  # its place among the messages
     reasoning_budget: int | None = None,  # tokens of thought, told to the model after the text
+    low_effort_marker: str = "",  # words that ask for low effort, behind the text
 ) -> Chunk:
     """The turn of a user, or of a system message inside the chat."""
     budget = "" if reasoning_budget is None else f"\n\n{{thinking token budget: {reasoning_budget}}}"
-    return Chunk(message["role"], ((f"{IM_START}{message['role']}\n", True), (str(message.get("content") or ""), False), (f"{budget}{IM_END}\n", True)), False, index)
+    return Chunk(message["role"], ((f"{IM_START}{message['role']}\n", True), (str(message.get("content") or "") + low_effort_marker, False), (f"{budget}{IM_END}\n", True)), False, index)
 
 # %% ../../nbs/data/03_template.ipynb #b00a440e
 def _turn(messages: Sequence[Mapping[str, Any]], index: int, live: bool) -> tuple[Chunk, ...]:
@@ -211,13 +212,14 @@ def chunks(
     enable_thinking: bool = True,  # whether that last opening invites a thought
     reasoning_budget: int | None = None,  # tokens of thought, told to the model in the last user turn
     truncate_history_thinking: bool = True,  # drop the thoughts of earlier user turns
+    low_effort_marker: str = "",  # words that ask for low effort, told to the model in the last user turn
 ) -> list[Chunk]:
     """A chat in the nano3 format, cut where inference would stop and sample. The texts joined are `render`'s string."""
     last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
     result = [first_turn(messages, tools)]
     for i in range(result[0].message + 1, len(messages)):
         if i == last_user:
-            result.append(said_turn(messages[i], i, reasoning_budget))
+            result.append(said_turn(messages[i], i, reasoning_budget, low_effort_marker))
         else:
             result += _turn(messages, i, live=i > last_user or not truncate_history_thinking)
     if add_generation_prompt:
@@ -233,6 +235,7 @@ def render(
     enable_thinking: bool = True,
     reasoning_budget: int | None = None,
     truncate_history_thinking: bool = True,
+    low_effort_marker: str = "",
 ) -> str:
     """A chat as the one string that Nemotron 3 reads. The arguments are those of `chunks`."""
     parts = chunks(
@@ -242,6 +245,7 @@ def render(
         enable_thinking=enable_thinking,
         reasoning_budget=reasoning_budget,
         truncate_history_thinking=truncate_history_thinking,
+        low_effort_marker=low_effort_marker,
     )
     return "".join(c.text for c in parts)
 

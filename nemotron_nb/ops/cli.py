@@ -495,12 +495,15 @@ def inspect(
     html: Annotated[str, typer.Option("--html", help="Write a page to this file as well.")] = "",
     tokenizer: Annotated[str, typer.Option("--tokenizer", help="tiny, tekken, a folder, or a hub name.")] = "tiny",
     template: Annotated[str, typer.Option("--template", help="A template's name, or a .jinja file.")] = "nano3",
+    loss_mode: Annotated[str, typer.Option("--loss-mode", help="all, last_turn or flags.")] = "all",
+    full: Annotated[bool, typer.Option("--full", help="Show every token, nothing folded.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it for a program: ids, mask, text, notes.")] = False,
 ) -> None:
     """Show one chat of a file."""
     from nemotron_nb.data.inspect import inspect_file
 
     path, _, line = file.rpartition(":") if file.rpartition(":")[2].isdigit() else (file, "", "")
-    code = inspect_file(path, int(line) if line else None, tokenizer=tokenizer, template=template, html=html or None)
+    code = inspect_file(path, int(line) if line else None, tokenizer=tokenizer, template=template, html=html or None, loss_mode=loss_mode, full=full, as_json=as_json)
     if code:
         raise typer.Exit(code)
 

@@ -478,12 +478,10 @@ def with_mode(
         raise UserError("the prompt does not end with the opening of an assistant turn", where=repr(tokenizer.decode(ids[-12:])), fix="cut it where the model would begin to write")
     ids[spans[-1][1] :] = [*head, *tokenizer.encode(_OPENINGS[mode], special=True)]
     last_user = max((i for i, (role, *_) in enumerate(spans) if role == "user"), default=-1)
-    for i in range(len(spans) - 2, -1, -1):
-        role, start, end = spans[i]
-        words = marker if mode == "low" and role == "user" and spans[i + 1][0] == "assistant" else ""
-        words += f"\n\n{{thinking token budget: {budget}}}" if budget is not None and i == last_user else ""
-        if words:
-            ids[start:end] = _with_ending(ids[start:end], words, tokenizer)
+    words = (marker if mode == "low" else "") + (f"\n\n{{thinking token budget: {budget}}}" if budget is not None else "")
+    if words and last_user >= 0:
+        _, start, end = spans[last_user]
+        ids[start:end] = _with_ending(ids[start:end], words, tokenizer)
     return ids
 
 # %% ../../nbs/train/23_evaluate.ipynb #70bfb0ab
