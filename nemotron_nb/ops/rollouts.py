@@ -145,7 +145,7 @@ def budget_config(
 # %% ../../nbs/ops/32c_rollouts.ipynb #2557c01b
 def _files_of(run: Path) -> list[str]:
     """The files of chats that a run was prepared from."""
-    told = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))["data"]
+    told = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"), resolve=True)["data"]
     settings = from_mapping(PrepConfig, told | {"output_dir": OmegaConf.load(run / "train.yaml").data_dir}, str(run / "config.yaml"))
     return [path for source in make_plan(settings).sources if source.part in ("all", "train") for path in source.files]
 
@@ -193,7 +193,7 @@ def collect_folder(
     from nemotron_nb.train.metrics import MetricsFile
 
     folder = Path(folder)
-    config = from_mapping(BudgetConfig, OmegaConf.to_container(OmegaConf.load(folder / "budget.yaml")), "budget.yaml")
+    config = from_mapping(BudgetConfig, OmegaConf.to_container(OmegaConf.load(folder / "budget.yaml"), resolve=True), "budget.yaml")
     tokenizer, prompts, g = load_tokenizer(config.model), training_prompts(config), config.generation
     model, portion, texts = load_model(config.model, tokenizer.vocab_size), 64, []
     with MetricsFile(folder / "metrics.jsonl") as metrics:
