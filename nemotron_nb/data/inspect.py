@@ -24,7 +24,7 @@ import numpy as np
 from ..core import UserError, write_atomic
 from .files import Reject, read_unit, units
 from .jinja_template import Template, chat_template
-from .mask import Draft, Parity, TrainingSequence, encode_chunks, inference_prompt, mask_rows
+from .mask import Draft, Parity, TrainingSequence, check_arguments, encode_chunks, inference_prompt, mask_rows
 from .records import REJECTS, BadRecord, Conversation, parse_row
 from .template import Chunk
 from .tokenizer import ChatTokenizer, load_tokenizer
@@ -225,6 +225,7 @@ def inspect_chat(
     loss_mode: str = "all",
 ) -> Inspection:
     """A chat with its training sequences. `BadRecord` where the template refuses it."""
+    check_arguments(conversation, tokenizer, "inspect_chat")
     template = template or chat_template("nano3")
     drafts = tuple(template.drafts(conversation, loss_mode))
     sequences = tuple(encode_chunks(d.chunks, d.trained, tokenizer, turn=d.turn, conversation_id=conversation.id, source=conversation.source) for d in drafts)

@@ -23,7 +23,7 @@ from ..data.prep import Manifest, PrepConfig, make_plan
 from ..data.reasoning import SUPER_BUDGET, SUPER_BUDGET_STEPS
 from ..data.records import Conversation, read_chats
 from ..data.template import IM_END, chunks
-from .config import Effective, RunSection
+from .config import Effective, RunSection, config_label
 from .evaluate import GenerationSection, eval_config, load_model, model_of, model_run
 from .run_folder import Started, as_process, start_process
 from .sft import Parameters, execute_into, open_stage_folder
@@ -284,16 +284,16 @@ BUDGET_NOTEBOOK = "nbs/runs/budget.ipynb"
 def open_stage(
     effective: Effective,
     config: BudgetConfig,  # its settings, model resolved
-    name: str,  # what -c was given
+    name: str | Sequence[str],  # what -c was given
     folder: str = "",  # a folder to use; empty makes one under <output_root>/<family>/budget
 ) -> Path:
     """A stage folder with everything that is known before the first rollout, its status `running`."""
-    return open_stage_folder(effective, config, "budget", config.run.label or f"{Path(name).stem} budget", folder)
+    return open_stage_folder(effective, config, "budget", config.run.label or f"{config_label(name)} budget", folder)
 
 
 def budget_run(
     family: str,  # super3; any family whose papermill_runs folder has budget/
-    config: str = "default",
+    config: str | Sequence[str] = "default",
     overrides: Iterable[str] = (),
 ) -> Path:
     """Run the stage: rollouts, cut, fine-tuning. Returns the stage folder."""
