@@ -253,11 +253,16 @@ def _descendants(pid: int) -> list[int]:
     return [p for child in map(int, found) for p in [child, *_descendants(child)]]
 
 
+def _as_in_the_foreground() -> None:
+    """A shell starts what stands in its background with SIGINT ignored, and the tests may stand there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_asked_to_end_leaves_no_process_behind(tmp_path, how):
     """scancel and Ctrl-C: the training stops, the status says failed."""
     words = ["nano3", "sft", *SMALL[:-1], "train.train_iters=100000"]
-    command = subprocess.Popen([str(NEMOTRON), *words], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
+    command = subprocess.Popen([str(NEMOTRON), *words], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ONE_THREAD, preexec_fn=_as_in_the_foreground)
     deadline = time.monotonic() + 90
     while len(below := _descendants(command.pid)) < 2 or not list(tmp_path.glob("output/nano3/sft/*/train.log")):  # the kernel and the training
         assert time.monotonic() < deadline and command.poll() is None
@@ -268,3 +273,34 @@ def test_a_run_that_is_asked_to_end_leaves_no_process_behind(tmp_path, how):
         assert time.monotonic() < deadline, "a process was left behind"
         time.sleep(0.1)
     assert json.loads(next(tmp_path.glob("output/nano3/sft/*/status.json")).read_text())["state"] == "failed"
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_ctrl_c_reaches_what_stands_in_the_foreground_alone(ignored):
+    """Started with SIGINT ignored, as by nohup, a command keeps it ignored; else it ends."""
+    code = "import os, signal, typer; from nemotron_nb.ops import cli\n@cli.app.command('wait')\ndef wait():\n    os.kill(os.getpid(), signal.SIGINT)\n    print('went on')\ncli.sys.argv = ['nemotron', 'wait']\ncli.main()"
+    way = signal.SIG_IGN if ignored else signal.SIG_DFL
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, way))
+    assert ("went on" in done.stdout, done.returncode == 0) == (ignored, ignored), done.stderr
+
+
+@pytest.mark.parametrize("words", [("nano3", "sft", "--dry-run", "--all"), ("--help",), ("nano3", "sft", "--dry-run", "--json")])
+def test_a_reader_that_leaves_ends_nothing(tmp_path, words):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([str(NEMOTRON), *words], cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert "Traceback" not in done.stderr and "Broken" not in done.stderr and done.returncode in (0, 1)
+
+
+def test_versions_tables_and_folders_that_are_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ask = lambda *words: CliRunner().invoke(app, words)
+    assert ask("--version").output.startswith("nemotron_nb ") and ask("nano3", "sft", "-h").exit_code == 0
+    assert "there is no such folder" in str(ask("runs", "nosuch").exception)
+    assert json.loads(ask("runs", "--json").output) == [] and json.loads(ask("artifacts", "--json").output) == []
+    plan = json.loads(ask("nano3", "sft", "-c", "tiny", "--dry-run", "--json", "train.seed=7").output)
+    assert [s["value"] for s in plan["settings"] if s["setting"] == "train.seed" and s["changed"]] == [7]
+    (tmp_path / "mine.yaml").write_text("train: {seed: 8}")
+    folded, whole = (ask("nano3", "sft", "-c", "tiny", "-c", "mine.yaml", "--dry-run", *more).output for more in ((), ("--all",)))
+    assert re.search(r"\* +train.seed +8", folded) and "adam_beta1" not in folded and "adam_beta1" in whole and "--all" in folded

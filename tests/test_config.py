@@ -7,14 +7,17 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from nemotron_nb.core import UserError, write_json
-from nemotron_nb.ops.artifacts import Store
+from nemotron_nb.core import UserError, check_yaml, nearest, write_json
+from nemotron_nb.ops.artifacts import Source, Store
+from nemotron_nb.ops.spellings import ELSEWHERE
 from nemotron_nb.ops.config import (
     BUILT_IN,
     COMMAND_LINE,
     FAMILIES,
+    SftConfig,
     changed_names,
     config_file,
+    file_layers,
     data_prep_config,
     derived,
     flatten,
@@ -26,6 +29,7 @@ from nemotron_nb.ops.config import (
     read_yaml,
     sft_config,
     to_yaml,
+    typed_layers,
 )
 
 LEAVES = st.sampled_from([0, -1.5, True, None, "", "text", [], [1, 2]])
@@ -378,3 +382,198 @@ def test_a_data_section_of_nemo_rl_leads_to_a_file(tmp_path):
 def test_lora_of_either_backend_has_the_defaults_of_its_section(typed, dim, position):
     peft = sft_config("super3", "default", [*typed, "model.mtp_num_layers=0"]).settings.peft
     assert (peft.enabled, peft.dim, peft.dropout_position) == (True, dim, position)
+
+
+@pytest.mark.parametrize(
+    ("typed", "first"),
+    [
+        ("learning_rate=1e-3", "optimizer.lr"), ("training_args.learning_rate=1e-3", "optimizer.lr"), ("learning_rat=1e-3", "optimizer.lr"), ("num_epochs=3", "train."),
+        ("num_train_epochs=3", "train."), ("batch_size=8", "train.global_batch_size"), ("per_device_train_batch_size=1", "train.micro_batch_tokens"),
+        ("gradient_accumulation_steps=4", "train.global_batch_size"), ("max_seq_length=4096", "data.pack_size"), ("cutoff_len=4096", "data.pack_size"),
+        ("warmup_ratio=0.1", "scheduler.lr_warmup_iters"), ("warmup_steps=9", "scheduler.lr_warmup_iters"), ("output_dir=out", "run.output_root"), ("seed=1", "train.seed"),
+        ("weight_decay=0", "optimizer.weight_decay"), ("lora_r=8", "peft.dim"), ("policy.train_global_batch_size=8", "train.global_batch_size"), ("zzzz=1", ""),
+    ],
+)  # fmt: skip
+def test_an_unknown_name_leads_to_at_most_three(typed, first):
+    """Names of other trainers come first, and no error is a list of eight hundred."""
+    with pytest.raises(UserError) as e:
+        sft_config("nano3", "default", [typed])
+    assert f"did you mean '{first}" in e.value.fix and e.value.fix.count("'") <= 6 and len(str(e.value)) < 500
+
+
+def test_every_name_from_elsewhere_leads_to_a_setting_of_some_command():
+    from nemotron_nb.ops.evaluate import EvalConfig
+    from nemotron_nb.ops.rollouts import BudgetConfig
+
+    known = {name for cls in (SftConfig, EvalConfig, BudgetConfig) for name in known_names(cls)}
+    lost = [name for name, row in ELSEWHERE.items() if not set(row.names) & known]
+    assert lost == []
+
+
+def test_a_name_far_from_all_of_a_long_list_is_met_with_three():
+    assert len(nearest("zzz", [f"model.setting_{i}" for i in range(700)])) < 120
+
+
+def test_other_commands_lead_on_too():
+    from nemotron_nb.ops.evaluate import eval_config
+
+    with pytest.raises(UserError, match="'optimizer.lr', a setting of another command"):
+        data_prep_config("nano3", "tiny", ["learning_rate=1"])
+    with pytest.raises(UserError, match="did you mean 'generation.max_new_tokens'"):
+        eval_config("nano3", "tiny", ["max_tokens=1"])
+
+
+def test_several_configurations_are_layers_in_their_order(tmp_path):
+    for name, text in {"a": "train: {seed: 1, train_iters: 11}", "b": "train: {seed: 2}", "c": "defaults: tiny\ntrain: {seed: 3}", "d": "defaults: [a.yaml, ./c.yaml]\n"}.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    a, b, c, d = (str(tmp_path / f"{name}.yaml") for name in "abcd")
+    for config, seed, iters, hidden in ((["tiny", a, b], 2, 11, 96), (["tiny", b, a], 1, 11, 96), ([c], 3, 260, 96), ([d], 3, 260, 96), (["tiny", a, c], 3, 11, 96), ([a], 1, 11, 128)):
+        s = sft_config("nano3", config).settings
+        assert (s.train.seed, s.train.train_iters, s.model.hidden_size) == (seed, iters, hidden), config
+    assert sft_config("nano3", [c]).settings.data.path == "sample"
+    assert data_prep_config("nano3", ["tiny", "default"]).settings.data.path == "sample"
+
+
+@pytest.mark.parametrize("text, said", [("defaults: b.yaml", "in a circle"), ("defaults: a.yaml", "in a circle"), ("defaults: 3", "is no configuration"), ("defaults: tinny", "did you mean 'tiny'"), ("defaults: none.yaml", "no such file")])
+def test_what_a_file_cannot_be_built_upon(tmp_path, text, said):
+    (tmp_path / "a.yaml").write_text(text)
+    (tmp_path / "b.yaml").write_text("defaults: [./a.yaml]")
+    with pytest.raises(UserError, match=said):
+        file_layers("nano3", [("sft", "")], str(tmp_path / "a.yaml"))
+
+
+def test_a_missing_file_is_refused_with_one_beside_it(tmp_path):
+    (tmp_path / "mine.yaml").write_text("train: {seed: 1}")
+    with pytest.raises(UserError, match="there is no such file(.|\n)*mine.yaml"):
+        sft_config("nano3", str(tmp_path / "mime.yaml"))
+    with pytest.raises(UserError, match="cannot be read"):
+        sft_config("nano3", str(tmp_path) + "/")
+
+
+HOSTILE = ["[x].jsonl", "{a,b}.jsonl", "%41.jsonl", "#c.jsonl", " lead.jsonl", "trail.jsonl ", "*.jsonl", "&a", "!x", "@x", "`x`", "a: b", "a #b", "null", "true", "1e-3", "07", "- x", '"q".jsonl', "'", "\\n", "a=b", "2024-01-01", "~x", "é"]
+
+
+@pytest.mark.parametrize("path", HOSTILE)
+def test_a_text_is_taken_as_it_is_typed_and_comes_back_from_the_file(tmp_path, path):
+    effective = sft_config("nano3", "tiny", [f"data.path={path}", f"run.label={path}"])
+    (tmp_path / "config.yaml").write_text(to_yaml(effective), encoding="utf-8")
+    again = sft_config("nano3", str(tmp_path / "config.yaml"))
+    for e in (effective, again):
+        assert (e.settings.data.path, e.settings.run.label) == (path, path)
+    assert data_prep_config("nano3", "tiny", [f"path={path}"]).settings.data.path == path
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12).filter(lambda t: "${" not in t))
+def test_any_text_survives_the_file(tmp_path_factory, text):
+    effective = merge(EnvLike, typed_layers([f"name={text}"], EnvLike))
+    assert effective.settings.name == text
+    path = tmp_path_factory.mktemp("text") / "config.yaml"
+    path.write_text(to_yaml(effective), encoding="utf-8")
+    assert read_yaml(path) == {"name": text}
+
+
+@dataclasses.dataclass(frozen=True)
+class EnvLike:
+    name: str = ""
+
+
+def test_lists_and_nothing_are_still_what_they_look_like():
+    s = sft_config("nano3", "tiny", ["peft.target_modules=[q_proj, v_proj]", "data.used_in_filter=null", "data.sample=null"]).settings
+    assert (s.peft.target_modules, s.data.used_in_filter, s.data.sample) == (("q_proj", "v_proj"), None, None)
+
+
+def test_a_variable_of_the_environment_is_written_nowhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("A_KEY", "s3cr3t")
+    effective = sft_config("nano3", "tiny", ["run.label=${oc.env:A_KEY}", "logger.wandb_exp_name=run-${run.label}", "run.env.mounts=['${oc.env:A_KEY}:/x']", "model.name=${oc.env:A_KEY}"])
+    s = effective.settings
+    assert (s.run.label, s.logger.wandb_exp_name, s.run.env.mounts, s.model.name) == ("s3cr3t", "run-s3cr3t", ["s3cr3t:/x"], "s3cr3t")
+    written = to_yaml(effective)
+    training = effective.as_written(dataclasses.asdict(s.training("d", "o")))
+    for text in (written, repr(effective), effective._repr_html_(), effective.picture(False).text, str(effective.values), str(training)):
+        assert "s3cr3t" not in text
+    assert training["model"]["name"] == "${oc.env:A_KEY}"
+    (tmp_path / "config.yaml").write_text(written)
+    again = sft_config("nano3", str(tmp_path / "config.yaml"))
+    assert again.settings.run == s.run and to_yaml(again) == written
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi"))
+
+
+@pytest.mark.parametrize("text", [BOMB, "a: " + "[" * 5000, "a: &a [*a]", "a: &a {b: *a}", "{a: " * 3000, "# " + "x" * (5 << 20)])
+def test_yaml_that_would_never_end_is_a_sentence(tmp_path, text):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UserError, match="mine.yaml: .*YAML"):
+        read_yaml(tmp_path / "mine.yaml")
+
+
+def test_nesting_on_the_command_line_is_a_sentence():
+    with pytest.raises(UserError):
+        sft_config("nano3", "tiny", ["loss.stages=" + "[" * 3000])
+    check_yaml(to_yaml(sft_config("super3")), "config.yaml")
+
+
+def test_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    s = sft_config("nano3", "tiny", ["data.path=~/c.jsonl", "run.output_root=~", "checkpoint.load=~/ck", "run.label=~/x"]).settings
+    assert (s.data.path, s.run.output_root, s.checkpoint.load, s.run.label) == ("/home/me/c.jsonl", "/home/me", "/home/me/ck", "~/x")
+
+
+def test_a_stage_that_is_never_reached_is_told():
+    assert any("sample stage" in note for note in sft_config("super3", "default", ["train.train_iters=100"]).notes)
+    assert any("warm-up of 469" in note for note in sft_config("super3", "default", ["train.train_iters=100"]).notes)
+    assert sft_config("super3").notes == () and sft_config("nano3", "tiny").notes == ()
+
+
+def test_sizes_of_the_tiny_model_do_not_stand_beside_another_one():
+    effective = sft_config("nano3", "tiny", ["model.name=/some/model"])
+    model = effective.settings.model
+    assert (model.hidden_size, model.pattern) == (type(model)().hidden_size, type(model)().pattern) and "hidden_size" in effective.notes[0]
+    assert sft_config("nano3", "tiny", ["model.name=/some/model", "model.hidden_size=64"]).settings.model.hidden_size == 64
+
+
+def test_the_newest_prepared_data_is_taken_where_none_is_named(tmp_path):
+    register = Store(tmp_path / "artifacts")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").write_text("{}")
+    base = sft_config("nano3").settings.data.tokenizer.model
+    register.log("DataBlendsArtifact-sft", "data", tmp_path / "data", {"pack_size": 512}, [Source(base, "tokenizer", base)])
+    here = [f"run.artifacts={tmp_path}/artifacts"]
+    taken = sft_config("nano3", "default", here)
+    assert taken.settings.run.data == "DataBlendsArtifact-sft:v1" and taken.settings.data.pack_size == 512
+    assert "DataBlendsArtifact-sft:v1" in taken.notes[0] and "newest" in taken.origins["run.data"]
+    assert sft_config("nano3", "default", [*here, "data.path=x.jsonl"]).settings.run.data == ""
+    assert sft_config("nano3", "tiny", here).settings.run.data == "" and sft_config("super3", "default", here).settings.run.data == ""
+    other = sft_config("nano3", "default", [*here, "data.tokenizer=tekken"])
+    assert other.settings.run.data == "" and "--art.data DataBlendsArtifact-sft:v1" in other.notes[0]
+
+
+PAGE = "{% for message in messages %}{%- if message['role'] == 'system'  %}{{'Context: ' + message['content'].strip()}}{%- elif message['role'] == 'user'  %}{{' Question: ' + message['content'].strip() + ' Answer: '}}{%- elif message['role'] == 'assistant'  %}{{message['content'].strip()}}{%- endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize("indent", ["", "  "])
+def test_the_custom_template_of_the_page_as_it_stands_there(tmp_path, indent):
+    """The page indents it wrongly: the key then stands beside an empty section."""
+    (tmp_path / "page.yaml").write_text(f'tokenizer:\n{indent}custom_template: "{PAGE}"\n')
+    for ask in (sft_config, data_prep_config):
+        assert ask("nano3", str(tmp_path / "page.yaml")).settings.data.chat_template == PAGE
+
+
+DTENSOR = "policy:\n  dtensor_cfg:\n    lora_cfg: {enabled: False, target_modules: [], exclude_modules: [], match_all_linear: true, dim: 8, alpha: 32, dropout: 0.0, dropout_position: 'post', lora_A_init: 'xavier', use_triton: true}\n"
+BRIDGE = "policy:\n  megatron_cfg:\n    peft: {enabled: false, target_modules: [], exclude_modules: [], dim: 32, alpha: 32, dropout: 0.0, dropout_position: 'pre', lora_A_init_method: 'xavier', lora_B_init_method: 'zero', a2a_experimental: false, lora_dtype: None}\n"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("block, dim", [(DTENSOR, 8), (BRIDGE, 32)])
+def test_the_lora_blocks_of_the_page_as_they_stand_there(tmp_path, family, block, dim):
+    (tmp_path / "page.yaml").write_text(block)
+    peft = sft_config(family, str(tmp_path / "page.yaml")).settings.peft
+    assert (peft.enabled, peft.dim, peft.lora_dtype) == (False, dim, None)
+    (tmp_path / "page.yaml").write_text(block.replace("enabled: False", "enabled: True").replace("enabled: false", "enabled: true"))
+    if block is BRIDGE:
+        assert sft_config(family, str(tmp_path / "page.yaml")).settings.peft.enabled
+    else:
+        with pytest.raises(UserError, match="peft.use_triton=false"):
+            sft_config(family, str(tmp_path / "page.yaml"))
+        assert sft_config(family, str(tmp_path / "page.yaml"), ["peft.use_triton=false"]).settings.peft.match_all_linear

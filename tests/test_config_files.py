@@ -78,5 +78,10 @@ def test_constraints_name_no_place_of_this_or_any_machine():
     assert "file:" not in text and " @ " not in text and "-e " not in text and "+cpu" not in text
 
 
+def test_uv_takes_the_same_versions():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert PYPROJECT["tool"]["uv"]["constraint-dependencies"] == [line for line in lines if line and not line.startswith("#")]
+
+
 def test_no_lock_file_names_one_machine():
     assert not (ROOT / "uv.lock").exists()

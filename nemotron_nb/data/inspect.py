@@ -24,7 +24,7 @@ import numpy as np
 from ..core import UserError, nearest, write_atomic
 from .files import Reject, read_unit, units
 from .jinja_template import Template, chat_template
-from .mask import LOSS_MODES, Draft, Parity, TrainingSequence, encode_chunks, inference_prompt, mask_rows
+from .mask import LOSS_MODES, Draft, Parity, TrainingSequence, check_arguments, encode_chunks, inference_prompt, mask_rows
 from .blend import Dataset, folder_name
 from .reasoning import apply_reasoning
 from .records import REJECTS, REPAIRS, BadRecord, Conversation
@@ -294,6 +294,7 @@ def inspect_chat(
     loss_mode: str = "all",
 ) -> Inspection:
     """A chat with its training sequences. `BadRecord` where the template refuses it."""
+    check_arguments(conversation, tokenizer, "inspect_chat")
     template = template or chat_template("nano3")
     drafts = tuple(template.drafts(conversation, loss_mode))
     sequences = tuple(encode_chunks(d.chunks, d.trained, tokenizer, turn=d.turn, conversation_id=conversation.id, source=conversation.source) for d in drafts)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOSS_MODES', 'MASK_COLOURS', 'TrainingSequence', 'encode_chunks', 'mask_strip', 'Plan', 'is_trained', 'thinks',
-           'sequence_plans', 'SequenceTemplate', 'training_sequences', 'Draft', 'Parity', 'parity', 'inference_prompt',
-           'prompt_panel', 'parity_panel', 'mask_rows', 'mask_diff', 'trained_fractions', 'inference_prompts', 'drafts',
-           'SegmentEncoder', 'Encoded', 'encode_drafts']
+           'check_arguments', 'sequence_plans', 'SequenceTemplate', 'training_sequences', 'Draft', 'Parity', 'parity',
+           'inference_prompt', 'prompt_panel', 'parity_panel', 'mask_rows', 'mask_diff', 'trained_fractions',
+           'inference_prompts', 'drafts', 'SegmentEncoder', 'Encoded', 'encode_drafts']
 
 # %% ../../nbs/data/04_mask.ipynb #065d86cf
 import html
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ..core import UserError, nearest
+from ..core import UserError, expect, nearest
 from .records import Conversation
 from .template import Chunk, Piece, chunks, first_turn, said_turn, turns
 from .tokenizer import ChatTokenizer
@@ -125,6 +125,12 @@ def _last_turn(messages: Sequence[Mapping[str, Any]], users: Sequence[int]) -> t
     return max(len(asked) - 1, 0), last, next((i for i in users if i > answer), len(messages)), last + 1
 
 
+def check_arguments(conversation: Any, tokenizer: Any, function: str) -> None:
+    """`UserError` unless a function was given a chat and a tokenizer as this library has them."""
+    expect(conversation, Conversation, f"{function}: conversation", "make one from a row with records.parse_conversation(row), or read a file with records.read_chats(path)")
+    expect(tokenizer, ChatTokenizer, f"{function}: tokenizer", "load it with data.tokenizer.load_tokenizer(NAME_OR_FOLDER), which keeps special tokens out of the text of chats")
+
+
 def sequence_plans(
     conversation: Conversation,
     loss_mode: str = "all",  # all, last_turn or flags
@@ -171,6 +177,7 @@ def training_sequences(
     allow_special_in_text: bool = False,  # let special tokens spelt out in messages become tokens
 ) -> list[TrainingSequence]:
     """What to train on: for each sequence its ids, its mask and its provenance. A sequence without a trained token is left out."""
+    check_arguments(conversation, tokenizer, "training_sequences")
     provenance = {"conversation_id": conversation.id, "source": conversation.source, "allow_special_in_text": allow_special_in_text}
     return [encode_chunks(d.chunks, d.trained, tokenizer, turn=d.turn, **provenance) for d in _trained_chunks(conversation, loss_mode, template)]
 
@@ -217,6 +224,7 @@ def parity(
     loss_mode: str = "all",
 ) -> list[Parity]:
     """Compare, for each trained turn, the tokens before it with the prompt that inference would build."""
+    check_arguments(conversation, tokenizer, "parity")
     rows = _prefixes(conversation, tokenizer, loss_mode)
     return [Parity(turn, message, len(prompt), before == prompt, _first_difference(before, prompt)) for turn, message, before, prompt in rows]
 
@@ -229,6 +237,7 @@ def inference_prompt(
     loss_mode: str = "all",  # decides only whether a budget of thought is announced: where a thought is trained
 ) -> list[int]:
     """The ids that inference would feed before an assistant message: the chat so far and a generation prompt, encoded whole."""
+    check_arguments(conversation, tokenizer, "inference_prompt")
     plan = next((p for p in sequence_plans(conversation, loss_mode) if p.first <= message < p.end), Plan(0, -1, 0, 0, None))
     switches = {"reasoning_budget": plan.budget, "low_effort_marker": plan.marker, "truncate_history_thinking": conversation.truncate_history_thinking}
     prompt = chunks(conversation.messages[:message], conversation.tools, add_generation_prompt=True, enable_thinking=thinks(conversation.messages[message]), **switches)

@@ -18,7 +18,7 @@ from types import ModuleType
 
 import numpy as np
 
-from ..core import UserError, nearest
+from ..core import UserError, expect, nearest
 from ..viz import Picture, png
 
 # %% ../../nbs/data/05_pack.ipynb #2f28ce91
@@ -269,12 +269,15 @@ def _pack_compiled(lengths: np.ndarray, capacity: int, order_by: _Order, fit: _F
 # %% ../../nbs/data/05_pack.ipynb #c4ff6a79
 def _whole_numbers(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     """int64 [S]. Refuses anything but whole numbers; a bool is not a length."""
-    given = np.asarray(lengths)
-    if not given.size:
+    try:
+        given = np.asarray(lengths)
+    except ValueError:  # lists of several lengths: sequences where their lengths should be
+        given = np.zeros((len(lengths), 0), object)
+    if given.ndim == 1 and not given.size:
         return np.zeros(0, np.int64)
     boolean = not isinstance(lengths, np.ndarray) and bool in set(map(type, lengths))
     if given.ndim != 1 or given.dtype.kind not in "iu" or boolean:
-        raise UserError(f"lengths are whole numbers, one for each sequence; got {'bool' if boolean else given.dtype} of shape {given.shape}", where="pack")
+        raise UserError(f"lengths are whole numbers, one for each sequence; got {'bool' if boolean else given.dtype} of shape {given.shape}", where="pack", fix="give [len(s.input_ids) for s in sequences]; make_pack then lays their ids and masks end to end")
     return np.ascontiguousarray(given, np.int64)
 
 
@@ -398,7 +401,12 @@ def make_pack(
     conversation_ids: Sequence[str] = (),
     sources: Sequence[str] = (),
 ) -> Pack:
-    """Lay sequences end to end, each with its mask moved to its labels."""
+    """Lay sequences end to end, each with its mask moved to its labels. `UserError` unless there is a mask of the same length for each."""
+    for name, rows in (("ids", ids), ("masks", masks)):
+        for row in rows:
+            expect(row, (np.ndarray, list, tuple), f"make_pack: {name}", "give [s.input_ids for s in sequences] and [s.loss_mask for s in sequences]")
+    if [*map(len, ids)] != [*map(len, masks)] or not len(ids):
+        raise UserError(f"{len(ids)} sequences and {len(masks)} masks, or of other lengths", where="make_pack", fix="give one mask for each sequence, as long as it is, and at least one")
     starts = np.cumsum([0, *map(len, ids[:-1])], dtype=np.int32)
     tokens = np.concatenate(ids).astype(np.int32)
     mask = np.concatenate([roll_mask(m) for m in masks]).astype(np.uint8)

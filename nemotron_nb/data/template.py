@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..core import UserError, nearest
+from ..core import UserError, expect, nearest
 from ..viz import ROLE_COLOURS, Picture, clipped, escape, fitting, token_strip, visible
 
 # %% ../../nbs/data/03_template.ipynb #76eee489
@@ -214,7 +214,10 @@ def chunks(
     truncate_history_thinking: bool = True,  # drop the thoughts of earlier user turns
     low_effort_marker: str = "",  # words that ask for low effort, told to the model in the last user turn
 ) -> list[Chunk]:
-    """A chat in the nano3 format, cut where inference would stop and sample. The texts joined are `render`'s string."""
+    """A chat in the nano3 format, cut where inference would stop and sample. The texts joined are `render`'s string. `UserError` unless `messages` is a list of messages."""
+    expect(messages, (list, tuple), "messages of a chat", "give the list under \"messages\", or conversation.messages")
+    for message in messages[:1]:
+        expect(message, Mapping, "message 0", 'give {"role": ..., "content": ...}')
     last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
     result = [first_turn(messages, tools)]
     for i in range(result[0].message + 1, len(messages)):

@@ -427,9 +427,13 @@ class Store:
         address = (artifact if isinstance(artifact, Artifact) else self.get(artifact)).address
         return tuple(a for a in self.list() if any(s.uri == address for s in a.inputs))
 
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for everything in the register, the damaged records too."""
+        return [_row(folder) for folder in self._folders()]
+
     def overview(self) -> Picture:
-        """A table of everything in the register, the damaged records too."""
-        rows = [_row(folder) for folder in self._folders()]
+        """The rows as a table."""
+        rows = self.rows()
         return table(rows, title="artifacts") if rows else Picture("<p>no artifacts</p>", f"no artifacts in {self.root}")
 
     def _folders(self) -> Sequence[Path]:

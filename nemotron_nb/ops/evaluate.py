@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 
 from ..core import UserError, from_mapping, write_atomic, write_json
 from ..data.prep import Manifest
-from .config import COMMAND, COMMAND_LINE, Effective, Layer, RunSection, config_file, flatten, known_names, merge, project_root, read_override, read_yaml
+from .config import COMMAND, Effective, Layer, RunSection, config_label, file_layers, flatten, job_configs, known_names, merge, project_root, typed_layers
 from .report import BLUE, GREY, ORANGE, Section, clipped, environment_picture, form_in_words, html_page
 from .run_folder import Started, as_process, list_runs, run_state, start_process
 from .sft import Parameters, execute_into, open_stage_folder
@@ -120,12 +120,6 @@ class EvalConfig:
             raise UserError("no mode is given", where="eval.modes", fix="give e.g. eval.modes=[on,off]")
 
 # %% ../../nbs/ops/32b_evaluate.ipynb #ae24567b
-def _layer(path: Path) -> tuple[str, dict[str, Any]]:
-    """A file of settings with its name relative to the checkout."""
-    root = project_root()
-    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path), read_yaml(path)
-
-
 def _known(layers: Iterable[Layer], cls: type) -> list[Layer]:
     """Layers of a profile, without what only training knows."""
     names = known_names(cls)
@@ -134,16 +128,15 @@ def _known(layers: Iterable[Layer], cls: type) -> list[Layer]:
 
 def eval_config(
     family: str,  # nano3 or super3
-    name: str = "default",  # a configuration's name, or a path
+    name: str | Sequence[str] = "default",  # a configuration's name, or a path; several are layers in their order
     overrides: Iterable[str] = (),  # key=value, the last one wins
     stage: str = "eval",  # folder under papermill_runs/<family>
     cls: type = EvalConfig,
     profile: Layer | None = None,  # what env.toml says, with run.* names
 ) -> Effective:
     """The settings of an evaluation: default.yaml, the named file, the cluster's profile, then the command line."""
-    chosen = config_file(family, stage, name)
-    files = list(dict.fromkeys([config_file(family, stage, "default"), chosen]))
-    effective = merge(cls, [(COMMAND, {"family": family}), *map(_layer, files), *_known([profile] if profile else [], cls), *((COMMAND_LINE, read_override(text)) for text in overrides)])
+    layers = [(COMMAND, {"family": family}), *file_layers(family, [(stage, "")], name), *_known([profile] if profile else [], cls)]
+    effective = merge(cls, [*layers, *typed_layers(overrides, cls)])
     if effective.settings.family != family:
         raise UserError(f"is for the family {effective.settings.family!r}", where=effective.origins["family"], fix="use the command of that family")
     return effective
@@ -282,7 +275,7 @@ def load_model(
 
     config, seed = ModelConfig(name=spec), 0
     if spec.startswith(START):
-        told = OmegaConf.to_container(OmegaConf.load(Path(spec.removeprefix(START)) / "train.yaml"))
+        told = OmegaConf.to_container(OmegaConf.load(Path(spec.removeprefix(START)) / "train.yaml"), resolve=True)
         first = told.get("checkpoint", {}).get("pretrained_checkpoint", "")
         config, seed = ModelConfig(name=_model_folder(first)) if first else from_mapping(ModelConfig, told["model"]), told["train"]["seed"]
     return build_model(config, vocab_size, seed).to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -354,7 +347,7 @@ def evaluate_folder(
     from nemotron_nb.train.metrics import MetricsFile
 
     folder = Path(folder)
-    config = from_mapping(EvalConfig, OmegaConf.to_container(OmegaConf.load(folder / "eval.yaml")), "eval.yaml")
+    config = from_mapping(EvalConfig, OmegaConf.to_container(OmegaConf.load(folder / "eval.yaml"), resolve=True), "eval.yaml")
     tokenizer, (packs, questions, rejects) = _tokenizer(config), _inputs(config)
     write_atomic(folder / "rejects.jsonl", "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rejects))
     with MetricsFile(folder / "metrics.jsonl") as metrics:
@@ -713,11 +706,11 @@ EVAL_NOTEBOOK = "nbs/runs/evaluate.ipynb"
 def open_evaluation(
     effective: Effective,
     config: EvalConfig,  # its settings, resolved
-    name: str,  # what -c was given
+    name: str | Sequence[str],  # what -c was given
     folder: str = "",  # a folder to use; empty makes one under <output_root>/<family>/eval
 ) -> Path:
     """A run folder with everything that is known before measuring, its status `running`."""
-    label = config.run.label or f"{Path(name).stem} {(model_run(config.model) or Path(config.model)).name.partition('-')[2] or Path(config.model).name}"
+    label = config.run.label or f"{config_label(name)} {(model_run(config.model) or Path(config.model)).name.partition('-')[2] or Path(config.model).name}"
     return open_stage_folder(effective, config, "eval", label, folder)
 
 
@@ -728,7 +721,7 @@ def write_comparison(
     folder = Path(folder)
     if not (folder / "tuned.json").exists():
         raise UserError("nothing has been measured here", where=str(folder), fix="run nemotron FAMILY eval")
-    config = from_mapping(EvalConfig, OmegaConf.to_container(OmegaConf.load(folder / "eval.yaml")), "eval.yaml")
+    config = from_mapping(EvalConfig, OmegaConf.to_container(OmegaConf.load(folder / "eval.yaml"), resolve=True), "eval.yaml")
     base, tuned, env = _measured(folder, "base"), _measured(folder, "tuned"), json.loads((folder / "env.json").read_text())
     write_json(folder / "results.json", summary(base, tuned, config))
     parts = comparison_sections(base, tuned, config, write_harness(config, folder), env)
@@ -761,7 +754,7 @@ def _submit(script: str, mode: str, name: str) -> None:
         sys.exit(code)
 
 
-def _evaluate_here(effective: Effective, settled: EvalConfig, config: str, overrides: list[str]) -> Path:
+def _evaluate_here(effective: Effective, settled: EvalConfig, config: str | Sequence[str], overrides: list[str]) -> Path:
     """Measure on this machine, and say what came of it."""
     _inputs(settled)  # refuses unusable files before there is a run folder
     folder = open_evaluation(effective, settled, config)
@@ -773,7 +766,7 @@ def _evaluate_here(effective: Effective, settled: EvalConfig, config: str, overr
 
 def evaluate_run(
     family: str,  # nano3 or super3
-    config: str = "default",  # what -c was given
+    config: str | Sequence[str] = "default",  # what -c was given
     overrides: Iterable[str] = (),
     dry_run: bool = False,
     profile: "Profile | None" = None,  # of a cluster; None: this machine
@@ -786,7 +779,7 @@ def evaluate_run(
     effective = eval_config(family, config, overrides, profile=cluster_layer(profile))
     settled = resolved(effective.settings)
     cluster = profile is not None and profile.executor == "slurm"
-    script = job_script("eval", profile, [family, config, *overrides], settled.run, mode) if cluster else ""
+    script = job_script("eval", profile, [family, *job_configs(config), *overrides], settled.run, mode) if cluster else ""
     if dry_run or (profile is not None and profile.dry_run):
         _show_plan(effective, settled, script)
         return None

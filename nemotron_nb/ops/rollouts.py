@@ -23,7 +23,7 @@ from ..data.prep import Manifest, PrepConfig, make_plan
 from ..data.reasoning import SUPER_BUDGET, SUPER_BUDGET_STEPS
 from ..data.records import Conversation, read_chats
 from ..data.template import IM_END, chunks
-from .config import Effective, RunSection
+from .config import Effective, RunSection, config_label
 from .evaluate import GenerationSection, eval_config, load_model, model_of, model_run
 from .run_folder import Started, as_process, start_process
 from .sft import Parameters, execute_into, open_stage_folder
@@ -145,7 +145,7 @@ def budget_config(
 # %% ../../nbs/ops/32c_rollouts.ipynb #2557c01b
 def _files_of(run: Path) -> list[str]:
     """The files of chats that a run was prepared from."""
-    told = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))["data"]
+    told = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"), resolve=True)["data"]
     settings = from_mapping(PrepConfig, told | {"output_dir": OmegaConf.load(run / "train.yaml").data_dir}, str(run / "config.yaml"))
     return [path for source in make_plan(settings).sources if source.part in ("all", "train") for path in source.files]
 
@@ -193,7 +193,7 @@ def collect_folder(
     from nemotron_nb.train.metrics import MetricsFile
 
     folder = Path(folder)
-    config = from_mapping(BudgetConfig, OmegaConf.to_container(OmegaConf.load(folder / "budget.yaml")), "budget.yaml")
+    config = from_mapping(BudgetConfig, OmegaConf.to_container(OmegaConf.load(folder / "budget.yaml"), resolve=True), "budget.yaml")
     tokenizer, prompts, g = load_tokenizer(config.model), training_prompts(config), config.generation
     model, portion, texts = load_model(config.model, tokenizer.vocab_size), 64, []
     with MetricsFile(folder / "metrics.jsonl") as metrics:
@@ -284,16 +284,16 @@ BUDGET_NOTEBOOK = "nbs/runs/budget.ipynb"
 def open_stage(
     effective: Effective,
     config: BudgetConfig,  # its settings, model resolved
-    name: str,  # what -c was given
+    name: str | Sequence[str],  # what -c was given
     folder: str = "",  # a folder to use; empty makes one under <output_root>/<family>/budget
 ) -> Path:
     """A stage folder with everything that is known before the first rollout, its status `running`."""
-    return open_stage_folder(effective, config, "budget", config.run.label or f"{Path(name).stem} budget", folder)
+    return open_stage_folder(effective, config, "budget", config.run.label or f"{config_label(name)} budget", folder)
 
 
 def budget_run(
     family: str,  # super3; any family whose papermill_runs folder has budget/
-    config: str = "default",
+    config: str | Sequence[str] = "default",
     overrides: Iterable[str] = (),
 ) -> Path:
     """Run the stage: rollouts, cut, fine-tuning. Returns the stage folder."""

@@ -13,6 +13,7 @@ __all__ = ['MODEL_FILES', 'RUN_NOTEBOOK', 'Parameters', 'given_parameters', 'clu
 import dataclasses
 import logging
 import os
+import shlex
 import shutil
 import signal
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +26,7 @@ from omegaconf import OmegaConf
 
 from ..core import UserError, from_mapping, write_atomic, write_json
 from ..data.prep import Manifest, PrepConfig, data_key, prepare
-from .config import Effective, Layer, RunSection, SftConfig, project_root, sft_config, to_yaml
+from .config import Effective, Layer, RunSection, SftConfig, config_label, config_names, project_root, sft_config, to_yaml
 from .run_folder import begin_attempt, environment, found_training, keep_notebook, make_run_folder, note_failures, read_status, run_name, set_status, slurm_job
 from ..train.settings import TINY
 
@@ -40,7 +41,7 @@ class Parameters:
     """The parameters of the run notebook."""
 
     family: str = "nano3"
-    config: str = "tiny"
+    config: str | list[str] = "tiny"
     overrides: list[str] = field(default_factory=list)
     run_dir: str = ""
     work_dir: str = ""
@@ -80,7 +81,7 @@ def check_chats(
 ) -> None:
     """`UserError` where nobody has said which chats, or where their file is not there."""
     if not (settings.path or settings.blend_path):
-        raise UserError("no chats are given", where="data path", fix="give a file of chats: data.path=chats.jsonl (data prep: path=chats.jsonl), or use -c tiny")
+        raise UserError("no chats are given", where="data path", fix="give a file of chats: data.path=chats.jsonl (data prep: path=chats.jsonl); or prepare it first, and the newest is taken; or name prepared data with --art.data NAME:VERSION (nemotron artifacts lists it); or use -c tiny")
     if settings.blend_path and not Path(settings.blend_path).exists():
         raise UserError("there is no such file", where=f"blend_path={settings.blend_path}", fix="give the path of a blend file")
 
@@ -118,15 +119,15 @@ def _inputs(effective: Effective, data: Any) -> dict[str, Any]:
     return {"settings": values, "data": data}
 
 
-def _label(settings: SftConfig, config: str) -> str:
+def _label(settings: SftConfig, config: str | Sequence[str]) -> str:
     """What people call the run: what they said, or the configuration and the file."""
     data = settings.run.data.partition(":")[0] or Path(settings.data.blend_path or settings.data.path).stem
-    return settings.run.label or f"{Path(config).stem} {data}"
+    return settings.run.label or f"{config_label(config)} {data}"
 
 
 def new_run(
     effective: Effective,
-    config: str,  # what -c was given, for the folder's name
+    config: str | Sequence[str],  # what -c was given, for the folder's name
     data: Any = None,  # what names the data: the key of its manifest, or None where it is prepared later
     folder: str | os.PathLike = "",  # a folder to make; empty: one under <output_root>/<family>/sft
     command: str = "",  # as typed
@@ -139,7 +140,7 @@ def new_run(
         path = make_run_folder(path.parent if folder else path, name)
         write_atomic(path / "config.yaml", to_yaml(effective))
         write_json(path / "origins.json", dict(effective.origins))
-        set_status(path, "queued", command=command or f"nemotron {settings.family} sft -c {config}")
+        set_status(path, "queued", command=command or f"nemotron {settings.family} sft {shlex.join(f for name in config_names(config) for f in ('-c', name))}")
     except OSError as e:
         raise UserError(f"cannot be written: {e.strerror}", where=str(path), fix="choose another place with run.output_root=FOLDER") from None
     return path
@@ -221,7 +222,7 @@ def open_stage_folder(
         write_atomic(path / "config.yaml", to_yaml(effective))
         write_json(path / "origins.json", dict(effective.origins))
         write_json(path / "env.json", environment())
-        OmegaConf.save(OmegaConf.create(values), path / f"{stage}.yaml")
+        OmegaConf.save(OmegaConf.create(effective.as_written(values)), path / f"{stage}.yaml")
     except OSError as e:
         raise UserError(f"cannot be written: {e.strerror}", where=str(root), fix="choose another place with run.output_root=FOLDER") from None
     return path
@@ -233,7 +234,7 @@ def training_settings(
     folder: Path,  # the run folder
 ) -> dict[str, Any]:
     """What the training process reads from train.yaml."""
-    return dataclasses.asdict(effective.settings.training(str(manifest.folder.absolute()), str(folder.absolute())))
+    return effective.as_written(dataclasses.asdict(effective.settings.training(str(manifest.folder.absolute()), str(folder.absolute()))))
 
 
 def start_command(
