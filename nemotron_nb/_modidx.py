@@ -3353,6 +3353,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'nemotron_nb/train/scan.py'),
                                         'nemotron_nb.train.scan._carry': ('train/scan.html#_carry', 'nemotron_nb/train/scan.py'),
                                         'nemotron_nb.train.scan._in_chunks': ('train/scan.html#_in_chunks', 'nemotron_nb/train/scan.py'),
+                                        'nemotron_nb.train.scan._keep_format': ( 'train/scan.html#_keep_format',
+                                                                                 'nemotron_nb/train/scan.py'),
                                         'nemotron_nb.train.scan._silenced': ('train/scan.html#_silenced', 'nemotron_nb/train/scan.py'),
                                         'nemotron_nb.train.scan.causal_conv': ('train/scan.html#causal_conv', 'nemotron_nb/train/scan.py'),
                                         'nemotron_nb.train.scan.chunked_scan': ( 'train/scan.html#chunked_scan',
