@@ -29,6 +29,7 @@ from ..core import UserError, nearest, new_folder
 from .checkpoint import export_hf, full_state, on_first, rank_and_world, unwrapped
 from .megatron_models import Audit
 from .settings import PeftSection
+from .tensor_files import give_usual_rights, weights_in_words
 from ..viz import Picture, escape, table
 
 # %% ../../nbs/train/21b_lora.ipynb #f00e14b1
@@ -314,6 +315,7 @@ def _write_adapter(wrapped: nn.Module, state: Mapping[str, Tensor], folder: str 
         wrapped.save_pretrained(new, state_dict=dict(state), save_embedding_layers=False)
         readme = new / "README.md"  # peft's form of a model card, without a word about this model
         readme.unlink(missing_ok=True)
+        give_usual_rights(new)
     if any("out_proj" in name for name in state):
         _say("pairs beside out_proj: peft itself refuses to load them on a Mamba model; use nemotron_nb.train.lora.load_adapter, or merge")
 
@@ -328,7 +330,7 @@ def load_adapter(
     if not path.is_file():
         raise UserError("no adapter here", where=str(folder), fix="give a folder with adapter_config.json")
     _refuse_kernel(model, [f".{name}" for name in json.loads(path.read_text())["target_modules"]])
-    with _unguarded(model.config):
+    with _unguarded(model.config), weights_in_words(folder, "give a folder that save_adapter or peft wrote"):
         return library.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, autocast_adapter_dtype=False)
 
 # %% ../../nbs/train/21b_lora.ipynb #14350b54

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, NemotronHConfig, Nemo
 from ..core import UserError
 from .scan import use_chunked_scan
 from .settings import TINY, TRAITS, ModelConfig
+from .tensor_files import weights_in_words
 from ..viz import Picture, table
 
 # %% ../../nbs/train/20_model.ipynb #6b1a49bd
@@ -210,11 +211,10 @@ def _loaded_model(name: str) -> PreTrainedModel:
     """A model from a local folder or from the local cache of the hub, in float32."""
     folder = checkpoint_folder(name)
     try:
-        family = AutoConfig.from_pretrained(folder, local_files_only=True).model_type == "nemotron_h"
+        family = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).model_type == "nemotron_h"
         ours = {"use_mamba_kernels": False, "experts_implementation": "eager"} if family else {}
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **ours)
-    except OSError as error:
-        raise UserError("the weights cannot be read", where=str(folder), why=str(error).split("\n")[0][:200], fix="give a folder in Hugging Face form, as save_pretrained writes it") from error
+        with weights_in_words(folder, "give a folder in Hugging Face form, as save_pretrained writes it"):
+            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, **ours)
     except ValueError as error:
         raise UserError("no causal language model that the library knows", where=name, why=str(error).split("\n")[0][:200], fix="give a checkpoint whose model_type transformers has a causal language model for") from error
     if not family:
