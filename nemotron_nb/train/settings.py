@@ -6,7 +6,7 @@
 __all__ = ['DECAY_STYLES', 'RANGES', 'KINDS', 'TINY', 'ERROR_FILE', 'TRAITS', 'ENGINES', 'PRECISIONS', 'DATA_PARALLEL',
            'BAD_STEPS', 'STEPS', 'DROPOUT_POSITIONS', 'LORA_A_INITS', 'LORA_DTYPES', 'check_kinds', 'check_section',
            'ModelConfig', 'TrainSection', 'OptimizerSection', 'SchedulerSection', 'LossSection', 'EvaluationSection',
-           'CheckpointSection', 'PeftSection', 'TrainConfig']
+           'CheckpointSection', 'PeftSection', 'TrainConfig', 'check_places']
 
 # %% ../../nbs/train/18_settings.ipynb #879b28fe
 import math
@@ -155,7 +155,6 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_section("model", self)
-        _require(self.experts_per_token <= self.experts, "model.experts_per_token", f"{self.experts_per_token} of {self.experts} experts", "give at most model.experts")
 
 # %% ../../nbs/train/18_settings.ipynb #3b3444fa
 ENGINES = ("torch", "megatron")
@@ -359,3 +358,33 @@ class TrainConfig:
             _check_peft(self.peft, self.train.engine, int(self.megatron.get("model.tensor_model_parallel_size", 1)))
         if self.train.train_iters:  # with epochs, the stages are compared with the length when the data is known
             StageSchedule.from_config(self.loss.stages).plan(self.train.train_iters)
+
+# %% ../../nbs/train/18_settings.ipynb #36df10db
+def _is_path(name: str) -> bool:
+    """Is it the name of a folder rather than one of the hub?"""
+    return name.startswith(("/", "./", "../", "~")) or Path(name).is_dir() or name.count("/") > 1
+
+
+def _has_steps(folder: Path) -> bool:
+    """Are there checkpoints of ours?"""
+    return folder.is_dir() and any(folder.glob("step_*"))
+
+
+def check_places(
+    config: TrainConfig,
+) -> None:
+    """`UserError` for a model, a checkpoint or first weights that are named and are not there. Paths are taken from the working directory."""
+    c, engine, name = config.checkpoint, config.train.engine, config.model.name
+    load, first = Path(c.load), Path(c.pretrained_checkpoint)
+    holds = _has_steps(load) if engine == "torch" else (load / "latest_train_state.pt").is_file()
+    inside = "step_ folders" if engine == "torch" else "latest_train_state.pt"
+    own = Path(c.save or Path(config.output_dir) / "checkpoints")
+    if engine == "torch" and _has_steps(own):  # this training has checkpoints of its own, which come first
+        load, holds = own, True
+    _require(not c.load or load.is_dir(), "checkpoint.load", f"there is no folder {c.load}", f"give a folder that holds {inside}, or leave it empty")
+    _require(not c.load or holds, "checkpoint.load", f"no checkpoint here: {c.load}", f"give a folder that holds {inside}, such as checkpoints/ of a run, or leave it empty")
+    _require(not c.pretrained_checkpoint or first.is_dir(), "checkpoint.pretrained_checkpoint", f"there is no folder {c.pretrained_checkpoint}", "give a folder in Hugging Face form, or one of checkpoints; a name of the hub belongs into model.name")
+    known = (first / "config.json").is_file() or _has_steps(first) or engine == "megatron"
+    _require(not c.pretrained_checkpoint or known, "checkpoint.pretrained_checkpoint", f"no checkpoint here: {c.pretrained_checkpoint}", "give a folder in Hugging Face form, or one that holds step_ folders; or leave it empty")
+    _require(not _is_path(name) or Path(name).is_dir(), "model.name", f"there is no folder {name}", f"give a folder in Hugging Face form, a name of the hub, or {TINY!r}")
+    _require(not _is_path(name) or (Path(name) / "config.json").is_file(), "model.name", f"no config.json in {name}", "give a folder in Hugging Face form, as save_pretrained writes it")
