@@ -2786,6 +2786,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'nemotron_nb/train/evaluate.py'),
                                             'nemotron_nb.train.evaluate._part': ( 'train/evaluate.html#_part',
                                                                                   'nemotron_nb/train/evaluate.py'),
+                                            'nemotron_nb.train.evaluate._place_of': ( 'train/evaluate.html#_place_of',
+                                                                                      'nemotron_nb/train/evaluate.py'),
                                             'nemotron_nb.train.evaluate._thought_length': ( 'train/evaluate.html#_thought_length',
                                                                                             'nemotron_nb/train/evaluate.py'),
                                             'nemotron_nb.train.evaluate._turn_spans': ( 'train/evaluate.html#_turn_spans',

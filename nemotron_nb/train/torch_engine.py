@@ -460,7 +460,8 @@ class Training:
             last, stop = step + 1 == t.train_iters, self.asked_to_stop()
             if t.eval_interval and (step + 1) % t.eval_interval == 0 and not last:
                 self.measure(step + 1)
-            if last or stop or (interval and (step + 1) % interval == 0):
+            due = bool(interval) and (step + 1) % interval == 0
+            if self.guard.in_a_row <= (last or stop) and (last or stop or due):  # not in the middle of steps that are left out
                 self.save(step + 1)
             if stop and not last:
                 self.pause(step + 1)
@@ -475,14 +476,15 @@ class Training:
         self.ranks.told(None)
         if not self.config.peft.enabled:
             return export_model(self.learner, tokenizer_dir, self.output / "model")
+        if self.config.peft.merge:
+            save_adapter(self.learner, self.output / "adapter", _published_base(self.config))
+            return export_merged(self.learner, tokenizer_dir, self.output / "model")
         base = _published_base(self.config)
         if not base:  # nobody else has these weights
             export_base(self.learner, tokenizer_dir, self.output / "base")
         base = base or str((self.output / "base").absolute())
         save_adapter(self.learner, self.output / "adapter", base)
         self.say(f"adapter: {self.output / 'adapter'}, of the base {base}; nemotron_nb.train.lora.load_adapter puts it on build_model(ModelConfig(name={base!r}), ...)")
-        if self.config.peft.merge:
-            export_merged(self.learner, tokenizer_dir, self.output / "model")
 
 # %% ../../nbs/train/22_torch_engine.ipynb #6be0d3dd
 def _published_base(config: TrainConfig) -> str:
