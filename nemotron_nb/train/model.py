@@ -245,12 +245,13 @@ def _check_sizes(config: ModelConfig) -> None:
     there = json.loads(file.read_text()) if file.is_file() else {}
     differing = [name for name, value in given.items() if there.get(NAMES_THERE[name]) != value]
     if differing:
+        weights = config.name if Path(config.name).is_dir() else "FOLDER"
         sizes = ", ".join(f"{name} {there[NAMES_THERE[name]]!r}" for name in differing if NAMES_THERE[name] in there)
         raise UserError(
             f"{', '.join(differing)} set beside the checkpoint {config.name!r}",
             where="model",
             why=f"a checkpoint has its own sizes{f' ({sizes})' if sizes else ''}, and these would be ignored",
-            fix=f"where the recipe sets sizes, as tiny does, leave model.name and give the weights: checkpoint.pretrained_checkpoint={config.name} (or --art.model=NAME for an artifact); else remove the sizes",
+            fix=f"where the recipe sets sizes, as tiny does, leave model.name and give the weights: checkpoint.pretrained_checkpoint={weights} (or --art.model=NAME for an artifact); else remove the sizes",
         )
 
 
