@@ -1,7 +1,10 @@
 """Checkpoints: resume to the last bit by one process and by two, kills at every file operation, a full disk, what is refused, and the way to Hugging Face form and back."""
 
+import functools
+import io
 import json
 import os
+import pickle
 import random
 import shutil
 import subprocess
@@ -15,13 +18,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, NemotronHForCausalLM
 
-from nemotron_nb.core import UserError
+from nemotron_nb.core import UserError, file_digest
 from nemotron_nb.train import checkpoint
 from nemotron_nb.train.checkpoint import Checkpoints, export_hf, import_hf, model_state, optimizer_state
+from nemotron_nb.train.lora import load_adapter, save_adapter
 from nemotron_nb.train.megatron_models import audit
 from nemotron_nb.train.model import build_model, tiny_config
+from nemotron_nb.train.settings import ModelConfig
 
 HERE = Path(__file__).parent
 
@@ -289,8 +295,8 @@ def test_number_format_and_layers_that_predict_further(tmp_path, tokenizer):
 
 def test_what_was_written_is_read_again(tmp_path, tokenizer, monkeypatch):
     """A disk that changes a number is found, and no folder is left."""
-    save = checkpoint.save_file
-    monkeypatch.setattr(checkpoint, "save_file", lambda tensors, *a, **k: save({n: t + (n == "lm_head.weight") for n, t in tensors.items()}, *a, **k))
+    save = checkpoint.save_tensors
+    monkeypatch.setattr(checkpoint, "save_tensors", lambda tensors, *a, **k: save({n: t + (n == "lm_head.weight") for n, t in tensors.items()}, *a, **k))
     with pytest.raises(UserError, match=r"lm_head\.weight': 1\.0"):
         export_hf(build_model(SIZES, 300, 0), tokenizer, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -319,3 +325,165 @@ def test_folders_that_do_not_fit(tmp_path, tokenizer):
         import_hf(build_model(SIZES, 299, 0), tmp_path / "out")
     with pytest.raises(UserError, match="no .safetensors files"):
         import_hf(model, tokenizer)
+
+
+# -- hostile checkpoints: nothing in a file runs ---------------------------------
+
+
+class Gadget:
+    """Pickles as a call: what it names runs where it is read the usual way."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+def forged(checkpoints, **files):
+    """Put bytes in the place of files of the newest checkpoint, with sizes and digests that fit, as an attacker would."""
+    newest = checkpoints.newest()
+    record = json.loads((newest.path / "complete.json").read_text())
+    for name, data in files.items():
+        (newest.path / name).write_bytes(data)
+        record["files"][name] = {"bytes": len(data), "digest": file_digest(newest.path / name)}
+    (newest.path / "complete.json").write_text(json.dumps(record))
+    return checkpoints.newest()
+
+
+def own_index(checkpoints):
+    """The index as PyTorch writes it."""
+    return pickle.loads((checkpoints.newest().path / ".metadata").read_bytes())
+
+
+def gadgets(mark):
+    """Bytes of an index that touch a file, in several languages of pickle."""
+    touch = f"touch {mark}"
+    protocols = {f"protocol {p}": pickle.dumps({"a": [Gadget(os.system, touch)]}, protocol=p) for p in range(6)}
+    line = touch.encode()
+    return protocols | {
+        "eval": pickle.dumps(Gadget(eval, f"__import__('os').system('{touch}')")),
+        "partial": pickle.dumps(Gadget(functools.partial, os.system, touch)),
+        "inst": b"(S'" + line + b"'\nios\nsystem\n.",
+        "obj": b"(cos\nsystem\nS'" + line + b"'\no.",
+        "dotted": b"\x80\x04\x8c\x05torch\x8c\x17serialization.os.system\x93\x8c" + bytes([len(line)]) + line + b"\x85R.",
+        "torch.load": pickle.dumps(Gadget(torch.load, str(mark), None, None)),
+        "import": b"cantigravity\nfly\n.",
+        "persistent": b"Pos.system\n.",
+        "extension": b"\x82\x01.",
+        "state": b"ctorch.distributed.checkpoint.metadata\nMetadata\n(N}S'__init__'\ncos\nsystem\nstb.",
+        "deep": b"(" * 10_000 + b"." * 3,
+        "nothing": b"",
+        "cut": pickle.dumps({"a": 1})[:-2],
+        "a number": pickle.dumps(7),
+    }
+
+
+NAMES = sorted(gadgets(Path("/nowhere")))
+
+
+@pytest.mark.parametrize("form", NAMES)
+def test_an_index_runs_nothing(small, tmp_path, form):
+    """Each form touches a file where PyTorch's own reader reads it, or ends it; here it is refused in words."""
+    checkpoints, model, optimizer = small
+    mark, before = tmp_path / "mark", vars(Metadata).copy()
+    newest = forged(checkpoints, **{".metadata": gadgets(mark)[form]})
+    for load in (lambda: checkpoints.load(newest, model, optimizer), lambda: checkpoints.load_weights(newest, model)):
+        with pytest.raises(UserError, match="the index cannot be read"):
+            load()
+    assert not mark.exists() and vars(Metadata) == before
+
+
+def test_the_gadgets_are_real(tmp_path):
+    """Read the usual way, they run: the test above is about something."""
+    for form in ("protocol 0", "protocol 4", "eval", "inst", "obj", "dotted"):
+        pickle.loads(gadgets(mark := tmp_path / form.replace(" ", ""))[form])
+        assert mark.exists(), form
+
+
+def changed(index, name):
+    """A well-formed index that asks for what no training writes."""
+    if name == "bytes":
+        index.state_dict_metadata["model.0.weight"] = BytesStorageMetadata()
+    place = next(iter(index.storage_data.values()))
+    if name == "elsewhere":
+        place.relative_path = "../../secret"
+    if name == "packed":
+        place.transform_descriptors = ["zstd"]
+    if name == "negative":
+        place.offset = -4
+    if name == "huge":
+        index.state_dict_metadata["optimizer.exp_avg.0.weight"].size = torch.Size([2**40])
+    return index
+
+
+@pytest.mark.parametrize(("name", "said"), [("bytes", "BytesStorageMetadata"), ("elsewhere", "points to '../../secret'"), ("packed", "packed by a program"), ("negative", "'-4' where a whole number"), ("huge", r"has the shape \(1099511627776,\)")])
+def test_an_index_that_asks_for_more_than_tensors(small, name, said):
+    checkpoints, model, optimizer = small
+    newest = forged(checkpoints, **{".metadata": pickle.dumps(changed(own_index(checkpoints), name))})
+    with pytest.raises(UserError, match=said):
+        checkpoints.load(newest, model, optimizer)
+
+
+def test_an_index_is_read_as_pytorch_reads_it(small):
+    checkpoints, _, _ = small
+    ours, theirs = checkpoint.IndexReader(checkpoints.newest().path).read_metadata(), own_index(checkpoints)
+    assert (ours.state_dict_metadata, ours.storage_data, ours.version) == (theirs.state_dict_metadata, theirs.storage_data, theirs.version)
+
+
+def test_tensors_that_are_a_pickle_run_nothing(small, tmp_path):
+    """The pieces themselves, with an index whose places fit."""
+    checkpoints, model, optimizer = small
+    buffer = io.BytesIO()
+    torch.save(Gadget(os.system, f"touch {tmp_path / 'mark'}"), buffer)
+    index = own_index(checkpoints)
+    for place in index.storage_data.values():
+        place.offset, place.length = 0, len(buffer.getvalue())
+    newest = forged(checkpoints, **{".metadata": pickle.dumps(index), "__0_0.distcp": buffer.getvalue()})
+    with pytest.raises(UserError, match="tensors cannot be read"):
+        checkpoints.load(newest, model, optimizer)
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "adapter_model.bin"])
+def test_other_pickled_weights_run_nothing(tmp_path, tokenizer, file):
+    """Weights in the form of former times: of a model, and of an adapter."""
+    model, folder = build_model(SIZES, 300, 0), tmp_path / "out"
+    export_hf(model, tokenizer, folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"a": Gadget(os.system, f"touch {tmp_path / 'mark'}")}, folder / file)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["q_proj"], "r": 2, "task_type": "CAUSAL_LM"}')
+    with pytest.raises(UserError, match="cannot be read"):
+        build_model(ModelConfig(name=str(folder)), 300) if file.startswith("pytorch") else load_adapter(model, folder)
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("spoil", [lambda b: b[:-100], lambda b: b"\xff" * 8 + b[8:], lambda b: b"", lambda b: b[:8] + b"x" + b[9:], lambda b: b[: len(b) // 2]])
+def test_damaged_safetensors_are_said_in_words(small, tmp_path, tokenizer, spoil):
+    checkpoints, model, optimizer = small
+    folder, file = tmp_path / "out", "rank_00000.safetensors"
+    big = build_model(SIZES, 300, 0)
+    export_hf(big, tokenizer, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(spoil(weights.read_bytes()))
+    for read in (lambda: build_model(ModelConfig(name=str(folder)), 300), lambda: import_hf(big, folder)):
+        with pytest.raises(UserError, match="cannot be read|is damaged"):
+            read()
+    newest = forged(checkpoints, **{file: spoil((checkpoints.newest().path / file).read_bytes())})
+    with pytest.raises(UserError, match=r"(?s)rank_00000.*is damaged"):
+        checkpoints.load(newest, model, optimizer)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o002])
+def test_files_have_the_rights_that_the_umask_says(small, tmp_path, tokenizer, mask):
+    """Of a checkpoint, a model and an adapter alike: a colleague may read them."""
+    _, net, optimizer = small
+    before = os.umask(mask)
+    try:
+        Checkpoints(tmp_path / "other").save(1, net, optimizer)
+        export_hf(build_model(SIZES, 300, 0), tokenizer, tmp_path / "out")
+        save_adapter(model_of(0, PEFT), tmp_path / "adapter")
+    finally:
+        os.umask(before)
+    files = [p for name in ("other", "out", "adapter") for p in (tmp_path / name).rglob("*") if p.is_file() and p.name != "tokenizer.json"]
+    assert len(files) > 8 and {p.name: oct(p.stat().st_mode & 0o777) for p in files} == {p.name: oct(0o666 & ~mask) for p in files}

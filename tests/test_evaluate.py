@@ -304,9 +304,10 @@ def test_the_record_keeps_its_fields_and_gets_sources(model, packs, tokenizer):
 
 
 def drawn_by_hand(logits, sampling, u):
-    """Sort, cut to top_k, cut to top_p, add up until the number is passed."""
-    order = sorted(range(len(logits)), key=lambda i: -logits[i])[: sampling.top_k or None]
-    weights = [math.exp((logits[i] - logits[order[0]]) / sampling.temperature) for i in order]
+    """Sort where something is cut off, cut to top_k, cut to top_p, add up until the number is passed."""
+    cuts = sampling.top_k or sampling.top_p < 1
+    order = sorted(range(len(logits)), key=lambda i: -logits[i] if cuts else 0)[: sampling.top_k or None]
+    weights = [math.exp((logits[i] - max(logits)) / sampling.temperature) for i in order]
     p = [w / sum(weights) for w in weights]
     kept, mass = [], 0.0
     for i, q in zip(order, p):
@@ -323,13 +324,24 @@ def drawn_by_hand(logits, sampling, u):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.floats(-8, 8).map(lambda x: round(x, 3)), min_size=1, max_size=12, unique=True), st.floats(0.1, 3), st.floats(0.05, 1), st.integers(0, 12), st.floats(0, 0.9999))
+@given(st.lists(st.floats(-8, 8).map(lambda x: round(x, 3)), min_size=1, max_size=12, unique=True), st.floats(0.1, 3), st.floats(0.05, 1) | st.just(1.0), st.integers(0, 12), st.floats(0, 0.9999))
 def test_drawing_equals_the_slow_way(logits, temperature, top_p, top_k, u):
     sampling = Sampling(temperature, top_p, top_k)
     expected = drawn_by_hand(logits, sampling, u)
     near = {drawn_by_hand(logits, dataclasses.replace(sampling, top_p=min(1, max(1e-9, top_p + d))), min(0.99999, max(0.0, u + d))) for d in (-1e-9, 1e-9)}
     found = int(pick(torch.tensor([logits], dtype=torch.float64), sampling, torch.tensor([u], dtype=torch.float64)))
     assert found == expected or found in near
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_without_sorting_each_token_is_drawn_as_often(seed):
+    """Evenly spaced numbers hit every token in proportion to its probability, to one draw; sorting first (top_k = all) gives the same counts."""
+    logits, N = torch.randn(1, 300, generator=torch.Generator().manual_seed(seed)) * 3, 20_000
+    logits[0, [0, 7, 299]] = -torch.inf
+    u = (torch.arange(N, dtype=torch.float64) + 0.5) / N
+    counts = [torch.bincount(pick(logits.expand(N, 300), Sampling(temperature=0.8, top_k=k), u), minlength=300) for k in (0, 300)]
+    expected = (logits[0].double() / 0.8).softmax(-1) * N
+    assert all((found - expected).abs().max() <= 1 for found in counts) and counts[0][[0, 7, 299]].sum() == 0
 
 
 def test_greedy_is_the_largest_and_a_cold_draw_is_greedy():

@@ -20,16 +20,20 @@ from nemotron_nb.core import UserError, from_mapping
 from nemotron_nb.data.pack import make_pack
 from nemotron_nb.data.prep import PrepConfig, prepare, read_packs
 from nemotron_nb.loss.mtp import mtp_loss_by_hand
+from nemotron_nb.loss.schedule import Phase
 from nemotron_nb.loss.two_stage import loss_by_hand
-from nemotron_nb.train import torch_engine
+from nemotron_nb.train import checks, torch_engine
 from nemotron_nb.train.__main__ import main, read_config
 from nemotron_nb.train.balance import imbalance, move_biases
 from nemotron_nb.train.batches import collate, global_batch, grouped, packs_of_step
+from nemotron_nb.train.ending import StopSignals, lock_holder
+from nemotron_nb.train.evaluate import held_out_loss
 from nemotron_nb.train.guard import Guard
 from nemotron_nb.train.learner import Learner, compile_layers, load_mtp, make_mtp
+from nemotron_nb.train.lora import load_adapter
 from nemotron_nb.train.model import build_model
 from nemotron_nb.train.scan import use_chunked_scan
-from nemotron_nb.train.settings import ModelConfig, OptimizerSection, TrainConfig
+from nemotron_nb.train.settings import RANGES, CheckpointSection, EvaluationSection, LossSection, ModelConfig, OptimizerSection, PeftSection, SchedulerSection, TrainConfig, TrainSection
 from nemotron_nb.train.torch_engine import MetricsFile, export_model, learning_rate, make_gradient, make_optimizer, metric_lines, train, train_step
 
 SMALL = {"hidden_size": 32, "mamba_heads": 2, "expert_size": 16, "experts": 4, "attention_heads": 2}
@@ -511,11 +515,169 @@ def test_a_folder_without_a_manifest_is_refused_at_once(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_data_without_held_out_packs_is_refused(tmp_path):
-    prepare(PrepConfig(output_dir=str(tmp_path / "data"), sample=6, train_ratio=1.0, valid_ratio=0.0, test_ratio=0.0))
-    with pytest.raises(UserError, match="no held-out packs"):
-        train(config_of(tmp_path / "data", tmp_path / "out"))
+def test_data_without_held_out_packs_trains_and_says_so(tmp_path, capsys):
+    prepare(PrepConfig(output_dir=str(tmp_path / "data"), sample=6, pack_size=512, train_ratio=1.0, valid_ratio=0.0, test_ratio=0.0))
+    train(training(tmp_path / "data", tmp_path / "out", train={"train_iters": 2, "global_batch_size": 1, "eval_interval": 1}, loss={}))
+    assert [line["kind"] for line in lines_of(tmp_path / "out")] == ["start", "train", "train", "end"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["checkpoints", "metrics.jsonl", "model"]
+    assert "no held-out packs" in capsys.readouterr().out
+
+
+SHORT = {"loss": {}, "scheduler": {}, "evaluation": {"num_generations": 1, "max_new_tokens": 3}}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_pure"])
+def test_every_precision_trains_generates_resumes_and_is_read_again(data_dir, tmp_path, precision):
+    """Two steps at once, and one step, a checkpoint and another step, are the same training; what is exported loads, and generates the same."""
+    sections = SHORT | {"optimizer": {"lr": 5e-3}}
+    steps = lambda n: {"train_iters": n, "global_batch_size": 1, "precision": precision}
+    train(training(data_dir, tmp_path / "whole", train=steps(2), **sections))
+    for n in (1, 2):
+        train(training(data_dir, tmp_path / "parts", train=steps(n), **sections))
+    losses = [[line["loss"] for line in lines_of(tmp_path / name) if line["kind"] == "train"] for name in ("whole", "parts")]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+    after = [json.loads((tmp_path / name / "evaluation_after.json").read_text()) for name in ("whole", "parts")]
+    assert after[0] == after[1] and after[0]["num_generations"] == 1 and after[0]["generations"][0]["generated"]
+    exported = build_model(ModelConfig(name=str(tmp_path / "whole" / "model")), 4096)
+    loss = held_out_loss(exported, read_packs(data_dir / "splits" / "valid")).loss_token
+    assert loss == pytest.approx(after[0]["loss_token"], rel=1e-6 if precision == "fp32" else 2e-2)
+
+
+def test_a_training_that_only_leaves_out_steps_ends(data_dir, tmp_path):
+    """A rate beyond all measure: three steps are left out, then it ends in words. What is kept was written before."""
+    config = training(data_dir, tmp_path / "out", train={"train_iters": 9, "global_batch_size": 1, "bad_step": "skip"}, optimizer={"lr": 1e25, "clip_grad": 0.0}, checkpoint={"save_interval": 1}, **SHORT)
+    with pytest.raises(UserError, match=r"(?s)in step 4, as in the 2 before it|is not finite after step"):
+        train(config)
+    kinds = [line["kind"] for line in lines_of(tmp_path / "out")]
+    assert kinds.count("skipped") <= 3 and kinds[-1] != "end" and len(list((tmp_path / "out").glob("bad_batch_*"))) <= 6
+    assert all(folder.name <= "step_00000001" for folder in (tmp_path / "out" / "checkpoints").glob("step_*"))
+
+
+def test_lost_weights_are_never_a_checkpoint(data_dir, tmp_path, monkeypatch):
+    """A weight becomes infinite behind the back of loss and gradient."""
+    def step(model, optimizer, *given, **named):
+        line = train_step(model, optimizer, *given, **named)
+        model.model.lm_head.weight.data[5, 0] = math.inf
+        return line
+
+    monkeypatch.setattr(torch_engine, "train_step", step)
+    with pytest.raises(UserError, match=r"(?s)lm_head.weight is not finite after step 1.*begin again"):
+        train(training(data_dir, tmp_path / "out", train={"train_iters": 3, "global_batch_size": 1}, checkpoint={"save_interval": 1}, **SHORT))
+    assert not list((tmp_path / "out" / "checkpoints").glob("step_*"))
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_ends_the_step_and_writes_a_checkpoint(data_dir, tmp_path, name, capfd):
+    """In a process of its own: exit code 0, the last line says paused, and no second training may work there meanwhile."""
+    config = training(data_dir, tmp_path / "out", train={"train_iters": 5000, "global_batch_size": 1}, **SHORT)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config)))
+    process = subprocess.Popen([sys.executable, "-m", "nemotron_nb.train", "--config", str(tmp_path / "recipe.yaml")], preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    deadline = time.monotonic() + 900
+    while not any(line["kind"] == "train" for _, line in metric_lines(tmp_path / "out" / "metrics.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    assert lock_holder(tmp_path / "out")["pid"] == process.pid
+    if name == "SIGTERM":
+        before = (tmp_path / "out" / "metrics.jsonl").read_bytes()
+        with pytest.raises(UserError, match="another training works in this folder"):
+            train(config)
+        assert (tmp_path / "out" / "metrics.jsonl").read_bytes().startswith(before)
+    process.send_signal(getattr(signal, name))
+    assert process.wait(900) == 0 and lock_holder(tmp_path / "out") == {}
+    last = lines_of(tmp_path / "out")[-1]
+    assert last["kind"] == "paused" and [p.name for p in (tmp_path / "out" / "checkpoints").glob("step_*")] == [f"step_{last['step']:08d}"]
+    assert f"{name}: paused after step {last['step']}" in capfd.readouterr().out
+
+
+def test_a_signal_before_the_first_step_ends_it_without_one(data_dir, tmp_path):
+    stop = StopSignals()
+    stop(signal.SIGTERM, None)
+    config = training(data_dir, tmp_path / "out", train={"train_iters": 2, "global_batch_size": 1}, **SHORT)
+    train(config, stop)
+    assert [line["kind"] for line in lines_of(tmp_path / "out")] == ["start", "valid", "paused"]
+    train(config)
+    assert [line["step"] for line in lines_of(tmp_path / "out") if line["kind"] == "train"] == [1, 2]
+
+
+def test_other_settings_are_said_when_a_training_goes_on(data_dir, tmp_path, capsys):
+    of = lambda **sections: training(data_dir, tmp_path / "out", **(SHORT | sections))
+    train(of(train={"train_iters": 1, "global_batch_size": 1}, optimizer={"lr": 5e-3}))
+    with pytest.raises(UserError, match=r"(?s)come to its end after 1 steps.*more than 1 steps"):
+        train(of(train={"train_iters": 1, "global_batch_size": 1}, optimizer={"lr": 5e-3}))
+    changed = of(train={"train_iters": 2, "global_batch_size": 1}, optimizer={"lr": 1e-3}, loss={"stages": [{"stage": "sample"}]}, scheduler={"lr_decay_style": "cosine"})
+    train(changed)
+    (seam,) = [line for line in lines_of(tmp_path / "out") if line["kind"] == "resume"]
+    assert set(seam["changed"]) == {"train.train_iters", "optimizer.lr", "loss.stages", "scheduler.lr_decay_style"} and seam["changed"]["optimizer.lr"] == [5e-3, 1e-3]
+    assert "optimizer.lr was 0.005 and is 0.001 from here on" in capsys.readouterr().out
+    assert [line["kind"] for line in lines_of(tmp_path / "out")].count("end") == 1
+    with pytest.raises(UserError, match=r"(?s)is as long as this training.*more than 2 steps"):
+        train(training(data_dir, tmp_path / "other", checkpoint={"load": str(tmp_path / "out" / "checkpoints")}, train={"train_iters": 2, "global_batch_size": 1}, **SHORT))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_length_in_epochs(data_dir, tmp_path):
+    """Each pack is seen once in an epoch: as many steps as that takes."""
+    train(training(data_dir, tmp_path / "out", train={"epochs": 1.0, "global_batch_size": 4}, **SHORT))
+    start, packs = lines_of(tmp_path / "out")[0], len(read_packs(data_dir / "splits" / "train"))
+    steps = [line for line in lines_of(tmp_path / "out") if line["kind"] == "train"]
+    assert start["train_iters"] == len(steps) == math.ceil(packs / 4) and steps[-1]["epoch"] >= 1 > steps[-2]["epoch"]
+
+
+def test_token_ids_of_another_tokenizer(data_dir, tmp_path):
+    packs = read_packs(data_dir / "splits" / "train")
+    for wrong, said in ((4096, "token id 4096"), (-1, "token id -1")):
+        packs[1].input_ids[3] = wrong
+        found = checks.inventory(packs)
+        with pytest.raises(UserError, match=f"pack 1 has the {said}, and the tokenizer 4,096 tokens"):
+            checks.check_tokens(found, checks.inventory([]), 4096, data_dir)
+    packs[1].input_ids[3] = 4095
+    checks.check_tokens(checks.inventory(packs), checks.inventory([]), 4096, data_dir)
+
+
+@pytest.mark.parametrize("section", [{"checkpoint": {"load": "/no/such"}}, {"checkpoint": {"pretrained_checkpoint": "/no/such"}}, {"model": {"name": "/no/such"}}])
+def test_what_is_not_there_is_refused_before_a_folder_is_made(tmp_path, capsys, section):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"data_dir": "nowhere", "output_dir": str(tmp_path / "out")} | section))
+    assert main(["--config", str(tmp_path / "recipe.yaml")]) == 1 and "there is no folder /no/such" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+# ---- settings: ranges and kinds, at the constructor
+
+SECTIONS = {"model": ModelConfig, "train": TrainSection, "optimizer": OptimizerSection, "scheduler": SchedulerSection, "loss": LossSection, "evaluation": EvaluationSection, "checkpoint": CheckpointSection, "peft": PeftSection}
+
+
+def test_every_number_has_a_range():
+    """None is forgotten, so that a new one must be given a range."""
+    numbers = {f"{name}.{f.name}" for name, kind in SECTIONS.items() for f in dataclasses.fields(kind) if f.type in (int, float, int | None)}
+    assert numbers == set(RANGES)
+
+
+@pytest.mark.parametrize("name", sorted(RANGES))
+def test_numbers_outside_of_their_range_and_other_kinds_are_refused_by_name(name):
+    section, field = name.split(".")
+    low, high = map(float, RANGES[name][0][1:-1].split(","))
+    wrong = [math.inf, -math.inf, math.nan, low - 1, "1e-3", True, [1]]
+    wrong += [low] if RANGES[name][0][0] == "(" else []
+    wrong += [] if math.isinf(high) else [high] if RANGES[name][0][-1] == ")" else [high + 1]
+    for value in wrong:
+        with pytest.raises(UserError, match=name.replace(".", r"\.")):
+            SECTIONS[section](**{field: value})
+
+
+@pytest.mark.parametrize(("act", "said"), [
+    (lambda: LossSection(stages=["token"]), r"loss\.stages\[0\]: expected a stage"),
+    (lambda: LossSection(stages="token"), r"loss\.stages: expected a list"),
+    (lambda: LossSection(stages=[Phase("token", "5")]), r"loss\.stages\[0\]\.steps"),
+    (lambda: TrainSection(train_iters=0), r"train\.train_iters: 0 is not positive"),
+    (lambda: TrainSection(train_iters=5, epochs=1), r"train\.epochs: 1 epochs and 5 steps"),
+    (lambda: TrainConfig("a", "b", train={"train_iters": 5}), r"train: expected a TrainSection, got a dict"),
+    (lambda: TrainConfig(None, "b"), r"data_dir: expected a text"),
+    (lambda: TrainConfig("a", "b", optimizer=OptimizerSection(lr=1e-3), scheduler=SchedulerSection(lr_decay_style="cosine", min_lr=1.0)), r"scheduler\.min_lr: 1\.0 is above"),
+    (lambda: PeftSection(target_modules="q_proj"), r"peft\.target_modules: expected a list of texts"),
+])
+def test_values_that_cannot_be_meant_are_refused_at_the_constructor(act, said):
+    with pytest.raises(UserError, match=said):
+        act()
 
 
 def test_a_rate_that_explodes_stops_the_training_and_keeps_what_was_measured(data_dir, tmp_path):
@@ -566,3 +728,21 @@ def test_a_misused_command_line_ends_with_status_2(capsys):
     with pytest.raises(SystemExit) as stop:
         main([])
     assert stop.value.code == 2 and "--config" in capsys.readouterr().err
+
+
+# ---- adapters and their base
+
+
+def test_an_adapter_of_a_random_base_is_loaded_on_the_base_beside_it(data_dir, tmp_path, capsys):
+    """The folder of the run is enough: the base that nobody else has lies in it, and the adapter names it."""
+    pytest.importorskip("peft")
+    config = training(data_dir, tmp_path / "out", train={"train_iters": 2, "global_batch_size": 1}, optimizer={"lr": 5e-3}, peft={"enabled": True, "dim": 2, "exclude_modules": ["*out_proj*"]}, **SHORT)
+    train(config)
+    about = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert about["base_model_name_or_path"] == str(tmp_path / "out" / "base") and not (tmp_path / "out" / "model").exists()
+    assert f"of the base {tmp_path / 'out' / 'base'}" in capsys.readouterr().out
+    base = build_model(ModelConfig(name=about["base_model_name_or_path"]), 4096)
+    packs = read_packs(data_dir / "splits" / "valid")
+    before, after = (json.loads((tmp_path / "out" / f"evaluation_{name}.json").read_text())["loss_token"] for name in ("before", "after"))
+    assert held_out_loss(base, packs).loss_token == pytest.approx(before, rel=1e-6)
+    assert held_out_loss(load_adapter(base, tmp_path / "out" / "adapter"), packs).loss_token == pytest.approx(after, rel=1e-6) != before

@@ -349,7 +349,13 @@ def _placed(name: str, known: Mapping[str, Any], origin: str) -> str:
 
 
 # Two ways to say one thing: the one that is said later wins.
-RIVALS = {"scheduler.lr_warmup_iters": "scheduler.lr_warmup_samples", "scheduler.lr_warmup_samples": "scheduler.lr_warmup_iters"}
+RIVALS = {
+    "scheduler.lr_warmup_iters": "scheduler.lr_warmup_samples",
+    "scheduler.lr_warmup_samples": "scheduler.lr_warmup_iters",
+    "train.epochs": "train.train_iters",
+    "train.train_iters": "train.epochs",
+}
+
 
 # %% ../../nbs/ops/30_config.ipynb #39c3947d
 def merge(
@@ -861,7 +867,10 @@ def derived(
     pack_size: int = 0,  # tokens they hold; 0: as the settings say
 ) -> Picture:
     """What follows from the settings: sizes of a step and of the run, warm-up, epochs, stages."""
-    steps, size = settings.train.train_iters, pack_size or settings.data.pack_size
+    size = pack_size or settings.data.pack_size
+    if settings.train.epochs and not (packs and size):
+        return table([("steps", "known when the data is prepared", f"{settings.train.epochs:g} epochs")], header=["follows", "", ""], title="What follows from them")
+    steps = settings.train.in_steps(packs, size).train_iters if settings.train.epochs else settings.train.train_iters
     batch = settings.train.packs_in_step(size) if size else 0
     plan = StageSchedule.from_config(settings.loss.stages).plan(steps)
     rows: list[tuple[str, Any, str]] = [("size of a pack", "known when the data is prepared", "data.pack_size=0: it holds the longest chat")]

@@ -20,7 +20,8 @@ from transformers.utils import logging as transformers_logging
 from yaml import YAMLError
 
 from ..core import UserError, from_mapping
-from .settings import ERROR_FILE, TrainConfig
+from .ending import StopSignals
+from .settings import ERROR_FILE, TrainConfig, check_places
 
 # %% ../../nbs/train/24_command.ipynb #776569a4
 def read_config(
@@ -41,15 +42,16 @@ def read_config(
 
 def train(
     config: TrainConfig,
+    stop: StopSignals | None = None,  # what asks the training to end
 ) -> None:
     """Train with the engine that the settings name; the other one is never imported."""
     if config.train.engine == "megatron":
         from nemotron_nb.train import megatron_engine
 
-        return megatron_engine.train(megatron_engine.MegatronConfig.from_values(config, config.megatron))
+        return megatron_engine.train(megatron_engine.MegatronConfig.from_values(config, config.megatron), stop)
     from nemotron_nb.train import torch_engine
 
-    torch_engine.train(config)
+    torch_engine.train(config, stop)
 
 
 def main(
@@ -63,7 +65,9 @@ def main(
     config = None
     try:
         config = read_config(path)
-        train(config)
+        check_places(config)
+        with StopSignals().listening() as stop:
+            train(config, stop)
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         print(error if rank == "0" else f"rank {rank}: {error}", file=sys.stderr)

@@ -153,24 +153,32 @@ class Sampling:
 GREEDY = Sampling()
 
 
+def _place_of(p_RV: torch.Tensor, uniform_R: torch.Tensor) -> torch.Tensor:
+    """The place in each row where its probabilities, added up, exceed the uniform number; int64 [R]."""
+    up_to_RV = p_RV.cumsum(-1)
+    place_R1 = torch.searchsorted(up_to_RV, uniform_R[:, None] * up_to_RV[:, -1:], right=True)
+    size = p_RV.shape[-1]
+    last_R1 = size - 1 - (p_RV > 0).flip(-1).byte().argmax(-1, keepdim=True)  # rounding must not lead to a token that was ruled out
+    return torch.minimum(place_R1, last_R1)[:, 0]
+
+
 def pick(
     logits_RV: torch.Tensor,
     sampling: Sampling,
     uniform_R: torch.Tensor,  # float64, one number in [0, 1) for each row
 ) -> torch.Tensor:
-    """The chosen token of each row, int64 [R]: the place where the sorted probabilities add up to the uniform number."""
+    """The chosen token of each row, int64 [R]: the place where the probabilities add up to the uniform number. They are sorted only where the rarest are ruled out."""
     if sampling.temperature == 0:
         return logits_RV.argmax(-1)
+    if sampling.top_p == 1 and not sampling.top_k:
+        return _place_of((logits_RV.double() / sampling.temperature).softmax(-1), uniform_R)
     sorted_RV, order_RV = (logits_RV.double() / sampling.temperature).sort(stable=True, dim=-1, descending=True)
     if sampling.top_k:
         sorted_RV[:, sampling.top_k :] = -torch.inf
     p_RV = sorted_RV.softmax(-1)
     if sampling.top_p < 1:
         p_RV = p_RV.masked_fill(p_RV.cumsum(-1) - p_RV >= sampling.top_p, 0.0)
-    up_to_RV = p_RV.cumsum(-1)
-    place_R1 = torch.searchsorted(up_to_RV, uniform_R[:, None] * up_to_RV[:, -1:], right=True)
-    last_R1 = (p_RV > 0).sum(-1, keepdim=True) - 1  # rounding must not lead to a token that was ruled out
-    return order_RV.gather(1, torch.minimum(place_R1, last_R1))[:, 0]
+    return order_RV.gather(1, _place_of(p_RV, uniform_R)[:, None])[:, 0]
 
 # %% ../../nbs/train/23_evaluate.ipynb #6aa08773
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import NemotronHConfig, PreTrainedModel
@@ -28,6 +27,7 @@ from .balance import RouterWatch
 from .batches import MicroBatch, base_of, fused_output
 from .scan import ChunkedMixer, use_chunked_scan
 from .settings import ModelConfig
+from .tensor_files import open_tensors
 
 # %% ../../nbs/train/22b_learner.ipynb #6e02e0f4
 class _Layers(nn.Module):
@@ -90,7 +90,7 @@ def load_mtp(
     """Fill the block from a checkpoint. False: the checkpoint has no such tensors; `UserError` if some are missing."""
     stored = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
+        with open_tensors(path) as file:
             stored |= {name: file.get_tensor(name) for name in file.keys() if name.startswith("mtp.")}
     state = block.state_dict()
     wanted = mtp_tensors(state)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEGATRON', 'PLACES', 'COLOURS', 'MARKS', 'SUPER_TARGETS', 'RECIPES', 'NaiveLora', 'megatron_name', 'matches',
            'lora_targets', 'apply_lora', 'lora_picture', 'LoraRecipe', 'lora_recipe', 'parameter_table', 'save_adapter',
-           'load_adapter', 'merged', 'merged_state', 'export_merged', 'megatron_peft']
+           'load_adapter', 'merged', 'merged_state', 'base_state', 'export_base', 'export_merged', 'megatron_peft']
 
 # %% ../../nbs/train/21b_lora.ipynb #a427fb37
 import copy
@@ -29,6 +29,7 @@ from ..core import UserError, nearest, new_folder
 from .checkpoint import export_hf, full_state, on_first, rank_and_world, unwrapped
 from .megatron_models import Audit
 from .settings import PeftSection
+from .tensor_files import give_usual_rights, weights_in_words
 from ..viz import Picture, escape, table
 
 # %% ../../nbs/train/21b_lora.ipynb #f00e14b1
@@ -301,19 +302,23 @@ def _peft_model(model: nn.Module) -> tuple[str, nn.Module]:
 def save_adapter(
     model: nn.Module,  # of apply_lora; plain, wrapped or sharded
     folder: str | Path,  # must not exist yet
+    base: str = "",  # the model they belong to: a folder in Hugging Face form, or a hub name; empty: as the model itself says
 ) -> None:
-    """Write the pairs in PEFT form. Every rank calls it, rank 0 writes."""
+    """Write the pairs in PEFT form, with the name of their base. Every rank calls it, rank 0 writes."""
     prefix, wrapped = _peft_model(model)
     state = {n.removeprefix(prefix): t for n, t in full_state(model).items() if ".lora_" in n}
-    on_first(lambda: _write_adapter(wrapped, state, folder))
+    on_first(lambda: _write_adapter(wrapped, state, folder, base))
 
 
-def _write_adapter(wrapped: nn.Module, state: Mapping[str, Tensor], folder: str | Path) -> None:
+def _write_adapter(wrapped: nn.Module, state: Mapping[str, Tensor], folder: str | Path, base: str) -> None:
     """`save_adapter` on rank 0."""
+    if base:
+        wrapped.peft_config["default"].base_model_name_or_path = base
     with new_folder(folder) as new:
         wrapped.save_pretrained(new, state_dict=dict(state), save_embedding_layers=False)
         readme = new / "README.md"  # peft's form of a model card, without a word about this model
         readme.unlink(missing_ok=True)
+        give_usual_rights(new)
     if any("out_proj" in name for name in state):
         _say("pairs beside out_proj: peft itself refuses to load them on a Mamba model; use nemotron_nb.train.lora.load_adapter, or merge")
 
@@ -328,7 +333,7 @@ def load_adapter(
     if not path.is_file():
         raise UserError("no adapter here", where=str(folder), fix="give a folder with adapter_config.json")
     _refuse_kernel(model, [f".{name}" for name in json.loads(path.read_text())["target_modules"]])
-    with _unguarded(model.config):
+    with _unguarded(model.config), weights_in_words(folder, "give a folder that save_adapter or peft wrote"):
         return library.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, autocast_adapter_dtype=False)
 
 # %% ../../nbs/train/21b_lora.ipynb #14350b54
@@ -351,6 +356,22 @@ def merged_state(
         W, A, B = (state.pop(f"{name}.{part}.weight") for part in ("base_layer", "lora_A.default", "lora_B.default"))
         state[f"{name}.weight"] = (W.double() + scale * (B.double() @ A.double())).to(W.dtype)
     return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
+
+
+def base_state(
+    model: nn.Module,  # of apply_lora; plain, wrapped or sharded
+) -> dict[str, Tensor]:
+    """All weights without the pairs, under the names of the base (behind peft's prefix); on rank 0, elsewhere empty. Every rank calls it."""
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in full_state(model).items() if ".lora_" not in name}
+
+
+def export_base(
+    model: nn.Module,  # of apply_lora; plain, wrapped or sharded
+    tokenizer_dir: str | Path,  # files of the tokenizer and its chat template
+    folder: str | Path,  # must not exist yet
+) -> Audit | None:
+    """Write the base alone in Hugging Face form, for adapters whose base nobody else has. Every rank calls it."""
+    return export_hf(model, tokenizer_dir, folder, state=base_state(model))
 
 
 def export_merged(

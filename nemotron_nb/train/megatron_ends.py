@@ -26,6 +26,7 @@ from .megatron_compat import dotted
 from .megatron_models import release_folder, shapes
 from .model import build_model, checkpoint_folder
 from .settings import TINY, ModelConfig, TrainConfig
+from .tensor_files import give_usual_rights
 
 # %% ../../nbs/train/26b_megatron_ends.ipynb #157c4ba0
 START = "model_at_start"
@@ -97,6 +98,9 @@ def examine(
     if not room_for(folder):
         print(f"{name}: not looked at, the model does not fit in one process", flush=True)
         return
+    if not any((Path(config.data_dir) / "splits" / "valid").glob("*.parquet")):
+        print(f"{name}: not looked at, there are no held-out packs", flush=True)
+        return
     tokenizer, held_out = load_tokenizer(str(Path(config.data_dir) / "tokenizer")), read_packs(Path(config.data_dir) / "splits" / "valid")
     model = build_model(ModelConfig(name=str(folder)), tokenizer.vocab_size).to("cuda" if torch.cuda.is_available() else "cpu").eval()
     found = evaluate(model, held_out, tokenizer, step, e.num_generations, e.max_new_tokens, config.train.micro_batch_tokens)
@@ -112,6 +116,7 @@ def _finished(partial_folder: Path, folder: Path, tokenizer_dir: Path | None) ->
     """Give a folder its name, in place of one that an earlier part of this run wrote; with the tokenizer beside a model."""
     if tokenizer_dir is not None:
         shutil.copytree(tokenizer_dir, partial_folder, dirs_exist_ok=True)
+    give_usual_rights(partial_folder)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial_folder, folder)
 
@@ -136,7 +141,7 @@ def write_model(
         shutil.rmtree(adapter, ignore_errors=True), shutil.rmtree(whole, ignore_errors=True)
     torch.distributed.barrier()
     if peft is not None:
-        bridge.save_hf_adapter(model, adapter, peft, base_model_name_or_path=config.model.name, show_progress=False)
+        bridge.save_hf_adapter(model, adapter, peft, base_model_name_or_path=str(start) if _must_be_written(_source(config)) else _source(config), show_progress=False)
         if first:
             _finished(adapter, output / "adapter", None)
     if peft is None or config.peft.merge:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ..core import UserError, new_folder, write_json
+from .tensor_files import open_tensors, save_tensors
 
 # %% ../../nbs/train/29_megatron_models.ipynb #a93d2bc8
 LETTERS = {"mamba": "M", "moe": "E", "attention": "*", "mlp": "-"}
@@ -47,7 +47,7 @@ def release_folder(
     source = Path(source)
     with new_folder(target) as new:
         for file in sorted(source.glob("*.safetensors")):
-            save_file({RENAMED.get(name, name): tensor for name, tensor in load_file(file).items()}, new / file.name, metadata={"format": "pt"})
+            save_tensors({RENAMED.get(name, name): tensor for name, tensor in load_file(file).items()}, new / file.name, {"format": "pt"})
         for index in source.glob("*.safetensors.index.json"):
             found = json.loads(index.read_text())
             write_json(new / index.name, found | {"weight_map": {RENAMED.get(name, name): file for name, file in found["weight_map"].items()}})
@@ -84,7 +84,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Path]]:
     if not files:
         raise UserError("no .safetensors files here", where=str(folder), fix="give a checkpoint in Hugging Face form")
     for file in files:
-        with safe_open(file, "pt") as opened:
+        with open_tensors(file) as opened:
             yield from ((name, file) for name in opened.keys())
 
 
@@ -94,7 +94,7 @@ def shapes(
     """Name in NVIDIA's layout -> shape, for every tensor of a checkpoint. Only the heads of its files are read."""
     found = {}
     for name, file in _tensors(Path(folder)):
-        with safe_open(file, "pt") as opened:
+        with open_tensors(file) as opened:
             found[RENAMED.get(name, name)] = tuple(opened.get_slice(name).get_shape())
     return found
 
@@ -116,7 +116,7 @@ def audit(
     for name in sorted(sides[0].keys() & sides[1].keys()):
         tensors = []
         for old_name, file in (side[name] for side in sides):
-            with safe_open(file, "pt") as opened:
+            with open_tensors(file) as opened:
                 tensors.append(opened.get_tensor(old_name))
         gap = _difference(*tensors)
         equal, differing = (equal + 1, differing) if gap == 0 else (equal, differing | {name: gap})

@@ -16,6 +16,7 @@ import torch
 
 from ..core import write_atomic
 from ..loss.two_stage import MeanPair
+from .ending import StopSignals
 from .metrics import metric_lines
 from .megatron_step import TwoStageStep
 
@@ -61,8 +62,10 @@ class Recorder:
         rate: Callable[[int], float] | None = None,  # learning rate by steps done; None: Megatron's schedule
         epoch: Callable[[int], float] = lambda done: 0.0,  # epochs of the data by steps done
         at_end: Callable[[list[Any]], None] | None = None,  # called on every rank with the trained model, unless the run was stopped
+        stop: StopSignals | None = None,  # what asks the run to end, besides a file STOP
     ):
         self.folder, self.step, self.rate, self.epoch, self.at_end = Path(folder), step, rate, epoch, at_end
+        self.stop = stop or StopSignals()
         self.step_began, self.lr, self.evaluated, self.done, self.paused = time.perf_counter(), 0.0, -1, 0, False
 
     def register(self, callbacks: Any) -> Any:
@@ -124,11 +127,12 @@ class Recorder:
         return line | {"seconds": time.perf_counter() - self.step_began, "epoch": self.epoch(self.done)}
 
     def _asked_to_stop(self, model: Any) -> bool:
-        """Is there a file STOP? The first process looks, all hear."""
+        """Is there a file STOP, or did a rank get a signal? The first process looks for the file, all hear."""
         flag = torch.zeros(1, device=next(model[0].parameters()).device)
         if torch.distributed.get_rank() == 0:
             flag += (self.folder / STOP).exists()
-        torch.distributed.broadcast(flag, 0)
+        flag += bool(self.stop.name)
+        torch.distributed.all_reduce(flag)
         return bool(flag)
 
     def on_eval_start(self, context: Any) -> None:

@@ -67,6 +67,6 @@ def lines_to_keep(
     """The lines that stay when a training goes on."""
     def stays(line: dict[str, Any]) -> bool:
         """Is it from before the checkpoint?"""
-        return line.get("step", 0) <= step and not (line["kind"] == "valid" and line["step"] == last)
+        return line.get("step", 0) <= step and line["kind"] != "end" and not (line["kind"] == "valid" and line["step"] == last)
 
     return [text for text, line in lines if stays(line)]

@@ -108,6 +108,12 @@ def _silenced(t_RTC: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return t_RTC if mask is None else t_RTC * mask[:, -t_RTC.shape[1] :, None].to(t_RTC.dtype)
 
 
+def _keep_format(stored: Any, state: torch.Tensor) -> None:
+    """Leave the state of a layer in its cache as it was computed: the cache begins it in the number format of the window."""
+    if stored.recurrent_states.dtype != state.dtype:
+        stored.recurrent_states = state
+
+
 class ChunkedMixer(NemotronHMamba2Mixer):
     """A Mamba-2 layer of Nemotron-H whose plain PyTorch pass is made of matrix products. Same parameters."""
 
@@ -124,11 +130,13 @@ class ChunkedMixer(NemotronHMamba2Mixer):
         if stored is not None:
             cache_params.update_conv_state(window.mT, self.layer_idx)
             cache_params.update_recurrent_state(state, self.layer_idx)
+            _keep_format(stored, state)
         return self.out_proj(self.norm(y, gate).to(input_states.dtype))
 
     def _scan(self, xbc: torch.Tensor, dt: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """From the filtered channels to the outputs [R,T,inner] and the last state [R,H,P,N], in float32 or better."""
-        xbc, dt = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (xbc, dt))
+        exact = torch.promote_types(xbc.dtype, torch.float32)
+        xbc, dt, state = (t if t is None else t.to(exact) for t in (xbc, dt, state))
         size = self.n_groups * self.ssm_state_size
         x, b, c = xbc.split([self.intermediate_size, size, size], dim=-1)
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
