@@ -27,7 +27,7 @@ from nemotron_nb.ops.report import (
 from nemotron_nb.ops.run_folder import read_status, set_status
 
 ALLOWED = {
-    *("html", "head", "meta", "title", "style", "body", "section", "h1", "h2", "p", "div", "span", "b", "br"),
+    *("html", "head", "meta", "title", "style", "body", "section", "h1", "h2", "p", "div", "span", "b", "br", "details", "summary"),
     *("table", "tr", "th", "td", "img"),
 }
 

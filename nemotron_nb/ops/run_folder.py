@@ -6,13 +6,12 @@
 __all__ = ['STATES', 'ENDED', 'STOP', 'ASKED', 'SIGNALS', 'slug', 'run_name', 'make_run_folder', 'slurm_job', 'environment',
            'read_status', 'set_status', 'job_of', 'run_state', 'family_of', 'resume_command', 'extend_command',
            'put_back', 'begin_attempt', 'keep_notebook', 'note_failures', 'new_lines', 'read_tail', 'read_metrics',
-           'MetricsReader', 'Started', 'Found', 'found_training', 'training_runs', 'start_training', 'start_process',
-           'as_process', 'trains', 'ask_to_stop', 'follow', 'wait_for_training', 'StopRequest', 'passing_signals_on',
-           'list_runs']
+           'MetricsReader', 'progress_line', 'Started', 'Found', 'found_training', 'training_runs', 'start_training',
+           'start_process', 'as_process', 'trains', 'ask_to_stop', 'follow', 'wait_for_training', 'StopRequest',
+           'passing_signals_on', 'list_runs']
 
 # %% ../../nbs/ops/31_run_folder.ipynb #2a1b7dd1
 import atexit
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -402,6 +401,20 @@ class MetricsReader:
         self.tail = self._before(self.seen)
         return entries
 
+# %% ../../nbs/ops/31_run_folder.ipynb #68e8b79e
+def progress_line(
+    entry: Mapping[str, Any],  # of metrics.jsonl
+    steps: int,  # in the whole run
+) -> str:
+    """A line for people: about ten of them in a run, so that most entries give none."""
+    if entry["kind"] == "train" and (entry["step"] % max(1, steps // 10) == 0 or entry["step"] == 1):
+        return f"  step {entry['step']:>5} of {steps}   {entry['stage']} stage   loss over tokens {entry['loss_token']:.3f}   over chats {entry['loss_sample']:.3f}"
+    if entry["kind"] == "resume":
+        return f"  going on after step {entry['step']}"
+    if entry["kind"] == "paused":
+        return f"  paused after step {entry['step']}"
+    return ""
+
 # %% ../../nbs/ops/31_run_folder.ipynb #0d02d6ea
 @dataclass
 class Started:
@@ -416,8 +429,8 @@ class Started:
         """Does it still run?"""
         return self.process.poll() is None
 
-    def stop(self, patience: float = 10.0) -> None:
-        """End the process if it still runs: ask first, insist after `patience` seconds."""
+    def stop(self, patience: float = 60.0) -> None:
+        """End the process if it still runs: ask first, which lets a training write a checkpoint, and insist after `patience` seconds."""
         if self.process.poll() is None:
             self.process.terminate()
             try:
@@ -444,7 +457,7 @@ class Found:
         """Does it still run?"""
         return _is_training(self.pid, self.folder)
 
-    def stop(self, patience: float = 10.0) -> None:
+    def stop(self, patience: float = 60.0) -> None:
         """It is not ours to stop."""
 
     def ending(self) -> str:
@@ -489,20 +502,6 @@ def _last_kind(folder: Path) -> str:
     return lines[-1].get("kind", "") if lines else ""
 
 # %% ../../nbs/ops/31_run_folder.ipynb #35320de4
-def _lock(folder: Path) -> int:
-    """An open file that the training inherits, locked for as long as it lives. `UserError` while another one holds it."""
-    path = folder / "train.lock"
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise UserError("another process works on this folder", where=str(path), why="two trainings would write into one another's files", fix=f"wait for it, or end it: fuser {shlex.quote(str(path))} names it") from None
-    except OSError:  # a file system without locks: train.json and status.json have to do
-        pass
-    return handle
-
-
 def start_training(
     folder: str | os.PathLike,  # the run folder
     command: list[str] | None = None,  # None: python -m nemotron_nb.train --config <folder>/train.yaml
@@ -516,13 +515,11 @@ def start_training(
     patient = {"GOMP_SPINCOUNT": "1000"} | os.environ  # threads that wait must not spin for long: on a shared machine that is many times slower
     detached, attempt, metrics = bool(slurm_job()), read_status(folder).get("attempt", 0), folder / "metrics.jsonl"
     seen = metrics.stat().st_size if metrics.exists() else 0
-    lock = _lock(folder)
     (folder / ERROR_FILE).unlink(missing_ok=True)
     with open(folder / "train.log", "ab") as log:
         log.write(f"--- attempt {attempt}, {_now()}: {' '.join(command)}\n".encode())
         log.flush()
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=patient, start_new_session=detached, pass_fds=(lock,))
-    os.close(lock)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=patient, start_new_session=detached)
     write_json(folder / "train.json", {"pid": process.pid, "host": socket.gethostname(), "attempt": attempt, "started": _now(), "command": command})
     return Started(process, folder, detached, seen)
 
