@@ -308,10 +308,11 @@ def _inputs(config: EvalConfig) -> tuple[list["Pack"], list["Question"], list[An
 
     d = config.data
     folder = Path(d.dir) / "splits" / d.split
-    if d.dir and not folder.is_dir():
+    empty = bool(d.dir) and Manifest.load(d.dir)["splits"].get(d.split, {}).get("packs") == 0  # nothing is held out, and the headline says so
+    if d.dir and not folder.is_dir() and not empty:
         raise UserError(f"the data has no split {d.split!r}", where=d.dir, fix="give data.split=valid or data.split=test")
     questions, rejects = read_questions(d.questions, d.problem_key, d.solution_key, d.num_questions) if d.questions else ([], [])
-    return read_packs(folder) if d.dir else [], questions, rejects
+    return read_packs(folder) if d.dir and not empty else [], questions, rejects
 
 # %% ../../nbs/ops/32b_evaluate.ipynb #ff9710bf
 Tell = Callable[[dict[str, Any]], None]  # takes a line of progress
@@ -666,6 +667,8 @@ def headline(
     if tuned["loss"]:
         old = f"{base['loss']['loss_token']:.3f} (base), " if base else ""
         said.append(f"Loss on held-out chats: {old}{tuned['loss']['loss_token']:.3f} (tuned), in nats a trained token.")
+    if config.data.dir and not tuned["loss"]:
+        said.append(f"The {config.data.split} split has no chats, so there is no held-out loss; data.split=train shows what was memorised.")
     for ask in _asked(tuned["written"]):
         good = [f"{sum(w['well_formed'] for w in turns)} of {len(turns)} ({who})" for who, found in _models(base, tuned) for turns in [[w for w in found["written"] if w["ask"] == ask]]]
         said.append(f"Well-formed turns, {ask}: {', '.join(good)}.")
