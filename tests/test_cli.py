@@ -263,14 +263,14 @@ def test_a_run_that_is_asked_to_end_keeps_its_steps_and_leaves_no_process_behind
     """kill and Ctrl-C: the training writes a checkpoint, the status says preempted, and the line that resumes is printed."""
     words = ["nano3", "sft", *SMALL[:-1], "train.train_iters=100000", "evaluation.num_generations=0"]
     command = subprocess.Popen([str(NEMOTRON), *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ONE_THREAD, preexec_fn=_heard(how))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not (found := list(tmp_path.glob("output/nano3/sft/*/metrics.jsonl"))) or not any(m["kind"] == "train" for m in read_metrics(found[0])):
         assert time.monotonic() < deadline and command.poll() is None
         time.sleep(0.2)
     below = _descendants(command.pid)
     assert len(below) >= 2, "the kernel and the training"
     command.send_signal(how)
-    said, folder = command.communicate(timeout=60)[0], found[0].parent
+    said, folder = command.communicate(timeout=120)[0], found[0].parent
     assert command.returncode == 128 + how and f"Go on with: nemotron nano3 sft --resume output/nano3/sft/{folder.name}" in said
     while any(os.path.exists(f"/proc/{p}") and "Z" not in open(f"/proc/{p}/stat").read().split()[2] for p in below):
         assert time.monotonic() < deadline, "a process was left behind"
