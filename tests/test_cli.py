@@ -253,26 +253,31 @@ def _descendants(pid: int) -> list[int]:
     return [p for child in map(int, found) for p in [child, *_descendants(child)]]
 
 
-def _as_in_the_foreground() -> None:
-    """A shell starts what stands in its background with SIGINT ignored, and the tests may stand there."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def _heard(number: int):
+    """What a child does first: a shell may have started these tests with the signal ignored."""
+    return lambda: signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_asked_to_end_leaves_no_process_behind(tmp_path, how):
-    """scancel and Ctrl-C: the training stops, the status says failed."""
-    words = ["nano3", "sft", *SMALL[:-1], "train.train_iters=100000"]
-    command = subprocess.Popen([str(NEMOTRON), *words], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ONE_THREAD, preexec_fn=_as_in_the_foreground)
-    deadline = time.monotonic() + 90
-    while len(below := _descendants(command.pid)) < 2 or not list(tmp_path.glob("output/nano3/sft/*/train.log")):  # the kernel and the training
+def test_a_run_that_is_asked_to_end_keeps_its_steps_and_leaves_no_process_behind(tmp_path, how):
+    """kill and Ctrl-C: the training writes a checkpoint, the status says preempted, and the line that resumes is printed."""
+    words = ["nano3", "sft", *SMALL[:-1], "train.train_iters=100000", "evaluation.num_generations=0"]
+    command = subprocess.Popen([str(NEMOTRON), *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ONE_THREAD, preexec_fn=_heard(how))
+    deadline = time.monotonic() + 240
+    while not (found := list(tmp_path.glob("output/nano3/sft/*/metrics.jsonl"))) or not any(m["kind"] == "train" for m in read_metrics(found[0])):
         assert time.monotonic() < deadline and command.poll() is None
         time.sleep(0.2)
+    below = _descendants(command.pid)
+    assert len(below) >= 2, "the kernel and the training"
     command.send_signal(how)
-    assert command.wait(30) != 0
+    said, folder = command.communicate(timeout=120)[0], found[0].parent
+    assert command.returncode == 128 + how and f"Go on with: nemotron nano3 sft --resume output/nano3/sft/{folder.name}" in said
     while any(os.path.exists(f"/proc/{p}") and "Z" not in open(f"/proc/{p}/stat").read().split()[2] for p in below):
         assert time.monotonic() < deadline, "a process was left behind"
         time.sleep(0.1)
-    assert json.loads(next(tmp_path.glob("output/nano3/sft/*/status.json")).read_text())["state"] == "failed"
+    assert json.loads((folder / "status.json").read_text())["state"] == "preempted"
+    last = read_metrics(folder / "metrics.jsonl")[-1]
+    assert last["kind"] == "paused" and list((folder / "checkpoints").glob("step_*")), said
 
 
 @pytest.mark.parametrize("ignored", [True, False])
@@ -304,3 +309,55 @@ def test_versions_tables_and_folders_that_are_not_there(tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text("train: {seed: 8}")
     folded, whole = (ask("nano3", "sft", "-c", "tiny", "-c", "mine.yaml", "--dry-run", *more).output for more in ((), ("--all",)))
     assert re.search(r"\* +train.seed +8", folded) and "adam_beta1" not in folded and "adam_beta1" in whole and "--all" in folded
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["checkpoint.load=/no/such"], "checkpoint.load=/no/such: there is no such checkpoint"),
+    (["checkpoint.pretrained_checkpoint=/no/such"], "there is no such checkpoint"),
+    (["logger.wandb_mode=offline"], "no project is named"),
+])
+def test_what_cannot_begin_is_refused_before_there_is_a_run_folder(tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    for variable in ("WANDB_PROJECT", "WANDB_MODE"):
+        monkeypatch.delenv(variable, raising=False)
+    error = CliRunner().invoke(app, ["nano3", "sft", "-c", "tiny", *words]).exception
+    assert isinstance(error, UserError) and said in str(error) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stage", ["eval", "budget"])
+def test_a_job_is_refused_what_this_machine_refuses(tmp_path, monkeypatch, stage):
+    """One way for both: a model that is not there gives no job script, here or on a cluster."""
+    (tmp_path / "env.toml").write_text(ENV_TOML)
+    monkeypatch.chdir(tmp_path)
+    for more in ([], ["--run", "YOUR-CLUSTER"], ["--batch", "YOUR-CLUSTER"]):
+        error = CliRunner().invoke(app, ["super3", stage, "-c", "tiny", *more, "--dry-run", "model=/no/such/model"]).exception
+        assert isinstance(error, UserError) and "no such model" in str(error), more
+
+
+@pytest.mark.parametrize("stage", ["sft", "eval", "budget"])
+def test_every_stage_has_a_plan_with_a_job_script(run, tmp_path, monkeypatch, stage):
+    (tmp_path / "env.toml").write_text(ENV_TOML)
+    monkeypatch.chdir(tmp_path)
+    more = [] if stage == "sft" else [f"model={run[1]}"]
+    done = CliRunner().invoke(app, ["super3", stage, "-c", "tiny", "--batch", "YOUR-CLUSTER", "--dry-run", *more])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert f"#SBATCH --job-name=nemotron-{stage}" in done.output and "[YOUR-CLUSTER]" in done.output and f"stage={stage} " in done.output
+    assert ("#SBATCH --nodes=2" in done.output) == (stage != "eval") and "slurm/body.sh" not in done.output.partition("stage=")[2]
+    assert [p.name for p in tmp_path.iterdir()] == ["env.toml"]
+
+
+def test_a_machine_without_slurm_is_said_to_have_none(tmp_path, monkeypatch):
+    (tmp_path / "env.toml").write_text(ENV_TOML)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nowhere")
+    words = ["nano3", "sft", "-c", "tiny", "--batch", "YOUR-CLUSTER", "run.env.container="]
+    error = CliRunner().invoke(app, words).exception
+    assert isinstance(error, UserError) and "no Slurm on this machine" in str(error) and "refuses" not in str(error)
+    assert not list(tmp_path.glob("output/nano3/sft/*")), "no folder of a job that was never handed over"
+
+
+def test_runs_of_a_folder_that_is_not_there(tmp_path):
+    done = nemotron("runs", "nosuch", cwd=tmp_path)
+    assert done.returncode == 1 and "there is no such folder" in done.stderr
+    fabricated_run(tmp_path / "output" / "nano3" / "sft" / "a")
+    assert json.loads(nemotron("runs", "--json", cwd=tmp_path).stdout)[0]["state"] == "done"

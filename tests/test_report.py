@@ -6,15 +6,17 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from run_folders import HOSTILE, fabricated_run, metrics_lines, step
+from run_folders import HOSTILE, MANIFEST, fabricated_run, metrics_lines, step
 
 from nemotron_nb.core import UserError, write_json
+from nemotron_nb.ops import run_folder
 from nemotron_nb.ops.report import (
     fill_picture,
     funnel_picture,
     generations_picture,
     headline,
     loss_picture,
+    preparation_notes,
     read_run,
     run_row,
     seams,
@@ -27,7 +29,7 @@ from nemotron_nb.ops.report import (
 from nemotron_nb.ops.run_folder import read_status, set_status
 
 ALLOWED = {
-    *("html", "head", "meta", "title", "style", "body", "section", "h1", "h2", "p", "div", "span", "b", "br"),
+    *("html", "head", "meta", "title", "style", "body", "section", "h1", "h2", "p", "div", "span", "b", "br", "details", "summary"),
     *("table", "tr", "th", "td", "img"),
 }
 
@@ -188,3 +190,88 @@ def test_what_came_from_what(folder):
     write_json(folder / "artifacts.json", {"consumed": [{"name": HOSTILE, "what": "chats", "address": "", "digest": "a" * 64}], "made": [{"name": "M", "what": "model", "address": "art://M:v1", "digest": "b" * 64}]})
     text = write_report(folder).read_text()
     assert "What came from what" in text and "art:" in text and "b" * 12 in text and HOSTILE not in text
+
+
+DAMAGE = {
+    "status.json": ["", "[1]", '{"state": 3}', '{"state": "done", "attempts": 7}', '{"state": "running", "host": HOST, "pid": "x"}'],
+    "metrics.jsonl": ["{\n", "[1]\n", '{"kind": "train", "seconds": "x"}\n', "\0\0\n"],
+    "job.json": ["{", "[3]", "{}x"],
+    "evaluation_after.json": ['{"loss_token": 1e}'],
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in DAMAGE.items() for text in texts])
+def test_a_damaged_folder_is_one_marked_row(folder, name, text):
+    """The others must still be listed: whatever lies in one folder, it gives a row with the same columns."""
+    whole = run_row(folder)
+    (folder / name).write_text(text.replace("HOST", json.dumps(run_folder.socket.gethostname())))
+    row = run_row(folder)
+    assert list(row) == list(whole) and row["state"] == "damaged" and row["run"] == str(folder) and row["said"]
+
+
+def test_a_folder_in_place_of_a_file_is_one_marked_row(folder):
+    (folder / "metrics.jsonl").unlink()
+    (folder / "metrics.jsonl").mkdir()
+    assert run_row(folder)["state"] == "damaged"
+
+
+def test_a_row_reads_the_end_of_a_long_run_and_not_all_of_it(folder, monkeypatch):
+    steps = "".join(json.dumps(step(n)) + "\n" for n in range(1, 5001))
+    (folder / "metrics.jsonl").write_text(steps)
+    monkeypatch.setattr(run_folder, "read_metrics", lambda path: pytest.fail("all lines were read"))
+    row = run_row(folder)
+    assert (row["steps"], row["time"], row["loss"]) == (5000, "~0:08:20", "1.000")
+
+
+def test_a_row_says_why_and_in_which_job(tmp_path, monkeypatch):
+    fabricated_run(tmp_path, "failed")
+    write_json(tmp_path / "job.json", [{"job": "41"}, {"job": "42"}])
+    assert (run_row(tmp_path)["job"], run_row(tmp_path)["said"]) == ("42", HOSTILE)
+    write_json(tmp_path / "status.json", read_status(tmp_path) | {"state": "queued"})
+    monkeypatch.setattr(run_folder, "_job_is_there", lambda job: False)
+    row = run_row(tmp_path)
+    assert row["state"] == "lost" and "--resume" in row["said"]
+
+
+def test_an_adapter_is_named_with_its_base_and_what_loads_it(folder):
+    (folder / "adapter").mkdir()
+    (folder / "config.yaml").write_text("peft:\n  type: lora\n  merge: false\ncheckpoint:\n  pretrained_checkpoint: /weights/base\n")
+    (folder / "train.log").write_text("lora: routed experts stay frozen\nstep 1\nlora: routed experts stay frozen\n")
+    words = headline(read_run(folder))
+    assert any(w.startswith(f"The adapter lies in {folder / 'adapter'}, its base is /weights/base;") and "load_adapter" in w and "use_chunked_scan" in w for w in words)
+    assert words.count("Note: routed experts stay frozen") == 1 and not any(f"{folder / 'model'}" in w for w in words)
+    (folder / "config.yaml").write_text("peft:\n  type: lora\n  merge: false\nmodel:\n  name: tiny\n")
+    assert any("random weights" in w and "peft.merge=true" in w for w in headline(read_run(folder)))
+
+
+def test_calls_are_only_spoken_of_where_there_are_any(folder):
+    after = json.loads((folder / "evaluation_after.json").read_text()) | {"called_as_expected_rate": 1.0, "exact_rate": 0.5}
+    write_json(folder / "evaluation_after.json", after)
+    words = " ".join(headline(read_run(folder)))
+    assert "call a tool" not in words and "50% are the reference" in words
+    after["generations"][0]["expected"] = "<tool_call>\n"
+    write_json(folder / "evaluation_after.json", after)
+    assert "100% of them call a tool exactly where" in " ".join(headline(read_run(folder)))
+
+
+def test_without_held_out_chats_there_is_no_loss_and_a_sentence(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["splits"]["valid"] |= {"packs": 0}
+    write_json(folder / "manifest.json", manifest)
+    for name in ("before", "after"):
+        write_json(folder / f"evaluation_{name}.json", {"step": 0, "generations": [], "num_generations": 0})
+    words = " ".join(headline(read_run(folder)))
+    assert "no held-out loss" in words and "before," not in words and write_report(folder).exists()
+    assert "no chats are held out" in " ".join(preparation_notes(manifest))
+
+
+def test_what_preparation_lost_is_told_before_training():
+    notes = preparation_notes(MANIFEST | {"left_out": {"ends_with_user": 149}})
+    assert notes[0].startswith("3 of 103 rows could not be read: 2 unknown_role, 1 no_messages") and notes[1].startswith("149 of 103 chats were left out")
+    assert notes[-1] == "one sequence was cut" and preparation_notes(MANIFEST | {"rejects": {}, "warnings": []}) == []
+
+
+def test_settings_that_nobody_changed_are_folded_away(folder):
+    html = settings_picture(read_run(folder)).html
+    open_part, _, folded = html.partition("<details>")
+    assert "train.train_iters" in open_part and "optimizer.lr" in folded and "optimizer.lr" not in open_part and "<details open" not in html

@@ -2,7 +2,9 @@
 
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,9 +27,11 @@ from nemotron_nb.ops.run_folder import (
     list_runs,
     make_run_folder,
     new_lines,
+    passing_signals_on,
     put_back,
     read_metrics,
     read_status,
+    read_tail,
     run_name,
     run_state,
     set_status,
@@ -308,7 +312,7 @@ def test_a_training_inside_a_job_outlives_its_reader_and_is_found_again(tmp_path
 
 def test_a_training_that_died_is_begun_again(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
-    write_json(tmp_path / "train.json", {"pid": os.getpid(), "host": __import__("socket").gethostname()})
+    write_json(tmp_path / "train.json", {"pid": os.getpid(), "host": socket.gethostname()})
     assert found_training(tmp_path) is None, "this process has the number, but is no training"
 
 
@@ -319,3 +323,127 @@ def test_notebooks_of_earlier_attempts_are_kept(tmp_path):
     assert [(tmp_path / n).read_text() for n in ("notebook.1.ipynb", "notebook.2.ipynb", "notebook.ipynb")] == ["a", "b", "c"]
     keep_notebook(tmp_path, tmp_path / ".partial.ipynb")
     assert (tmp_path / "notebook.ipynb").read_text() == "c"
+
+
+def test_the_tail_is_the_end_of_the_whole(tmp_path):
+    """Compared with reading everything, for lines of every length and windows of every size."""
+    draw, path = random.Random(0), tmp_path / "metrics.jsonl"
+    assert read_tail(path) == ([], True)
+    for _ in range(60):
+        path.write_text("".join(json.dumps({"kind": "train", "step": n, "text": "Ä" * draw.randrange(60)}) + "\n" for n in range(draw.randrange(1, 30))) + draw.choice(["", '{"kin']))
+        everything = read_metrics(path)
+        for most in (1, draw.randrange(1, 400), 10_000):
+            lines, whole = read_tail(path, most)
+            assert lines == everything[-len(lines) :] and lines and (len(lines) == len(everything) or not whole)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"state": "don"}', "\0\xff", "[" * 100_000])
+def test_a_damaged_status_is_named(tmp_path, text):
+    (tmp_path / "status.json").write_bytes(text.encode("latin1"))
+    with pytest.raises(UserError, match=r"status\.json: .*\n.*damaged"):
+        run_state(tmp_path)
+
+
+GOES_ON = """
+import json, sys, time
+from pathlib import Path
+folder, step = Path(sys.argv[1]).parent, 0
+while True:
+    step += 1
+    stop = (folder / "STOP").exists()
+    with open(folder / "metrics.jsonl", "a") as f: f.write(json.dumps({"kind": "paused" if stop else "train", "step": step}) + "\\n")
+    if stop: sys.exit()
+    time.sleep(0.05)
+"""
+
+
+def trains_alone(folder):
+    """A process that looks like the training of a folder, counts steps, and obeys STOP."""
+    set_status(folder, "queued")
+    begin_attempt(folder)
+    (folder / "train.yaml").touch()
+    return start_training(folder, [PYTHON, "-c", GOES_ON, str(folder / "train.yaml")])
+
+
+def test_a_training_whose_command_is_gone_is_unfollowed_and_taken_up_again(tmp_path):
+    """Not lost, since it goes on; and whoever resumes follows it, and does not start a second one."""
+    started = trains_alone(tmp_path)
+    gone = subprocess.Popen([PYTHON, "-c", ""])
+    gone.wait()
+    write_json(tmp_path / "status.json", read_status(tmp_path) | {"pid": gone.pid})
+    assert run_state(tmp_path) == "unfollowed"
+    put_back(tmp_path)
+    assert begin_attempt(tmp_path) == 2
+    found = start_training(tmp_path, [PYTHON, "-c", "raise SystemExit('a second training')"])
+    assert isinstance(found, Found) and found.pid == started.process.pid
+    (tmp_path / "STOP").touch()
+    assert list(follow(found))[-1]["kind"] == "paused"
+    started.process.wait()
+
+
+def test_interrupted_once_it_asks_and_follows_on_interrupted_twice_it_ends(tmp_path, monkeypatch, capsys):
+    for times, name in ((1, "once"), (2, "twice")):
+        folder = tmp_path / name
+        folder.mkdir()
+        training, slept, left = trains_alone(folder), time.sleep, [times]
+
+        def sleep(seconds):
+            slept(0.3)
+            if left[0] and read_metrics(folder / "metrics.jsonl"):
+                left[0] -= 1
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(run_folder.time, "sleep", sleep)
+        if times == 1:
+            assert list(follow(training))[-1]["kind"] == "paused" and training.process.returncode == 0
+        else:
+            monkeypatch.setattr(run_folder, "ask_to_stop", lambda folder: None)
+            with pytest.raises(KeyboardInterrupt):
+                list(follow(training))
+            assert training.process.returncode == -signal.SIGTERM
+        monkeypatch.undo()
+    assert "writes a checkpoint" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_every_signal_that_would_end_the_command_asks_the_training_first(tmp_path, number):
+    training = trains_alone(tmp_path)
+    before, said = signal.getsignal(number), []
+    signal.signal(number, signal.SIG_DFL)
+    try:
+        with passing_signals_on(tmp_path, said.append) as request:
+            while not read_metrics(tmp_path / "metrics.jsonl"):
+                time.sleep(0.02)
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)  # as `timeout` does it: one to the process, one to its group
+            assert training.process.wait(20) == 0
+        assert request.number == number and signal.Signals(number).name in said[0]
+    finally:
+        signal.signal(number, before)
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["kind"] == "paused"
+
+
+def test_a_signal_that_the_command_was_started_to_ignore_stays_ignored(tmp_path):
+    code = f"""
+import os, signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from nemotron_nb.ops.run_folder import passing_signals_on
+with passing_signals_on({str(tmp_path)!r}) as request:
+    os.kill(os.getpid(), signal.SIGINT)
+print(request.number)
+"""
+    assert subprocess.run([PYTHON, "-c", code], capture_output=True, text=True).stdout == "0\n"
+
+
+def test_a_training_that_died_is_gone_on_with_and_not_started_again(tmp_path):
+    (tmp_path / "config.yaml").write_text("family: super3\n")
+    (tmp_path / "train.yaml").touch()
+    with pytest.raises(UserError, match=r"go on: nemotron super3 sft --resume \S+"):
+        list(follow(start_training(tmp_path, [PYTHON, "-c", "raise SystemExit(3)"])))
+
+
+def test_a_complete_run_says_how_it_is_extended(tmp_path):
+    (tmp_path / "config.yaml").write_text("family: nano3\n")
+    set_status(tmp_path, "done")
+    with pytest.raises(UserError, match=r"nemotron nano3 sft -c \S+config\.yaml checkpoint\.load=\S+checkpoints train\.train_iters="):
+        put_back(tmp_path)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Config', 'Overrides', 'Run', 'Batch', 'DryRun', 'All', 'AsJson', 'Sample', 'Force', 'Name', 'Project',
-           'Entity', 'EXAMPLES', 'ELSEWHERE', 'STAGES', 'Artifacts', 'data_prep', 'sft', 'evaluation',
+           'Entity', 'EXAMPLES', 'ELSEWHERE', 'STAGES', 'Artifacts', 'data_prep', 'sft', 'evaluation', 'budget',
            'import_artifact', 'report', 'runs', 'artifacts', 'lineage', 'inspect', 'main']
 
 # %% ../../nbs/ops/33_cli.ipynb #bcdf1490
@@ -12,11 +12,11 @@ import dataclasses
 import json
 import os
 import shlex
-import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -80,24 +80,6 @@ def _place(run: str, batch: str) -> tuple["Profile | None", str]:
         print(f"note: {note}", file=sys.stderr)
     return profile, "batch" if batch or profile.detach else "run"
 
-
-def _on_cluster(profile: "Profile | None") -> bool:
-    """Is it a job for Slurm, and not one for this machine?"""
-    return profile is not None and profile.executor == "slurm"
-
-
-def _hand_over(job: str, mode: str, log: Path, seen: int = 0) -> None:
-    """After a job was submitted: follow it to its end and exit with its code, or say how to follow it."""
-    from nemotron_nb.ops.slurm import follow, how_to_follow
-
-    if mode == "batch":
-        print(f"submitted job {job}\n{how_to_follow(job, log)}")
-        return
-    print(f"submitted job {job}", flush=True)
-    code = follow(job, log, seen=seen)
-    if code:
-        raise typer.Exit(code)
-
 # %% ../../nbs/ops/33_cli.ipynb #dc6df125
 def _theme() -> str:
     """The theme of env.toml; monokai where it names none. `UserError` for one that Pygments does not know."""
@@ -112,7 +94,7 @@ def _theme() -> str:
 
 
 def _show(text: str, language: str, theme: str) -> None:
-    """Print a text, in colour on a terminal."""
+    """Print a text of a plan, in colour on a terminal."""
     if not sys.stdout.isatty():
         print(text)
         return
@@ -152,6 +134,7 @@ def _show_plan(effective: "Effective", follows: str, script: str, whole: bool = 
     _show(f"{effective.picture(whole)}\n\n{follows}".rstrip(), "yaml", theme)
     if script:
         _show(f"\n# The job script:\n\n{script}", "bash", theme)
+
 
 # %% ../../nbs/ops/33_cli.ipynb #28f2782c
 @contextmanager
@@ -199,7 +182,7 @@ def data_prep(
 ) -> None:
     """Prepare data here, or in a job, and print what became of it."""
     from nemotron_nb.ops.config import data_prep_config, job_configs
-    from nemotron_nb.ops.sft import check_place, cluster_layer, job_script
+    from nemotron_nb.ops.sft import check_place, cluster_layer, job_script, on_cluster
 
     overrides, asked = _forced(overrides + ([f"sample={sample}"] if sample is not None else []))
     profile, mode = _place(run, batch)
@@ -207,7 +190,7 @@ def data_prep(
     if not dry_run:
         check_place(effective.settings.run, profile)
     dry_run, script = dry_run or (profile is not None and profile.dry_run), ""
-    if _on_cluster(profile):
+    if on_cluster(profile):
         arguments = [family, *job_configs(config), *overrides, *(["force=true"] if force or asked else [])]
         script = job_script("data_prep", profile, arguments, effective.settings.run, mode)
     if dry_run:
@@ -220,12 +203,13 @@ def data_prep(
 
 def _submit_data_prep(effective: "Effective", profile: "Profile", mode: str, script: str) -> None:
     """Prepare data in a job."""
-    from nemotron_nb.ops.sft import check_chats
+    from nemotron_nb.ops.sft import check_chats, hand_over
     from nemotron_nb.ops.slurm import submit
 
     check_chats(effective.settings.data)
     job = submit(script)
-    _hand_over(job, mode, Path(f"{profile.job_name or 'nemotron-data-prep'}-{job}.log"))
+    if code := hand_over(job, mode, Path(f"{profile.job_name or 'nemotron-data-prep'}-{job}.log")):
+        raise typer.Exit(code)
 
 
 def _data_prep_here(effective: "Effective", family: str, force: bool) -> None:
@@ -244,24 +228,13 @@ def _data_prep_here(effective: "Effective", family: str, force: bool) -> None:
     print(f"\nprepared data: {settings.output_dir}\nto look at: {settings.output_dir}/report.html\nregistered: {artifact.address}")
 
 # %% ../../nbs/ops/33_cli.ipynb #da739dab
-def _told(entry: dict[str, Any], steps: int) -> str | None:
-    """A line for the terminal: about ten of them in a run."""
-    if entry["kind"] == "train" and (entry["step"] % max(1, steps // 10) == 0 or entry["step"] == 1):
-        return f"  step {entry['step']:>5} of {steps}   {entry['stage']} stage   loss over tokens {entry['loss_token']:.3f}   over chats {entry['loss_sample']:.3f}"
-    if entry["kind"] == "resume":
-        return f"  going on after step {entry['step']}"
-    if entry["kind"] == "paused":
-        return f"  paused after step {entry['step']}"
-    return None
-
-
 @contextmanager
 def _told_as_it_goes(
     folder: Path,  # a run folder
     steps: int,  # in the whole run
 ) -> Iterator[None]:
     """Print the progress of a run while the block runs."""
-    from nemotron_nb.ops.run_folder import MetricsReader
+    from nemotron_nb.ops.run_folder import MetricsReader, progress_line
 
     metrics = folder / "metrics.jsonl"
     reader, ended = MetricsReader(metrics, metrics.stat().st_size if metrics.exists() else 0), threading.Event()
@@ -270,7 +243,7 @@ def _told_as_it_goes(
         """Print new lines of the metrics until the block has ended, and once after that."""
         while True:
             last_look = ended.wait(0.5)
-            for line in filter(None, (_told(entry, steps) for entry in reader.new())):
+            for line in filter(None, (progress_line(entry, steps) for entry in reader.new())):
                 print(line, flush=True)
             if last_look:
                 return
@@ -284,11 +257,6 @@ def _told_as_it_goes(
         teller.join()
 
 # %% ../../nbs/ops/33_cli.ipynb #1fc62f2b
-def _stop_cleanly(number: int, frame: Any) -> None:
-    """A request to end (scancel, kill) unwinds like an error, so that the status is written and the training stopped."""
-    sys.exit(128 + number)
-
-
 def sft(
     family: str,
     config: list[str],  # what -c was given
@@ -303,24 +271,23 @@ def sft(
 ) -> None:
     """Train, here or in a job, and say where the report is."""
     from nemotron_nb.ops.config import derived, sft_config
-    from nemotron_nb.ops.sft import check_chats, check_place, cluster_layer, sft_script
+    from nemotron_nb.ops.sft import Plan, check_start, cluster_layer, launch, new_run
+    from nemotron_nb.ops.stage import SFT
 
     profile, mode = _place(run, batch)
     effective = _resumed(family, resume, overrides) if resume else sft_config(family, config, overrides, cluster_layer(profile))
-    dry_run = dry_run or (profile is not None and profile.dry_run)
-    if not (dry_run or effective.settings.run.data):
-        check_chats(effective.settings.data)
-    if not dry_run:
-        check_place(effective.settings.run, profile)
-    if dry_run:
-        script = sft_script(effective, profile, mode, Path(resume or "<run folder>")) if _on_cluster(profile) else ""
-        _show_plan(effective, str(derived(effective.settings)), script, whole, as_json)
-        return
-    _show_notes(effective)
-    if _on_cluster(profile):
-        _sft_in_job(effective, profile, mode, config, resume)
-    else:
-        _sft_here(effective, config, resume)
+    if not (dry_run or (profile is not None and profile.dry_run)):
+        check_start(effective)
+        _show_notes(effective)
+    plan = Plan(
+        stage=SFT,
+        effective=effective,
+        follows=str(derived(effective.settings)),
+        make=lambda: new_run(effective, config, command=_typed()),
+        here=lambda: _sft_here(effective, config, resume),
+        resume=resume,
+    )
+    launch(plan, profile, mode, dry_run, partial(_show_plan, whole=whole, as_json=as_json))
 
 
 def _resumed(family: str, resume: str, overrides: list[str]) -> "Effective":
@@ -335,59 +302,46 @@ def _resumed(family: str, resume: str, overrides: list[str]) -> "Effective":
     return sft_config(family, str(path))
 
 
-def _sft_in_job(effective: "Effective", profile: "Profile", mode: str, config: list[str], resume: str) -> None:
-    """Submit a run, and follow it or not."""
-    from nemotron_nb.ops.run_folder import put_back
-    from nemotron_nb.ops.sft import new_run, submit_run
-
-    folder = Path(resume) if resume else new_run(effective, config, command=_typed())
-    if resume:
-        put_back(folder)
-    log = folder / "slurm.log"
-    seen = log.stat().st_size if log.exists() else 0  # a run that goes on has told this part already
-    job = submit_run(effective, profile, mode, folder, new=not resume)
-    print(f"run folder: {folder}", flush=True)
-    _hand_over(job, mode, log, seen)
-
-
-def _sft_here(effective: "Effective", config: list[str], resume: str) -> None:
+# %% ../../nbs/ops/33_cli.ipynb #9b269839
+def _sft_here(effective: "Effective", config: str, resume: str) -> Path:
     """Train on this machine: the data first, then the run folder, then the notebook."""
-    from nemotron_nb.ops.report import headline, read_run
-    from nemotron_nb.ops.run_folder import put_back
+    from nemotron_nb.ops.report import headline, preparation_notes, read_run
+    from nemotron_nb.ops.run_folder import passing_signals_on, put_back
     from nemotron_nb.ops.sft import Parameters, new_run, prepare_data, run_notebook
 
     with _progress() as told:
         manifest = prepare_data(effective, **told)
     train = manifest["splits"]["train"]
     print(f"data: {train['conversations']:,} chats in {train['packs']:,} packs to train on, {train['trained_tokens']:,} trained tokens ({manifest.folder})")
+    print("".join(f"note: {note}\n" for note in preparation_notes(manifest.values)), end="")
     if resume:
         put_back(resume)
     folder = Path(resume) if resume else new_run(effective, config, manifest["key"], command=_typed())
     print(f"run folder: {folder}", flush=True)
-    signal.signal(signal.SIGTERM, _stop_cleanly)
-    with _told_as_it_goes(folder, effective.settings.train.train_iters):
-        run_notebook(folder, Parameters(effective.settings.family, str(folder.absolute() / "config.yaml")))
+    parameters = Parameters(effective.settings.family, str(folder.absolute() / "config.yaml"))
+    with passing_signals_on(folder, lambda said: print(said, flush=True)) as request, _told_as_it_goes(folder, effective.settings.train.train_iters):
+        run_notebook(folder, parameters)
     print("\n".join(["", *headline(read_run(folder)), f"Report: {folder / 'report.html'}"]))
+    if request.number:
+        raise typer.Exit(128 + request.number)
+    return folder
 
 # %% ../../nbs/ops/33_cli.ipynb #7ba6fb81
-def evaluation(family: str, config: list[str], overrides: list[str], *, dry_run: bool = False, run: str = "", batch: str = "") -> None:
-    """Compare a model with what it began from."""
-    from nemotron_nb.ops.evaluate import eval_config, evaluate_run
+def evaluation(family: str, config: list[str], overrides: list[str], *, dry_run: bool = False, run: str = "", batch: str = "", whole: bool = False, as_json: bool = False) -> None:
+    """Compare a model with what it began from, here or in a job."""
+    from nemotron_nb.ops.evaluate import evaluate_run
 
     profile, mode = _place(run, batch)
-    if not _on_cluster(profile):
-        evaluate_run(family, config, overrides, dry_run=dry_run)
-        return
-    from nemotron_nb.ops.config import job_configs
-    from nemotron_nb.ops.slurm import render, submit
+    evaluate_run(family, config, overrides, dry_run, profile, mode, _typed(), show=partial(_show_plan, whole=whole, as_json=as_json))
 
-    effective = eval_config(family, config, overrides)
-    script = render("eval", profile, [family, *job_configs(config), *overrides], mode=mode, container=effective.settings.run.env.container)
-    if dry_run or profile.dry_run:
-        _show_plan(effective, "", script)
-        return
-    job = submit(script)
-    _hand_over(job, mode, Path(f"{profile.job_name or 'nemotron-eval'}-{job}.log"))
+
+def budget(family: str, config: list[str], overrides: list[str], *, dry_run: bool = False, run: str = "", batch: str = "", whole: bool = False, as_json: bool = False) -> None:
+    """Run the budget stage, here or in a job."""
+    from nemotron_nb.ops.rollouts import budget_run
+
+    profile, mode = _place(run, batch)
+    budget_run(family, config, overrides, dry_run, profile, mode, _typed(), show=partial(_show_plan, whole=whole, as_json=as_json))
+
 
 # %% ../../nbs/ops/33_cli.ipynb #ebf9eeda
 def import_artifact(family: str, kind: str, stage: str, path: Path, name: str, about: dict[str, Any]) -> None:
@@ -402,6 +356,7 @@ EXAMPLES = {
     "prep": "Examples:\n\n  nemotron {f} data prep sft -c tiny\n\n  nemotron {f} data prep sft path=chats.jsonl --sample 100\n\n  nemotron {f} data prep sft --run CLUSTER --force",
     "sft": "Examples:\n\n  nemotron {f} sft -c tiny\n\n  nemotron {f} sft -c tiny -c mine.yaml\n\n  nemotron {f} sft -c tiny train.train_iters=5000 optimizer.lr=1e-5 checkpoint.save_interval=100\n\n  nemotron {f} sft -c tiny --run CLUSTER --dry-run\n\n  nemotron {f} sft --batch CLUSTER --peft lora data.path=chats.jsonl\n\n  nemotron {f} sft --resume output/{f}/sft/RUN",
     "eval": "Examples:\n\n  nemotron {f} eval -c tiny\n\n  nemotron {f} eval --run CLUSTER",
+    "budget": "Examples:\n\n  nemotron {f} budget -c tiny model=output/{f}/sft/RUN\n\n  nemotron {f} budget --batch CLUSTER --dry-run",
     "data import": "Example:\n\n  nemotron {f} data import sft prepared/ -n my-data",
     "model import": "Examples:\n\n  nemotron {f} model import pretrain checkpoints/base --step 100000\n\n  nemotron {f} model import sft output/{f}/sft/RUN/model",
 }
@@ -490,15 +445,13 @@ def _family_app(family: str, model: str) -> typer.Typer:
 
     if family == "super3":
 
-        @commands.command("budget", help="The semi-on-policy stage: rollouts of a model, some thoughts cut to a budget, a short fine-tuning on them.", epilog="Example:\n\n  nemotron super3 budget -c tiny model=output/super3/sft/RUN")
-        def _budget(overrides: Overrides = None, config: Config = ["default"]) -> None:
-            from nemotron_nb.ops.rollouts import budget_run
-
-            budget_run(family, config, overrides or [])
+        @commands.command("budget", help="The semi-on-policy stage: rollouts of a model, some thoughts cut to a budget, a short fine-tuning on them.", epilog=EXAMPLES["budget"].format(f=family))
+        def _budget(overrides: Overrides = None, config: Config = ["default"], dry_run: DryRun = False, run: Run = "", batch: Batch = "", whole: All = False, as_json: AsJson = False) -> None:
+            budget(family, config, overrides or [], dry_run=dry_run, run=run, batch=batch, whole=whole, as_json=as_json)
 
     @commands.command("eval", help="Compare a model with what it began from: held-out loss, form of its answers in each reasoning mode, pass@1 on questions.", epilog=EXAMPLES["eval"].format(f=family))
-    def _eval(overrides: Overrides = None, config: Config = ["default"], dry_run: DryRun = False, run: Run = "", batch: Batch = "") -> None:
-        evaluation(family, config, overrides or [], dry_run=dry_run, run=run, batch=batch)
+    def _eval(overrides: Overrides = None, config: Config = ["default"], dry_run: DryRun = False, run: Run = "", batch: Batch = "", whole: All = False, as_json: AsJson = False) -> None:
+        evaluation(family, config, overrides or [], dry_run=dry_run, run=run, batch=batch, whole=whole, as_json=as_json)
 
     return commands
 

@@ -10,6 +10,7 @@ from nemotron_nb.core import write_json
 from nemotron_nb.ops.run_folder import begin_attempt, set_status
 
 folder, said = Path(run_dir), dict(o.split("=", 1) for o in overrides)
+print("preparing", flush=True)
 time.sleep(float(said.get("prepare", 0)))
 if not folder.is_dir():
     folder.mkdir()

@@ -90,7 +90,7 @@ def test_a_run_that_ends_well_and_arguments_as_they_were_given(cluster, start, c
     started = start(*odd)
     assert follow(started.id, started.run / "slurm.log", 0.2) == 0
     said = capsys.readouterr().out
-    assert "COMPLETED, exit code 0" in said and "step 5" in said and "attempt 1 of job" in said
+    assert "COMPLETED, exit code 0" in said and "step 5" in said and "attempt 1 of job" in said and "Executing" not in said
     assert json.loads((started.run / "given-0.json").read_text())["overrides"] == odd
     assert started.steps() == [1, 2, 3, 4, 5] and read_status(started.run)["state"] == "done"
     assert started.notebooks() == ["notebook.ipynb"] and not list(started.run.parent.glob(".*.ipynb")) and not list(Path.cwd().glob("hurt"))
@@ -173,7 +173,7 @@ def test_asked_to_stop_while_data_is_prepared_it_begins_again(cluster, tmp_path,
     text = render("sft", PROFILE, ["nano3", "conf/my tiny.yaml", "prepare=3", "steps=2"])
     number = submit(elsewhere(text, checkout(tmp_path / "root")))
     log = tmp_path / f"nemotron-sft-{number}.log"
-    cluster.wait_for(lambda: log.exists() and "Executing" in log.read_text(), 150, "the first cell")
+    cluster.wait_for(lambda: log.exists() and "preparing" in log.read_text(), 150, "the first cell")
     time.sleep(1.0)
     cluster.run("scancel", "--batch", "--signal=USR1", number)
     cluster.wait_for(lambda: job(number).ended, 150, "the end")

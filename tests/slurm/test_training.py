@@ -67,6 +67,7 @@ def others(place, whole):
     """Two jobs of one process, begun here and waited for where they are needed: one submitted as by hand, without a run folder, and one that must fail."""
     with contextlib.chdir(place):
         alone = submit(render("sft", Profile("one", nodes=1, gpus_per_node=0, exclusive=False, mem="2G", time="20"), ["nano3", "tiny", *SETTINGS]))
+    (place / "nowhere").mkdir()  # a folder without a checkpoint: what can be seen here is refused here
     failing = begun("nano3", "sft", "-c", "tiny", "--run", "local-slurm", *SETTINGS, "checkpoint.load=nowhere", "run.nodes=1", "run.nproc_per_node=1", cwd=place)
     yield {"alone": alone, "failing": failing}
     failing.kill()
@@ -104,8 +105,9 @@ def test_two_nodes_of_two_processes_from_papermill_to_a_report(whole):
 
 def test_attached_the_log_is_shown_while_it_grows(whole):
     said = whole[1]
-    assert "attempt 1 of job" in said and "Executing Cell" in said
-    assert said.index("RUNNING on n[1-2]") < said.index("Executing Cell")
+    assert "attempt 1 of job" in said and f"step {STEPS:>5} of {STEPS}" in said and "The run is complete." in said
+    assert said.index("RUNNING on n[1-2]") < said.index(f"step     1 of {STEPS}")
+    assert "Executing" not in said and "Cell" not in said and "papermill" not in said, said
 
 
 def test_detached_the_command_returns_at_once(pieces):
