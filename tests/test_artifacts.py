@@ -1,6 +1,7 @@
 """Does the register lose, mix up or believe anything, whoever writes at once, is killed, or tampers?"""
 
 import errno
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -292,7 +293,7 @@ def no_locks(*_):
 def write_some(root, number, start, locks):
     """One of twenty: three artifacts of its own, and one that all of them write."""
     if not locks:
-        artifacts.fcntl.flock = no_locks
+        fcntl.flock = no_locks
     store = Store(root / "register")
     start.wait()
     for k in range(3):
