@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILE_REJECTS', 'MAX_DEPTH', 'UNIT_BYTES', 'MAX_LINE_BYTES', 'MAX_BLANK_LINES', 'Reason', 'Reject', 'BadJson',
-           'parse_json', 'Unit', 'file_format', 'open_chats', 'units', 'read_unit']
+           'parse_json', 'Unit', 'file_format', 'open_chats', 'holds_nothing', 'units', 'read_unit']
 
 # %% ../../nbs/data/00a_files.ipynb #26f9aec1
 import codecs
@@ -191,17 +191,23 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-def _probe(groups: pq.ParquetFile, start: int, end: int) -> None:
-    """Raise for row groups whose entry in the footer is damaged. Asked for such an entry directly, Arrow ends the process; its reader raises."""
-    for group in range(start, end):
-        next(groups.iter_batches(1, row_groups=[group], use_threads=False), None)
+def _readable(groups: pq.ParquetFile, start: int, end: int) -> bool:
+    """Can these row groups be begun? Asked for a damaged entry of the footer directly, Arrow ends the process; its reader raises."""
+    try:
+        for group in range(start, end):
+            next(groups.iter_batches(1, row_groups=[group], use_threads=False), None)
+    except _BROKEN:
+        return False
+    return True
 
 
 def _group_digest(file: BinaryIO, start: int, end: int) -> str:
-    """SHA-256 of the row groups `start` to `end` and of the footer."""
+    """SHA-256 of the row groups `start` to `end` and of the footer; of the whole file where it is damaged there."""
     reader = pq.ParquetFile(file)
     groups = reader.metadata
-    _probe(reader, start, end)
+    if not _readable(reader, start, end):
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
     file.seek(-8, os.SEEK_END)
     footer = int.from_bytes(file.read(4), "little") + 8
     content = hashlib.sha256()
@@ -222,6 +228,8 @@ def _parquet_units(file: BinaryIO, path: str, unit_bytes: int) -> Iterator[Unit]
     """Ranges of row groups of at least `unit_bytes` bytes before compression."""
     groups, size = pq.read_metadata(file), os.fstat(file.fileno()).st_size
     start = held = row = 0
+    if not groups.num_rows:
+        return
     for end in range(1, groups.num_row_groups + 1):
         held += groups.row_group(end - 1).total_byte_size
         if held >= unit_bytes or end == groups.num_row_groups:
@@ -408,6 +416,16 @@ def _cut(file: BinaryIO, path: str, kind: str, unit_bytes: int) -> list[Unit]:
             raise UserError("the file holds no rows", where=path, why="there is nothing to train on", fix="give a file with chats, or remove this one")
         return pieces
     return [Unit(path, kind, 0, 0, 1, hashlib.file_digest(file, "sha256").hexdigest(), os.fstat(file.fileno()).st_size)]
+
+
+def holds_nothing(
+    path: str | Path,
+) -> bool:
+    """Is the file of no bytes, or a Parquet file of no rows? Beside others such a file may be passed over."""
+    try:
+        return os.path.getsize(path) == 0 or str(path).endswith(".parquet") and pq.read_metadata(path).num_rows == 0
+    except _BROKEN:
+        return False
 
 
 def units(

@@ -31,7 +31,7 @@ from ..core import UserError, digest, locked, nearest, publish, sweep, temporary
 from .blend import SPLITS, Blend, Dataset, blend_of_path, draw, resolve
 from .compat import shard_plan, split_shards
 from .encoder import TIERS
-from .files import Reject, Unit, units
+from .files import Reject, Unit, holds_nothing, units
 from .filters import FilterPolicy
 from .jinja_template import Template, chat_template
 from .mask import LOSS_MODES
@@ -199,7 +199,7 @@ def _source(part: str, dataset: Dataset, downloads: Path) -> Source:
     """The files of a dataset and their units."""
     files = [str(p) for p in resolve(dataset, downloads)]
     stats = [os.stat(f) for f in files]
-    kept = [u for f, s in zip(files, stats) if s.st_size or len(files) == 1 for u in _units(f, s.st_size, s.st_mtime_ns)]
+    kept = [u for f, s in zip(files, stats) if len(files) == 1 or not holds_nothing(f) for u in _units(f, s.st_size, s.st_mtime_ns)]
     return Source(part, dataset, tuple(files), tuple(kept))
 
 
