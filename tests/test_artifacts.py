@@ -356,6 +356,7 @@ def test_killed_at_any_moment_nothing_half_is_seen(tmp_path):
         seen.add(len(store.list()))
         assert store.get("m").version in ("v1", "v2")
         assert store.log("m", "model", tmp_path / "new", {"n": 1}).version == "v2" == store.get("m").version
+        assert not list((tmp_path / "register" / "m").glob(".*.tmp")), "the next writer removes what the killed one left"
         if child.exitcode == 0:
             break
         assert child.exitcode == 9
