@@ -879,7 +879,7 @@ _MACHINE: Mapping[int, tuple[str, str]] = {
     errno.EACCES: ("no permission to write here", _PLACE),
     errno.EPERM: ("no permission to write here", _PLACE),
     errno.ENOTDIR: ("a part of the path is a file", "give another output_dir"),
-    errno.EEXIST: ("is a file, where a folder belongs", "give another output_dir"),
+    errno.EEXIST: ("is a file or a link that leads nowhere, and a folder belongs there", "give another output_dir"),
     errno.ELOOP: ("the path goes through a link that leads back to itself", "give another output_dir, or mend the link"),
     errno.ENAMETOOLONG: ("the path is longer than the file system allows", "give a shorter output_dir or cache_dir, and shorter names of datasets"),
     errno.EMFILE: ("this process may not open more files", "raise the limit (ulimit -n), or give fewer workers"),
