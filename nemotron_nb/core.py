@@ -4,21 +4,29 @@
 
 # %% auto #0
 __all__ = ['T', 'YAML_CHARACTERS', 'YAML_NODES', 'YAML_DEPTH', 'UserError', 'nearest', 'from_mapping', 'expect', 'check_yaml',
-           'write_atomic', 'write_json', 'new_folder', 'digest', 'file_digest']
+           'temporary_name', 'abandoned', 'sweep', 'write_atomic', 'write_json', 'publish', 'new_folder', 'locked',
+           'digest', 'file_digest']
 
 # %% ../nbs/00_core.ipynb #6d351b78
 import dataclasses
 import difflib
+import errno
+import fcntl
+import functools
 import hashlib
 import json
 import os
+import platform
+import re
+import secrets
 import shutil
+import time
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 # %% ../nbs/00_core.ipynb #20777189
 class UserError(ValueError):
@@ -169,6 +177,67 @@ def _too_much(where: str, what: str) -> UserError:
     """The error for YAML that is no file of settings."""
     return UserError(what, where=where, why="it would take the memory of the machine, or never end", fix="write the values out, and only those that are needed")
 
+# %% ../nbs/00_core.ipynb #c0a1
+@functools.cache
+def _process_space() -> str:
+    """Eight digits for the processes among which a process number means one of them: of one boot, in one container."""
+    facts = [platform.node()]
+    for read in (lambda: Path("/proc/sys/kernel/random/boot_id").read_text(), lambda: str(os.stat("/proc/self/ns/pid").st_ino)):
+        try:
+            facts.append(read())
+        except OSError:  # not Linux
+            facts.append("")
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
+
+
+def temporary_name(
+    path: str | os.PathLike,  # what will be renamed to
+) -> Path:
+    """A hidden name beside `path` that no other process has, on no machine. The beginning of a long name is kept."""
+    path = Path(path)
+    return path.with_name(f".{path.name[:40]}.{_process_space()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+# %% ../nbs/00_core.ipynb #c0a3
+_TEMPORARY = re.compile(r"\..*\.([0-9a-f]{8})-([0-9]+)-[0-9a-f]{8}\.tmp", re.DOTALL)
+_ABANDONED_SECONDS = 86_400  # of no change, after which a temporary file of an unknown process belongs to nobody
+
+
+def _lives(pid: int) -> bool:
+    """Is there a process of this number?"""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def abandoned(
+    path: Path,  # a temporary file or folder
+) -> bool:
+    """Has the process that gave this name ended? Where that cannot be known: did nothing change there for a day?"""
+    named = _TEMPORARY.fullmatch(path.name)
+    if named and named[1] == _process_space():
+        return not _lives(int(named[2]))
+    try:
+        inside = list(path.iterdir()) if path.is_dir() else []
+        return time.time() - max(p.lstat().st_mtime for p in [path, *inside]) > _ABANDONED_SECONDS
+    except OSError:  # somebody removes it now
+        return False
+
+
+def sweep(
+    folder: Path,
+    pattern: str = ".*.tmp",  # a glob of temporary names below the folder
+) -> None:
+    """Remove what killed processes left under temporary names. What a living process writes stays."""
+    for path in filter(abandoned, list(folder.glob(pattern))):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
 # %% ../nbs/00_core.ipynb #3d0bd793
 def write_atomic(
     path: str | os.PathLike,
@@ -177,7 +246,7 @@ def write_atomic(
     """Write a file under a temporary name beside its place, flush it, then rename it into place."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as f:
             f.write(data.encode() if isinstance(data, str) else data)
@@ -194,20 +263,85 @@ def write_json(path: str | os.PathLike, value: Any) -> Path:
     return write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 # %% ../nbs/00_core.ipynb #3f66718e
+def publish(
+    finished: Path,  # a folder under a temporary name
+    path: Path,  # where it belongs
+) -> bool:
+    """Rename a finished folder into place. False where another process has put its own there first; it is left alone."""
+    try:
+        os.rename(finished, path)
+    except OSError as e:
+        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) or not os.path.lexists(path):
+            raise
+        return False
+    return True
+
+
+def _taken(path: Path) -> UserError:
+    """The error for a result that would be overwritten."""
+    fix = "give another folder, or remove this one"
+    return UserError("the folder exists already", where=str(path), why="results are never overwritten", fix=fix)
+
+
 @contextmanager
-def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+def new_folder(
+    path: str | os.PathLike,
+    same_content: bool = False,  # does the name say what is in it? Then a folder that another process made is as good
+) -> Iterator[Path]:
     """Give a temporary folder to fill; it becomes `path` only if the block ends well. `path` must not exist yet."""
     path = Path(path)
-    if path.exists():
-        raise UserError("the folder exists already", where=str(path), why="results are never overwritten", fix="give another folder, or remove this one")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    if path.exists() and not same_content:
+        raise _taken(path)
+    temporary = temporary_name(path)
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        os.replace(temporary, path)
+        if not publish(temporary, path) and not same_content:
+            raise _taken(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+# %% ../nbs/00_core.ipynb #c0b4
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+def _try_lock(file: BinaryIO) -> bool:
+    """Take the lock of an open file, if nobody else has it. A disk without locks gives it to everybody."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as e:
+        if e.errno not in _NO_LOCKS:
+            raise
+    return True
+
+
+def _is_still(file: BinaryIO, path: Path) -> bool:
+    """Is the open file still the one of that name? Its folder may have been removed meanwhile."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except OSError:
+        return False
+
+
+@contextmanager
+def locked(
+    path: str | os.PathLike,  # the lock file; made with its folder
+    patience: float = 0.0,  # seconds to wait for another holder
+) -> Iterator[BinaryIO | None]:
+    """Hold a lock file while the block runs, and give it, open for writing. None if another process holds it for longer."""
+    path, end = Path(path), time.monotonic() + patience
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab") as file:
+            got = _try_lock(file)
+            if got and _is_still(file, path) or not got and time.monotonic() >= end:
+                yield file if got else None
+                return
+        if not got:
+            time.sleep(0.01)
 
 # %% ../nbs/00_core.ipynb #62607306
 def digest(

@@ -1,6 +1,7 @@
 """Does the register lose, mix up or believe anything, whoever writes at once, is killed, or tampers?"""
 
 import errno
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -292,7 +293,7 @@ def no_locks(*_):
 def write_some(root, number, start, locks):
     """One of twenty: three artifacts of its own, and one that all of them write."""
     if not locks:
-        artifacts.fcntl.flock = no_locks
+        fcntl.flock = no_locks
     store = Store(root / "register")
     start.wait()
     for k in range(3):
@@ -355,6 +356,7 @@ def test_killed_at_any_moment_nothing_half_is_seen(tmp_path):
         seen.add(len(store.list()))
         assert store.get("m").version in ("v1", "v2")
         assert store.log("m", "model", tmp_path / "new", {"n": 1}).version == "v2" == store.get("m").version
+        assert not list((tmp_path / "register" / "m").glob(".*.tmp")), "the next writer removes what the killed one left"
         if child.exitcode == 0:
             break
         assert child.exitcode == 9

@@ -1,12 +1,15 @@
 """Files of every kind, cut into units and read: the same rows however they are stored and cut, and one reject for one bad row."""
 
+import datetime
 import gzip
 import hashlib
 import json
 import os
 import random
+import subprocess
 import sys
 import tempfile
+import time
 import tracemalloc
 
 import pyarrow as pa
@@ -406,6 +409,115 @@ def test_zst_without_its_package_names_the_extra(tmp_path, monkeypatch):
     path = written(tmp_path, zst(LINES), "rows.jsonl.zst")
     monkeypatch.setitem(sys.modules, "zstandard", None)
     with pytest.raises(UserError, match="fast"):
+        read(path)
+
+
+# ---- columns: the same rules, and no trust in a table
+
+
+def table_of(folder, name, columns):
+    """One table as a Parquet or an Arrow file."""
+    table = pa.table(columns) if isinstance(columns, dict) else columns
+    if name.endswith("parquet"):
+        pq.write_table(table, folder / name)
+    else:
+        with pa.OSFile(str(folder / name), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    return folder / name
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow"])
+def test_a_column_says_no_more_than_json_can(tmp_path, name):
+    """NaN and Infinity cost their row, a null does not; a time out of range costs its row; a doubled name costs all."""
+    rows = read(table_of(tmp_path, name, {"n": [1, 2, 3, 4], "deep": [[{"x": 0.5}], [{"x": float("nan")}], [{"x": None}], [{"x": float("-inf")}]]}))
+    assert [getattr(v, "reason", v) for _, v in rows] == [{"n": 1, "deep": [{"x": 0.5}]}, "not_json", {"n": 3, "deep": [{}]}, "not_json"]
+    assert "nan" in rows[1][1].detail
+    taken = [v for u in units(tmp_path / name) for _, v in read_unit(u, parse=json.loads)]
+    assert not any(isinstance(v, Reject) for v in taken), "a parser of one's own takes NaN, in a text and in a column"
+    late = table_of(tmp_path, name, {"at": pa.array([0, 1 << 62], pa.duration("s")), "n": [1, 2]})
+    assert [v.reason if isinstance(v, Reject) else v["n"] for _, v in read(late)] == [1, "bad_value"]
+    twice = pa.Table.from_arrays([pa.array([1, 2]), pa.array([3, 4])], names=["n", "n"])
+    assert reasons(read(table_of(tmp_path, "twice.arrow", twice))) == ["duplicate_key"] * 2
+
+
+def test_a_table_without_rows(tmp_path):
+    with pytest.raises(UserError, match="holds no rows"):
+        units(table_of(tmp_path, "none.parquet", {"n": pa.array([], pa.int64())}))
+
+
+FUZZ = """
+import random, sys
+from pathlib import Path
+from nemotron_nb.core import UserError
+from nemotron_nb.data.files import read_unit, units
+good = Path(sys.argv[1])
+for seed in range(200):
+    rng, data = random.Random(seed), bytearray(good.read_bytes())
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path = good.with_name(f"flipped{good.suffix}")
+    path.write_bytes(data)
+    print(seed, flush=True)
+    try:
+        assert sum(1 for unit in units(path, 1000) for _ in read_unit(unit)) < 1000
+    except UserError as error:
+        assert str(path) in str(error)
+"""
+
+
+@pytest.mark.parametrize("name", ["rows.arrow", "rows.parquet"])
+def test_flipped_bits_end_in_words(tmp_path, name):
+    """200 seeds: the process lives, nothing but `UserError` leaves, and all of it takes seconds."""
+    rows = [{"messages": [{"role": "user", "content": "q" * (i % 7)}], "took": datetime.timedelta(seconds=i), "score": i / 3, "tag": "xyz"[i % 3]} for i in range(40)]
+    table = pa.Table.from_pylist(rows)
+    table = table.set_column(3, "tag", table["tag"].dictionary_encode())
+    if name.endswith("parquet"):
+        pq.write_table(table, tmp_path / name, row_group_size=20, compression="none")
+    else:
+        table_of(tmp_path, name, table)
+    done = subprocess.run([sys.executable, "-c", FUZZ, str(tmp_path / name)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"after seed {done.stdout.split()[-1:]}: {done.stderr[-2000:]}"
+
+
+def test_an_offset_that_leads_outside_names_file_and_batch(tmp_path):
+    """Without validation this one ends the process with signal 11, or reads what lies in memory behind the file."""
+    path = table_of(tmp_path, "rows.arrow", {"text": ["abc", "def"], "n": [1, 2]})
+    data = path.read_bytes()
+    offsets = b"".join(i.to_bytes(4, "little") for i in (0, 3, 6))
+    assert data.count(offsets) == 1
+    path.write_bytes(data.replace(offsets, b"".join(i.to_bytes(4, "little") for i in (0, 3, 1 << 30))))
+    [(row, reject)] = read(path)
+    assert (row, reject.reason, reject.source) == (1, "damaged_file", str(path)) and "record batch" in reject.detail
+
+
+# ---- nothing without end
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.json.gz", "rows.gz"])
+def test_blank_lines_without_end(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(files, "MAX_BLANK_LINES", 1000)
+    blank = b"\n" * (5 << 20)
+    path = written(tmp_path, gzip.compress(b'{"n": 1}\n' + blank + b'{"n": 2}\n'), name)
+    begun = time.monotonic()
+    rows = read(path, max_line_bytes=1 << 20)
+    assert [getattr(v, "reason", v) for _, v in rows] == [{"n": 1}, "blank_lines"] and time.monotonic() - begun < 5
+    few = written(tmp_path, gzip.compress(b'{"n": 1}\n' + blank[:1000] + b'{"n": 2}\n'), name)
+    assert values(few) == [{"n": 1}, {"n": 2}]
+
+
+def test_a_reader_tells_how_far_it_is(tmp_path):
+    for path in (written(tmp_path, gzip.compress(LINES), "rows.jsonl.gz"), written(tmp_path, LINES), table_of(tmp_path, "rows.parquet", {"n": list(range(10))}), table_of(tmp_path, "rows.arrow", {"n": [1]})):
+        told = []
+        assert all(list(read_unit(unit, told=told.append)) for unit in units(path))
+        assert sum(told) == os.path.getsize(path), path
+
+
+def test_a_wide_window_is_named(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    parameters = zstandard.ZstdCompressionParameters(window_log=30)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    path = written(tmp_path, packer.compress(LINES) + packer.flush(), "rows.jsonl.zst")
+    with pytest.raises(UserError, match="--long"):
         read(path)
 
 

@@ -1,9 +1,12 @@
 """Preparation: exact books, stable splits, the same bytes twice, and one clear error for each bad input."""
 
 import errno
+import fcntl
 import json
+import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -12,9 +15,11 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from nemotron_nb.core import UserError
+from nemotron_nb.core import UserError, temporary_name
 from nemotron_nb.data.mask import training_sequences
 from nemotron_nb.data.pack import roll_mask
 from nemotron_nb.data import prep
@@ -454,3 +459,124 @@ def test_an_edited_list_of_the_filters_is_never_stale(tmp_path):
     assert keys[0] != keys[1]
     with pytest.raises(UserError, match="other settings"):
         prepare(PrepConfig(path=source, output_dir=str(tmp_path / "out")))
+
+
+# ---- several preparations at once, small limits, odd paths
+
+FORK = multiprocessing.get_context("fork")
+
+
+def prepare_at(start, config, results, force=False):
+    """Prepare when everybody is ready; put the outcome into a file."""
+    start.wait()
+    try:
+        results.put((config.output_dir, prepare(config, force=force)["key"]))
+    except Exception as error:
+        results.put((config.output_dir, f"{type(error).__name__}: {error}"))
+
+
+def at_once(configs, force=()):
+    """What becomes of several preparations that begin at the same moment, in processes of their own."""
+    start, results = FORK.Barrier(len(configs)), FORK.Queue()
+    jobs = [FORK.Process(target=prepare_at, args=(start, c, results, i in force)) for i, c in enumerate(configs)]
+    for job in jobs:
+        job.start()
+    said = [results.get(timeout=120) for _ in jobs]
+    for job in jobs:
+        job.join(60)
+    return said
+
+
+def test_six_at_once_share_a_cache_and_a_folder(tmp_path, small_units):
+    """Three ask for the same in one folder (one of them by force), three for other pack sizes; all of them share the cache."""
+    source = write(tmp_path / "chats.jsonl", *chats(300))
+    config = lambda name, size: PrepConfig(path=source, output_dir=str(tmp_path / name), cache_dir=str(tmp_path / "cache"), pack_size=size, workers=1)
+    configs = [config("same", 256)] * 3 + [config(f"other{size}", size) for size in (128, 192, 320)]
+    said = at_once(configs, force=(2,))
+    assert [text for _, text in said if not re.fullmatch("[0-9a-f]{16}", text)] == []
+    assert len({key for folder, key in said if folder == str(tmp_path / "same")}) == 1
+    alone = PrepConfig(path=source, output_dir=str(tmp_path / "alone"), pack_size=256, workers=1)
+    prepare(alone)
+    packs = lambda folder: {name: data for name, data in files_of(folder).items() if name.startswith("splits")}
+    assert packs(tmp_path / "same") == packs(tmp_path / "alone")
+    assert not [p for p in tmp_path.rglob("*.tmp")]
+
+
+def test_a_disk_without_locks(tmp_path, small_units, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    source = write(tmp_path / "chats.jsonl", *chats(100))
+    said = at_once([PrepConfig(path=source, output_dir=str(tmp_path / f"out{n}"), cache_dir=str(tmp_path / "cache"), workers=1) for n in range(3)])
+    assert len({key for _, key in said}) == 1 and said[0][1] == Manifest.load(tmp_path / "out0")["key"]
+
+
+def test_leftovers_are_swept_where_the_cache_is_and_a_living_owner_keeps_his(tmp_path):
+    config = PrepConfig(path=write(tmp_path / "chats.jsonl", *chats(5)), output_dir=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"), workers=1)
+    unit = next(tmp_path.glob("cache/*/datasets/*/*"), None) if prepare(config) else None
+    living = temporary_name(unit)
+    dead = living.with_name(living.name.replace(f"-{os.getpid()}-", "-999999999-"))
+    living.mkdir(), dead.mkdir()
+    prepare(PrepConfig(**vars(config) | {"pack_size": 512}), force=True)
+    assert living.exists() and not dead.exists()
+
+
+LIMITED = """
+import resource, sys
+from nemotron_nb.core import UserError
+from nemotron_nb.data import prep
+prep.UNIT_BYTES = 1
+config = prep.PrepConfig(path=sys.argv[1], output_dir=sys.argv[2], workers=1)
+resource.setrlimit(getattr(resource, sys.argv[3]), (int(sys.argv[4]), resource.getrlimit(getattr(resource, sys.argv[3]))[1]))
+try:
+    print(prep.prepare(config)["rows"])
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("limit", "value", "says"), [("RLIMIT_NOFILE", 64, "150"), ("RLIMIT_FSIZE", 20_000, "ulimit -f"), ("RLIMIT_NOFILE", 4, "ulimit -n")])
+def test_a_process_with_small_limits(tmp_path, limit, value, says):
+    """150 units and 64 open files: open files do not grow with the data. Where a limit is too small, a sentence names it."""
+    source = write(tmp_path / "chats.jsonl", *chats(150))
+    done = subprocess.run([sys.executable, "-c", LIMITED, source, str(tmp_path / "out"), limit, str(value)], capture_output=True, text=True, timeout=120)
+    assert says in done.stdout and "Traceback" not in done.stderr, done.stderr[-2000:]
+
+
+def test_an_output_folder_that_is_none(tmp_path):
+    source = write(tmp_path / "chats.jsonl", *chats(5))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for place, says in (("file", "is a file"), ("loop", "a link that leads nowhere"), ("x" * 300, "longer than the file system allows")):
+        with pytest.raises(UserError, match=says):
+            prepare(PrepConfig(path=source, output_dir=str(tmp_path / place), cache_dir=str(tmp_path / "cache"), workers=1))
+
+
+def test_a_path_may_be_a_folder_a_glob_or_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "many").mkdir()
+    write(tmp_path / "many" / "a.jsonl", *chats(3))
+    write(tmp_path / "many" / "[b].jsonl", *chats(7)[3:])
+    (tmp_path / "many" / "empty.jsonl").write_text("")
+    rows = lambda path: prepare(PrepConfig(path=path, output_dir=str(tmp_path / f"out{len(list(tmp_path.iterdir()))}"), workers=1))
+    many = rows("~/many")
+    assert many["rows"] == 7 and any("1 files hold no row: empty.jsonl" in w for w in many["warnings"])
+    assert rows(f"{tmp_path}/many/?.jsonl")["rows"] == 3
+    assert rows("~/many/[b].jsonl")["rows"] == 4
+    with pytest.raises(UserError, match="can be read only once"):
+        rows("-")
+
+
+def test_a_folder_of_save_to_disk(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(chats(12)).save_to_disk(str(tmp_path / "hf_ds"))
+    (tmp_path / "hf_ds" / "cache-0123456789abcdef.arrow").write_bytes((tmp_path / "hf_ds" / "data-00000-of-00001.arrow").read_bytes())
+    manifest = prepare(PrepConfig(path=str(tmp_path / "hf_ds"), output_dir=str(tmp_path / "out"), workers=1))
+    assert (manifest["rows"], manifest["accepted"], manifest["rejects"]) == (12, 12, {})
+
+
+def test_a_table_without_rows_ends_in_words(tmp_path):
+    pq.write_table(pa.table({"messages": pa.array([], pa.string())}), tmp_path / "none.parquet")
+    with pytest.raises(UserError, match="holds no rows"):
+        prepare(PrepConfig(path=str(tmp_path / "none.parquet"), output_dir=str(tmp_path / "out")))

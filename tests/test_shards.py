@@ -1,5 +1,6 @@
 """Shards: what is written is what packs say, in bounded groups, the same bytes twice; what is damaged or hostile is refused by name."""
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron_nb.core import UserError
+from nemotron_nb.data import shards
 from nemotron_nb.data.pack import Packing, aligned, alignment, fitted, make_pack, pack
 from nemotron_nb.data.shards import REFERENCE_LAYOUT, PackReader, Sequences, read_npy, read_packs, row_groups, write_npy, write_shard
 
@@ -341,3 +343,46 @@ def test_alignment_for_context_parallel_ranks_reaches_the_file(tmp_path):
     packs = read_packs(tmp_path)
     assert {(b - a - 1) % 8 for p in packs for a, b in p.spans} == {0} and max(map(len, packs)) <= 512
     assert sum(map(len, packs)) == stored.sum() and len(Packing.from_bins([])) == 0
+
+
+# Data that is prepared anew under a reader
+
+
+def two_preparations(folder, monkeypatch):
+    """A split with a manifest above it, a reader that has read its first group, and a function that replaces both."""
+    def put(key, tokens):
+        packs = [np.array(tokens, np.int32)] * 3
+        sequences = Sequences(np.concatenate(packs), np.ones(3 * len(tokens), np.uint8), np.arange(4) * len(tokens), np.zeros(3, np.int32), ["a"], ["s"])
+        write_shard(folder / "splits" / "train" / "shard_000000.parquet", sequences, pack(sequences.lengths, len(tokens), "first_fit_decreasing"), row_group_tokens=1)
+        (folder / "manifest.json").write_text(json.dumps({"key": key}))
+
+    put("one", [5, 6, 7])
+    reader = PackReader(folder / "splits" / "train", keep=1)
+    assert reader[0].input_ids.tolist() == [5, 6, 7]
+    monkeypatch.setattr(shards, "_PATIENCE", 0.3)
+    return reader, put
+
+
+def test_the_same_data_prepared_again_is_read_on(tmp_path, monkeypatch):
+    reader, put = two_preparations(tmp_path, monkeypatch)
+    put("one", [5, 6, 7])
+    assert reader[1].input_ids.tolist() == reader[2].input_ids.tolist() == [5, 6, 7]
+
+
+@pytest.mark.parametrize("tokens", [[5, 6, 8], [5, 6, 7, 8]], ids=["same size", "other size"])
+def test_other_data_under_a_reader_is_called_that(tmp_path, monkeypatch, tokens):
+    reader, put = two_preparations(tmp_path, monkeypatch)
+    put("two", tokens)
+    with pytest.raises(UserError, match="replaced by others") as error:
+        reader[1]
+    assert "damaged" not in str(error.value) and "--force" in str(error.value)
+    (tmp_path / "splits" / "train" / "shard_000000.parquet").unlink()
+    with pytest.raises(UserError, match="was removed"):
+        reader[2]
+
+
+def test_a_token_outside_the_vocabulary(tmp_path, monkeypatch):
+    two_preparations(tmp_path, monkeypatch)
+    assert len(list(PackReader(tmp_path / "splits" / "train", vocab_size=8))) == 3
+    with pytest.raises(UserError, match="pack 0: a token id is not below 7, the size of the vocabulary"):
+        PackReader(tmp_path / "splits" / "train", vocab_size=7)[0]

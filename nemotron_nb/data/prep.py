@@ -10,12 +10,12 @@ __all__ = ['PASSTHROUGH', 'COMPAT', 'FORMATS', 'ON_BAD', 'UNIT_BYTES', 'Tokenize
 # %% ../../nbs/data/08c_prep.ipynb #b6e0397c
 import dataclasses
 import errno
-import fcntl
 import functools
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,11 +27,11 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..core import UserError, digest, nearest, write_atomic, write_json
-from .blend import SPLITS, Blend, Dataset, draw, resolve, single
+from ..core import UserError, digest, locked, nearest, publish, sweep, temporary_name, write_atomic, write_json
+from .blend import SPLITS, Blend, Dataset, blend_of_path, draw, resolve
 from .compat import shard_plan, split_shards
 from .encoder import TIERS
-from .files import Reject, Unit, open_chats, units
+from .files import Reject, Unit, holds_nothing, units
 from .filters import FilterPolicy
 from .jinja_template import Template, chat_template
 from .mask import LOSS_MODES
@@ -41,7 +41,7 @@ from .records import REPAIRS
 from .sample import sample_path
 from .shards import COMPRESSIONS, NPY_NAMES, REFERENCE_LAYOUT, Sequences, read_packs, write_npy, write_shard
 from .sources import read_blend
-from .spool import EXECUTORS, JudgeSection, Joined, Progress, RowSettings, Spooled, Task, code_digest, settings_digest, tokenize, worker_count
+from .spool import EXECUTORS, JudgeSection, Joined, OpenFiles, Progress, RowSettings, Spooled, Task, code_digest, settings_digest, tokenize, worker_count
 from .tokenizer import ChatTokenizer, load_tokenizer
 from ..viz import Picture, bars, joined, table, token_strip
 
@@ -63,7 +63,7 @@ class TokenizerSection:
 class PrepConfig:
     """Settings of a preparation."""
 
-    path: str = "sample"  # a file of chats, or "sample" for the chats that ship with the library; used where no blend is given
+    path: str = "sample"  # a file, a folder or a glob of files of chats, or "sample" for the chats that ship with the library; used where no blend is given
     blend_path: str = ""  # a JSON file that names datasets and their weights, or a YAML file with a `data:` section of NeMo RL
     blend_tokens: int = 0  # size of a weighted blend; 0: as many tokens as there are
     output_dir: str = "output/stage1_sft"
@@ -103,6 +103,8 @@ class PrepConfig:
     executor: str = "local"  # or ray: the same units on a Ray cluster
 
     def __post_init__(self) -> None:
+        for name in ("path", "blend_path", "output_dir", "cache_dir"):
+            object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         _check_ratios(self)
         limits = {"pack_size": 0, "sample": 1, "pad_to_multiple": 1, "num_shards": 0, "blend_tokens": 0, "workers": 0, "max_doc_tokens": 2, "parquet_row_group_tokens": 0}
         for name, least in limits.items():
@@ -131,7 +133,7 @@ class PrepConfig:
         """The datasets: those of the blend file, or the one file."""
         if self.blend_path:
             return read_blend(self.blend_path)
-        return single(open_chats(sample_path() if self.path == "sample" else self.path))
+        return blend_of_path(str(sample_path()) if self.path == "sample" else self.path)
 
 
 _CHOICES = {
@@ -198,7 +200,8 @@ def _source(part: str, dataset: Dataset, downloads: Path) -> Source:
     """The files of a dataset and their units."""
     files = [str(p) for p in resolve(dataset, downloads)]
     stats = [os.stat(f) for f in files]
-    return Source(part, dataset, tuple(files), tuple(u for f, s in zip(files, stats) for u in _units(f, s.st_size, s.st_mtime_ns)))
+    kept = [u for f, s in zip(files, stats) if len(files) == 1 or not holds_nothing(f) for u in _units(f, s.st_size, s.st_mtime_ns)]
+    return Source(part, dataset, tuple(files), tuple(kept))
 
 
 @dataclass(frozen=True)
@@ -336,6 +339,7 @@ class Ledger:
     truncated_sequences: int = 0
     truncated_tokens: int = 0
     dropped_tokens: int = 0
+    empty_files: list[str] = field(default_factory=list)  # files beside others that hold no row
 
     def add(self, record: Mapping[str, Any], accepted: int) -> None:
         """The record of one unit."""
@@ -350,7 +354,7 @@ class Ledger:
     def check(self, config: PrepConfig, where: str) -> None:
         """Raise `UserError` if there was nothing, or if too much of it cannot be used."""
         if not self.rows:
-            raise UserError("no chats: there are only blank lines", where=where, fix="give one chat a line (JSONL)")
+            raise UserError("no chats: there is no row, or there are only blank lines", where=where, why="there is nothing to train on", fix="give one chat a line (JSONL), or a table with rows")
         share = len(self.rejects) / self.rows
         allowed = config.max_bad_fraction if config.on_bad == "quarantine" else 0.0
         if share > allowed:
@@ -564,6 +568,8 @@ def _notes(values: Mapping[str, Any], ledger: Ledger) -> list[str]:
     notes += [f"{name}, {n} chats: {REPAIRS[name.partition(':')[0]]}" for name, n in sorted(ledger.repairs.items())]
     notes += [f"the template has no place for {part}: {n} chats" for part, n in sorted(ledger.unprinted.items())]
     notes += [f"reasoning control: {n} chats {action}, see changes.jsonl" for action, n in values["reasoning"].items()]
+    if ledger.empty_files:
+        notes.append(f"{len(ledger.empty_files)} files hold no row: {', '.join(Path(f).name for f in ledger.empty_files[:5])}")
     notes += [f"the {name} split is empty" for name, s in values["splits"].items() if not s["packs"]]
     return notes
 
@@ -691,10 +697,12 @@ def _page(built: Built) -> str:
 
 # %% ../../nbs/data/08c_prep.ipynb #a1fbbd40
 def _sequences(corpus: Corpus, sources: Sequence[Source]) -> Sequences:
-    """All sequences as one long array that stays on disk."""
+    """All sequences as one long array that stays on disk; a few of its files are open at a time."""
+    files = OpenFiles()
+    flat = [s.flat_files(files) for s in corpus.spools]
     return Sequences(
-        input_ids=Joined([s.tokens for s in corpus.spools], np.int32),
-        loss_mask=Joined([s.mask for s in corpus.spools], np.uint8),
+        input_ids=Joined([tokens for tokens, _ in flat], np.int32),
+        loss_mask=Joined([mask for _, mask in flat], np.uint8),
         offsets=np.concatenate([[0], np.cumsum(corpus.length_S)]),
         conversation=corpus.chat_S.astype(np.int32),
         conversation_ids=corpus.chat_ids,
@@ -772,35 +780,58 @@ def _is_own(name: str) -> bool:
     return name in _OWN or name.endswith("_metadata.jsonl")
 
 
+def _holder(folder: Path) -> str:
+    """The key of the preparation that holds the folder's lock; "" if it does not say."""
+    try:
+        return (folder / ".lock").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock while the block runs; another process that holds it is a `UserError`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError("another preparation is writing here", where=str(folder), fix="wait for it, or give another output_dir") from None
-        try:
-            yield
-        finally:
-            if [p.name for p in folder.iterdir()] == [".lock"]:
-                shutil.rmtree(folder)
+def _alone(folder: Path, key: str) -> Iterator[bool]:
+    """Hold the folder's lock while the block runs; gives whether another process was waited for, which prepares the same."""
+    waited, misses = False, 0
+    while True:
+        with locked(folder / ".lock", patience=0.2) as lock:
+            if lock is not None:
+                lock.truncate(0)
+                lock.write(key.encode())
+                lock.flush()
+                try:
+                    yield waited
+                finally:
+                    if [p.name for p in folder.iterdir()] == [".lock"]:
+                        shutil.rmtree(folder)
+                return
+        misses = 0 if _holder(folder) == key else misses + 1
+        if misses > 5:  # a holder who has just begun may not have written its key yet
+            raise UserError("another preparation is writing here", where=str(folder), fix="wait for it, or give another output_dir")
+        if not misses and not waited:
+            print(f"another process prepares the same data in {folder}; waiting for it", file=sys.stderr, flush=True)
+            waited = True
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what killed preparations left under temporary names."""
-    for path in [*folder.glob(".*.tmp"), *(folder / "runs").glob("*/datasets/*/.*.tmp")]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def _sweep(config: PrepConfig) -> None:
+    """Remove what killed preparations left under temporary names, in the folder and in the cache."""
+    sweep(Path(config.output_dir))
+    sweep(config.runs, "*/datasets/*/.*.tmp")
 
 
 def _put_in_place(new: Path, folder: Path) -> None:
     """Replace what a preparation wrote before by what was written now. A folder without a manifest is not finished."""
-    (folder / "manifest.json").unlink(missing_ok=True)
-    for old in [p for p in folder.iterdir() if _is_own(p.name)]:
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
-    for path in sorted(new.iterdir(), key=lambda p: (p.name == "manifest.json", p.name)):
-        os.replace(path, folder / path.name)
+    aside = temporary_name(folder / "old")
+    aside.mkdir()
+    try:
+        for old in sorted((p for p in folder.iterdir() if _is_own(p.name)), key=lambda p: p.name != "manifest.json"):
+            os.replace(old, aside / old.name)
+        for path in sorted(new.iterdir(), key=lambda p: (p.name == "manifest.json", p.name)):
+            if path.is_dir():  # on a disk without locks somebody else may have put the same there
+                publish(path, folder / path.name)
+            else:
+                os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _found(folder: Path, key: str) -> Manifest:
@@ -839,20 +870,33 @@ def _sampled(plan: Plan, rows: int) -> tuple[list[list[Task]], str]:
     return tasks, "; ".join(f"{n} times: {text}" if n > 1 else text for text, n in said.items())
 
 
-def _say(error: OSError, folder: Path) -> UserError | None:
-    """The errors of a disk as sentences; None for any other."""
-    sentences = {
-        errno.ENOSPC: ("the disk is full", "free some space, or give output_dir and cache_dir on another disk; what is finished is kept"),
-        errno.EDQUOT: ("the disk quota is used up", "free some space, or give output_dir and cache_dir on another disk; what is finished is kept"),
-        errno.EROFS: ("the file system is read-only", "give an output_dir that can be written"),
-        errno.EACCES: ("no permission to write here", "give an output_dir that can be written"),
-        errno.EPERM: ("no permission to write here", "give an output_dir that can be written"),
-        errno.ENOTDIR: ("a part of the path is a file", "give another output_dir"),
-    }
-    what = sentences.get(error.errno)
-    return UserError(what[0], where=str(error.filename or folder), fix=what[1]) if what else None
+# %% ../../nbs/data/08c_prep.ipynb #0c01
+_ROOM = "free some space, or give output_dir and cache_dir on another disk; what is finished is kept"
+_PLACE = "give an output_dir that can be written"
+_MACHINE: Mapping[int, tuple[str, str]] = {
+    errno.ENOSPC: ("the disk is full", _ROOM),
+    errno.EDQUOT: ("the disk quota is used up", _ROOM),
+    errno.EFBIG: ("a file would become larger than this process or the disk allows", "raise the limit (ulimit -f), or give output_dir on another disk"),
+    errno.EROFS: ("the file system is read-only", _PLACE),
+    errno.EACCES: ("no permission to write here", _PLACE),
+    errno.EPERM: ("no permission to write here", _PLACE),
+    errno.ENOTDIR: ("a part of the path is a file", "give another output_dir"),
+    errno.EEXIST: ("is a file or a link that leads nowhere, and a folder belongs there", "give another output_dir"),
+    errno.ELOOP: ("the path goes through a link that leads back to itself", "give another output_dir, or mend the link"),
+    errno.ENAMETOOLONG: ("the path is longer than the file system allows", "give a shorter output_dir or cache_dir, and shorter names of datasets"),
+    errno.EMFILE: ("this process may not open more files", "raise the limit (ulimit -n), or give fewer workers"),
+    errno.ENFILE: ("this machine has no more files to open", "end other programs, or try again later"),
+    errno.EAGAIN: ("this machine gives no further process", "give fewer workers, or raise the limit (ulimit -u)"),
+    errno.ENOMEM: ("there is not enough memory", "give fewer workers, or raise the limit (ulimit -v)"),
+}
 
 
+def _say(error: OSError | MemoryError, folder: Path) -> UserError | None:
+    """The errors of a machine as sentences; None for any other."""
+    what = _MACHINE.get(errno.ENOMEM if isinstance(error, MemoryError) else error.errno)
+    return UserError(what[0], where=str(getattr(error, "filename", None) or folder), fix=what[1]) if what else None
+
+# %% ../../nbs/data/08c_prep.ipynb #0c02
 def prepare(
     config: PrepConfig,
     force: bool = False,  # prepare again, in place of what is there
@@ -865,10 +909,12 @@ def prepare(
         if (folder / "manifest.json").exists() and not force:
             return _found(folder, plan.key)
         _refuse_foreign(folder)
-        with _alone(folder):
-            _sweep(folder)
+        with _alone(folder, plan.key) as waited:
+            if (folder / "manifest.json").exists() and (waited or not force):  # somebody else was first
+                return _found(folder, plan.key)
+            _sweep(config)
             return _prepare(plan, folder, progress)
-    except OSError as e:
+    except (OSError, MemoryError) as e:
         said = _say(e, folder)
         if said is None:
             raise
@@ -887,11 +933,23 @@ def _prepare(plan: Plan, folder: Path, progress: Progress) -> Manifest:
     ledger = Ledger()
     for part in (p for ps in spools for p in ps):
         ledger.add(part.record, len(part.lines))
+    if not config.sample:
+        ledger.empty_files = _without_rows(plan.sources, spools)
     ledger.check(config, _where(plan))
     built = _build(plan, _corpus(plan.sources, spools), ledger)
-    new = folder / ".new.tmp"
-    new.mkdir()
-    _write(built, new, worker_count(config.workers))
-    _put_in_place(new, folder)
-    new.rmdir()
+    new = temporary_name(folder / "new")
+    try:
+        new.mkdir()
+        _write(built, new, worker_count(config.workers))
+        _put_in_place(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
     return Manifest(built.values, folder, tokenized)
+
+
+def _without_rows(sources: Sequence[Source], spools: Sequence[Sequence[Spooled]]) -> list[str]:
+    """The files that hold no row."""
+    rows = Counter({f: 0 for s in sources for f in s.files})
+    for unit, part in ((u, p) for s, ps in zip(sources, spools, strict=True) for u, p in zip(s.units, ps, strict=True)):
+        rows[unit.path] += part.record["rows"]
+    return [path for path, count in rows.items() if not count]

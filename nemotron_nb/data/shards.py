@@ -8,8 +8,10 @@ __all__ = ['ROW_GROUP_TOKENS', 'TRAINED_COLUMNS', 'PROVENANCE_COLUMNS', 'COMPRES
            'PackReader', 'read_packs', 'write_npy', 'read_npy']
 
 # %% ../../nbs/data/05a_shards.ipynb #55c5a132
+import json
 import os
 import pickle
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..core import UserError, nearest, write_json
+from ..core import UserError, nearest, temporary_name, write_json
 from .pack import Pack, Packing, Spans, aligned, close_turn
 
 # %% ../../nbs/data/05a_shards.ipynb #1e494c2d
@@ -159,7 +161,7 @@ def shard_schema(provenance: bool = True) -> pa.Schema:
 def _renamed(path: str | Path) -> Iterator[Path]:
     """A temporary name to write under; flushed and renamed to `path` if the block ends well, removed if not."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -252,7 +254,7 @@ def _check_schema(path: Path, schema: pa.Schema) -> None:
             raise UserError(f"the column {name} is {kind}", where=str(path), fix="it must be a list of whole numbers; prepare the data again")
 
 
-def _problems(columns: Columns, mask_starts: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+def _problems(columns: Columns, mask_starts: np.ndarray, vocab_size: int) -> Iterator[tuple[str, np.ndarray]]:
     """What may be wrong with packs, and the numbers of the packs with which it is, within the columns."""
     tokens, count = np.diff(columns.token_starts), np.diff(columns.sequence_starts)
     rows, starts = np.repeat(np.arange(len(count)), count), columns.seq_start_id
@@ -263,11 +265,14 @@ def _problems(columns: Columns, mask_starts: np.ndarray) -> Iterator[tuple[str, 
     yield "a sequence begins behind the last token", rows[starts >= tokens[rows]]
     yield "loss_mask holds something else than 0 and 1", np.searchsorted(columns.token_starts, np.flatnonzero(columns.loss_mask > 1), "right") - 1
     yield "a token is negative", np.searchsorted(columns.token_starts, np.flatnonzero(columns.input_ids < 0), "right") - 1
+    most = vocab_size or np.iinfo(np.int32).max
+    outside = np.flatnonzero(columns.input_ids >= most)
+    yield f"a token id is not below {most:,}, the size of the vocabulary", np.searchsorted(columns.token_starts, outside, "right") - 1
 
 
-def _check(columns: Columns, mask_starts: np.ndarray, where: str, first_pack: int = 0) -> None:
+def _check(columns: Columns, mask_starts: np.ndarray, where: str, first_pack: int = 0, vocab_size: int = 0) -> None:
     """`UserError` for the first problem found, with the number of the pack in its file."""
-    for what, packs in _problems(columns, mask_starts):
+    for what, packs in _problems(columns, mask_starts, vocab_size):
         if len(packs):
             raise UserError(what, where=f"{where}: pack {first_pack + int(packs[0])}", why="wrong labels would be trained without any other error", fix="prepare the data again")
 
@@ -280,13 +285,13 @@ def _flat(table: pa.Table, name: str) -> tuple[pa.Array, np.ndarray]:
     return column.values, column.offsets.to_numpy()
 
 
-def _columns(table: pa.Table, where: str, first_pack: int) -> Columns:
+def _columns(table: pa.Table, where: str, first_pack: int, vocab_size: int = 0) -> Columns:
     """The three columns of a row group, checked."""
     parts = {name: _flat(table, name) for name in TRAINED_COLUMNS}
     values = {name: parts[name][0].cast(kind).to_numpy() for name, kind in TRAINED_COLUMNS.items()}
     token_starts, sequence_starts = parts["input_ids"][1], parts["seq_start_id"][1]
     columns = Columns(**values, token_starts=token_starts, sequence_starts=sequence_starts, sequence=np.arange(len(values["seq_start_id"])))
-    _check(columns, parts["loss_mask"][1], where, first_pack)
+    _check(columns, parts["loss_mask"][1], where, first_pack, vocab_size)
     return columns
 
 
@@ -298,6 +303,33 @@ def _names(table: pa.Table, columns: Columns, where: str) -> list[pa.Array]:
     return [names for names, _ in found] if len(found) == len(PROVENANCE_COLUMNS) else []
 
 # %% ../../nbs/data/05a_shards.ipynb #a2eb7fe8
+def _identity(path: Path) -> tuple[int, int, int]:
+    """What a file has and no other at the same time."""
+    found = os.stat(path)
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _data_key(split: Path) -> str:
+    """The key of the preparation that a split belongs to; "" where no manifest says it."""
+    try:
+        return str(json.loads((split.parents[1] / "manifest.json").read_bytes()).get("key", ""))
+    except (OSError, ValueError, IndexError, AttributeError):
+        return ""
+
+
+def _replaced(path: Path) -> UserError:
+    """The error for data that was prepared anew under a reader."""
+    return UserError(
+        "the packs were replaced by others while they were being read" if path.exists() else "the file of packs was removed while it was being read",
+        where=str(path),
+        why="what was prepared here since (--force), or removed, is not the data with which this run began",
+        fix="prepare other data into another output_dir; to go on with this run, prepare the first data again, and resume it",
+    )
+
+
+_PATIENCE = 10.0  # seconds to wait for a preparation that is putting its files into place
+
+
 class PackReader:
     """The packs of a split by number, without reading them all: `reader[i]` reads one row group."""
 
@@ -305,11 +337,14 @@ class PackReader:
         self,
         folder: str | Path,  # a split: a folder of Parquet files, or one file
         keep: int = 2,  # row groups kept in memory
+        vocab_size: int = 0,  # token ids must be below it; 0: any
     ):
         folder = Path(folder)
         self.files = [folder] if folder.is_file() else sorted(folder.glob("*.parquet"))
         if not self.files:
             raise UserError("no packs here", where=str(folder), fix="prepare data first, or give a split folder such as .../splits/train")
+        self._folder, self._vocab_size, self._data = folder, vocab_size, _data_key(folder)
+        self._seen = [_identity(path) for path in self.files]
         self._footers = [self._footer(path) for path in self.files]
         self._groups = [(f, g) for f, footer in enumerate(self._footers) for g in range(footer.num_row_groups)]
         sizes = [self._footers[f].row_group(g).num_rows for f, g in self._groups]
@@ -341,19 +376,60 @@ class PackReader:
         if number in self._kept:
             self._kept.move_to_end(number)
             return self._kept[number]
+        group = self._kept[number] = self._read_group(number)
+        if len(self._kept) > self._keep:
+            self._kept.popitem(last=False)
+        return group
+
+    def _unchanged(self, f: int) -> bool:
+        """Is a file the one that was opened?"""
+        try:
+            return _identity(self.files[f]) == self._seen[f]
+        except FileNotFoundError:
+            return False
+
+    def _recognise(self, f: int) -> None:
+        """Accept a file that was replaced by the same data; wait for it if it is being put there. `UserError` for other data."""
+        path, end = self.files[f], time.monotonic() + _PATIENCE
+        while True:
+            try:
+                self._seen[f] = _identity(path)
+                same = pq.read_metadata(path).equals(self._footers[f]) and _data_key(self._folder) == self._data
+            except (pa.ArrowException, OSError):
+                same = False
+            if same:
+                return
+            if time.monotonic() > end or path.exists() and _data_key(self._folder) not in ("", self._data):
+                raise _replaced(path)
+            time.sleep(0.05)
+
+    def _read_group(self, number: int) -> tuple[Columns, list[pa.Array]]:
+        """A row group of the file that was opened, read and checked."""
+        f = self._groups[number][0]
+        while True:
+            if not self._unchanged(f):
+                self._recognise(f)
+            try:
+                group = self._read_once(number)
+            except UserError:
+                if self._unchanged(f):
+                    raise
+                continue
+            if self._unchanged(f):
+                return group
+
+    def _read_once(self, number: int) -> tuple[Columns, list[pa.Array]]:
+        """A row group as the file now has it, checked."""
         f, g = self._groups[number]
         path, row = self.files[f], int(self._first[number] - self._first_of_file[f])
         wanted = [n for n in (*TRAINED_COLUMNS, *PROVENANCE_COLUMNS) if n in self._footers[f].schema.to_arrow_schema().names]
         try:
             with pq.ParquetFile(path, metadata=self._footers[f], memory_map=True, page_checksum_verification=True) as file:
                 table = file.read_row_group(g, columns=wanted, use_threads=False)
-            columns = _columns(table, str(path), row)
+            columns = _columns(table, str(path), row, self._vocab_size)
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(path, error) from error
-        group = self._kept[number] = columns, _names(table, columns, str(path))
-        if len(self._kept) > self._keep:
-            self._kept.popitem(last=False)
-        return group
+        return columns, _names(table, columns, str(path))
 
     def __getitem__(
         self,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..core import UserError, from_mapping, nearest
-from .blend import Blend, Dataset, folder_name, load_blend, resolve
+from .blend import Blend, Dataset, folder_name, load_blend, read_yaml, resolve
 from .files import Reject, read_unit, units
 from .levels import BadRecord, from_json_text, is_empty, message_level, squeezed
 
@@ -417,8 +417,8 @@ def _task_name(path: str) -> str:
 
 def _dataset(block: DataBlock) -> Dataset:
     """A block as an entry of a blend."""
-    local = Path(block.data_path).exists() or "://" in block.data_path
-    split = "" if Path(block.data_path).is_file() else block.split or ""
+    local = Path(block.data_path).expanduser().exists() or "://" in block.data_path
+    split = "" if Path(block.data_path).expanduser().is_file() else block.split or ""
     name = folder_name(_task_name(block.data_path))
     return Dataset(name, block.data_path if local else f"hf://{block.data_path}", split=split, subset=block.subset or "", format=block.dataset_name, options=dict(block.options))
 
@@ -492,12 +492,10 @@ def read_blend(
     path = Path(path)
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         return load_blend(path)
-    import yaml
-
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError("is not YAML", where=str(path), why=" ".join(str(e).split()), fix="repair the file") from None
+        content = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as e:
+        raise UserError("is not YAML", where=str(path), why=str(e), fix="repair the file") from None
     if not isinstance(content, Mapping) or not isinstance(content.get("data"), Mapping):
         raise UserError("has no section data", where=str(path), fix="write data: {train: {data_path: chats.jsonl}}")
     if others := [key for key in content if key != "data"]:

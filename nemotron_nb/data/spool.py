@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['JUDGES', 'BATCH_ROWS', 'Progress', 'EXECUTORS', 'JudgeSection', 'RowSettings', 'code_digest', 'settings_digest',
-           'UnitRecord', 'dataset_form', 'Chat', 'chats_of_row', 'Task', 'tokenize_unit', 'Spooled', 'Joined',
-           'in_processes', 'worker_count', 'tokenize']
+           'UnitRecord', 'dataset_form', 'Chat', 'chats_of_row', 'Task', 'tokenize_unit', 'Spooled', 'OpenFiles',
+           'FlatFile', 'Joined', 'in_processes', 'worker_count', 'tokenize']
 
 # %% ../../nbs/data/08b_spool.ipynb #2536240c
 import bisect
@@ -16,9 +16,11 @@ import itertools
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
-from collections import Counter
+import threading
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -365,9 +367,9 @@ def _as_python(data: bytes) -> Any:
         raise BadJson("not_json", str(e)) from None
 
 
-def _rows(task: Task, record: UnitRecord) -> Iterator[tuple[int, Any]]:
+def _rows(task: Task, record: UnitRecord, told: Callable[[int], None]) -> Iterator[tuple[int, Any]]:
     """(line, value) of each row that can be read; the others go into the record."""
-    for line, value in read_unit(task.unit, parse=_as_python if task.settings.compat == "nvidia" else parse_json):
+    for line, value in read_unit(task.unit, parse=_as_python if task.settings.compat == "nvidia" else parse_json, told=told):
         if task.settings.max_rows and record.rows == task.settings.max_rows:
             return
         record.rows += 1
@@ -377,11 +379,11 @@ def _rows(task: Task, record: UnitRecord) -> Iterator[tuple[int, Any]]:
             yield line, value
 
 
-def _batches(task: Task, tools: _Tools, record: UnitRecord, tables: _Tables) -> Iterator[list[Draft]]:
+def _batches(task: Task, tools: _Tools, record: UnitRecord, tables: _Tables, told: Callable[[int], None]) -> Iterator[list[Draft]]:
     """Drafts of the unit's chats, some rows at a time; whose they are is noted in the tables."""
     settings = task.settings
     form, judge = dataset_form(settings), settings.judge.asked(str(Path(task.kept) / "judge") if task.kept else "")
-    rows = _rows(task, record)
+    rows = _rows(task, record, told)
     while some := list(itertools.islice(((line, value, record.rows - 1) for line, value in rows), BATCH_ROWS)):
         batch: list[Draft] = []
         if settings.compat == "nvidia":
@@ -411,14 +413,17 @@ def _without_collection() -> Iterator[None]:
 
 def tokenize_unit(
     task: Task,
+    told: Callable[[int], None] = lambda size: None,  # told how many more bytes of the file have been read
 ) -> str:
-    """Tokenize one unit into its folder, unless it is there. Returns the encoder that was used, or "found"."""
+    """Tokenize one unit into its folder, unless it is there. Returns the encoder that was used, or "found".
+
+    Where another process finishes the same unit first, its folder is used: the name says what is in it."""
     if task.done:
         return "found"
     tools, record, tables = _tools_of(task), UnitRecord(), _Tables()
-    with new_folder(task.folder) as folder, _without_collection():
+    with new_folder(task.folder, same_content=True) as folder, _without_collection():
         with open(folder / "tokens.bin", "wb") as tokens, open(folder / "mask.bin", "wb") as mask:
-            for batch in _batches(task, tools, record, tables):
+            for batch in _batches(task, tools, record, tables, told):
                 encoded = encode_drafts(batch, tools.tokenizer, tools.encoder, allow_special_in_text=task.settings.allow_special_in_text)
                 tokens.write(encoded.input_ids.data)
                 mask.write(encoded.loss_mask.data)
@@ -435,9 +440,16 @@ class Spooled:
 
     folder: Path
 
+    def _damaged(self, what: str) -> UserError:
+        """The error for a unit that is not what was written."""
+        return UserError(f"a tokenized unit is damaged: {what}", where=str(self.folder), why="its tokens could be wrong", fix="remove this folder; its rows are tokenized again")
+
     def _table(self, name: str) -> np.ndarray:
         """One table, read whole."""
-        return np.load(self.folder / f"{name}.npy", allow_pickle=False)
+        try:
+            return np.load(self.folder / f"{name}.npy", allow_pickle=False)
+        except (ValueError, EOFError, FileNotFoundError) as e:
+            raise self._damaged(f"{name}.npy: {e}") from None
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -472,22 +484,94 @@ class Spooled:
     @cached_property
     def record(self) -> dict[str, Any]:
         """What happened to the rows."""
-        return json.loads((self.folder / "record.json").read_bytes())
+        try:
+            return json.loads((self.folder / "record.json").read_bytes())
+        except (ValueError, FileNotFoundError) as e:
+            raise self._damaged(f"record.json: {e}") from None
 
     def _flat(self, name: str, kind: type) -> np.ndarray:
         """A flat file as an array that is read when it is used."""
         path = self.folder / name
         return np.memmap(path, kind, mode="r") if path.stat().st_size else np.zeros(0, kind)
 
-    @cached_property
+    @property
     def tokens(self) -> np.ndarray:
-        """int32 [N] all tokens, sequence after sequence."""
+        """int32 [N] all tokens, sequence after sequence. The file is open while the array is held."""
         return self._flat("tokens.bin", np.int32)
 
-    @cached_property
+    @property
     def mask(self) -> np.ndarray:
-        """uint8 [N] 1 = the model must produce this token."""
+        """uint8 [N] 1 = the model must produce this token. The file is open while the array is held."""
         return self._flat("mask.bin", np.uint8)
+
+    def flat_files(self, files: "OpenFiles") -> tuple["FlatFile", "FlatFile"]:
+        """(tokens, mask) as files that are opened when they are read. `UserError` if they are not as long as the tables say."""
+        found = FlatFile(self.folder / "tokens.bin", np.int32, files), FlatFile(self.folder / "mask.bin", np.uint8, files)
+        if wrong := [f.path.name for f in found if len(f) != self.lengths.sum()]:
+            raise self._damaged(f"{wrong[0]} is not as long as its sequences")
+        return found
+
+# %% ../../nbs/data/08b_spool.ipynb #08b2
+class _Handle:
+    """An open file that is closed when nobody holds it any more."""
+
+    def __init__(self, path: Path):
+        self.number = -1
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)
+
+
+class OpenFiles:
+    """Reads stretches of any number of files and keeps a few of them open. Threads may share it."""
+
+    def __init__(
+        self,
+        most: int = 0,  # files that stay open; 0: a quarter of what the process may have
+    ):
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most = most or max(8, min(1024, limit // 4 if limit > 0 else 1024))
+        self._open: OrderedDict[Path, _Handle] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def _handle(self, path: Path) -> _Handle:
+        """The open file of that name; it is the last to be closed."""
+        with self._lock:
+            handle = self._open[path] = self._open.pop(path, None) or _Handle(path)
+            while len(self._open) > self._most:
+                self._open.popitem(last=False)
+        return handle
+
+    def read(self, path: Path, start: int, size: int) -> bytes:
+        """`size` bytes from byte `start` on, or what there is of them."""
+        handle, parts = self._handle(path), []
+        while size and (data := os.pread(handle.number, size, start)):
+            parts.append(data)
+            start, size = start + len(data), size - len(data)
+        return b"".join(parts)
+
+
+class FlatFile:
+    """A flat file of numbers, as an array to take stretches from. A stretch is a copy."""
+
+    def __init__(
+        self,
+        path: Path,
+        dtype: type,
+        files: OpenFiles,  # who reads it
+    ):
+        self.path, self.dtype, self._files = path, np.dtype(dtype), files
+        self._length = path.stat().st_size // self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, place: slice) -> np.ndarray:
+        start, stop, _ = place.indices(len(self))
+        size = self.dtype.itemsize
+        return np.frombuffer(self._files.read(self.path, start * size, max(0, stop - start) * size), self.dtype)
 
 # %% ../../nbs/data/08b_spool.ipynb #c22ea2f4
 class Joined:
@@ -495,10 +579,11 @@ class Joined:
 
     def __init__(
         self,
-        parts: Sequence[np.ndarray],
+        parts: Sequence[np.ndarray | FlatFile],
         dtype: type,  # of all of them
     ):
-        self.parts = [np.asarray(p, dtype) for p in parts]
+        self.parts = list(parts)
+        assert all(p.dtype == dtype for p in parts), "they are read as they are"
         self.starts = [0, *itertools.accumulate(map(len, self.parts))]
         self.dtype = np.dtype(dtype)
 
@@ -542,11 +627,12 @@ def in_processes(
             pool.shutdown(cancel_futures=True)
 
 
-def _local(tasks: Sequence[Task], workers: int) -> Iterator[tuple[Task, str]]:
+def _local(tasks: Sequence[Task], workers: int, told: Callable[[int], None]) -> Iterator[tuple[Task, str]]:
     """Tasks in this process, or in several. The encoder is made before they fork, so that they share its tables."""
     if tasks:
         _tools_of(tasks[0])
-    return in_processes(tokenize_unit, tasks, workers)
+    alone = workers <= 1 or len(tasks) <= 1
+    return in_processes(functools.partial(tokenize_unit, told=told) if alone else tokenize_unit, tasks, workers)
 
 
 def _ray(tasks: Sequence[Task]) -> Iterator[tuple[Task, str]]:
@@ -571,6 +657,36 @@ def worker_count(
     return workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
 
 
+# %% ../../nbs/data/08b_spool.ipynb #08b6
+def _sizes(tasks: Sequence[Task]) -> dict[str, int]:
+    """Bytes of its file that each task stands for, by its folder."""
+    groups: Counter[str] = Counter()
+    for unit in (t.unit for t in tasks):
+        groups[unit.path] = max(groups[unit.path], unit.end)
+    share = lambda u: u.size * (u.end - u.start) // groups[u.path] if u.format == "parquet" else u.end - u.start or u.size
+    return {t.folder: max(1, share(t.unit)) for t in tasks}
+
+
+@dataclass
+class _Meter:
+    """Tells how many bytes are done, of how many."""
+
+    progress: Progress
+    total: int
+    finished: int = 0  # bytes of finished units
+    inside: int = 0  # bytes read of the unit that this process is at
+
+    def read(self, size: int) -> None:
+        """So many more bytes of the unit at hand."""
+        self.inside += size
+        self.progress(min(self.finished + self.inside, self.total), self.total)
+
+    def finish(self, size: int) -> None:
+        """A unit of that size is done."""
+        self.finished, self.inside = self.finished + size, 0
+        self.progress(self.finished, self.total)
+
+
 def tokenize(
     tasks: Sequence[Task],
     workers: int = 1,  # processes on this machine
@@ -581,11 +697,12 @@ def tokenize(
     todo = list({t.folder: t for t in tasks if not t.done}.values())
     total = sum(os.path.getsize(p) for p in {t.unit.path for t in todo})
     todo = [replace(t, num_bytes=total) for t in todo]
-    size = {t.folder: max(1, t.unit.end - t.unit.start) for t in todo}
-    tiers, done = Counter(found=len(tasks) - len(todo)), 0
-    for task, tier in _ray(todo) if executor == "ray" else _local(todo, workers):
+    sizes = _sizes(tasks)
+    meter = _Meter(progress, sum(sizes[t.folder] for t in todo))
+    meter.read(0)
+    tiers = Counter(found=len(tasks) - len(todo))
+    for task, tier in _ray(todo) if executor == "ray" else _local(todo, workers, meter.read):
         tiers[tier] += 1
-        done += size[task.folder]
-        progress(done, sum(size.values()))
+        meter.finish(sizes[task.folder])
     said = ", ".join(f"{n} units by {tier}" if tier != "found" else f"{n} units found" for tier, n in sorted((+tiers).items()))
     return said + (f" ({_tools_of(todo[0]).encoder.note})" if todo and executor == "local" else "")

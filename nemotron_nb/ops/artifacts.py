@@ -8,24 +8,19 @@ __all__ = ['DATA_ARTIFACTS', 'BACKENDS', 'Address', 'parse_address', 'data_name'
            'log_data', 'log_model', 'ArtifactsSection', 'open_store']
 
 # %% ../../nbs/ops/37_artifacts.ipynb #c857b00b
-import errno
-import fcntl
 import json
 import os
 import re
-import secrets
 import shutil
 import stat
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core import UserError, digest, file_digest, from_mapping, nearest, write_atomic, write_json
+from ..core import UserError, digest, file_digest, from_mapping, locked, nearest, publish, sweep, temporary_name, write_atomic, write_json
 from ..data.prep import Manifest
 from .run_folder import environment, read_metrics
 from ..viz import Picture, png, table
@@ -231,38 +226,6 @@ class Artifact:
         return "\n".join(lines + ([f"  {self.note}"] if self.note else []))
 
 # %% ../../nbs/ops/37_artifacts.ipynb #ae6f5e1a
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
-
-
-@contextmanager
-def _locked(folder: Path, patience: float = 30.0) -> Iterator[None]:
-    """Alone in a folder, for at most `patience` seconds of waiting: nothing is lost without the lock."""
-    with open(folder / ".lock", "ab") as f:
-        end = time.monotonic() + patience
-        while time.monotonic() < end:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.01)
-            except OSError as e:
-                if e.errno not in _NO_LOCKS:
-                    raise
-                break
-        yield
-
-
-def _claim(written: Path, folder: Path, number: int) -> bool:
-    """Rename a finished record to its version. False where the version is taken."""
-    try:
-        os.rename(written, folder / f"v{number}")
-    except OSError as e:
-        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise
-        return False
-    return True
-
-
 def _numbers(folder: Path) -> list[int]:
     """The version numbers that are taken, in order."""
     return sorted(int(p.name[1:]) for p in folder.iterdir() if _VERSION.fullmatch(p.name)) if folder.is_dir() else []
@@ -270,7 +233,7 @@ def _numbers(folder: Path) -> list[int]:
 
 def _point(folder: Path, alias: str, version: str) -> None:
     """Let an alias say a version. Its temporary name is used by nobody else, on no machine."""
-    os.replace(write_atomic(folder / f".{secrets.token_hex(8)}.alias", f"{version}\n"), folder / alias)
+    write_atomic(folder / alias, f"{version}\n")
 
 # %% ../../nbs/ops/37_artifacts.ipynb #9c3a4aae
 @dataclass(frozen=True)
@@ -339,6 +302,9 @@ def _writable(folder: Path) -> None:
         raise UserError(f"the register cannot be written: {e.strerror}", where=str(folder), fix="give a folder that can be written: root in the section [artifacts] of env.toml") from None
 
 
+_PATIENCE = 30.0  # seconds of waiting for another writer; nothing is lost without the lock
+
+
 class Store:
     """The register of artifacts: a folder of JSON files."""
 
@@ -370,7 +336,8 @@ class Store:
         record = {"format": 1, "name": name, "version": "", "kind": kind, "digest": found.digest, "path": str(path), "created": f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"}
         record |= {"identity": identity, "producer": _plain(producer), "inputs": [vars(s) for s in sources], "leave_out": list(leave_out)}
         _writable(folder)
-        with _locked(folder):
+        with locked(folder / ".lock", _PATIENCE):
+            sweep(folder)
             version, note = _commit(folder, record, plain, found)
             for alias in aliases:
                 _point(folder, alias, version)
@@ -393,7 +360,7 @@ class Store:
     ) -> Artifact:
         """Let an alias mean a version."""
         folder = self._folder(parse_address(address))
-        with _locked(folder.parent):
+        with locked(folder.parent / ".lock", _PATIENCE):
             _point(folder.parent, _check_alias(alias), folder.name)
         return _artifact(folder)
 
@@ -513,7 +480,7 @@ def _same(folder: Path, record: Mapping[str, Any]) -> str:
 
 def _commit(folder: Path, record: dict[str, Any], metadata: Mapping[str, Any], found: Content) -> tuple[str, str]:
     """(version, what there is to say): the version that is the same, or the next free number."""
-    written = folder / f".{secrets.token_hex(8)}.tmp"
+    written = temporary_name(folder / "record")
     try:
         while not (same := _same(folder, record)):
             number = max(_numbers(folder), default=0) + 1
@@ -522,7 +489,7 @@ def _commit(folder: Path, record: dict[str, Any], metadata: Mapping[str, Any], f
             write_json(written / "metadata.json", extra | metadata)
             write_json(written / "files.json", {name: vars(f) for name, f in found.files.items()})
             write_json(written / "manifest.json", record)
-            if _claim(written, folder, number):
+            if publish(written, folder / f"v{number}"):
                 return f"v{number}", "new version"
         return same, f"the same content, made of the same inputs, is {same} already"
     finally:
