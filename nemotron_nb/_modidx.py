@@ -288,6 +288,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'nemotron_nb/data/endpoint.py'),
                                            'nemotron_nb.data.endpoint._told': ('data/endpoint.html#_told', 'nemotron_nb/data/endpoint.py'),
                                            'nemotron_nb.data.endpoint._try': ('data/endpoint.html#_try', 'nemotron_nb/data/endpoint.py'),
+                                           'nemotron_nb.data.endpoint._unfenced': ( 'data/endpoint.html#_unfenced',
+                                                                                    'nemotron_nb/data/endpoint.py'),
                                            'nemotron_nb.data.endpoint._validator': ( 'data/endpoint.html#_validator',
                                                                                      'nemotron_nb/data/endpoint.py'),
                                            'nemotron_nb.data.endpoint._verdict_check': ( 'data/endpoint.html#_verdict_check',

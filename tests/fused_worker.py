@@ -26,7 +26,7 @@ def run_shards(shards: tuple[int, ...], folder: Path, environment: dict[str, str
         subprocess.Popen([sys.executable, __file__, str(rank), json.dumps(shards), str(folder / "store")], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for rank in range(len(shards))
     ]
-    said = [worker.communicate(timeout=120)[0] for worker in workers]
+    said = [worker.communicate(timeout=600)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * len(shards), "\n".join(said)
 
 
@@ -77,6 +77,6 @@ def main(rank: int, shards: list[int]) -> None:
 if __name__ == "__main__":
     rank, shards = int(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(sys.argv[3], len(shards)), rank=rank, world_size=len(shards), timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group("gloo", store=dist.FileStore(sys.argv[3], len(shards)), rank=rank, world_size=len(shards), timeout=datetime.timedelta(seconds=300))
     main(rank, shards)
     dist.destroy_process_group()

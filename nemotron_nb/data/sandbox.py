@@ -21,7 +21,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, BinaryIO
 
 import jinja2
@@ -262,7 +262,7 @@ def serve_template() -> None:
     """The life of the child: a template, then variables, from the standard input; answers to the standard output."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what anything else prints is no answer
-    limits, template = pickle.load(requests)
+    limits, template = Limits(*pickle.load(requests)), pickle.load(requests)
     while True:
         try:
             variables = pickle.load(requests)
@@ -278,14 +278,14 @@ _BOOT = "import sys; sys.path[:] = sys.argv[1:]; from nemotron_nb.data.sandbox i
 _PASSED_ON = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME", "TMPDIR")
 
 
-def _start(first: Any) -> subprocess.Popen:
+def _start(limits: Limits, template: tuple[str, str, str]) -> subprocess.Popen:
     """A child with the template and its limits."""
     environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ} | {"PYTHONUTF8": "1"}
     child = subprocess.Popen(
         [sys.executable, "-c", _BOOT, *sys.path],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, start_new_session=True,
     )  # fmt: skip
-    pickle.dump(first, child.stdin)
+    child.stdin.write(pickle.dumps(astuple(limits)) + pickle.dumps(template))  # plain values: a class of a notebook is not known there
     return child
 
 
@@ -345,7 +345,7 @@ class TemplateProcess:
     def _exchange(self, variables: Mapping[str, Any] | None) -> tuple[int, bytes]:
         """One request and its answer."""
         if not self._children:
-            self._children.append(_start((self.limits, self._template)))
+            self._children.append(_start(self.limits, self._template))
         child, until = self._children[-1], time.monotonic() + self.limits.patience
         child.stdin.write(pickle.dumps(variables))
         child.stdin.flush()

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core import UserError, nearest
+from ..viz import visible
 
 if TYPE_CHECKING:
     from nemotron_nb.ops.config import Effective
@@ -50,7 +51,7 @@ def _place(run: str, batch: str) -> tuple["Profile | None", str]:
 
     profile = load_profile(run or batch)
     for note in profile.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {visible(note)}", file=sys.stderr)
     return profile, "batch" if batch or profile.detach else "run"
 
 
@@ -208,7 +209,7 @@ def _told_as_it_goes(
         while True:
             last_look = ended.wait(0.5)
             for line in filter(None, (_told(entry, steps) for entry in reader.new())):
-                print(line, flush=True)
+                print(visible(line), flush=True)
             if last_look:
                 return
 
@@ -510,5 +511,5 @@ def main() -> None:
     try:
         app(prog_name="nemotron")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         sys.exit(1)

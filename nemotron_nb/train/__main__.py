@@ -21,6 +21,7 @@ from yaml import YAMLError
 
 from ..core import UserError, from_mapping
 from .settings import ERROR_FILE, TrainConfig
+from ..viz import visible
 
 # %% ../../nbs/train/24_command.ipynb #776569a4
 def read_config(
@@ -66,7 +67,7 @@ def main(
         train(config)
     except UserError as error:
         rank = os.environ.get("RANK", "0")
-        print(error if rank == "0" else f"rank {rank}: {error}", file=sys.stderr)
+        print(visible(str(error) if rank == "0" else f"rank {rank}: {error}"), file=sys.stderr)
         _note(config, str(error))
         return 1
     except Exception as error:
