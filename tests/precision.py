@@ -84,6 +84,17 @@ def assert_as_exact(
     assert all(e <= limit for e, limit in zip(errors, limits)), f"errors {errors}, allowed {limits}"
 
 
+def logits_error(model: nn.Module, tokens: Tensor) -> float:
+    """The error of a model's logits in plain float32."""
+    with torch.no_grad():
+        return float_error(lambda m: m(tokens, use_cache=False).logits, copy.deepcopy(model).float())
+
+
+def near(got: Tensor, want: Tensor, unit: float) -> bool:
+    """Does one tensor equal another up to a few units?"""
+    return got.shape == want.shape and largest(got.detach().double() - want.detach().double()) <= FACTOR * unit
+
+
 def sum_error(terms: int, dtype: torch.dtype = torch.float32) -> float:
     """The largest error of a sum of so many numbers, added in any order, as a share of the sum of their absolute values."""
     return terms * torch.finfo(dtype).eps

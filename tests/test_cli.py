@@ -271,12 +271,14 @@ def test_a_run_that_is_asked_to_end_leaves_no_process_behind(tmp_path, how):
 
 
 @pytest.mark.parametrize("name", ["x\x1b]52;c;aGk=\x07", "x\x9b31m", "x\u202egnp", "x\x1b[2J\x08\r"], ids=["clipboard", "C1", "bidi", "screen"])
-def test_nothing_in_an_error_acts_on_the_terminal(tmp_path, name):
+def test_nothing_in_an_error_acts_on_the_terminal(tmp_path, monkeypatch, capsys, name):
     """A file name, a key and a line of a data file reach the terminal as marks."""
-    folder = tmp_path / name
     (tmp_path / "chats.jsonl").write_text(json.dumps({name: 1}) + "\n" + json.dumps({"messages": [{"role": name, "content": "x"}]}) + "\n")
-    said = [nemotron("inspect", str(folder), cwd=tmp_path), nemotron("inspect", "chats.jsonl:1", cwd=tmp_path), nemotron("inspect", "chats.jsonl:2", cwd=tmp_path)]
-    said += [nemotron("nano3", "sft", "-c", "tiny", f"train.{name}=1", "--dry-run", cwd=tmp_path), nemotron("report", str(folder), cwd=tmp_path)]
-    for done in said:
-        assert done.returncode and not set(done.stdout + done.stderr) & {"\x1b", "\x07", "\x9b", "\u202e", "\x08", "\r"}, (done.stdout, done.stderr)
-        assert done.stderr
+    monkeypatch.chdir(tmp_path)
+    commands = [["inspect", name], ["inspect", "chats.jsonl:1"], ["inspect", "chats.jsonl:2"], ["report", name], ["nano3", "sft", "-c", "tiny", f"train.{name}=1", "--dry-run"]]
+    for words in commands:
+        monkeypatch.setattr(sys, "argv", ["nemotron", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert ended.value.code and err and not set(out + err) & set("\x1b\x07\x9b\u202e\x08\r"), (words, out, err)
