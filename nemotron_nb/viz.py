@@ -277,8 +277,8 @@ def table(
     values = [[row.get(k, "") for k in header] if isinstance(row, Mapping) else list(row) for row in rows]
     drawn, body = fitting(((1, "<tr>" + "".join(map(_cell, row)) + "</tr>") for row in values), MOST_HTML)
     top = "".join(f'<th style="padding:2px 10px;text-align:left;border-bottom:2px solid #888888;{PAGE}">{_label(str(h))}</th>' for h in header)
-    caption = f"<div><b>{_label(title)}</b></div>" if title else ""
-    more = f"<div>... and {len(values) - drawn:,} more rows</div>" if drawn < len(values) else ""
+    caption = f'<div style="{PAGE}"><b>{_label(title)}</b></div>' if title else ""
+    more = f'<div style="{PAGE}">... and {len(values) - drawn:,} more rows</div>' if drawn < len(values) else ""
     page = f'{caption}<table style="border-collapse:collapse;{PAGE}"><tr>{top}</tr>{body}</table>{more}'
     return Picture(page, _table_text(header, values, title))
 
@@ -298,7 +298,7 @@ def joined(
     """Several pictures, one under the other; those that do not fit are counted."""
     pictures = list(pictures)
     drawn, body = fitting(((1, f'<div style="margin:0 0 12px 0">{p.html}</div>') for p in pictures), most)
-    more = f"<div>... and {len(pictures) - drawn:,} more pictures</div>" if drawn < len(pictures) else ""
+    more = f'<div style="{PAGE}">... and {len(pictures) - drawn:,} more pictures</div>' if drawn < len(pictures) else ""
     return Picture(body + more, "\n\n".join(p.text for p in pictures))
 
 # %% ../nbs/01_viz.ipynb #3bc37354
@@ -312,8 +312,8 @@ def bars(
     cell = f"padding:1px 8px;text-align:right;{PAGE}"
     row = '<tr><td style="{cell}">{label}</td><td style="width:320px;{page}"><div style="background:#3182bd;height:12px;width:{share:.1f}%"></div></td><td style="{cell}">{count:,}</td></tr>'
     drawn, body = fitting((1, row.format(cell=cell, page=PAGE, label=_label(label), share=100 * n / top, count=n)) for label, n in counts.items())
-    more = f"<div>... and {len(counts) - drawn:,} more</div>" if drawn < len(counts) else ""
-    caption = f"<div><b>{_label(title)}</b></div>" if title else ""
+    more = f'<div style="{PAGE}">... and {len(counts) - drawn:,} more</div>' if drawn < len(counts) else ""
+    caption = f'<div style="{PAGE}"><b>{_label(title)}</b></div>' if title else ""
     wide = max([0, *(len(visible(label)) for label in counts)])
     lines = [f"{visible(label):>{wide}} {chr(0x2588) * round(width * n / top)} {n:,}" for label, n in counts.items()]
     return Picture(f'{caption}<table style="border-collapse:collapse;{PAGE}">{body}</table>{more}', "\n".join(([title] if title else []) + lines))

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from loss_problems import assert_all_close, dense_loss, dense_nll, gradients, problem
+from loss_problems import dense_loss, dense_nll, dense_units, exact, gradients, problem
+from precision import assert_as_exact, float_errors
 
 from nemotron_nb.core import UserError
 from nemotron_nb.loss.fused import linear_nll, loss_path, masked_linear_cross_entropy
@@ -25,7 +26,7 @@ def run_shards(shards: tuple[int, ...], folder: Path, environment: dict[str, str
         subprocess.Popen([sys.executable, __file__, str(rank), json.dumps(shards), str(folder / "store")], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for rank in range(len(shards))
     ]
-    said = [worker.communicate(timeout=120)[0] for worker in workers]
+    said = [worker.communicate(timeout=600)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * len(shards), "\n".join(said)
 
 
@@ -38,9 +39,9 @@ def main(rank: int, shards: list[int]) -> None:
     labels[:4] = torch.tensor([0, sum(shards) - 1, shards[0] - 1, shards[0]])  # both sides of a cut
     mine = weight.detach()[start:end].clone().requires_grad_()
     shard = {"tp_group": group, "vocab_start": start}
-    full = gradients(dense_loss(hidden, weight, labels, weights.float(), 0.5), hidden, weight)
     for options in ({}, {"z_coef": 0.1}, {"softcap": 3.0}):
-        want = gradients(dense_loss(hidden, weight, labels, weights.float(), 0.5, **options), hidden, weight)
+        want = exact(dense_loss, hidden, weight, labels, weights.float(), 0.5, **options)
+        units = dense_units(dense_loss, hidden, weight, labels, weights.float(), 0.5, **options)
         for strategy in ("speed", "memory"):
             for workspace_bytes in (None,) if interpreted else (None, 200):  # 200: several chunks, of which each part alone would make another number
                 buffer = torch.zeros_like(mine) if options else None
@@ -49,15 +50,18 @@ def main(rank: int, shards: list[int]) -> None:
                 )
                 inputs = (hidden,) if options else (hidden, mine)
                 got = gradients(loss, *inputs) + ([buffer] if options else [])
-                assert_all_close(got, [want[0], want[1], want[2][start:end]], rtol=1e-4, atol=1e-5)
-    low_hidden, low_mine = (t.detach().bfloat16().requires_grad_() for t in (hidden, mine))  # one part may hold its sum in one chunk, another not
+                assert_as_exact(got, [want[0], want[1], want[2][start:end]], units)
+    low_hidden, low_weight, low_mine = (t.detach().bfloat16().requires_grad_() for t in (hidden, weight, mine))  # one part may hold its sum in one chunk, another not
     if not interpreted:
         loss, _ = masked_linear_cross_entropy(low_hidden, low_mine, labels, weights, scale=0.5, strategy="speed", workspace_bytes=60, **shard)
-        assert_all_close([g.float() for g in gradients(loss, low_hidden, low_mine)], [*full[:2], full[2][start:end]], rtol=0.1, atol=0.1)
+        want = exact(dense_loss, low_hidden, low_weight, labels, weights.float(), 0.5)
+        units = dense_units(dense_loss, low_hidden, low_weight, labels, weights.float(), 0.5)
+        assert_as_exact(gradients(loss, low_hidden, low_mine), [want[0], want[1], want[2][start:end]], units)
     upstream = torch.linspace(-1, 1, 11)
-    want = torch.autograd.grad(dense_nll(hidden, weight, labels)[0], (hidden, weight), upstream)
+    plain = lambda h, w: torch.autograd.grad(dense_nll(h, w, labels)[0], (h, w), upstream.to(h.dtype))  # noqa: E731
+    want = plain(*(t.detach().double().requires_grad_() for t in (hidden, weight)))
     got = torch.autograd.grad(linear_nll(hidden, mine, labels, **shard), (hidden, mine), upstream)
-    assert_all_close(got, [want[0], want[1][start:end]], rtol=1e-4, atol=1e-5)
+    assert_as_exact(got, [want[0], want[1][start:end]], float_errors(plain, hidden, weight))
 
     nothing = masked_linear_cross_entropy(hidden, mine, labels, torch.zeros(11), **shard)[0]
     assert nothing == 0 and not any(g.any() for g in torch.autograd.grad(nothing, (hidden, mine)))
@@ -73,6 +77,6 @@ def main(rank: int, shards: list[int]) -> None:
 if __name__ == "__main__":
     rank, shards = int(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(sys.argv[3], len(shards)), rank=rank, world_size=len(shards), timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group("gloo", store=dist.FileStore(sys.argv[3], len(shards)), rank=rank, world_size=len(shards), timeout=datetime.timedelta(seconds=300))
     main(rank, shards)
     dist.destroy_process_group()

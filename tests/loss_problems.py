@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from precision import float_errors, largest
 from torch import Tensor
 
 
@@ -38,6 +39,22 @@ def dense_loss(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, 
     rows = weights.nonzero().squeeze(1)
     nll, lse = dense_nll(hidden[rows], weight, labels[rows], softcap)
     return scale * (weights[rows] * (nll + z_coef * lse**2)).sum()
+
+
+def exact(loss_of, hidden: Tensor, weight: Tensor, *arguments, **options) -> list[Tensor]:
+    """Loss and gradients of a dense loss in float64."""
+    hidden, weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
+    return gradients(loss_of(hidden, weight, *arguments, **options), hidden, weight)
+
+
+def dense_units(loss_of, hidden: Tensor, weight: Tensor, *arguments, measure=largest, **options) -> list[float]:
+    """The errors that plain PyTorch makes with full logits: mathematics in float32 where the inputs have 16 bits, gradients in the type of the inputs."""
+
+    def plain(h: Tensor, w: Tensor) -> list[Tensor]:
+        wide = [t.float() if t.dtype.itemsize == 2 else t for t in (h, w)]
+        return gradients(loss_of(*wide, *arguments, **options), h, w)
+
+    return float_errors(plain, hidden, weight, measure=measure)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

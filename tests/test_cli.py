@@ -361,3 +361,17 @@ def test_runs_of_a_folder_that_is_not_there(tmp_path):
     assert done.returncode == 1 and "there is no such folder" in done.stderr
     fabricated_run(tmp_path / "output" / "nano3" / "sft" / "a")
     assert json.loads(nemotron("runs", "--json", cwd=tmp_path).stdout)[0]["state"] == "done"
+
+
+@pytest.mark.parametrize("name", ["x\x1b]52;c;aGk=\x07", "x\x9b31m", "x\u202egnp", "x\x1b[2J\x08\r"], ids=["clipboard", "C1", "bidi", "screen"])
+def test_nothing_in_an_error_acts_on_the_terminal(tmp_path, monkeypatch, capsys, name):
+    """A file name, a key and a line of a data file reach the terminal as marks."""
+    (tmp_path / "chats.jsonl").write_text(json.dumps({name: 1}) + "\n" + json.dumps({"messages": [{"role": name, "content": "x"}]}) + "\n")
+    monkeypatch.chdir(tmp_path)
+    commands = [["inspect", name], ["inspect", "chats.jsonl:1"], ["inspect", "chats.jsonl:2"], ["report", name], ["nano3", "sft", "-c", "tiny", f"train.{name}=1", "--dry-run"]]
+    for words in commands:
+        monkeypatch.setattr(sys, "argv", ["nemotron", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert ended.value.code and err and not set(out + err) & set("\x1b\x07\x9b\u202e\x08\r"), (words, out, err)

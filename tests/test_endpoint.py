@@ -360,3 +360,19 @@ def test_wrong_settings_are_refused_and_secrets_in_them_not_shown(wrong):
 
 def test_answers_are_of_the_type_that_the_filters_know():
     assert isinstance(chat("a", "b"), Conversation) and list(endpoint_judge(Endpoint("http://127.0.0.1:1/v1", "m"))([])) == []
+
+
+@pytest.mark.parametrize("text", ["```json" + "\n" * 10**5, "```" + "\n" * 10**5 + "x", "```json\n" + "\n" * 10**5 + "1 2\n```", "\n" * 10**5 + "<think>", "<think>" * 10**4 + "\n" * 10**5, "``` " * 10**5, "`" * 10**5])
+def test_a_fence_is_found_in_linear_time(text):
+    begun = time.process_time()
+    with pytest.raises(ValueError, match="not one JSON value"):
+        checked_value(text, SHAPE)
+    assert time.process_time() - begun < 2
+
+
+def test_fences_that_are_read_and_fences_that_are_not():
+    for text in ("```json\n{}\n```", "```\n{}\n```", "```json  \n\n{\n}\n\n  ```", "{}", '```json\n{"a": "```"}\n```'):
+        assert isinstance(checked_value(text, {"type": "object"}), dict)
+    for text in ("```python\n{}\n```", "```json {}```", "```json\n{}```", "```\n```", "```json\n{}\n``` more"):
+        with pytest.raises(ValueError, match="not one JSON value"):
+            checked_value(text, {"type": "object"})

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from fused_worker import run_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_problems import assert_all_close, dense_nll, gradients, problem
+from loss_problems import assert_all_close, dense_loss, dense_nll, dense_units, exact, gradients, problem
+from precision import FACTOR, assert_as_exact
 
 import nemotron_nb.loss.fused as fused
 from nemotron_nb.core import UserError
@@ -83,10 +84,8 @@ def test_gradcheck(strategy, options, workspace_bytes):
 def test_float32_is_close_to_float64(strategy, spread):
     hidden, weight, labels, weights = problem(40, 16, 300, dtype=torch.float32, spread=spread)
     loss, stats = masked_linear_cross_entropy(hidden, weight, labels, weights.float(), workspace_bytes=7 * 300 * 4, strategy=strategy)
-    exact_hidden, exact_weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
-    exact = masked_linear_cross_entropy_by_hand(exact_hidden, exact_weight, labels, weights.float())
-    for got, want in zip(gradients(loss, hidden, weight), gradients(exact, exact_hidden, exact_weight), strict=True):
-        assert (got - want).abs().max() < 1e-5 * want.abs().max()
+    want = exact(masked_linear_cross_entropy_by_hand, hidden, weight, labels, weights.float())
+    assert_as_exact(gradients(loss, hidden, weight), want, dense_units(dense_loss, hidden, weight, labels, weights.float()))
     assert stats.nll.dtype == torch.float32
 
 
@@ -252,14 +251,14 @@ def test_bfloat16_inputs_and_float32_mathematics():
     r = torch.Generator().manual_seed(0)
     hidden, weight = ((torch.randn(n, 16, generator=r)).bfloat16().requires_grad_() for n in (480, 70))
     labels, weights = torch.randint(70, (480,), generator=r), torch.rand(480, generator=r)
-    exact_hidden, exact_weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
-    exact = gradients(masked_linear_cross_entropy_by_hand(exact_hidden, exact_weight, labels, weights), exact_hidden, exact_weight)
+    want = exact(masked_linear_cross_entropy_by_hand, hidden, weight, labels, weights)
     loss, stats = masked_linear_cross_entropy(hidden, weight, labels, weights, workspace_bytes=5 * 70 * 4, strategy="speed")  # 96 chunks
     got = gradients(loss, hidden, weight)
     assert (loss.dtype, stats.nll.dtype, got[1].dtype, got[2].dtype) == (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16)
-    assert abs(got[0] / exact[0] - 1) < 1e-6
-    for g, e in zip(got[1:], exact[1:], strict=True):
-        assert ((g.double() - e).abs() <= 2**-8 * e.abs() + 1e-6).all(), "only the final rounding"
+    in_float32 = dense_units(dense_loss, hidden.detach().float().requires_grad_(), weight.detach().float().requires_grad_(), labels, weights)
+    assert_as_exact(got[:1], want[:1], in_float32[:1])
+    for g, e, unit in zip(got[1:], want[1:], in_float32[1:], strict=True):
+        assert ((g.double() - e).abs() <= 2**-8 * e.abs() + FACTOR * unit).all(), "only the final rounding"
 
 
 def test_autocast_does_not_reach_the_mathematics():
@@ -298,25 +297,25 @@ def test_the_real_vocabulary():
     hidden, weight, labels, _ = problem(5, 8, V, dtype=torch.float32)
     weights = torch.tensor([1.0, 0, 1, 0.5, 0])
     labels[0], labels[2] = 0, V - 1
-    want = gradients((weights * F.cross_entropy(hidden @ weight.T, labels, reduction="none")).sum(), hidden, weight)
+    want, units = exact(dense_loss, hidden, weight, labels, weights), dense_units(dense_loss, hidden, weight, labels, weights)
     for strategy in ("speed", "memory"):
         got = gradients(masked_linear_cross_entropy(hidden, weight, labels, weights, workspace_bytes=2 * V * 4, strategy=strategy)[0], hidden, weight)
-        assert_all_close(got, want, rtol=1e-4, atol=1e-5)
+        assert_as_exact(got, want, units)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @speed_or_memory
 def test_types_and_strides(strategy, dtype):
     hidden, weight, labels, weights = problem(10, 6, 37, dtype=dtype)
-    exact_hidden, exact_weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
-    want = gradients(masked_linear_cross_entropy_by_hand(exact_hidden, exact_weight, labels, weights), exact_hidden, exact_weight)
+    want = exact(masked_linear_cross_entropy_by_hand, hidden, weight, labels, weights)
+    units = dense_units(dense_loss, hidden, weight, labels, weights)
     strided_hidden = torch.stack([hidden.detach()] * 2, 2)[:, :, 0].requires_grad_()
     strided_weight = weight.detach().T.contiguous().T.requires_grad_()
     assert not strided_hidden.is_contiguous() and not strided_weight.is_contiguous()
     for h, w in ((hidden, weight), (strided_hidden, strided_weight)):
         got = gradients(masked_linear_cross_entropy(h, w, labels, weights, strategy=strategy, workspace_bytes=500)[0], h, w)
         assert got[1].dtype == got[2].dtype == dtype
-        assert_all_close([g.double() for g in got], want, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+        assert_as_exact(got, want, units)
 
 
 @speed_or_memory
@@ -324,16 +323,18 @@ def test_a_gradient_added_to_a_buffer(strategy):
     """Two calls add up in the buffer, in float32, and `weight.grad` is left alone."""
     hidden, weight, labels, weights = problem(12, 5, 31, dtype=torch.bfloat16)
     buffer = torch.full((31, 5), 7.0)
-    exact_hidden, exact_weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
-    want = gradients(masked_linear_cross_entropy_by_hand(exact_hidden, exact_weight, labels, weights, scale=0.5), exact_hidden, exact_weight)
+    want = exact(masked_linear_cross_entropy_by_hand, hidden, weight, labels, weights, scale=0.5)
+    wide = [t.detach().float().requires_grad_() for t in (hidden, weight)]
+    in_buffer = [2 * dense_units(dense_loss, *wide, labels, weights, 0.5)[2] + 7 * torch.finfo(torch.float32).eps]
+    in_16_bits = [2 * dense_units(dense_loss, hidden, weight, labels, weights, 0.5)[1]]
     for _ in range(2):
         masked_linear_cross_entropy(hidden, weight, labels, weights, scale=0.5, grad_accum=buffer, strategy=strategy, workspace_bytes=5 * 31 * 4)[0].backward()
     assert weight.grad is None
-    torch.testing.assert_close(buffer.double(), 7 + 2 * want[2], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(hidden.grad.double(), 2 * want[1], rtol=2**-7, atol=1e-6)
+    assert_as_exact([buffer], [7 + 2 * want[2]], in_buffer)
+    assert_as_exact([hidden.grad], [2 * want[1]], in_16_bits)
     frozen = masked_linear_cross_entropy(hidden, weight.detach(), labels, weights, grad_accum=buffer, strategy=strategy)[0]
     frozen.backward()
-    torch.testing.assert_close(buffer.double(), 7 + 2 * want[2], rtol=1e-5, atol=1e-5)
+    assert_as_exact([buffer], [7 + 2 * want[2]], in_buffer)
 
 
 def test_a_gradient_in_the_buffer_cannot_be_multiplied():
@@ -344,8 +345,8 @@ def test_a_gradient_in_the_buffer_cannot_be_multiplied():
         (loss / 2).backward()
     buffer.zero_()
     (masked_linear_cross_entropy(hidden, weight, labels, weights, grad_accum=buffer, strategy="memory")[0] / 2).backward()
-    want = torch.autograd.grad(masked_linear_cross_entropy(hidden, weight, labels, weights)[0] / 2, weight)[0]
-    torch.testing.assert_close(buffer, want)
+    want, units = exact(dense_loss, hidden, weight, labels, weights, 0.5), dense_units(dense_loss, hidden, weight, labels, weights, 0.5)
+    assert_as_exact([buffer], want[2:], units[2:])
     for wrong in (torch.zeros(31, 4), torch.zeros(31, 5, dtype=torch.bfloat16)):
         with pytest.raises(UserError, match="grad_accum is"):
             masked_linear_cross_entropy(hidden, weight, labels, weights, grad_accum=wrong)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from precision import float_error, near
 
 from nemotron_nb.core import UserError
 from nemotron_nb.data.pack import make_pack
@@ -50,10 +51,11 @@ def test_layouts_differ_in_their_resets_alone(model, pack):
     with torch.no_grad():
         whole = model.model(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
         alone = torch.cat([model.model(input_ids=part[None], use_cache=False).last_hidden_state[0] for part in tokens.split(SIZES)])
-        assert torch.allclose(one_row_hidden(model, tokens, SIZES, ()), whole, atol=1e-6)
-        assert torch.allclose(one_row_hidden(model, tokens, SIZES, RESETS), alone, atol=1e-5)
+        unit = float_error(lambda m: m.model(input_ids=tokens[None], use_cache=False).last_hidden_state[0], model)
+        assert near(one_row_hidden(model, tokens, SIZES, ()), whole, unit)
+        assert near(one_row_hidden(model, tokens, SIZES, RESETS), alone, unit)
         for missing in RESETS:
-            assert not torch.allclose(one_row_hidden(model, tokens, SIZES, set(RESETS) - {missing}), alone, atol=1e-5), missing
+            assert not near(one_row_hidden(model, tokens, SIZES, set(RESETS) - {missing}), alone, unit), missing
 
 
 @pytest.mark.parametrize("layout", RIGHT)
@@ -110,7 +112,8 @@ def test_the_engine_and_a_row_with_all_resets_have_the_same_losses(model, pack):
     counted[[end - 1 for _, end in pack.spans]] = False
     with torch.no_grad():
         (one, nll), (other, again) = (LAYOUTS[name](model, pack, tokens, counted) for name in RIGHT)
-    assert torch.allclose(nll, again, atol=1e-5) and torch.allclose(one, other, rtol=1e-5)
+        units = [float_error(lambda m, k=k: LAYOUTS[RIGHT[1]](m, pack, tokens, counted)[k], model) for k in (0, 1)]
+    assert near(nll, again, units[1]) and near(one, other, units[0])
 
 
 def test_the_model_is_left_as_it_was(model, pack):

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from transformers import NemotronHConfig, NemotronHForCausalLM
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
+from precision import logits_error, near
+
 from nemotron_nb.train.scan import ChunkedMixer, causal_conv, chunked_scan, scan_by_hand, use_chunked_scan
 
 
@@ -88,7 +90,7 @@ def test_within_a_chunk_the_library_agrees_and_parameters_stay():
     assert {type(m) for m in ours.modules()} >= {ChunkedMixer} and NemotronHMamba2Mixer not in {type(m) for m in ours.modules()}
     assert list(library.state_dict()) == list(ours.state_dict())
     tokens = torch.randint(0, 40, (3, 50), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(ours(tokens).logits, library(tokens).logits, atol=1e-5, rtol=1e-4)
+    assert near(ours(tokens).logits, library(tokens).logits, logits_error(library, tokens))
 
 
 @pytest.mark.parametrize("first", [1, 2, 3, 17])
@@ -102,7 +104,7 @@ def test_a_row_at_once_equals_its_parts_from_stored_state(first):
         for t in range(first, 40):
             step = model(tokens[:, t : t + 1], past_key_values=step.past_key_values, use_cache=True)
             parts.append(step.logits)
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-4)
+    assert near(torch.cat(parts, dim=1), whole, logits_error(model, tokens))
 
 
 def test_padding_on_the_left_is_silent_under_a_mask_only():
@@ -112,5 +114,5 @@ def test_padding_on_the_left_is_silent_under_a_mask_only():
     mask = torch.tensor([[0] * 7 + [1] * 33])
     with torch.no_grad():
         alone = model(row).logits
-        torch.testing.assert_close(model(padded, attention_mask=mask).logits[:, 7:], alone, atol=1e-5, rtol=1e-4)
+        assert near(model(padded, attention_mask=mask).logits[:, 7:], alone, logits_error(model, row))
         assert (model(padded).logits[:, 7:] - alone).abs().max() > 1e-2

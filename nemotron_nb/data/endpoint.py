@@ -300,6 +300,15 @@ def _validator(schema: Mapping[str, Any]) -> "Draft202012Validator":
     return Draft202012Validator(schema, registry=referencing.Registry())
 
 
+def _unfenced(text: str) -> str:
+    """What stands between a line of three backticks, which may say json, and another; the text itself where it is not fenced."""
+    fence = "`" * 3
+    head, line_break, body = text.removeprefix(fence).partition("\n")
+    inside, closing_line_break, rest = body.rpartition("\n")
+    fenced = text.startswith(fence) and head.rstrip() in ("", "json") and line_break and closing_line_break and rest.strip() == fence
+    return inside if fenced else text
+
+
 def checked_value(
     text: str,  # what the model said
     schema: Mapping[str, Any],
@@ -307,9 +316,8 @@ def checked_value(
 ) -> Any:
     """The value that the text is the JSON of; `ValueError` says what is wrong with it, in words for the model."""
     text = re.sub(r"\A\s*<think>.*?</think>", "", text, flags=re.S).strip()
-    fenced = re.fullmatch(r"```(?:json)?\s*\n(.*)\n\s*```", text, flags=re.S)
     try:
-        value = json.loads(fenced[1] if fenced else text, object_pairs_hook=_once, parse_constant=_no_constant)
+        value = json.loads(_unfenced(text), object_pairs_hook=_once, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"The answer is not one JSON value: {error}") from None
     try:

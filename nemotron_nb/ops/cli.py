@@ -24,6 +24,7 @@ import typer
 
 import nemotron_nb
 from ..core import UserError, nearest
+from ..viz import visible
 
 if TYPE_CHECKING:
     from nemotron_nb.ops.config import Effective
@@ -77,7 +78,7 @@ def _place(run: str, batch: str) -> tuple["Profile | None", str]:
 
     profile = load_profile(run or batch)
     for note in profile.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {visible(note)}", file=sys.stderr)
     return profile, "batch" if batch or profile.detach else "run"
 
 # %% ../../nbs/ops/33_cli.ipynb #dc6df125
@@ -244,7 +245,7 @@ def _told_as_it_goes(
         while True:
             last_look = ended.wait(0.5)
             for line in filter(None, (progress_line(entry, steps) for entry in reader.new())):
-                print(line, flush=True)
+                print(visible(line), flush=True)
             if last_look:
                 return
 
@@ -595,5 +596,5 @@ def main() -> None:
     try:
         app(prog_name="nemotron")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         sys.exit(1)

@@ -22,6 +22,8 @@ from yaml import YAMLError
 from ..core import UserError, from_mapping
 from .ending import StopSignals
 from .settings import ERROR_FILE, TrainConfig, check_places
+from ..viz import visible
+
 
 # %% ../../nbs/train/24_command.ipynb #776569a4
 def read_config(
@@ -70,7 +72,7 @@ def main(
             train(config, stop)
     except UserError as error:
         rank = os.environ.get("RANK", "0")
-        print(error if rank == "0" else f"rank {rank}: {error}", file=sys.stderr)
+        print(visible(str(error) if rank == "0" else f"rank {rank}: {error}"), file=sys.stderr)
         _note(config, str(error))
         return 1
     except Exception as error:
