@@ -28,7 +28,14 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from nasty_rows import nasty_row
 
 from nemotron_nb.core import UserError
-from nemotron_nb.data.compat import SpecialTokens, path, plain_reference_drafts, reference_drafts, shard_plan, split_shards
+from nemotron_nb.data.nvidia_prep import (
+    SpecialTokens,
+    path,
+    plain_reference_drafts,
+    reference_drafts,
+    shard_plan,
+    split_shards,
+)
 from nemotron_nb.data.mask import Draft, encode_drafts
 from nemotron_nb.data.tokenizer import ChatTokenizer, load_tokenizer
 

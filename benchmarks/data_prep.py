@@ -154,7 +154,7 @@ def run_ours(options: argparse.Namespace) -> dict[str, Any]:
 
 def run_oracle(options: argparse.Namespace) -> dict[str, Any]:
     """The first rows, found and encoded in the plain way. No packing: what is compared are the sequences."""
-    from nemotron_nb.data.compat import paths, plain_reference_drafts, reference_drafts
+    from nemotron_nb.data.nvidia_prep import paths, plain_reference_drafts, reference_drafts
     from nemotron_nb.data.mask import encode_drafts
     from nemotron_nb.data.tokenizer import load_tokenizer
 

@@ -28,7 +28,7 @@ from nemotron_nb.core import from_mapping
 from nemotron_nb.data.pack import Pack, make_pack
 from nemotron_nb.loss.fused import LossStats
 from nemotron_nb.train.batches import FusedOutput, global_batch
-from nemotron_nb.train.learner import Learner, make_mtp, recompute
+from nemotron_nb.train.objective import Learner, make_mtp, recompute
 from nemotron_nb.train.model import build_model
 from nemotron_nb.train.settings import TrainConfig
 from nemotron_nb.train.torch_engine import make_optimizer, train_step

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from nemotron_nb.core import UserError, write_json
 from nemotron_nb.ops.artifacts import Store
-from nemotron_nb.ops.cli import app
+from nemotron_nb.cli import app
 from nemotron_nb.ops.config import sft_config
-from nemotron_nb.ops.sft import new_run
+from nemotron_nb.stages.sft import new_run
 
 GOOD = {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
 

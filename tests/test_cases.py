@@ -17,7 +17,7 @@ from nemotron_nb.data.files import Reject, read_unit, units
 from nemotron_nb.data.inspect import inspect_file, inspect_row
 from nemotron_nb.data.prep import PrepConfig, prepare
 from nemotron_nb.data.sample import sample_path
-from nemotron_nb.data.spool import RowSettings, Spooled, Task, tokenize_unit
+from nemotron_nb.data.tokenized import RowSettings, Spooled, Task, tokenize_unit
 
 CASES = Path(__file__).parent / "cases"
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

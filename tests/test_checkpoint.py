@@ -25,7 +25,7 @@ from nemotron_nb.core import UserError, file_digest
 from nemotron_nb.train import checkpoint
 from nemotron_nb.train.checkpoint import Checkpoints, export_hf, import_hf, model_state, optimizer_state
 from nemotron_nb.train.lora import load_adapter, save_adapter
-from nemotron_nb.train.megatron_models import audit
+from nemotron_nb.train.release import audit
 from nemotron_nb.train.model import build_model, tiny_config
 from nemotron_nb.train.settings import ModelConfig
 

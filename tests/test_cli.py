@@ -16,8 +16,8 @@ from run_folders import fabricated_run
 from typer.testing import CliRunner
 
 from nemotron_nb.core import UserError
-from nemotron_nb.ops import cli
-from nemotron_nb.ops.cli import app
+from nemotron_nb import cli
+from nemotron_nb.cli import app
 from nemotron_nb.ops.run_folder import read_metrics
 
 SMALL = ["-c", "tiny", "data.sample=24", "data.pack_size=512", "model.pattern=ME*", "model.hidden_size=32", "train.global_batch_size=1"]
@@ -25,7 +25,7 @@ SMALL += ["evaluation.num_generations=2", "evaluation.max_new_tokens=4", "train.
 
 
 def test_help_needs_nothing_heavy():
-    code = "import sys, nemotron_nb.ops.cli; print([m for m in ('torch', 'transformers', 'papermill', 'pyarrow', 'matplotlib') if m in sys.modules])"
+    code = "import sys, nemotron_nb.cli; print([m for m in ('torch', 'transformers', 'papermill', 'pyarrow', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 

@@ -11,8 +11,18 @@ from hypothesis import strategies as st
 from nasty_rows import nasty_row
 
 from nemotron_nb.core import UserError
-from nemotron_nb.data import compat
-from nemotron_nb.data.compat import DROPS, SpecialTokens, path, paths, plain_reference_drafts, reference_drafts, shard_plan, side_by_side, split_shards
+from nemotron_nb.data import nvidia_prep as compat
+from nemotron_nb.data.nvidia_prep import (
+    DROPS,
+    SpecialTokens,
+    path,
+    paths,
+    plain_reference_drafts,
+    reference_drafts,
+    shard_plan,
+    side_by_side,
+    split_shards,
+)
 from nemotron_nb.data.mask import Draft, drafts, encode_drafts
 from nemotron_nb.data.records import parse_conversation
 from nemotron_nb.data.sample import sample_path

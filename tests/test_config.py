@@ -402,8 +402,8 @@ def test_an_unknown_name_leads_to_at_most_three(typed, first):
 
 
 def test_every_name_from_elsewhere_leads_to_a_setting_of_some_command():
-    from nemotron_nb.ops.evaluate import EvalConfig
-    from nemotron_nb.ops.rollouts import BudgetConfig
+    from nemotron_nb.stages.evaluate import EvalConfig
+    from nemotron_nb.stages.budget import BudgetConfig
 
     known = {name for cls in (SftConfig, EvalConfig, BudgetConfig) for name in known_names(cls)}
     lost = [name for name, row in ELSEWHERE.items() if not set(row.names) & known]
@@ -415,7 +415,7 @@ def test_a_name_far_from_all_of_a_long_list_is_met_with_three():
 
 
 def test_other_commands_lead_on_too():
-    from nemotron_nb.ops.evaluate import eval_config
+    from nemotron_nb.stages.evaluate import eval_config
 
     with pytest.raises(UserError, match="'optimizer.lr', a setting of another command"):
         data_prep_config("nano3", "tiny", ["learning_rate=1"])

@@ -8,22 +8,9 @@ import time
 import pytest
 
 from nemotron_nb.core import UserError, from_mapping
-from nemotron_nb.data.endpoint import (
-    Answer,
-    Endpoint,
-    EndpointError,
-    Reply,
-    Request,
-    ask,
-    ask_all,
-    checked_value,
-    endpoint_judge,
-    judge,
-    judge_messages,
-    rehearsal,
-    rule_judge,
-    synthesise,
-)
+from nemotron_nb.data.judge import endpoint_judge, judge, judge_messages, rule_judge
+from nemotron_nb.endpoint import Answer, Endpoint, EndpointError, Reply, Request, ask, ask_all, checked_value, rehearsal
+from nemotron_nb.generate.synthesise import synthesise
 from nemotron_nb.data.filters import Verdict, apply_filters
 from nemotron_nb.data.records import Conversation, Reject, parse_conversation
 

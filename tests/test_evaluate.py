@@ -20,28 +20,21 @@ from nemotron_nb.data.sample import sample_path
 from nemotron_nb.data.template import chunks
 from nemotron_nb.data.tokenizer import load_tokenizer
 from nemotron_nb.train.batches import global_batch, rows_of
+from nemotron_nb.generate.sampling import GREEDY, Sampling, ThoughtBudget, generate, pick
+from nemotron_nb.generate.turns import Health, ToolCall, health, read_calls
 from nemotron_nb.train.evaluate import (
-    GREEDY,
     LOW_EFFORT,
     MODES,
-    Health,
-    Sampling,
-    ThoughtBudget,
-    ToolCall,
     answer_questions,
     by_source,
     evaluate,
     example_of,
-    generate,
-    health,
     health_rates,
     held_out_loss,
     held_out_turns,
     losses_by_source,
-    pick,
     prompts_of,
     question_prompt,
-    read_calls,
     roles_of,
     together,
     token_losses,
@@ -50,7 +43,7 @@ from nemotron_nb.train.evaluate import (
 )
 from nemotron_nb.train.model import build_model
 from nemotron_nb.train.settings import ModelConfig
-from nemotron_nb.train.verify import Question
+from nemotron_nb.generate.verify import Question
 
 CONFIG = ModelConfig(hidden_size=32, mamba_heads=2, expert_size=16, experts=4, attention_heads=2, init_std=0.3)
 
@@ -462,6 +455,6 @@ def test_what_is_written_is_judged_in_its_mode(model, packs, tokenizer):
 def test_questions_are_asked_as_often_as_said_and_judged(model, tokenizer, monkeypatch):
     quiz = [Question("2 + 2?", "4", "sums", 1), Question("Capital of France?", "Paris", "facts", 2)]
     said = ["Hm.\n</think>\nIt is 4.<|im_end|>", "It is 4.<|im_end|>", "Hm.\n</think>\nParis<|im_end|>", "Hm.\n</think>\nRome<|im_end|>"]
-    monkeypatch.setattr("nemotron_nb.train.evaluate.generate", lambda *given, **named: [tokenizer.encode(t, special=True) for t in said])
+    monkeypatch.setattr("nemotron_nb.generate.sampling.generate", lambda *given, **named: [tokenizer.encode(t, special=True) for t in said])
     found = answer_questions(model, quiz, tokenizer, "on", tests=2, sampling=Sampling(1.0))
     assert [(a.problem, a.test, a.right, a.by) for a in found] == [("2 + 2?", 0, True, "last_number"), ("2 + 2?", 1, False, "nobody"), ("Capital of France?", 0, True, "exact"), ("Capital of France?", 1, False, "exact")]

@@ -19,7 +19,7 @@ from nemotron_nb.data.records import Conversation, read_chats
 from nemotron_nb.data.sample import sample_path
 from nemotron_nb.data.template import chunks
 from nemotron_nb.ops.config import sft_config, to_yaml
-from nemotron_nb.ops.evaluate import (
+from nemotron_nb.stages.evaluate import (
     HARNESS_TASK,
     EvalSection,
     asks,
@@ -37,11 +37,23 @@ from nemotron_nb.ops.evaluate import (
     write_harness,
 )
 from nemotron_nb.ops.report import html_page
-from nemotron_nb.ops.rollouts import REASONS, Prompt, budget_config, budget_run, check_kept, collect, message_of, prompt_of, resolved_stage, sft_overrides, training_prompts
+from nemotron_nb.stages.budget import (
+    REASONS,
+    Prompt,
+    budget_config,
+    budget_run,
+    check_kept,
+    collect,
+    message_of,
+    prompt_of,
+    resolved_stage,
+    sft_overrides,
+    training_prompts,
+)
 from nemotron_nb.ops.run_folder import follow, read_status
-from nemotron_nb.ops.sft import prepare_data
+from nemotron_nb.stages.sft import prepare_data
 from nemotron_nb.train.torch_engine import train
-from nemotron_nb.train.verify import read_questions
+from nemotron_nb.generate.verify import read_questions
 
 ROOT = Path(__file__).parents[1]
 HOSTILE = '</td><script>alert(1)</script><img src=x onerror="alert(1)"> \x00 <|im_end|>'
@@ -211,7 +223,7 @@ def test_what_is_wrong_is_said_before_there_is_a_folder(place, run, evaluated, m
 
 
 def test_a_tokenizer_that_is_not_the_models_is_refused(run, tmp_path):
-    from nemotron_nb.ops.evaluate import _tokenizer
+    from nemotron_nb.stages.evaluate import _tokenizer
 
     config = resolved(eval_config("nano3", "tiny", [f"model={run}"]).settings)
     data = shutil.copytree(config.data.dir, tmp_path / "data")

@@ -61,7 +61,7 @@ print(prepare(PrepConfig(output_dir={str(tmp_path / "out")!r}, sample=20, pack_s
 
 
 def test_command_line_answers_help_without_heavy_packages():
-    done = python("import sys; from nemotron_nb.ops.cli import main; sys.argv = ['nemotron', '--help']; main()")
+    done = python("import sys; from nemotron_nb.cli import main; sys.argv = ['nemotron', '--help']; main()")
     assert done.returncode == 0, done.stderr
     assert "nano3" in done.stdout and "super3" in done.stdout
 

@@ -70,7 +70,7 @@ def test_the_torch_engine_steps_with_it(root):
 
 
 def test_the_megatron_step_weighs_and_counts_with_it(root):
-    from nemotron_nb.train.megatron_step import Share, weighted_loss
+    from nemotron_nb.megatron.step import Share, weighted_loss
 
     lengths, counts, nll = answer_lengths(MASK, CHAT), count(MASK, CHAT), torch.linspace(0.5, 3, len(MASK))
     share = Share("root", 8, counts, counted_here=True)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nemotron_nb.train.megatron_record import go_on
+from nemotron_nb.megatron.recorder import go_on
 from nemotron_nb.train.metrics import MetricsFile, lines_to_keep, metric_lines
 
 WHOLE = '{"kind": "start"}\n{"step": 1,  "kind": "train", "timing": {"forward": 1e-1}}\n'  # not as json.dumps would write it

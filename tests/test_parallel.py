@@ -22,8 +22,8 @@ from nemotron_nb.data.pack import make_pack
 from nemotron_nb.data.prep import PrepConfig, prepare
 from nemotron_nb.train.batches import Row, global_batch
 from nemotron_nb.train.checkpoint import full_state
-from nemotron_nb.train.guard import Guard
-from nemotron_nb.train.learner import Learner, make_mtp, recompute
+from nemotron_nb.train.anomalies import Guard
+from nemotron_nb.train.objective import Learner, make_mtp, recompute
 from nemotron_nb.train.model import build_model
 from nemotron_nb.train.parallel import Ranks, dealt, passes, ranks_of_process, spread, sum_gradients
 from nemotron_nb.train.settings import ModelConfig, TrainConfig

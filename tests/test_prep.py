@@ -23,7 +23,8 @@ from nemotron_nb.core import UserError, temporary_name
 from nemotron_nb.data.mask import training_sequences
 from nemotron_nb.data.pack import roll_mask
 from nemotron_nb.data import prep
-from nemotron_nb.data.prep import SPLITS, Manifest, PrepConfig, TokenizerSection, assign_splits, prepare
+from nemotron_nb.data.manifest import Manifest
+from nemotron_nb.data.prep import SPLITS, PrepConfig, TokenizerSection, assign_splits, prepare
 from nemotron_nb.data.records import read_chats
 from nemotron_nb.data.sample import sample_path
 from nemotron_nb.data.shards import read_npy, read_packs
@@ -257,7 +258,7 @@ def test_killed_at_any_moment_the_same_command_gives_the_same_bytes(tmp_path):
 def test_another_pack_size_tokenizes_nothing_again(tmp_path, monkeypatch):
     config = PrepConfig(output_dir=str(tmp_path / "out"), **SMALL)
     prepare(config)
-    monkeypatch.setattr("nemotron_nb.data.spool.encode_drafts", lambda *a, **k: pytest.fail("tokenized twice"))
+    monkeypatch.setattr("nemotron_nb.data.tokenized.encode_drafts", lambda *a, **k: pytest.fail("tokenized twice"))
     larger = prepare(PrepConfig(output_dir=str(tmp_path / "out"), **SMALL | {"pack_size": 1024}), force=True)
     assert larger["pack_size"] == 1024 and larger.tokenized.endswith("found")
 
@@ -389,7 +390,7 @@ def test_a_path_that_cannot_be_written_is_said(tmp_path):
 
 def test_as_nvidia_prepares(tmp_path):
     """Row by row dealing, one packing a shard, whole shards to splits, nothing dropped for having no trained token, three columns."""
-    from nemotron_nb.data.compat import reference_drafts, shard_plan
+    from nemotron_nb.data.nvidia_prep import reference_drafts, shard_plan
     from nemotron_nb.data.mask import encode_drafts
     from nemotron_nb.data.pack import pack
 

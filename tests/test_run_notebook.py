@@ -14,9 +14,9 @@ import papermill
 import pytest
 
 from nemotron_nb.core import UserError
-from nemotron_nb.ops import sft
+from nemotron_nb.stages import sft
 from nemotron_nb.ops.run_folder import read_status, set_status
-from nemotron_nb.ops.sft import Parameters, given_parameters
+from nemotron_nb.stages.sft import Parameters, given_parameters
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs" / "runs").glob("*.ipynb"))

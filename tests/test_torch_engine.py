@@ -24,19 +24,28 @@ from nemotron_nb.data.prep import PrepConfig, prepare, read_packs
 from nemotron_nb.loss.mtp import mtp_loss_by_hand
 from nemotron_nb.loss.schedule import Phase
 from nemotron_nb.loss.two_stage import loss_by_hand
-from nemotron_nb.train import checks, torch_engine
+from nemotron_nb.train import preflight as checks, torch_engine
 from nemotron_nb.train.__main__ import main, read_config
-from nemotron_nb.train.balance import imbalance, move_biases
+from nemotron_nb.train.router_balance import imbalance, move_biases
 from nemotron_nb.train.batches import collate, global_batch, grouped, packs_of_step
 from nemotron_nb.train.ending import StopSignals, lock_holder
 from nemotron_nb.train.evaluate import held_out_loss
-from nemotron_nb.train.guard import Guard
-from nemotron_nb.train.learner import Learner, compile_layers, load_mtp, make_mtp
+from nemotron_nb.train.anomalies import Guard
+from nemotron_nb.train.objective import Learner, compile_layers, load_mtp, make_mtp
 from nemotron_nb.train.lora import load_adapter
 from nemotron_nb.train.model import build_model
 from nemotron_nb.train.scan import use_chunked_scan
 from nemotron_nb.train.settings import RANGES, CheckpointSection, EvaluationSection, LossSection, ModelConfig, OptimizerSection, PeftSection, SchedulerSection, TrainConfig, TrainSection
-from nemotron_nb.train.torch_engine import MetricsFile, export_model, learning_rate, make_gradient, make_optimizer, metric_lines, train, train_step
+from nemotron_nb.train.lr import learning_rate
+from nemotron_nb.train.torch_engine import (
+    MetricsFile,
+    export_model,
+    make_gradient,
+    make_optimizer,
+    metric_lines,
+    train,
+    train_step,
+)
 
 SMALL = {"hidden_size": 32, "mamba_heads": 2, "expert_size": 16, "experts": 4, "attention_heads": 2}
 

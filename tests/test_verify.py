@@ -11,7 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron_nb.core import UserError
-from nemotron_nb.train.verify import VERIFIERS, Question, answer_of, boxed, last_number, pass_at, read_number, read_questions, score, solution_of, verify, wilson
+from nemotron_nb.generate.verify import (
+    VERIFIERS,
+    Question,
+    answer_of,
+    boxed,
+    last_number,
+    pass_at,
+    read_number,
+    read_questions,
+    score,
+    solution_of,
+    verify,
+    wilson,
+)
 
 # ---- numbers
 

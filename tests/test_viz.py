@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from nemotron_nb import viz
-from nemotron_nb.data import blend, compat, filters, inspect, mask, pack, prep, reasoning, template, tokenizer
+from nemotron_nb.data import blend, nvidia_prep as compat, filters, inspect, mask, pack, prep, reasoning, template, tokenizer
 from nemotron_nb.data.records import BadRecord, parse_conversation
 from nemotron_nb.loss import two_stage
 from nemotron_nb.ops import report

@@ -115,7 +115,7 @@ def _write_model(root):
     from transformers import NemotronHForCausalLM
 
     from nemotron_nb.train.checkpoint import export_hf
-    from nemotron_nb.train.learner import make_mtp, mtp_tensors
+    from nemotron_nb.train.objective import make_mtp, mtp_tensors
     from nemotron_nb.train.model import family_config
 
     torch.manual_seed(0)
@@ -131,7 +131,7 @@ def _write_model(root):
 @pytest.fixture(scope="session")
 def root(tmp_path_factory):
     """The folder of data, model and results; skipped where Megatron-Bridge is not installed."""
-    from nemotron_nb.train.megatron_compat import installed_version
+    from nemotron_nb.megatron.versions import installed_version
 
     if not installed_version("megatron-bridge"):
         pytest.skip("megatron-bridge is not installed in this environment (extra: megatron)")

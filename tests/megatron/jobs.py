@@ -4,7 +4,7 @@ import logging
 import os
 import warnings
 
-from nemotron_nb.train.megatron_cpu import cpu_values, install_standins, on_cpu
+from nemotron_nb.megatron.cpu import cpu_values, install_standins, on_cpu
 
 
 def prepare():
@@ -16,14 +16,14 @@ def prepare():
     torch.set_num_threads(1)
     import megatron.bridge.recipes.nemotronh  # noqa: F401
     import megatron.bridge.training.finetune  # noqa: F401
-    import nemotron_nb.train.megatron_engine  # noqa: F401
+    import nemotron_nb.megatron.engine  # noqa: F401
 
     logging.disable(logging.WARNING)
 
 
 def _run(data_dir, output_dir, model, stages, steps, batch, lr, shared, megatron):
     from nemotron_nb.core import from_mapping
-    from nemotron_nb.train.megatron_engine import MegatronConfig
+    from nemotron_nb.megatron.engine import MegatronConfig
     from nemotron_nb.train.settings import TrainConfig
 
     settings = {
@@ -40,8 +40,8 @@ def train(data_dir, output_dir, model, stages=({"stage": "token"},), steps=3, ba
     import json
     from pathlib import Path
 
-    from nemotron_nb.train import megatron_record
-    from nemotron_nb.train.megatron_engine import train as start
+    from nemotron_nb.megatron import recorder as megatron_record
+    from nemotron_nb.megatron.engine import train as start
 
     if change:
         globals()[change]()
@@ -60,8 +60,8 @@ def collate(data_dir, output_dir, row_length, multiple, end_token, fill):
     from megatron.bridge.data.builders.gpt_sft import GPTSFTDatasetBuilder
     from megatron.bridge.training.tokenizers.config import TokenizerConfig
     from megatron.bridge.training.tokenizers.tokenizer import build_tokenizer
-    from nemotron_nb.train.megatron_data import reading_tokenizer
-    from nemotron_nb.train.megatron_engine import dataset_of
+    from nemotron_nb.megatron.data import reading_tokenizer
+    from nemotron_nb.megatron.engine import dataset_of
 
     reader = reading_tokenizer(Path(data_dir) / "tokenizer", Path(output_dir), end_token)
     on_cpu(True).__enter__()
@@ -80,7 +80,7 @@ def round_trip(model, output_dir):
     """A folder in Hugging Face form through AutoBridge: the logits of both models, and the folder it writes."""
     import torch
     from megatron.bridge import AutoBridge
-    from nemotron_nb.train.megatron_engine import precision_values, set_value
+    from nemotron_nb.megatron.engine import precision_values, set_value
     from nemotron_nb.train.scan import use_chunked_scan
     from transformers import NemotronHForCausalLM
 
@@ -108,7 +108,7 @@ def round_trip(model, output_dir):
 def export(checkpoint, model, output_dir):
     """A trained checkpoint back in Hugging Face form."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-    from nemotron_nb.train.megatron_engine import export_hf
+    from nemotron_nb.megatron.engine import export_hf
 
     on_cpu(True).__enter__()
     get_cuda_rng_tracker().add("model-parallel-rng", 1)  # layers are filled from it before their weights are loaded; a GPU run seeds it
@@ -117,7 +117,7 @@ def export(checkpoint, model, output_dir):
 
 def names(model, output_dir):
     """The names of settings of the installed Megatron-Bridge."""
-    from nemotron_nb.train.megatron_names import write_names
+    from nemotron_nb.megatron.names import write_names
 
     with on_cpu(True):
         return {"text": write_names(model, output_dir).read_text()}
@@ -128,7 +128,7 @@ def names(model, output_dir):
 
 def leak_state():
     """Mamba layers are not told where sequences begin."""
-    from nemotron_nb.train import megatron_step
+    from nemotron_nb.megatron import step as megatron_step
 
     right = megatron_step.physical_borders
     megatron_step.physical_borders = lambda packed, total: {n: v for n, v in right(packed, total).items() if n != "total_tokens"}
@@ -136,7 +136,7 @@ def leak_state():
 
 def poison_labels():
     """Labels that nobody trains are changed: nothing may depend on them."""
-    from nemotron_nb.train.megatron_step import TwoStageStep
+    from nemotron_nb.megatron.step import TwoStageStep
 
     right = TwoStageStep.share
 
@@ -178,7 +178,7 @@ def unscaled_depths():
 
 def end_with_im_end():
     """The reader is given the tokenizer as it is: padding is made of its end token, and what is predicted from it is struck out."""
-    from nemotron_nb.train import megatron_engine
+    from nemotron_nb.megatron import engine as megatron_engine
 
     right = megatron_engine.reading_tokenizer
     megatron_engine.reading_tokenizer = lambda source, target: right(source, target, "<|im_end|>")
@@ -187,7 +187,7 @@ def end_with_im_end():
 
 def claim_padding():
     """And it is told of the padding of sequences although nobody slices them: so there are two kinds of borders."""
-    from nemotron_nb.train import megatron_engine
+    from nemotron_nb.megatron import engine as megatron_engine
 
     end_with_im_end()
     right = megatron_engine.check_layout
@@ -196,7 +196,7 @@ def claim_padding():
 
 def logical_borders():
     """And the model is given both, as the stock step does."""
-    from nemotron_nb.train import megatron_step
+    from nemotron_nb.megatron import step as megatron_step
 
     claim_padding()
     megatron_step.physical_borders = lambda packed, total: dict(packed, total_tokens=total)
@@ -204,14 +204,14 @@ def logical_borders():
 
 def balance_of_one():
     """A conversation counts 1 in the sample stage."""
-    from nemotron_nb.train import megatron_engine
+    from nemotron_nb.megatron import engine as megatron_engine
 
     megatron_engine.balance_of = lambda manifest: 1
 
 
 def count_on_every_rank():
     """Every context-parallel rank counts the row."""
-    from nemotron_nb.train.megatron_step import TwoStageStep
+    from nemotron_nb.megatron.step import TwoStageStep
 
     right = TwoStageStep.share
     TwoStageStep.share = lambda self, batch, step, here: right(self, batch, step, True)

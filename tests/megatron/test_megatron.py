@@ -16,9 +16,9 @@ from nemotron_nb.data.shards import read_packs
 from nemotron_nb.loss.two_stage import loss_by_hand
 from nemotron_nb.train.batches import global_batch, rows_of
 from nemotron_nb.train.evaluate import held_out_loss
-from nemotron_nb.train.megatron_data import bridge_batch
-from nemotron_nb.train.megatron_models import audit, shapes
-from nemotron_nb.train.megatron_names import ASSET
+from nemotron_nb.megatron.data import bridge_batch
+from nemotron_nb.train.release import audit, shapes
+from nemotron_nb.megatron.names import ASSET
 from nemotron_nb.train.settings import TrainConfig
 from nemotron_nb.train.torch_engine import train
 
@@ -165,7 +165,7 @@ def test_every_layout_writes_the_same_model(results, root, job):
 
 
 def test_names_are_those_of_the_installed_version(results):
-    assert results["names"]["text"] == ASSET.read_text(), "write the list anew with nemotron_nb.train.megatron_names.write_names"
+    assert results["names"]["text"] == ASSET.read_text(), "write the list anew with nemotron_nb.megatron.names.write_names"
 
 
 def test_the_recipe_of_super_trains_in_bfloat16(results):

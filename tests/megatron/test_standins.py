@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nemotron_nb.train.megatron_data import context_slices
-from nemotron_nb.train.megatron_kernels import GroupedRMSNorm, packed_attention, partitioned_indices, split_conv_scan
+from nemotron_nb.megatron.data import context_slices
+from nemotron_nb.megatron.kernels import GroupedRMSNorm, packed_attention, partitioned_indices, split_conv_scan
 
 BORDERS = [0, 4, 12, 13, 24]
 
