@@ -105,7 +105,7 @@ class RowSettings:
     max_rows: int = 0  # of the unit; 0 = all
 
 
-_MODULES = ("core", "data/records", "data/levels", "data/files", "data/tokenizer", "data/encoder", "data/template", "data/sandbox", "data/jinja_template", "data/mask", "data/compat", "data/sources", "data/filters", "data/endpoint", "data/reasoning", "data/spool")
+_MODULES = ("core", "data/records", "data/levels", "data/files", "data/tokenizer", "data/encoder", "data/template", "data/sandbox", "data/jinja_template", "data/mask", "data/nvidia_prep", "data/sources", "data/filters", "endpoint", "data/judge", "data/reasoning", "data/tokenized")
 
 
 @functools.cache
