@@ -146,7 +146,7 @@ class IndexedWriter:
         names = ("bin", "lengths", "idx")
         self._parts = {n: self.prefix.with_name(f".{self.prefix.name}.{n}.{os.getpid()}.tmp") for n in names}
         self._bin, self._lengths = open(self._parts["bin"], "wb"), open(self._parts["lengths"], "wb")
-        self._hash, self._facts = hashlib.sha256(), IndexedFacts(0, 0, 0, 0, "")
+        self._hash, self.facts = hashlib.sha256(), IndexedFacts(0, 0, 0, 0, "")  # facts: what was added so far
 
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
         """Append documents: [N] ids end to end, [D] tokens of each. `UserError` names one that cannot be written."""
@@ -172,7 +172,7 @@ class IndexedWriter:
 # %% ../../nbs/pretrain/02_indexed.ipynb #b6403890
 def _add(writer: IndexedWriter, ids: np.ndarray, lengths: np.ndarray) -> None:
     """`IndexedWriter.add`."""
-    where, facts = f"{writer.prefix}.bin", writer._facts
+    where, facts = f"{writer.prefix}.bin", writer.facts
     _check_lengths(lengths, writer.dtype.itemsize, facts.documents, where)
     assert ids.ndim == 1 and ids.size == lengths.sum(), "the lengths cover the ids"
     if writer._limit is not None:
@@ -185,12 +185,12 @@ def _add(writer: IndexedWriter, ids: np.ndarray, lengths: np.ndarray) -> None:
     writer._lengths.write(lengths.astype("<i4").tobytes())
     shortest = int(lengths.min()) if not facts.documents else min(facts.shortest, int(lengths.min()))
     longest = max(facts.longest, int(lengths.max()))
-    writer._facts = IndexedFacts(facts.documents + len(lengths), facts.tokens + ids.size, shortest, longest, "")
+    writer.facts = IndexedFacts(facts.documents + len(lengths), facts.tokens + ids.size, shortest, longest, "")
 
 
 def _close(writer: IndexedWriter) -> IndexedFacts:
     """`IndexedWriter.close`."""
-    facts, parts = writer._facts, writer._parts
+    facts, parts = writer.facts, writer._parts
     try:
         if not facts.documents:
             why = "a file of no bytes cannot be mapped into memory; Megatron-Core refuses it"

@@ -83,7 +83,7 @@ TEXT_REJECTS: Mapping[str, Reason] = {
 }
 
 
-def _document(value: Any, field: str) -> str | tuple[str, str]:
+def _document(value: Any, field: str, anything: bool) -> str | tuple[str, str]:
     """The text of a row, or (reason, detail) why it is no document."""
     if not isinstance(value, Mapping):
         return "not_an_object", f"the row is {type(value).__name__}"
@@ -92,6 +92,8 @@ def _document(value: Any, field: str) -> str | tuple[str, str]:
     text = value[field]
     if text is None:
         return "text_is_null", f"{field} is null"
+    if anything:
+        return str(text)
     if not isinstance(text, str):
         return "text_not_text", f"{field} is {type(text).__name__}"
     return text if text and not text.isspace() else ("empty", f"{field} has {len(text)} characters of white space")
@@ -218,6 +220,7 @@ def read_texts(
     field: str = "text",  # that holds the text
     max_bytes: int = MAX_LINE_BYTES,  # of one row; a longer one is rejected without being held in memory
     parse: Callable[[bytes], Any] | None = None,  # what makes a value of a line; None: `row_parser`
+    anything: bool = False,  # take any value but null for a text, as NVIDIA's preparation does
 ) -> Iterator[tuple[int, str | Reject]]:
     """(line, text) of each row of a unit, in order; a `Reject` with a reason of `TEXT_REJECTS` where there is none."""
     for line, value in _rows(unit, field, max_bytes, parse):
@@ -226,5 +229,5 @@ def read_texts(
         elif isinstance(value, Reject):
             yield line, value
         else:
-            found = _document(value, field)
+            found = _document(value, field, anything)
             yield line, found if isinstance(found, str) else Reject(unit.path, line, *found)
