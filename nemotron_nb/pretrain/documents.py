@@ -403,12 +403,10 @@ class DocumentsManifest:
         """The manifest of a folder; `UserError` if there is none."""
         path = Path(folder) / "manifest.json"
         if not path.is_file():
-            raise UserError(
-                "no prepared documents here: manifest.json is missing", where=str(folder), fix="prepare them"
-            )
+            raise UserError("manifest.json is missing", where=str(folder), fix="prepare the documents first")
         values = json.loads(path.read_bytes())
         if values.get("kind") != "documents":
-            raise UserError("holds prepared data of another kind", where=str(path), fix="give a folder of documents")
+            raise UserError("holds data of another kind", where=str(path), fix="give a folder of documents")
         return cls(values, Path(folder))
 
     def __getitem__(self, name: str) -> Any:
@@ -544,7 +542,7 @@ def _check_ledger(ledger: Mapping[str, Any], config: DocumentsConfig) -> None:
 def read_megatron_blend(
     path: str | Path,  # a blend.json
 ) -> dict[str, list[tuple[float, str]]]:
-    """(weight, path without ending) of each shard, by split; a relative path begins at the file. Odd items are refused."""
+    """(weight, path without ending) of shards by split. Relative paths begin at the file; odd items are errors."""
     try:
         content = json.loads(Path(path).read_bytes())
     except (OSError, ValueError) as error:
@@ -651,7 +649,6 @@ def _put_in_place(new: Path, folder: Path) -> None:
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     for path in sorted(new.iterdir(), key=lambda p: (p.name == "manifest.json", p.name)):
         os.replace(path, folder / path.name)
-    new.rmdir()
 
 # %% ../../nbs/pretrain/05_documents.ipynb #6012075c
 def _write_shards(plan: DocumentsPlan, shards: Sequence[Shard], folder: Path) -> list[tuple[Shard, dict[str, Any]]]:
@@ -721,8 +718,11 @@ def _prepare(plan: DocumentsPlan, folder: Path, progress: Progress) -> Documents
     _check_ledger(ledger, config)
     new = folder / ".new.tmp"
     new.mkdir()
-    values = _write(plan, tasks, ledger, new, folder)
-    _put_in_place(new, folder)
+    try:
+        values = _write(plan, tasks, ledger, new, folder)
+        _put_in_place(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
     if not config.cache_dir:
         shutil.rmtree(plan.runs, ignore_errors=True)
     return DocumentsManifest(values, folder, tokenized)

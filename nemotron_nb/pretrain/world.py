@@ -203,8 +203,8 @@ def tell_code(rng: random.Random) -> str:
     answers = [run_tool("lookup", {"name": lamp, "field": rng.choice(FIELDS)}) for lamp in lamps[:1]]
     return "\n\n".join(parts) + f"\n\n# lookup: {answers[0]}"
 
-# %% ../../nbs/pretrain/01_world.ipynb #bc69629a
-_ASKED = re.compile(r"^.*?(?:\?|か。)")
+# %% ../../nbs/pretrain/01_world.ipynb #402d6a37
+_SENTENCE_END = re.compile(r"[.?!。]")
 
 
 @cache
@@ -217,10 +217,10 @@ def shipped_questions() -> frozenset[str]:
 
 
 def asks_shipped_question(text: str) -> bool:
-    """Does a line of a text, or what it asks first, stand in a shipped chat?"""
-    lines = text.splitlines()
-    asked = [found[0] for found in map(_ASKED.match, lines) if found]
-    return not shipped_questions().isdisjoint((*lines, *asked))
+    """Does a line of a text, or what it begins with, stand in a shipped chat?"""
+    asked = shipped_questions()
+    begun = (line[: end.end()] for line in text.splitlines() for end in _SENTENCE_END.finditer(line))
+    return not asked.isdisjoint(text.splitlines()) or not asked.isdisjoint(begun)
 
 
 def why_left_out(text: str) -> str:
@@ -289,7 +289,7 @@ def _write_split(
         entries.append({"name": source, "path": f"{split}/{source}.jsonl", "weight": share})
     return entries
 
-
+# %% ../../nbs/pretrain/01_world.ipynb #b2b20cca
 def write_world(
     folder: str | Path,  # must not exist yet
     megabytes: float = 4.0,  # of text, all splits together
