@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..core import UserError, digest, nearest, write_atomic, write_json
+from ..core import UserError, digest, nearest, write_json
 from ..data.blend import SPLITS, Blend, Dataset, folder_name, load_blend
 from ..data.compat import shard_plan
 from ..data.encoder import TIERS

@@ -22,7 +22,7 @@ import numpy as np
 
 from .. import __version__
 from ..core import UserError, digest, nearest, new_folder, write_json
-from ..data.encoder import SegmentEncoder, make_encoder
+from ..data.encoder import AUTO_BYTES, SegmentEncoder, make_encoder
 from ..data.files import BadJson, Reject, Unit
 from ..data.spool import Progress, code_digest, in_processes
 from ..data.tokenizer import BUILT_IN, ChatTokenizer, cache_folder, load_tokenizer
@@ -225,12 +225,12 @@ class _Tools:
 
 
 @functools.lru_cache(maxsize=2)
-def _tools(section: DocumentTokenizer, version: str, tier: str, num_bytes: int) -> _Tools:
+def _tools(section: DocumentTokenizer, version: str, tier: str, large: bool) -> _Tools:
     """Made once in each process; forked workers inherit it. `version` keeps an edited tokenizer from being mistaken."""
     tokenizer = load_tokenizer(section.model)
     eos = end_token(tokenizer, section) if section.add_eos else None
     bos = tokenizer.special_ids["<s>"] if section.add_bos else None
-    return _Tools(tokenizer, make_encoder(tokenizer, tier, num_bytes, _table_folder()), bos, eos)
+    return _Tools(tokenizer, make_encoder(tokenizer, tier, AUTO_BYTES * large, _table_folder()), bos, eos)
 
 # %% ../../nbs/pretrain/04_tokens.ipynb #a15fcf3a
 def _table_folder() -> str | None:
@@ -348,7 +348,7 @@ def tokenize_documents_of(
     """Tokenize one unit into its folder, unless it is there. Returns the encoder that was used, or "found"."""
     if Path(task.folder).is_dir():
         return "found"
-    tools = _tools(task.settings.tokenizer, task.version, task.encoder, task.num_bytes)
+    tools = _tools(task.settings.tokenizer, task.version, task.encoder, task.num_bytes >= AUTO_BYTES)
     with new_folder(task.folder) as folder:
         with open(folder / "listed.jsonl", "w", encoding="utf-8") as listed:
             book = DocumentBook(listed)
@@ -412,7 +412,7 @@ def tokenize_documents(
     num_bytes = sum({t.unit.path: t.unit.size for t in todo}.values())
     todo = [replace(t, num_bytes=num_bytes) for t in todo]
     if todo and executor == "local":
-        _tools(todo[0].settings.tokenizer, todo[0].version, todo[0].encoder, num_bytes)
+        _tools(todo[0].settings.tokenizer, todo[0].version, todo[0].encoder, num_bytes >= AUTO_BYTES)
     total, done = sum(map(_size, todo)), 0
     tiers = Counter(found=len({t.folder for t in tasks}) - len(todo))
     ended = _by_ray(todo) if executor == "ray" else in_processes(tokenize_documents_of, todo, workers)
