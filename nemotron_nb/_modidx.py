@@ -2833,6 +2833,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'nemotron_nb/pretrain/tokens.py'),
                                              'nemotron_nb.pretrain.tokens._tools': ( 'pretrain/tokens.html#_tools',
                                                                                      'nemotron_nb/pretrain/tokens.py'),
+                                             'nemotron_nb.pretrain.tokens._tools_of': ( 'pretrain/tokens.html#_tools_of',
+                                                                                        'nemotron_nb/pretrain/tokens.py'),
                                              'nemotron_nb.pretrain.tokens.document_version': ( 'pretrain/tokens.html#document_version',
                                                                                                'nemotron_nb/pretrain/tokens.py'),
                                              'nemotron_nb.pretrain.tokens.encode_recognising': ( 'pretrain/tokens.html#encode_recognising',

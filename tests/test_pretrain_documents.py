@@ -139,6 +139,8 @@ def test_the_fast_parser_refuses_what_the_slow_one_refuses(monkeypatch):
     cases = ["{" + '"text":"a","text":"b"}', '{"text":"a","id":1,"id":2}', '{"te\\u0078t":"b","text":"a"}']
     cases += ["".join(rng.choices(pieces, k=rng.randrange(1, 9))) for _ in range(4000)]
     cases += ["{" + f'"text":{rng.choice(pieces)},"id":{rng.choice(pieces)}' + "}" for _ in range(2000)]
+    assert [result(p, cases[0].encode()) for p in (fast, slow)] == ["duplicate_key"] * 2
+    assert [result(p, cases[1].encode()) for p in (fast, slow)] == [("text", "a")] * 2
     for case in cases:
         assert result(fast, case.encode()) == result(slow, case.encode()), case
 

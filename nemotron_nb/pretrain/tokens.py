@@ -341,6 +341,12 @@ def _tokenize(task: DocumentTask, tools: _Tools, folder: Path, book: DocumentBoo
     finally:
         writer.discard()
 
+# %% ../../nbs/pretrain/04_tokens.ipynb #44cbc814
+def _tools_of(task: DocumentTask) -> _Tools:
+    """The tools for a task; how much there is to do matters to "auto" alone."""
+    large = task.encoder == "auto" and task.num_bytes >= AUTO_BYTES
+    return _tools(task.settings.tokenizer, task.version, task.encoder, large)
+
 # %% ../../nbs/pretrain/04_tokens.ipynb #f5fd9b9c
 def tokenize_documents_of(
     task: DocumentTask,
@@ -348,7 +354,7 @@ def tokenize_documents_of(
     """Tokenize one unit into its folder, unless it is there. Returns the encoder that was used, or "found"."""
     if Path(task.folder).is_dir():
         return "found"
-    tools = _tools(task.settings.tokenizer, task.version, task.encoder, task.num_bytes >= AUTO_BYTES)
+    tools = _tools_of(task)
     with new_folder(task.folder) as folder:
         with open(folder / "listed.jsonl", "w", encoding="utf-8") as listed:
             book = DocumentBook(listed)
@@ -412,7 +418,7 @@ def tokenize_documents(
     num_bytes = sum({t.unit.path: t.unit.size for t in todo}.values())
     todo = [replace(t, num_bytes=num_bytes) for t in todo]
     if todo and executor == "local":
-        _tools(todo[0].settings.tokenizer, todo[0].version, todo[0].encoder, num_bytes >= AUTO_BYTES)
+        _tools_of(todo[0])
     total, done = sum(map(_size, todo)), 0
     tiers = Counter(found=len({t.folder for t in tasks}) - len(todo))
     ended = _by_ray(todo) if executor == "ray" else in_processes(tokenize_documents_of, todo, workers)
