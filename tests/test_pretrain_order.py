@@ -1,0 +1,192 @@
+"""The order of samples is Megatron-Core's, step by step, and any sample can be read without those before it."""
+
+import logging
+import typing
+
+import numpy as np
+import pytest
+import typing_extensions
+
+from nemotron_nb.core import UserError
+from nemotron_nb.pretrain import order as native
+from nemotron_nb.pretrain.indexed import IndexedReader, IndexedWriter
+from nemotron_nb.pretrain.order import (
+    Mixture,
+    SampleOrder,
+    blend_sizes,
+    count_passes,
+    deal_samples,
+    draw_blend,
+    draw_order,
+    normalise,
+    read_batch,
+    read_sample,
+    walk_samples,
+)
+
+END = 2
+
+
+class Tokenizer:
+    """What GPTDataset asks of a tokenizer."""
+
+    vocab_size, eod, pad, unique_identifiers = 131_072, END, 0, {"class": "Tokenizer"}
+
+
+def write(prefix, documents, dtype="int32"):
+    with IndexedWriter(prefix, dtype) as writer:
+        writer.add(np.concatenate(documents), np.array([len(d) for d in documents]))
+    return str(prefix)
+
+
+def random_documents(seed, count, longest=200):
+    rng = np.random.default_rng(seed)
+    return [np.append(rng.integers(3, 60_000, rng.integers(0, longest)), END) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Three datasets of very different sizes."""
+    folder = tmp_path_factory.mktemp("files")
+    return [write(folder / n, random_documents(k, c)) for k, (n, c) in enumerate((("a", 150), ("b", 60), ("c", 9)))]
+
+
+@pytest.fixture(scope="module")
+def core():
+    """Megatron-Core's own classes."""
+    if not hasattr(typing, "override"):  # it asks for Python 3.12
+        typing.override = typing_extensions.override
+    pytest.importorskip("megatron.core.datasets.gpt_dataset")
+    from megatron.core.datasets import blended_megatron_dataset_builder, gpt_dataset, indexed_dataset, utils
+
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    return {**vars(blended_megatron_dataset_builder), **vars(gpt_dataset), **vars(indexed_dataset), **vars(utils)}
+
+
+def settings(core, tmp_path, **given):
+    reset = {"reset_position_ids": False, "reset_attention_mask": False, "eod_mask_loss": False}
+    fixed = {"tokenizer": Tokenizer(), "create_attention_mask": False, "path_to_cache": str(tmp_path / "cache")}
+    return core["GPTDatasetConfig"](**reset | fixed | given)
+
+
+@pytest.mark.parametrize("length", [7, 64, 1000])
+@pytest.mark.parametrize("asked", [None, 1, 10, 137, 900])
+def test_documents_samples_and_shuffle_are_those_of_gptdataset(tmp_path, core, files, length, asked):
+    for prefix in files:
+        config = settings(core, tmp_path, random_seed=1234, sequence_length=length, blend=([prefix], None), split="1,0,0")
+        reader = IndexedReader(prefix)
+        if asked is None and reader.tokens <= length:
+            continue
+        numbers = np.arange(len(reader), dtype=np.int32)
+        theirs = core["GPTDataset"](core["IndexedDataset"](prefix), prefix, numbers, asked, core["Split"].train, config)
+        ours = draw_order(reader.lengths, asked, length, 1234)
+        assert np.array_equal(ours.documents, theirs.document_index)
+        assert np.array_equal(ours.sample_index, theirs.sample_index)
+        assert np.array_equal(ours.shuffle, theirs.shuffle_index) and len(ours) == len(theirs)
+        for i in {*range(min(20, len(ours))), len(ours) - 1}:
+            sample, wanted = read_sample(reader, ours, i), theirs[i]
+            assert np.array_equal(sample.tokens, wanted["tokens"].numpy())
+            assert np.array_equal(sample.labels, wanted["labels"].numpy())
+            assert np.array_equal(sample.positions, wanted["position_ids"].numpy())
+
+
+def test_boundaries_and_positions_are_those_of_masking_between_documents(tmp_path, core, files):
+    fields = core["GPTDatasetConfig"].__dataclass_fields__
+    if "inter_document_masking" not in fields:
+        pytest.skip("this Megatron-Core does not mask between documents")
+    config = settings(
+        core, tmp_path, random_seed=5, sequence_length=128, blend=([files[0]], None), split="1,0,0", inter_document_masking=True
+    )
+    reader, numbers = IndexedReader(files[0]), np.arange(150, dtype=np.int32)
+    theirs = core["GPTDataset"](core["IndexedDataset"](files[0]), files[0], numbers, 100, core["Split"].train, config)
+    ours = draw_order(reader.lengths, 100, 128, 5)
+    for i in range(100):
+        sample, wanted = read_sample(reader, ours, i, reset_positions=True), theirs[i]
+        ends = wanted["cu_seqlens"].numpy()
+        assert sample.boundaries.tolist() == ends[: len(sample.boundaries)].tolist()
+        assert (ends[len(sample.boundaries) :] == 128).all()
+        assert np.array_equal(sample.positions, wanted["position_ids"].numpy())
+
+
+@pytest.mark.parametrize("weights", [[0.7, 0.2, 0.1], [1, 1, 1], [5, 1, 0.01], [0.333, 0.333, 0.334]])
+def test_a_blend_is_read_as_megatrons_builder_reads_it(tmp_path, core, files, weights):
+    blend = [(files, [float(w) for w in weights]), ([files[2]], None), None]
+    config = settings(core, tmp_path, random_seed=7, sequence_length=64, blend_per_split=blend)
+    build = core["BlendedMegatronDatasetBuilder"](core["GPTDataset"], [500, 20, 0], lambda: True, config).build
+    theirs, alone, _ = build()
+    ours = Mixture(list(zip(weights, files)), 500, 64, 7)
+    assert len(ours) == len(theirs)
+    assert np.array_equal(ours.blend.dataset, theirs.dataset_index)
+    assert np.array_equal(ours.blend.sample, theirs.dataset_sample_index)
+    for i in range(0, len(ours), 7):
+        assert np.array_equal(ours[i].tokens, theirs[i]["tokens"].numpy())
+    single = Mixture([(3.0, files[2])], 20, 64, 7)
+    assert len(single) == len(alone) and np.array_equal(single[19].labels, alone[19]["labels"].numpy())
+
+
+def test_the_binary_search_finds_what_the_walk_finds():
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        lengths, length = rng.integers(0, rng.integers(2, 30), rng.integers(1, 25)), int(rng.integers(1, 40))
+        count = (int(lengths.sum()) - 1) // length
+        if count >= 1:
+            numbers = np.arange(len(lengths), dtype=np.int32)
+            order = SampleOrder(numbers, np.cumsum(lengths), np.arange(count), 1, length)
+            assert np.array_equal(order.sample_index, walk_samples(lengths, length)), (lengths, length)
+
+
+def test_every_token_is_read_once_in_a_pass(files):
+    reader = IndexedReader(files[1])
+    order = draw_order(reader.lengths, None, 50, 3)
+    row = np.concatenate([reader[d] for d in order.documents])
+    read = np.concatenate([read_sample(reader, order, int(i)).tokens for i in np.argsort(order.shuffle)])
+    assert np.array_equal(read, row[: len(read)]) and len(row) - len(read) <= 50
+
+
+def test_the_compiled_deal_gives_the_same_integers(monkeypatch):
+    pytest.importorskip("numba")
+    rng = np.random.default_rng(1)
+    monkeypatch.setattr(native, "_COMPILE_FROM", 0)
+    for count in (2, 5, 23):
+        weights = rng.random(count) + 1e-3
+        slow = deal_samples(normalise(normalise(weights)).tolist(), 3000)
+        fast = draw_blend(weights, 3000)
+        assert np.array_equal(fast.dataset, slow)
+        assert all((fast.sample[slow == d] == np.arange((slow == d).sum())).all() for d in range(count))
+
+
+def test_a_resumed_run_reads_the_next_sample_and_a_batch_is_its_rows(files):
+    sources = list(zip((0.5, 0.3, 0.2), files))
+    first, again = (Mixture(sources, 200, 32, 11, reset_positions=True) for _ in range(2))
+    assert all(np.array_equal(first[i].tokens, again[i].tokens) for i in range(120, 200))
+    batch = read_batch(first, [5, 190])
+    assert np.array_equal(batch.positions[1], again[190].positions) and batch.tokens.shape == (2, 32)
+    assert count_passes(first, 0, 100).sum() > 0
+    halves = count_passes(first, 0, 90) + count_passes(first, 90)
+    assert halves == pytest.approx(count_passes(first))
+    other = Mixture(sources, 200, 32, 12)
+    assert any(not np.array_equal(first[i].tokens, other[i].tokens) for i in range(5))
+
+
+def test_what_gives_no_order_is_refused(files, tmp_path):
+    lengths = np.array([5], np.int32)
+    for call, said in [
+        (lambda: draw_order(lengths, None, 5, 0), "has 5 tokens, and one sample needs 6"),
+        (lambda: draw_order(np.zeros(0, np.int32), 3, 5, 0), "has 0 tokens"),
+        (lambda: draw_order(lengths, 0, 5, 0), "0 samples"),
+        (lambda: draw_order(lengths, 5, 0, 0), "samples of 0 tokens"),
+        (lambda: draw_blend([], 5), "there is no dataset"),
+        (lambda: draw_blend([1, float("nan")], 5), "weight nan of dataset 1"),
+        (lambda: draw_blend([1, 0], 5), "weight 0 of dataset 1"),
+        (lambda: Mixture([(1, files[0])], 9, 16, 0, vocab_size=100), "holds the token id"),
+        (lambda: Mixture([(1, tmp_path / "none")], 9, 16, 0), "cannot be read"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            call()
+    with pytest.raises(IndexError, match="sample 99999"):
+        Mixture([(1, files[0])], 9, 16, 0)[99_999]
+
+
+def test_sizes_of_a_blend_as_megatron_counts_them():
+    sizes, size = blend_sizes([0.7, 0.2, 0.1], 3000)
+    assert sizes == [2111, 605, 303] and size == 3002
