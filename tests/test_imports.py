@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(p for p in (ROOT / "nemotron_nb").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
-LAYERS = {"core": 0, "viz": 0, "data": 1, "loss": 1, "train": 2, "ops": 3, "__main__": 4}
+LAYERS = {"core": 0, "viz": 0, "data": 1, "loss": 1, "train": 2, "rl": 3, "ops": 4, "__main__": 5}
 HEAVY = ("torch", "triton", "transformers", "wandb", "ray", "megatron", "papermill", "matplotlib", "mistral_common")
 
 

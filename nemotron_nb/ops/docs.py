@@ -27,7 +27,7 @@ from ..core import UserError, write_atomic
 from .config import project_root
 
 # %% ../../nbs/ops/39_docs.ipynb #d4230778
-CHAPTERS: Mapping[str, str] = {"": "Start", "data": "Chats to packs", "loss": "The loss", "train": "Training", "ops": "Runs", "runs": "Run notebooks", "help": "Help"}
+CHAPTERS: Mapping[str, str] = {"": "Start", "data": "Chats to packs", "loss": "The loss", "train": "Training", "rl": "Reinforcement learning", "ops": "Runs", "runs": "Run notebooks", "help": "Help"}
 
 FRONT = ("index", "tour")
 
