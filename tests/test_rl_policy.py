@@ -57,7 +57,7 @@ def test_loss_in_fractions(seed):
         ({"correction": "none"}, {"weight": lambda w, ws: 1}),
         ({"correction": "tis", "correction_high": 1.5}, {"weight": lambda w, ws: min(w, Fraction(3, 2))}),
         ({"correction": "icepop", "correction_low": 0.55, "correction_high": 2.05}, {"weight": lambda w, ws: w if Fraction(11, 20) <= w <= Fraction(41, 20) else 0}),
-        ({"correction": "seq-mask-tis", "correction_low": 0.9, "correction_high": 1.7}, {"weight": lambda w, ws: w if 0.9 <= math.prod(map(float, ws)) ** (1 / len(ws)) <= 1.7 else 0}),
+        ({"correction": "seq-mask-tis", "correction_low": 0.917, "correction_high": 1.683}, {"weight": lambda w, ws: w if 0.917 <= math.prod(map(float, ws)) ** (1 / len(ws)) <= 1.683 else 0}),
     ]
     for ours, theirs in cases:
         for level, denominator in (("token", tokens), ("sequence", len(answers))):
