@@ -109,3 +109,14 @@ def test_prompts_names_and_settings():
             dataclasses.replace(SMALL, **wrong)
     with pytest.raises(UserError, match="no task"):
         next(grpo_steps(policy_of(), [], SMALL))
+
+
+def test_tasks_with_a_room_take_turns_and_one_group_is_the_same_among_others():
+    from nemotron_nb.rl.workplace import office_tools
+
+    office = Task("w", "workplace", ({"role": "user", "content": "Tidy up."},), tuple(office_tools()[:1]), {"ground_truth": [{"name": "remove_email", "arguments": {"id": "1"}}]})
+    policy = policy_of()
+    mixed = draw_and_judge(policy, [TASKS[0], office, TASKS[1]], 0, SMALL)
+    assert [a.task.id for a in mixed] == [TASKS[0].id, "w", TASKS[1].id] and all(j.status == "judged" for a in mixed for j in a.judgements)
+    alone = draw_and_judge(policy, [office], 0, SMALL)
+    assert [r.ids for r in alone[0].rollouts] == [r.ids for r in mixed[1].rollouts]

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from nemotron_nb.core import UserError
+from nemotron_nb.rl.curriculum import CurriculumSettings, curriculum, shares_of
 from nemotron_nb.rl.environments import ENVIRONMENTS, HACKS, environment, hack_table, judge, judge_all
 from nemotron_nb.rl.instructions import CHECKS, run_check
 from nemotron_nb.rl.judgement import guarded, read_reply, said
@@ -157,3 +158,20 @@ def test_sample_tasks_and_careless_chats(tmp_path):
     chats = [json.loads(line) for line in lines]
     undeclared = [c for c in chats if "tools" not in c and c["messages"][-1].get("tool_calls")]
     assert len(chats) == 50 and 0 < len(undeclared) < 25
+
+
+def test_curriculum_follows_what_was_asked():
+    rng = random.Random(0)
+    supply = [Task(str(i), "mathematics", (), pass_rate=round(rng.betavariate(1, 3) * 16) / 16) for i in range(2000)] + [Task(f"c{i}", "calls", (), pass_rate=0.5) for i in range(100)]
+    shares = {"mathematics": 0.7, "calls": 0.3}
+    order = curriculum(supply, 10, 10, shares)
+    assert order == curriculum(supply, 10, 10, shares) and len({t.id for t in order}) == 100 and all(t.pass_rate < 1 for t in order)
+    assert [sum(t.environment == "calls" for t in order[k : k + 10]) for k in range(0, 100, 10)] == [3] * 10
+    early, late = ([t.pass_rate for t in o if t.environment == "mathematics"] for o in (order[:30], order[-30:]))
+    assert sum(early) / len(early) > 0.55 > 0.45 > sum(late) / len(late)
+    plain = [t.pass_rate for t in curriculum(supply, 10, 10, {"mathematics": 1.0}, CurriculumSettings(density_correction=False))[:30]]
+    assert sum(plain) / len(plain) < sum(early) / len(early)
+    assert shares_of(7, {"a": 0.5, "b": 0.25, "c": 0.25}) == {"a": 3, "b": 2, "c": 2}
+    for wrong in (lambda: curriculum(supply, 100, 10, shares), lambda: curriculum(supply, 1, 2, {"calls": 0.9}), lambda: curriculum([Task("x", "calls", ())], 1, 1, {"calls": 1.0}), lambda: CurriculumSettings(sigma=0.0), lambda: CurriculumSettings(mean_start=0.2, mean_end=0.8)):
+        with pytest.raises(UserError):
+            wrong()

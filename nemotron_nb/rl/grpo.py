@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SILENT_GROUPS', 'Judge', 'GrpoSettings', 'Policy', 'freeze_routers', 'make_policy', 'prompt_ids', 'named',
-           'tasks_of_step', 'Answers', 'draw_and_judge', 'policy_gradient', 'step_record', 'grpo_step', 'grpo_steps',
-           'measure']
+           'tasks_of_step', 'Answers', 'draw', 'draw_and_judge', 'policy_gradient', 'step_record', 'grpo_step',
+           'grpo_steps', 'measure']
 
-# %% ../../nbs/rl/14_grpo.ipynb #b2b85eee
+# %% ../../nbs/rl/14_grpo.ipynb #455fffdd
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,13 +24,14 @@ from ..loss.policy import PolicyRules, PolicyStats, policy_terms
 from .advantage import LIVE, SILENT, UNJUDGED, AdvantageRules, Group, value_group
 from .environments import judge
 from .judgement import Judgement, Reply, read_reply
-from .rollout import FAILED, TRUNCATED, Rollout, batch_logp, rollout_row, sample_groups, sampled_logp
+from .rollout import FAILED, TRUNCATED, Rollout, batch_logp, continue_all, rollout_row, sample_groups, sampled_logp
 from .sample_tasks import kind_of
 from .tasks import Task
+from .turns import ROOMS, TurnLimits, sample_episodes
 from ..train.batches import collate
 from ..train.parallel import Ranks, passes, sum_gradients
 
-# %% ../../nbs/rl/14_grpo.ipynb #57425d1b
+# %% ../../nbs/rl/14_grpo.ipynb #2c164594
 SILENT_GROUPS = ("keep", "skip")
 
 
@@ -53,6 +55,7 @@ class GrpoSettings:
     seed: int = 0
     loss_fn: PolicyRules = field(default_factory=PolicyRules)
     advantage: AdvantageRules = field(default_factory=AdvantageRules)
+    turns: TurnLimits = field(default_factory=TurnLimits)  # of tasks whose environment has a room for tools
 
     def __post_init__(self) -> None:
         for name in ("num_prompts_per_step", "max_num_steps", "max_new_tokens", "rows", "micro_batch_tokens", "max_silent_steps"):
@@ -104,7 +107,7 @@ def make_policy(
     parameters = [p for p in model.parameters() if p.requires_grad]
     return Policy(model, tokenizer, torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0), reference, ranks)
 
-# %% ../../nbs/rl/14_grpo.ipynb #71151ef3
+# %% ../../nbs/rl/14_grpo.ipynb #5087bc61
 def prompt_ids(task: Task, tokenizer: ChatTokenizer) -> list[int]:
     """The ids of a task's prompt, with the thought opened. Nothing in the task can become a special token."""
     parts = chunks(task.messages, task.tools, add_generation_prompt=True)
@@ -148,6 +151,22 @@ def _reply(rollout: Rollout, tokenizer: ChatTokenizer) -> Reply:
     return read_reply(tokenizer.decode(rollout.ids[last.start : last.end]), rollout.info)
 
 
+def draw(
+    policy: Policy,
+    tasks: Mapping[str, Task],  # by name
+    step: int,
+    settings: GrpoSettings,
+) -> dict[str, list[Rollout]]:
+    """The answers to each task: of several turns where its environment has a room for tools, else of one."""
+    prompts = {name: prompt_ids(task, policy.tokenizer) for name, task in tasks.items()}
+    rooms = {name: ROOMS[task.environment] for name, task in tasks.items() if task.environment in ROOMS}
+    single, several = ({n: p for n, p in prompts.items() if (n in rooms) == inside} for inside in (False, True))
+    how = {"end_id": policy.tokenizer.im_end_id, "max_new_tokens": settings.max_new_tokens, "temperature": settings.temperature, "rows": settings.rows}
+    found = sample_groups(policy.model, single, settings.num_generations_per_prompt, step=step, seed=settings.seed, **how)
+    found += sample_episodes(partial(continue_all, policy.model, **how), several, settings.num_generations_per_prompt, policy.tokenizer, rooms, settings.turns, step=step, seed=settings.seed)
+    return dict(zip([*single, *several], found, strict=True))
+
+
 def draw_and_judge(
     policy: Policy,
     tasks: Sequence[Task],
@@ -158,9 +177,8 @@ def draw_and_judge(
     """The answers of a step, judged and valued; every rank draws a part of the tasks and gets all. Every rank must call it."""
     by_name, ranks = named(tasks), policy.ranks
     mine = list(by_name)[ranks.rank :: ranks.world]
-    prompts = {name: prompt_ids(by_name[name], policy.tokenizer) for name in mine}
-    drawn = sample_groups(policy.model, prompts, settings.num_generations_per_prompt, policy.tokenizer.im_end_id, settings.max_new_tokens, step=step, seed=settings.seed, temperature=settings.temperature, rows=settings.rows)
-    judged = {name: (tuple(group), tuple(judge_one(by_name[name], _reply(r, policy.tokenizer)) for r in group)) for name, group in zip(mine, drawn, strict=True)}
+    drawn = draw(policy, {name: by_name[name] for name in mine}, step, settings)
+    judged = {name: (tuple(group), tuple(judge_one(by_name[name], _reply(r, policy.tokenizer)) for r in group)) for name, group in drawn.items()}
     everything = {name: pair for part in ranks.gathered(judged) for name, pair in part.items()}
     return [_valued(by_name[name], *everything[name], settings.advantage) for name in by_name]
 
