@@ -24,9 +24,15 @@ def learn(folder, seed, steps):
     for line, _ in grpo_steps(policy, tasks, settings):
         lowest = min(lowest, line["rewards"]["no_tool"])
         rewards = " ".join(f"{k} {v:.2f}" for k, v in line["rewards"].items())
-        print(f"seed {seed} step {line['step']:2} {rewards}  groups {line['groups']}  length {line['mean_length']:.1f}  gap {line.get('largest_logp_gap', 0):.1e}  {time.perf_counter() - started:.0f} s", flush=True)
+        print(
+            f"seed {seed} step {line['step']:2} {rewards}  groups {line['groups']}  length {line['mean_length']:.1f}  gap {line.get('largest_logp_gap', 0):.1e}  {time.perf_counter() - started:.0f} s",
+            flush=True,
+        )
     after = measure(policy, held_out, settings)
-    print(f"seed {seed}: before {before['rewards']}\n        after {after['rewards']}\n        lowest no_tool of a step {lowest:.2f}, {time.perf_counter() - started:.0f} s", flush=True)
+    print(
+        f"seed {seed}: before {before['rewards']}\n        after {after['rewards']}\n        lowest no_tool of a step {lowest:.2f}, {time.perf_counter() - started:.0f} s",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

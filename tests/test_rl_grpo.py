@@ -8,7 +8,17 @@ import torch
 from nemotron_nb.core import UserError
 from nemotron_nb.data.tokenizer import load_tokenizer
 from nemotron_nb.loss.policy import PolicyRules
-from nemotron_nb.rl.grpo import GrpoSettings, draw_and_judge, grpo_steps, make_policy, measure, named, policy_gradient, prompt_ids, tasks_of_step
+from nemotron_nb.rl.grpo import (
+    GrpoSettings,
+    draw_and_judge,
+    grpo_steps,
+    make_policy,
+    measure,
+    named,
+    policy_gradient,
+    prompt_ids,
+    tasks_of_step,
+)
 from nemotron_nb.rl.judgement import failed, said
 from nemotron_nb.rl.sample_tasks import sample_tasks
 from nemotron_nb.rl.tasks import Task
@@ -17,7 +27,9 @@ from nemotron_nb.train.model import build_model
 from nemotron_nb.train.settings import ModelConfig
 
 TOKENIZER = load_tokenizer("tiny")
-SMALL = GrpoSettings(num_prompts_per_step=3, num_generations_per_prompt=4, max_num_steps=4, max_new_tokens=8, lr=5e-4, lr_warmup_iters=2)
+SMALL = GrpoSettings(
+    num_prompts_per_step=3, num_generations_per_prompt=4, max_num_steps=4, max_new_tokens=8, lr=5e-4, lr_warmup_iters=2
+)
 TASKS = sample_tasks(9)
 
 
@@ -52,7 +64,11 @@ def test_one_gradient_for_every_cut(level):
         return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None]).clone()
 
     whole = gradient(micro_batch_tokens=10**9)
-    for other in (gradient(micro_batch_tokens=40), gradient(silent_groups="skip"), gradient(answers[::-1], micro_batch_tokens=100)):
+    for other in (
+        gradient(micro_batch_tokens=40),
+        gradient(silent_groups="skip"),
+        gradient(answers[::-1], micro_batch_tokens=100),
+    ):
         assert (other - whole).norm() < 1e-5 * whole.norm()
 
 
@@ -80,7 +96,9 @@ def test_failed_judgements_are_nobody_s_reward_and_silence_ends_a_run():
     settings = dataclasses.replace(SMALL, max_silent_steps=2)
     with pytest.raises(UserError, match="2 steps without a group"):
         for line, answers in grpo_steps(policy, TASKS, settings, judge_one=flaky):
-            assert not line["moved"] and line["failed"] == 12 and line["groups"]["unjudged"] == 3 and line["rewards"] == {}
+            assert (
+                not line["moved"] and line["failed"] == 12 and line["groups"]["unjudged"] == 3 and line["rewards"] == {}
+            )
     assert all(torch.equal(a, b) for a, b in zip(before, weights(policy)))
 
 
@@ -90,7 +108,7 @@ def test_routers_stay_and_the_reference_pulls():
         policy_of(settings)
     policy = policy_of(settings, reference=True)
     routers = {n: p.clone() for n, p in policy.model.named_parameters() if n.endswith("gate.weight")}
-    (line, _), = grpo_steps(policy, TASKS, settings, judge_one=ends)
+    ((line, _),) = grpo_steps(policy, TASKS, settings, judge_one=ends)
     now = dict(policy.model.named_parameters())
     assert routers and all(torch.equal(p, now[n]) for n, p in routers.items())
     assert line["moved"] and abs(line["kl_reference"]) < 1e-5  # the first step begins at the reference
@@ -114,9 +132,17 @@ def test_prompts_names_and_settings():
 def test_tasks_with_a_room_take_turns_and_one_group_is_the_same_among_others():
     from nemotron_nb.rl.workplace import office_tools
 
-    office = Task("w", "workplace", ({"role": "user", "content": "Tidy up."},), tuple(office_tools()[:1]), {"ground_truth": [{"name": "remove_email", "arguments": {"id": "1"}}]})
+    office = Task(
+        "w",
+        "workplace",
+        ({"role": "user", "content": "Tidy up."},),
+        tuple(office_tools()[:1]),
+        {"ground_truth": [{"name": "remove_email", "arguments": {"id": "1"}}]},
+    )
     policy = policy_of()
     mixed = draw_and_judge(policy, [TASKS[0], office, TASKS[1]], 0, SMALL)
-    assert [a.task.id for a in mixed] == [TASKS[0].id, "w", TASKS[1].id] and all(j.status == "judged" for a in mixed for j in a.judgements)
+    assert [a.task.id for a in mixed] == [TASKS[0].id, "w", TASKS[1].id] and all(
+        j.status == "judged" for a in mixed for j in a.judgements
+    )
     alone = draw_and_judge(policy, [office], 0, SMALL)
     assert [r.ids for r in alone[0].rollouts] == [r.ids for r in mixed[1].rollouts]

@@ -19,10 +19,22 @@ from nemotron_nb.rl.tasks import FAMILIES, BadTask, Task, parse_task, read_tasks
 TRUTHS = {
     "mathematics": ({"expected_answer": "7"}, r"\boxed{7}"),
     "choice": ({"options": [{"A": "x"}, {"B": "y"}], "expected_answer": "B"}, r"\boxed{B}"),
-    "structured": ({"schema_str": '{"type": "object", "properties": {"a": {"type": "string"}}}', "schema_type": "json"}, '{"a": "x"}'),
-    "instructions": ({"instruction_id_list": ["punctuation:no_comma", "keywords:existence"], "kwargs": [{}, {"keywords": ["lamp"]}]}, "a lamp"),
-    "code": ({"verifier_metadata": {"unit_tests": {"inputs": ["2"], "outputs": ["4"]}}}, "```python\nprint(2 * int(input()))\n```"),
-    "workplace": ({"ground_truth": [{"name": "remove_email", "arguments": '{"id": "1"}'}]}, "<tool_call>\n<function=remove_email>\n<parameter=id>\n1\n</parameter>\n</function>\n</tool_call>\n"),
+    "structured": (
+        {"schema_str": '{"type": "object", "properties": {"a": {"type": "string"}}}', "schema_type": "json"},
+        '{"a": "x"}',
+    ),
+    "instructions": (
+        {"instruction_id_list": ["punctuation:no_comma", "keywords:existence"], "kwargs": [{}, {"keywords": ["lamp"]}]},
+        "a lamp",
+    ),
+    "code": (
+        {"verifier_metadata": {"unit_tests": {"inputs": ["2"], "outputs": ["4"]}}},
+        "```python\nprint(2 * int(input()))\n```",
+    ),
+    "workplace": (
+        {"ground_truth": [{"name": "remove_email", "arguments": '{"id": "1"}'}]},
+        "<tool_call>\n<function=remove_email>\n<parameter=id>\n1\n</parameter>\n</function>\n</tool_call>\n",
+    ),
     "long_context": ({"expected_answer": "the Seine"}, "Answer: Seine"),
     "calls": ({"forbid_numbers": True}, "I do not know."),
 }
@@ -31,8 +43,20 @@ REPLIES = {name: read_reply(f"x\n</think>\n{right}<|im_end|>") for name, (_, rig
 
 def row_of(name, **more):
     agent = {"type": "responses_api_agents", "name": FAMILIES[name].agents[0] + "_simple_agent"}
-    tool = {"type": "function", "name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}, "strict": False}
-    return {"responses_create_params": {"input": [{"role": "user", "content": "What is it?"}], "tools": [tool]}, **TRUTHS[name][0], "agent_ref": agent, "other": [1, None], **more}
+    tool = {
+        "type": "function",
+        "name": "f",
+        "description": "d",
+        "parameters": {"type": "object", "properties": {}},
+        "strict": False,
+    }
+    return {
+        "responses_create_params": {"input": [{"role": "user", "content": "What is it?"}], "tools": [tool]},
+        **TRUTHS[name][0],
+        "agent_ref": agent,
+        "other": [1, None],
+        **more,
+    }
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -41,7 +65,9 @@ def test_a_row_comes_back_and_its_right_answer_is_paid(name):
     assert (task.environment, repairs, task_row(task)) == (name, (), row_of(name, pass_rate=0.25))
     found = judge(task, REPLIES[name], switched_on=["code"])
     assert (found.status, found.reward) == ("judged", 1.0), found
-    assert judge(task, read_reply(REPLIES[name].text.removesuffix("<|im_end|>")), ["code"]).reward == 0.0  # a turn without an end
+    assert (
+        judge(task, read_reply(REPLIES[name].text.removesuffix("<|im_end|>")), ["code"]).reward == 0.0
+    )  # a turn without an end
 
 
 @pytest.mark.parametrize("value", ["34", "1.50", "true", "1e400", "null", "[]", "007"])
@@ -51,7 +77,9 @@ def test_answers_stay_text(value):
 
 
 def test_numbers_become_their_digits_and_are_counted():
-    assert [parse_task(row_of("mathematics", expected_answer=v))[0].truth["expected_answer"] for v in (34, -2, 0.5)] == ["34", "-2", "0.5"]
+    assert [
+        parse_task(row_of("mathematics", expected_answer=v))[0].truth["expected_answer"] for v in (34, -2, 0.5)
+    ] == ["34", "-2", "0.5"]
     assert parse_task(row_of("mathematics", expected_answer=34))[1] == ("number_as_text",)
 
 
@@ -75,8 +103,14 @@ def test_files(tmp_path):
     rows = [row_of("mathematics"), row_of("mathematics"), [], row_of("choice")]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows) + "{\n")
     found = read_tasks(path)
-    assert [(r.line, r.reason) for r in found.rejects] == [(2, "duplicate_task"), (3, "not_an_object"), (5, "not_json")] and len(found.tasks) == 2
-    assert [t.id for t in read_tasks(write_tasks(tmp_path / "again.jsonl", found.tasks)).tasks] == [t.id for t in found.tasks]
+    assert [(r.line, r.reason) for r in found.rejects] == [
+        (2, "duplicate_task"),
+        (3, "not_an_object"),
+        (5, "not_json"),
+    ] and len(found.tasks) == 2
+    assert [t.id for t in read_tasks(write_tasks(tmp_path / "again.jsonl", found.tasks)).tasks] == [
+        t.id for t in found.tasks
+    ]
 
 
 def test_placeholders_lose_nothing_in_silence():
@@ -93,17 +127,42 @@ def test_placeholders_lose_nothing_in_silence():
         with pytest.raises(LostRow):
             answer_text(stored, SKYWORK)
     shelf = [{"prompt": [{"content": framed}], "reward_model": {"ground_truth": "34"}}, {"prompt": []}]
-    place = lambda **p: {"_hf_placeholder": {"row": 0, "question_template": {"prefix": "<", "suffix": ">\n\n"}} | p, "dataset": "nano_v3_sft_profiled_dapo17k"}
-    rows = [(1, place()), (2, place(row=1)), (3, place(row=9)), (4, place(row=-1)), (5, place(row=True)), (6, place(question_template=None)), (7, place() | {"dataset": "x"}), (8, {"question": "plain"}), (9, place() | {"question": "x"})]
+    place = lambda **p: {
+        "_hf_placeholder": {"row": 0, "question_template": {"prefix": "<", "suffix": ">\n\n"}} | p,
+        "dataset": "nano_v3_sft_profiled_dapo17k",
+    }
+    rows = [
+        (1, place()),
+        (2, place(row=1)),
+        (3, place(row=9)),
+        (4, place(row=-1)),
+        (5, place(row=True)),
+        (6, place(question_template=None)),
+        (7, place() | {"dataset": "x"}),
+        (8, {"question": "plain"}),
+        (9, place() | {"question": "x"}),
+    ]
     found, lost = resolve_all(rows, lambda origin, n: shelf[n])
-    assert [line for line, _ in found] == [1, 8] and found[0][1]["responses_create_params"]["input"][0]["content"] == "<Q1\n\nQ2>"
-    assert [r.reason for r in lost] == ["missing_field", "row_out_of_range", "bad_placeholder", "bad_placeholder", "bad_template", "unknown_dataset", "placeholder_and_question"]
+    assert [line for line, _ in found] == [1, 8] and found[0][1]["responses_create_params"]["input"][0][
+        "content"
+    ] == "<Q1\n\nQ2>"
+    assert [r.reason for r in lost] == [
+        "missing_field",
+        "row_out_of_range",
+        "bad_placeholder",
+        "bad_placeholder",
+        "bad_template",
+        "unknown_dataset",
+        "placeholder_and_question",
+    ]
     with pytest.raises(UserError, match="nvidia"):
         resolve_all([], lambda *a: {}, compat="nvida")
 
 
 def test_hacks_earn_nothing():
-    samples = [(parse_task(row_of(name))[0], right) for name, (_, right) in TRUTHS.items() if name not in ("code", "calls")]
+    samples = [
+        (parse_task(row_of(name))[0], right) for name, (_, right) in TRUTHS.items() if name not in ("code", "calls")
+    ]
     table = hack_table(samples)
     assert all(row == {"right": 1.0, **dict.fromkeys(HACKS, 0.0)} for row in table.values()), table
 
@@ -123,8 +182,37 @@ def test_a_failed_verification_is_a_status():
 
 def test_garbage_neither_raises_nor_pays():
     rng = random.Random(1)
-    parts = [r"\boxed{", "}", "{", "<tool_call>\n", "<function=remove_email>\n", "<parameter=id>\n", "\x00", "\ud83d", "Answer:", "\n", "***", "[", "#", '"', "9" * 500, "</think>", "<think>", "```", "\\frac{1}{0}", "(" * 500]
-    pairs = [(parse_task(row_of(name))[0], read_reply("".join(rng.choices(parts, k=rng.randrange(50))) + "<|im_end|>" * rng.randrange(2))) for name in TRUTHS if name not in ("code", "calls") for _ in range(40)]
+    parts = [
+        r"\boxed{",
+        "}",
+        "{",
+        "<tool_call>\n",
+        "<function=remove_email>\n",
+        "<parameter=id>\n",
+        "\x00",
+        "\ud83d",
+        "Answer:",
+        "\n",
+        "***",
+        "[",
+        "#",
+        '"',
+        "9" * 500,
+        "</think>",
+        "<think>",
+        "```",
+        "\\frac{1}{0}",
+        "(" * 500,
+    ]
+    pairs = [
+        (
+            parse_task(row_of(name))[0],
+            read_reply("".join(rng.choices(parts, k=rng.randrange(50))) + "<|im_end|>" * rng.randrange(2)),
+        )
+        for name in TRUTHS
+        if name not in ("code", "calls")
+        for _ in range(40)
+    ]
     found = judge_all(pairs)
     assert all(j.status == "judged" and j.reward == 0.0 and j.milliseconds < 5000 for j in found)
     assert [j.reward for j in judge_all(pairs[:3], workers=2)] == [0.0] * 3
@@ -162,16 +250,31 @@ def test_sample_tasks_and_careless_chats(tmp_path):
 
 def test_curriculum_follows_what_was_asked():
     rng = random.Random(0)
-    supply = [Task(str(i), "mathematics", (), pass_rate=round(rng.betavariate(1, 3) * 16) / 16) for i in range(2000)] + [Task(f"c{i}", "calls", (), pass_rate=0.5) for i in range(100)]
+    supply = [
+        Task(str(i), "mathematics", (), pass_rate=round(rng.betavariate(1, 3) * 16) / 16) for i in range(2000)
+    ] + [Task(f"c{i}", "calls", (), pass_rate=0.5) for i in range(100)]
     shares = {"mathematics": 0.7, "calls": 0.3}
     order = curriculum(supply, 10, 10, shares)
-    assert order == curriculum(supply, 10, 10, shares) and len({t.id for t in order}) == 100 and all(t.pass_rate < 1 for t in order)
+    assert (
+        order == curriculum(supply, 10, 10, shares)
+        and len({t.id for t in order}) == 100
+        and all(t.pass_rate < 1 for t in order)
+    )
     assert [sum(t.environment == "calls" for t in order[k : k + 10]) for k in range(0, 100, 10)] == [3] * 10
     early, late = ([t.pass_rate for t in o if t.environment == "mathematics"] for o in (order[:30], order[-30:]))
     assert sum(early) / len(early) > 0.55 > 0.45 > sum(late) / len(late)
-    plain = [t.pass_rate for t in curriculum(supply, 10, 10, {"mathematics": 1.0}, CurriculumSettings(density_correction=False))[:30]]
+    plain = [
+        t.pass_rate
+        for t in curriculum(supply, 10, 10, {"mathematics": 1.0}, CurriculumSettings(density_correction=False))[:30]
+    ]
     assert sum(plain) / len(plain) < sum(early) / len(early)
     assert shares_of(7, {"a": 0.5, "b": 0.25, "c": 0.25}) == {"a": 3, "b": 2, "c": 2}
-    for wrong in (lambda: curriculum(supply, 100, 10, shares), lambda: curriculum(supply, 1, 2, {"calls": 0.9}), lambda: curriculum([Task("x", "calls", ())], 1, 1, {"calls": 1.0}), lambda: CurriculumSettings(sigma=0.0), lambda: CurriculumSettings(mean_start=0.2, mean_end=0.8)):
+    for wrong in (
+        lambda: curriculum(supply, 100, 10, shares),
+        lambda: curriculum(supply, 1, 2, {"calls": 0.9}),
+        lambda: curriculum([Task("x", "calls", ())], 1, 1, {"calls": 1.0}),
+        lambda: CurriculumSettings(sigma=0.0),
+        lambda: CurriculumSettings(mean_start=0.2, mean_end=0.8),
+    ):
         with pytest.raises(UserError):
             wrong()

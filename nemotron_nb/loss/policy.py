@@ -40,7 +40,9 @@ class PolicyRules:
 
     clip_low: float = 0.2  # a ratio below 1 - clip_low asks for no more where the advantage is negative
     clip_high: float = 0.28  # a ratio above 1 + clip_high asks for no more where the advantage is positive
-    clip_c: float | None = None  # above 1: the loss of a token with a negative advantage A is at most -c A; None = unbounded
+    clip_c: float | None = (
+        None  # above 1: the loss of a token with a negative advantage A is at most -c A; None = unbounded
+    )
     level: str = "token"  # one of LEVELS: what counts once
     sequence_ratios: bool = False  # one ratio an answer; needs level "sequence"
     correction: str = "plain"  # one of CORRECTIONS: use of pi_old / pi_gen
@@ -48,25 +50,67 @@ class PolicyRules:
     correction_high: float | None = None  # largest weight
     kl_penalty: float = 0.0  # factor of the divergence from the reference policy
     kl_type: str = "k3"  # one of KL_TYPES
-    on_policy_kl: bool = True  # weight the divergence by pi / pi_gen, else by 1 in value; the gradient of the weight is kept
+    on_policy_kl: bool = (
+        True  # weight the divergence by pi / pi_gen, else by 1 in value; the gradient of the weight is kept
+    )
 
     def __post_init__(self) -> None:
         for name, known in (("level", LEVELS), ("correction", CORRECTIONS), ("kl_type", KL_TYPES)):
             _check_word(name, getattr(self, name), known)
-        _require(0 <= self.clip_low <= 1 and self.clip_high >= 0, "clip_low", f"clip_low {self.clip_low}, clip_high {self.clip_high}", "let 0 <= clip_low <= 1 and clip_high >= 0")
-        _require(self.clip_c is None or self.clip_c > 1, "clip_c", f"clip_c is {self.clip_c}", "give a number above 1 (3 is usual), or null")
+        _require(
+            0 <= self.clip_low <= 1 and self.clip_high >= 0,
+            "clip_low",
+            f"clip_low {self.clip_low}, clip_high {self.clip_high}",
+            "let 0 <= clip_low <= 1 and clip_high >= 0",
+        )
+        _require(
+            self.clip_c is None or self.clip_c > 1,
+            "clip_c",
+            f"clip_c is {self.clip_c}",
+            "give a number above 1 (3 is usual), or null",
+        )
         _require(self.kl_penalty >= 0, "kl_penalty", f"kl_penalty is {self.kl_penalty}", "give 0 or more")
-        _require(not self.sequence_ratios or self.level == "sequence", "sequence_ratios", "one ratio an answer, and a mean over tokens", "set level: sequence")
+        _require(
+            not self.sequence_ratios or self.level == "sequence",
+            "sequence_ratios",
+            "one ratio an answer, and a mean over tokens",
+            "set level: sequence",
+        )
         self._check_bounds()
 
     def _check_bounds(self) -> None:
         """The bounds of the correction must be there where they are used, and nowhere else."""
         low, high, bounded = self.correction_low, self.correction_high, self.correction in CORRECTIONS[2:]
-        _require(bounded or low is high is None, "correction_low", f"bounds for the correction {self.correction!r}", f"remove them, or choose one of {', '.join(CORRECTIONS[2:])}")
-        _require(not bounded or high is not None and high > 0, "correction_high", f"{self.correction} without an upper bound", "give correction_high, e.g. 2 for tis, 5 for icepop, 1.002 for seq-mask-tis")
-        _require(self.correction not in CORRECTIONS[3:] or low is not None, "correction_low", f"{self.correction} without a lower bound", "give correction_low, e.g. 0.5 for icepop, 0.999 for seq-mask-tis")
-        _require(low is None or high is None or 0 <= low <= high, "correction_low", f"bounds {low} to {high}", "let 0 <= correction_low <= correction_high")
-        _require(not (self.sequence_ratios and self.correction == "seq-mask-tis"), "correction", "seq-mask-tis with one ratio an answer", "choose tis or icepop")
+        _require(
+            bounded or low is high is None,
+            "correction_low",
+            f"bounds for the correction {self.correction!r}",
+            f"remove them, or choose one of {', '.join(CORRECTIONS[2:])}",
+        )
+        _require(
+            not bounded or high is not None and high > 0,
+            "correction_high",
+            f"{self.correction} without an upper bound",
+            "give correction_high, e.g. 2 for tis, 5 for icepop, 1.002 for seq-mask-tis",
+        )
+        _require(
+            self.correction not in CORRECTIONS[3:] or low is not None,
+            "correction_low",
+            f"{self.correction} without a lower bound",
+            "give correction_low, e.g. 0.5 for icepop, 0.999 for seq-mask-tis",
+        )
+        _require(
+            low is None or high is None or 0 <= low <= high,
+            "correction_low",
+            f"bounds {low} to {high}",
+            "let 0 <= correction_low <= correction_high",
+        )
+        _require(
+            not (self.sequence_ratios and self.correction == "seq-mask-tis"),
+            "correction",
+            "seq-mask-tis with one ratio an answer",
+            "choose tis or icepop",
+        )
 
 # %% ../../nbs/loss/13_policy.ipynb #23b570ee
 @dataclass(frozen=True)
@@ -97,17 +141,34 @@ def _as_tokens(advantages: Tensor, like: Tensor) -> Tensor:
         return advantages
     if like.ndim == 2 and advantages.shape in (like.shape[:1], (like.shape[0], 1)):
         return advantages.reshape(-1, 1).expand_as(like)
-    raise UserError(f"advantages {tuple(advantages.shape)} for log-probabilities {tuple(like.shape)}", where="advantages", fix="give one for each token, or one for each row")
+    raise UserError(
+        f"advantages {tuple(advantages.shape)} for log-probabilities {tuple(like.shape)}",
+        where="advantages",
+        fix="give one for each token, or one for each row",
+    )
 
 
 def _owners(mask: Tensor, sequence_of: Tensor | None) -> Tensor:
     """int64, like the mask: which answer each token belongs to; rows are answers unless something else is said."""
     if sequence_of is None:
-        return torch.arange(len(mask), device=mask.device).reshape(-1, 1).expand_as(mask) if mask.ndim == 2 else torch.zeros_like(mask, dtype=torch.int64)
+        return (
+            torch.arange(len(mask), device=mask.device).reshape(-1, 1).expand_as(mask)
+            if mask.ndim == 2
+            else torch.zeros_like(mask, dtype=torch.int64)
+        )
     return sequence_of.expand_as(mask)
 
 
-def _drawn(logp: Tensor, old: Tensor, sampled: Tensor, advantages: Tensor, mask: Tensor, sequence_of: Tensor | None, lengths: Tensor | None, whole: bool) -> _Drawn:
+def _drawn(
+    logp: Tensor,
+    old: Tensor,
+    sampled: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    sequence_of: Tensor | None,
+    lengths: Tensor | None,
+    whole: bool,
+) -> _Drawn:
     """Take the drawn tokens out of a batch. `whole`: something is computed that needs all tokens of an answer."""
     wide = torch.promote_types(logp.dtype, torch.float32)
     owner_M = _owners(mask, sequence_of)[mask]
@@ -115,7 +176,12 @@ def _drawn(logp: Tensor, old: Tensor, sampled: Tensor, advantages: Tensor, mask:
     here_M = torch.bincount(owner_M, minlength=answers)[owner_M]
     length_M = here_M if lengths is None else lengths.expand_as(mask)[mask]
     if whole and not torch.equal(here_M, length_M):
-        raise UserError("an answer is cut between micro-batches", where="lengths", why="a ratio of the whole answer needs all of its tokens", fix="keep answers whole, or use token ratios")
+        raise UserError(
+            "an answer is cut between micro-batches",
+            where="lengths",
+            why="a ratio of the whole answer needs all of its tokens",
+            fix="keep answers whole, or use token ratios",
+        )
     values = (t[mask].to(wide) for t in (logp, old.detach(), sampled.detach(), _as_tokens(advantages, logp).detach()))
     return _Drawn(*values, owner_M, length_M, answers)
 
@@ -140,7 +206,9 @@ def _correction(drawn: _Drawn, rules: PolicyRules) -> Tensor:
     gap_M = drawn.old_M - drawn.sampled_M
     if rules.correction == "none":
         return torch.ones_like(gap_M)
-    weight_M = torch.nan_to_num((drawn.sum_of_answer(gap_M) if rules.sequence_ratios else gap_M).exp(), nan=0.0, posinf=0.0, neginf=0.0)
+    weight_M = torch.nan_to_num(
+        (drawn.sum_of_answer(gap_M) if rules.sequence_ratios else gap_M).exp(), nan=0.0, posinf=0.0, neginf=0.0
+    )
     low, high = rules.correction_low or 0.0, rules.correction_high
     if rules.correction == "tis":
         return weight_M.clamp(low, high)
@@ -160,7 +228,11 @@ def kl_estimate(
     """An estimate of KL(policy || reference) from each token that the policy drew, in nats; same shape."""
     _check_word("kl_type", kl_type, KL_TYPES)
     log_ratio = reference_logp - logp
-    return {"k1": lambda: -log_ratio, "k2": lambda: log_ratio.square() / 2, "k3": lambda: log_ratio.exp() - 1 - log_ratio}[kl_type]()
+    return {
+        "k1": lambda: -log_ratio,
+        "k2": lambda: log_ratio.square() / 2,
+        "k3": lambda: log_ratio.exp() - 1 - log_ratio,
+    }[kl_type]()
 
 
 def _divergence(drawn: _Drawn, reference_M: Tensor, rules: PolicyRules) -> Tensor:
@@ -207,9 +279,27 @@ def policy_terms(
 ) -> PolicyTerms:
     """Everything the policy loss is made of. `UserError` for shapes and settings that do not fit."""
     if mask.dtype != torch.bool or not (mask.shape == logp.shape == old_logp.shape == sampled_logp.shape):
-        raise UserError(f"mask {mask.dtype} {tuple(mask.shape)}, log-probabilities {tuple(logp.shape)}, {tuple(old_logp.shape)}, {tuple(sampled_logp.shape)}", where="policy loss", fix="give a bool mask and three tensors of the same shape")
-    _require(rules.kl_penalty == 0 or reference_logp is not None, "kl_penalty", "no log-probabilities of the reference policy", "compute them with the start model, or set kl_penalty: 0")
-    drawn = _drawn(logp, old_logp, sampled_logp, advantages, mask, sequence_of, lengths, rules.sequence_ratios or rules.correction == "seq-mask-tis")
+        raise UserError(
+            f"mask {mask.dtype} {tuple(mask.shape)}, log-probabilities {tuple(logp.shape)}, {tuple(old_logp.shape)}, {tuple(sampled_logp.shape)}",
+            where="policy loss",
+            fix="give a bool mask and three tensors of the same shape",
+        )
+    _require(
+        rules.kl_penalty == 0 or reference_logp is not None,
+        "kl_penalty",
+        "no log-probabilities of the reference policy",
+        "compute them with the start model, or set kl_penalty: 0",
+    )
+    drawn = _drawn(
+        logp,
+        old_logp,
+        sampled_logp,
+        advantages,
+        mask,
+        sequence_of,
+        lengths,
+        rules.sequence_ratios or rules.correction == "seq-mask-tis",
+    )
     ratio_M, correction_M = _ratio(drawn, rules), _correction(drawn, rules)
     loss_M = correction_M * _surrogate(ratio_M, drawn.advantage_M, rules)
     divergence_M = torch.zeros_like(loss_M)
@@ -218,7 +308,15 @@ def policy_terms(
         loss_M = loss_M + rules.kl_penalty * divergence_M if rules.kl_penalty else loss_M
     weight_M = torch.ones_like(correction_M) if rules.level == "token" else 1 / drawn.length_M.to(correction_M.dtype)
     clipped_M = _without_gradient(ratio_M.detach(), drawn.advantage_M, rules)
-    return PolicyTerms(loss_M, weight_M, ratio_M.detach(), clipped_M, correction_M, divergence_M.detach(), drawn.old_M - drawn.sampled_M)
+    return PolicyTerms(
+        loss_M,
+        weight_M,
+        ratio_M.detach(),
+        clipped_M,
+        correction_M,
+        divergence_M.detach(),
+        drawn.old_M - drawn.sampled_M,
+    )
 
 # %% ../../nbs/loss/13_policy.ipynb #43ff023b
 def clipped_loss(
@@ -246,9 +344,28 @@ def clipped_loss(
 ) -> Tensor:
     """The share of the clipped policy loss that these tokens have, 0-dim. Shares of all micro-batches and ranks add up; see `PolicyRules`, `policy_terms`."""
     if not denominator > 0:
-        raise UserError(f"the denominator is {denominator}", where="policy loss", why="a batch without a drawn token has no loss", fix="count drawn tokens (or answers) of the global batch, and leave empty batches out")
-    rules = PolicyRules(clip_low, clip_high, clip_c, level, sequence_ratios, correction, correction_low, correction_high, kl_penalty, kl_type, on_policy_kl)
-    return policy_terms(logp, old_logp, sampled_logp, advantages, mask, rules, reference_logp, sequence_of, lengths).total(denominator)
+        raise UserError(
+            f"the denominator is {denominator}",
+            where="policy loss",
+            why="a batch without a drawn token has no loss",
+            fix="count drawn tokens (or answers) of the global batch, and leave empty batches out",
+        )
+    rules = PolicyRules(
+        clip_low,
+        clip_high,
+        clip_c,
+        level,
+        sequence_ratios,
+        correction,
+        correction_low,
+        correction_high,
+        kl_penalty,
+        kl_type,
+        on_policy_kl,
+    )
+    return policy_terms(
+        logp, old_logp, sampled_logp, advantages, mask, rules, reference_logp, sequence_of, lengths
+    ).total(denominator)
 
 # %% ../../nbs/loss/13_policy.ipynb #e78205fe
 def quadrants_picture(
@@ -265,13 +382,17 @@ def quadrants_picture(
         loss, still = _surrogate(ratio, A, rules), _without_gradient(ratio, A, rules)
         axis.plot(ratio, -A * ratio, color="#bbbbbb", linestyle=":", label="without clipping")
         axis.plot(ratio, loss, color="#30639a", linewidth=2, label="loss")
-        axis.fill_between(ratio, *axis.get_ylim(), where=still, color="#c8553d", alpha=0.15, label="no gradient: enough")
+        axis.fill_between(
+            ratio, *axis.get_ylim(), where=still, color="#c8553d", alpha=0.15, label="no gradient: enough"
+        )
         axis.axvline(1, color="#111111", linewidth=0.8)
         axis.set(title=words, xlabel="pi / pi_old")
         axis.legend(fontsize=8)
     axes[0].set_ylabel("loss of the token")
     alt = f"Loss of a token over its ratio. With a positive advantage it is flat above {1 + rules.clip_high:g}; with a negative one below {1 - rules.clip_low:g}"
-    return png(figure, alt + (f" and above {rules.clip_c:g}." if rules.clip_c else ", and grows without bound to the right."))
+    return png(
+        figure, alt + (f" and above {rules.clip_c:g}." if rules.clip_c else ", and grows without bound to the right.")
+    )
 
 # %% ../../nbs/loss/13_policy.ipynb #9e7fd7b8
 @dataclass(frozen=True)
@@ -290,7 +411,16 @@ class PolicyStats:
     def of(cls, terms: PolicyTerms) -> "PolicyStats":
         """Of one micro-batch."""
         gap = terms.gap.abs()
-        columns = torch.stack([torch.ones_like(gap), terms.clipped.to(gap), (terms.correction == 0).to(gap), terms.correction, gap.exp(), terms.divergence])
+        columns = torch.stack(
+            [
+                torch.ones_like(gap),
+                terms.clipped.to(gap),
+                (terms.correction == 0).to(gap),
+                terms.correction,
+                gap.exp(),
+                terms.divergence,
+            ]
+        )
         return cls(*columns.double().sum(1).tolist(), float(gap.max()) if gap.numel() else 0.0)
 
     def __add__(self, other: "PolicyStats") -> "PolicyStats":
@@ -300,18 +430,34 @@ class PolicyStats:
     def record(self) -> dict[str, float]:
         """Means over drawn tokens under the names of the metrics file."""
         n = self.tokens or 1.0
-        return {"clipped_share": self.clipped / n, "dropped_share": self.dropped / n, "mean_correction": self.correction / n, "token_mult_prob_error": self.prob_error / n, "kl_reference": self.divergence / n, "largest_logp_gap": self.largest_gap}
+        return {
+            "clipped_share": self.clipped / n,
+            "dropped_share": self.dropped / n,
+            "mean_correction": self.correction / n,
+            "token_mult_prob_error": self.prob_error / n,
+            "kl_reference": self.divergence / n,
+            "largest_logp_gap": self.largest_gap,
+        }
 
 # %% ../../nbs/loss/13_policy.ipynb #33e04230
 def _per_answer(logp: Tensor, mask: Tensor | None, average: bool, name: str) -> Tensor:
     """[P] the sum (or mean) over drawn tokens of each answer; what is already a sum is left as it is."""
     if logp.ndim == 1 and mask is None:
         if average:
-            raise UserError("sums over answers do not say how long the answers are", where=f"dpo_loss: {name}", why="a mean needs the number of tokens", fix="give log-probabilities of tokens [P,T] with their mask, or average=False")
+            raise UserError(
+                "sums over answers do not say how long the answers are",
+                where=f"dpo_loss: {name}",
+                why="a mean needs the number of tokens",
+                fix="give log-probabilities of tokens [P,T] with their mask, or average=False",
+            )
         return logp
     mask = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
     if mask.shape != logp.shape or logp.ndim != 2:
-        raise UserError(f"log-probabilities {tuple(logp.shape)}, mask {tuple(mask.shape)}", where=f"dpo_loss: {name}", fix="give [P] sums, or [P,T] tokens and a mask of the same shape")
+        raise UserError(
+            f"log-probabilities {tuple(logp.shape)}, mask {tuple(mask.shape)}",
+            where=f"dpo_loss: {name}",
+            fix="give [P] sums, or [P,T] tokens and a mask of the same shape",
+        )
     total = logp.masked_fill(~mask, 0.0).sum(1)
     return total / mask.sum(1).clamp(min=1) if average else total
 
@@ -332,10 +478,20 @@ def dpo_loss(
 ) -> Tensor:
     """The share of the DPO loss that these pairs have, 0-dim, differentiable."""
     if not (beta > 0 and preference_weight >= 0 and sft_weight >= 0):
-        raise UserError(f"beta {beta}, preference_weight {preference_weight}, sft_weight {sft_weight}", where="dpo", fix="let beta be above 0, and the weights at least 0")
+        raise UserError(
+            f"beta {beta}, preference_weight {preference_weight}, sft_weight {sft_weight}",
+            where="dpo",
+            fix="let beta be above 0, and the weights at least 0",
+        )
     if len(chosen) != len(rejected) or (len(chosen) == 0 and denominator is None):
-        raise UserError(f"{len(chosen)} chosen answers and {len(rejected)} rejected ones", where="dpo", fix="give them in pairs, at least one")
+        raise UserError(
+            f"{len(chosen)} chosen answers and {len(rejected)} rejected ones",
+            where="dpo",
+            fix="give them in pairs, at least one",
+        )
     good, reference_good = (_per_answer(t, chosen_mask, average, "chosen") for t in (chosen, reference_chosen.detach()))
-    bad, reference_bad = (_per_answer(t, rejected_mask, average, "rejected") for t in (rejected, reference_rejected.detach()))
+    bad, reference_bad = (
+        _per_answer(t, rejected_mask, average, "rejected") for t in (rejected, reference_rejected.detach())
+    )
     margin_P = beta * ((good - reference_good) - (bad - reference_bad))
     return (-preference_weight * F.logsigmoid(margin_P) - sft_weight * good).sum() / (denominator or len(chosen))

@@ -32,7 +32,12 @@ def _known(rewards: Sequence[float | None]) -> list[float | None]:
     """The rewards as numbers; None stays. `UserError` for what is no finite number."""
     values = [None if r is None else float(r) for r in rewards]
     if bad := [i for i, v in enumerate(values) if v is not None and not math.isfinite(v)]:
-        raise UserError(f"a reward is {values[bad[0]]}", where=f"member {bad[0]} of the group", why="it would become the advantage of every member", fix="give None for an answer that could not be judged")
+        raise UserError(
+            f"a reward is {values[bad[0]]}",
+            where=f"member {bad[0]} of the group",
+            why="it would become the advantage of every member",
+            fix="give None for an answer that could not be judged",
+        )
     return values
 
 
@@ -90,12 +95,23 @@ def value_group(
     rules: AdvantageRules = AdvantageRules(),
 ) -> Group:
     """The advantages of one group, and which of its answers are trained."""
-    advantages = group_advantages(rewards, leave_one_out=rules.use_leave_one_out_baseline, normalize=rules.normalize_rewards, deviation_floor=rules.deviation_floor)
+    advantages = group_advantages(
+        rewards,
+        leave_one_out=rules.use_leave_one_out_baseline,
+        normalize=rules.normalize_rewards,
+        deviation_floor=rules.deviation_floor,
+    )
     judged = [float(r) for r in rewards if r is not None]
     status = UNJUDGED if len(judged) < 2 else SILENT if len(set(judged)) == 1 else LIVE
     cut = [rules.overlong_filtering and bool(t) for t in truncated]
     trained = tuple(r is not None and status != UNJUDGED and not c for r, c in zip(rewards, cut, strict=True))
-    return Group(tuple(advantages), trained, status, len(rewards) - len(judged), sum(c and r is not None for r, c in zip(rewards, cut, strict=True)))
+    return Group(
+        tuple(advantages),
+        trained,
+        status,
+        len(rewards) - len(judged),
+        sum(c and r is not None for r, c in zip(rewards, cut, strict=True)),
+    )
 
 # %% ../../nbs/rl/13_advantage.ipynb #394ae40d
 def _tint(value: float | None, top: float) -> str:
@@ -114,7 +130,13 @@ def advantage_strip(
     top: float = 1.0,  # the size that is darkest
 ) -> Picture:
     """Tokens coloured by the advantage that pushes them. Safe for untrusted notebooks."""
-    spans = [(1, f'<span style="{_tint(a, top)};padding:0 1px" title="{"given" if a is None else f"advantage {a:+.3f}"}">{escape(clipped(p, 400))}</span>') for p, a in zip(pieces, advantages, strict=True)]
+    spans = [
+        (
+            1,
+            f'<span style="{_tint(a, top)};padding:0 1px" title="{"given" if a is None else f"advantage {a:+.3f}"}">{escape(clipped(p, 400))}</span>',
+        )
+        for p, a in zip(pieces, advantages, strict=True)
+    ]
     drawn, body = fitting(spans)
     more = f" ... and {len(spans) - drawn} more tokens" if drawn < len(spans) else ""
     pushed = sum(a is not None for a in advantages)
@@ -126,7 +148,9 @@ def advantage_strip(
 
 # %% ../../nbs/rl/13_advantage.ipynb #89219bf6
 def reward_picture(
-    lines: Sequence[Mapping[str, Any]],  # of a metrics file, kind "rl": step, rewards {environment: mean}, groups {status: count}
+    lines: Sequence[
+        Mapping[str, Any]
+    ],  # of a metrics file, kind "rl": step, rewards {environment: mean}, groups {status: count}
 ) -> Picture:
     """Mean reward by environment over the steps, and below it the share of live, silent and unjudged groups."""
     import matplotlib.pyplot as plt
@@ -139,9 +163,17 @@ def reward_picture(
     above.set(ylabel="mean reward", ylim=(-0.02, 1.02))
     above.legend(fontsize=8)
     total = [max(1, sum(line["groups"].values())) for line in lines]
-    shares = [[line["groups"].get(status, 0) / n for line, n in zip(lines, total, strict=True)] for status in (LIVE, SILENT, UNJUDGED)]
+    shares = [
+        [line["groups"].get(status, 0) / n for line, n in zip(lines, total, strict=True)]
+        for status in (LIVE, SILENT, UNJUDGED)
+    ]
     below.stackplot(steps, shares, labels=(LIVE, SILENT, UNJUDGED), colors=("#8fbf8f", "#cccccc", "#c8553d"))
     below.set(ylabel="groups", xlabel="step", ylim=(0, 1))
     below.legend(fontsize=7, loc="lower left")
     last = lines[-1] if lines else {"rewards": {}, "groups": {}}
-    return png(figure, f"Reward over {len(lines)} steps; at the end " + ", ".join(f"{k} {v:.2f}" for k, v in last["rewards"].items()) + f"; groups {dict(last['groups'])}")
+    return png(
+        figure,
+        f"Reward over {len(lines)} steps; at the end "
+        + ", ".join(f"{k} {v:.2f}" for k, v in last["rewards"].items())
+        + f"; groups {dict(last['groups'])}",
+    )

@@ -122,7 +122,9 @@ _ANSWER_LINE = re.compile(r"(?im)^[ \t*_]*answer[*_]*:[*_ \t]*(.+)$")
 
 def _plain(text: str) -> str:
     """Lower case, one blank between words, no articles, no full stop at the end."""
-    return " ".join(w for w in re.sub(r"[\s\"'*_`]+", " ", text.lower()).strip(" .,;:!?").split() if w not in ("a", "an", "the"))
+    return " ".join(
+        w for w in re.sub(r"[\s\"'*_`]+", " ", text.lower()).strip(" .,;:!?").split() if w not in ("a", "an", "the")
+    )
 
 
 def verify_long_context(task: Task, reply: Reply) -> Judgement:
@@ -131,7 +133,13 @@ def verify_long_context(task: Task, reply: Reply) -> Judgement:
     if not reply.good_form or reply.calls != ():
         return said(0, "form", reply.text[-60:], expected)
     box, lines = the_box(reply.answer, lambda a, b: _plain(a) == _plain(b)), _ANSWER_LINE.findall(reply.answer)
-    rule, found = ("boxed", box) if boxes_of(reply.answer) else ("answer_line", lines[-1] if len(set(map(_plain, lines))) == 1 else None) if lines else ("whole", reply.answer)
+    rule, found = (
+        ("boxed", box)
+        if boxes_of(reply.answer)
+        else ("answer_line", lines[-1] if len(set(map(_plain, lines))) == 1 else None)
+        if lines
+        else ("whole", reply.answer)
+    )
     if not found or len(found) > 4 * len(expected) + 40:
         return said(0, "too_long" if found else rule, found or "", expected)
     number, truth = read_number(found.strip().rstrip(".")), read_number(expected)

@@ -47,17 +47,47 @@ def sandbox_command(
     wrap = shutil.which("bwrap")
     if wrap is None:
         return [], "limits"
-    shown = [word for place in ("/usr", "/bin", "/lib", "/lib64", sys.base_prefix, sys.prefix) if Path(place).exists() for word in ("--ro-bind", place, place)]
-    return [wrap, "--unshare-all", "--die-with-parent", "--new-session", "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", *shown, "--bind", str(folder), str(folder), "--chdir", str(folder)], "bubblewrap"
+    shown = [
+        word
+        for place in ("/usr", "/bin", "/lib", "/lib64", sys.base_prefix, sys.prefix)
+        if Path(place).exists()
+        for word in ("--ro-bind", place, place)
+    ]
+    return [
+        wrap,
+        "--unshare-all",
+        "--die-with-parent",
+        "--new-session",
+        "--proc",
+        "/proc",
+        "--dev",
+        "/dev",
+        "--tmpfs",
+        "/tmp",
+        *shown,
+        "--bind",
+        str(folder),
+        str(folder),
+        "--chdir",
+        str(folder),
+    ], "bubblewrap"
 
 
 def _limit(limits: Limits) -> None:
     """In the child, before the program starts."""
     cpu = max(1, int(limits.seconds))
-    for what, most in ((resource.RLIMIT_CPU, cpu), (resource.RLIMIT_AS, limits.memory), (resource.RLIMIT_FSIZE, limits.output), (resource.RLIMIT_CORE, 0)):
+    for what, most in (
+        (resource.RLIMIT_CPU, cpu),
+        (resource.RLIMIT_AS, limits.memory),
+        (resource.RLIMIT_FSIZE, limits.output),
+        (resource.RLIMIT_CORE, 0),
+    ):
         resource.setrlimit(what, (most, most))
     soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
-    resource.setrlimit(resource.RLIMIT_NPROC, (limits.processes if hard == resource.RLIM_INFINITY else min(limits.processes, hard), hard))
+    resource.setrlimit(
+        resource.RLIMIT_NPROC,
+        (limits.processes if hard == resource.RLIM_INFINITY else min(limits.processes, hard), hard),
+    )
 
 # %% ../../nbs/rl/08_code.ipynb #6e2cf81a
 def run_program(
@@ -70,7 +100,10 @@ def run_program(
         folder = Path(name)
         (folder / "program.py").write_text(source, encoding="utf-8", errors="replace")
         before, sandbox = sandbox_command(folder)
-        with open(folder / "given", "w+", encoding="utf-8", errors="replace") as stdin, tempfile.TemporaryFile() as stdout:
+        with (
+            open(folder / "given", "w+", encoding="utf-8", errors="replace") as stdin,
+            tempfile.TemporaryFile() as stdout,
+        ):
             stdin.write(given)
             stdin.seek(0)
             process = subprocess.Popen(
@@ -121,7 +154,9 @@ def verify_code(
     """The program passes all tests."""
     tests = _tests(task)
     if tests is None:
-        return failed("unit_tests", f"no tests, more than {MOST_TESTS}, or inputs and outputs that are no pairs of texts")
+        return failed(
+            "unit_tests", f"no tests, more than {MOST_TESTS}, or inputs and outputs that are no pairs of texts"
+        )
     blocks = _BLOCK.findall(reply.answer)
     if not reply.good_form or not blocks or not blocks[-1].strip():
         return said(0, "no_program", reply.text[-60:], "a fenced block")

@@ -31,7 +31,11 @@ class CurriculumSettings:
 
     def __post_init__(self) -> None:
         if not (0 <= self.mean_end <= self.mean_start <= 1 and self.sigma > 0 and self.bins >= 1):
-            raise UserError(f"mean_start {self.mean_start}, mean_end {self.mean_end}, sigma {self.sigma}, bins {self.bins}", where="curriculum", fix="let 1 >= mean_start >= mean_end >= 0, sigma > 0 and bins >= 1")
+            raise UserError(
+                f"mean_start {self.mean_start}, mean_end {self.mean_end}, sigma {self.sigma}, bins {self.bins}",
+                where="curriculum",
+                fix="let 1 >= mean_start >= mean_end >= 0, sigma > 0 and bins >= 1",
+            )
 
     def mean(self, step: int, steps: int) -> float:
         """The middle of the bell at a step; it falls in a straight line."""
@@ -42,7 +46,12 @@ def check_rates(tasks: Sequence[Task]) -> None:
     """`UserError` for tasks without a measured pass rate."""
     missing = [t.id for t in tasks if t.pass_rate is None]
     if missing:
-        raise UserError(f"{len(missing)} of {len(tasks)} tasks have no pass rate, e.g. {missing[0]}", where="curriculum", why="nobody knows how hard they are", fix="measure them first, or leave the curriculum out")
+        raise UserError(
+            f"{len(missing)} of {len(tasks)} tasks have no pass rate, e.g. {missing[0]}",
+            where="curriculum",
+            why="nobody knows how hard they are",
+            fix="measure them first, or leave the curriculum out",
+        )
 
 # %% ../../nbs/rl/15_curriculum.ipynb #d16cd70d
 def _weights(rates: np.ndarray, mean: float, settings: CurriculumSettings) -> np.ndarray:
@@ -60,7 +69,11 @@ def shares_of(
 ) -> dict[str, int]:
     """How many tasks of each environment a step has: largest remainders, adding up to `count`."""
     if not shares or any(s < 0 for s in shares.values()) or not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
-        raise UserError(f"the shares {dict(shares)} add up to {sum(shares.values()):g}", where="environments", fix="let them add up to 1")
+        raise UserError(
+            f"the shares {dict(shares)} add up to {sum(shares.values()):g}",
+            where="environments",
+            fix="let them add up to 1",
+        )
     whole = {name: int(share * count + 1e-9) for name, share in shares.items()}
     for name in sorted(shares, key=lambda n: (whole[n] - shares[n] * count, n))[: count - sum(whole.values())]:
         whole[name] += 1
@@ -77,17 +90,33 @@ def curriculum(
     """steps * count tasks in the order they are asked. The same settings give the same order."""
     check_rates(tasks)
     wanted = shares_of(count, shares)
-    left = {name: [t for t in tasks if t.environment == name and not (settings.drop_solved and t.pass_rate == 1.0)] for name in wanted}
+    left = {
+        name: [t for t in tasks if t.environment == name and not (settings.drop_solved and t.pass_rate == 1.0)]
+        for name in wanted
+    }
     if short := {name: (len(left[name]), n * steps) for name, n in wanted.items() if len(left[name]) < n * steps}:
         name, (have, need) = next(iter(short.items()))
-        raise UserError(f"{have} tasks of {name!r} for {steps} steps that want {need}", where="curriculum", why="the supply would run out, and the end of training would be something else", fix="give more tasks, fewer steps, or a smaller share")
+        raise UserError(
+            f"{have} tasks of {name!r} for {steps} steps that want {need}",
+            where="curriculum",
+            why="the supply would run out, and the end of training would be something else",
+            fix="give more tasks, fewer steps, or a smaller share",
+        )
     order = []
     for step in range(steps):
         rng = np.random.default_rng([settings.seed, step])
         chosen = []
         for name, n in wanted.items():
             rates = np.array([t.pass_rate for t in left[name]])
-            picks = set(rng.choice(len(rates), n, replace=False, p=_weights(rates, settings.mean(step, steps), settings)).tolist()) if n else set()
+            picks = (
+                set(
+                    rng.choice(
+                        len(rates), n, replace=False, p=_weights(rates, settings.mean(step, steps), settings)
+                    ).tolist()
+                )
+                if n
+                else set()
+            )
             chosen += [left[name][i] for i in sorted(picks)]
             left[name] = [t for i, t in enumerate(left[name]) if i not in picks]
         order += [chosen[i] for i in rng.permutation(len(chosen))]
@@ -104,11 +133,21 @@ def curriculum_picture(
 
     figure, axis = plt.subplots(figsize=(7.2, 3.0))
     steps = max(len(o) for o in orders.values()) // count
-    axis.plot(range(1, steps + 1), [settings.mean(s, steps) for s in range(steps)], color="#111111", linestyle="--", label="asked: middle of the bell")
+    axis.plot(
+        range(1, steps + 1),
+        [settings.mean(s, steps) for s in range(steps)],
+        color="#111111",
+        linestyle="--",
+        label="asked: middle of the bell",
+    )
     means = {}
     for name, order in orders.items():
         means[name] = [sum(t.pass_rate for t in order[k : k + count]) / count for k in range(0, len(order), count)]
         axis.plot(range(1, len(means[name]) + 1), means[name], marker=".", label=name)
     axis.set(xlabel="step", ylabel="mean pass rate", ylim=(0, 1))
     axis.legend(fontsize=8)
-    return png(figure, "Mean pass rate of the tasks of a step; " + "; ".join(f"{name}: {m[0]:.2f} at the start, {m[-1]:.2f} at the end" for name, m in means.items()))
+    return png(
+        figure,
+        "Mean pass rate of the tasks of a step; "
+        + "; ".join(f"{name}: {m[0]:.2f} at the start, {m[-1]:.2f} at the end" for name, m in means.items()),
+    )

@@ -78,7 +78,12 @@ def environment(
         raise UserError(f"unknown environment {name!r}", where="environments", fix=nearest(name, ENVIRONMENTS))
     found = ENVIRONMENTS[name]
     if not found.on and name not in switched_on:
-        raise UserError(f"the environment {name!r} is off", where=f"environments.{name}", why="it runs programs that the model wrote", fix=f"set environments.{name}.on: true on a machine where that may be")
+        raise UserError(
+            f"the environment {name!r} is off",
+            where=f"environments.{name}",
+            why="it runs programs that the model wrote",
+            fix=f"set environments.{name}.on: true on a machine where that may be",
+        )
     return found
 
 
@@ -117,10 +122,19 @@ def hack_table(
         """Of an answer in good form."""
         return judge(task, read_reply(f"Hm.\n</think>\n{answer}<|im_end|>"), switched_on).reward
 
-    return {task.environment: {"right": reward(task, right), **{name: reward(task, hack(task)) for name, hack in HACKS.items()}} for task, right in samples}
+    return {
+        task.environment: {
+            "right": reward(task, right),
+            **{name: reward(task, hack(task)) for name, hack in HACKS.items()},
+        }
+        for task, right in samples
+    }
 
 
 def hack_picture(found: Mapping[str, Mapping[str, float | None]]) -> Picture:
     """The rewards of right answers and hacks."""
     columns = ["right", *HACKS]
-    return table([[name, *("failed" if row[c] is None else row[c] for c in columns)] for name, row in found.items()], header=["environment", *columns])
+    return table(
+        [[name, *("failed" if row[c] is None else row[c] for c in columns)] for name, row in found.items()],
+        header=["environment", *columns],
+    )

@@ -24,7 +24,16 @@ from ..loss.policy import PolicyRules, PolicyStats, policy_terms
 from .advantage import LIVE, SILENT, UNJUDGED, AdvantageRules, Group, value_group
 from .environments import judge
 from .judgement import Judgement, Reply, read_reply
-from .rollout import FAILED, TRUNCATED, Rollout, batch_logp, continue_all, rollout_row, sample_groups, sampled_logp
+from nemotron_nb.rl.rollout import (
+    FAILED,
+    TRUNCATED,
+    Rollout,
+    batch_logp,
+    continue_all,
+    rollout_row,
+    sample_groups,
+    sampled_logp,
+)
 from .sample_tasks import kind_of
 from .tasks import Task
 from .turns import ROOMS, TurnLimits, sample_episodes
@@ -58,15 +67,31 @@ class GrpoSettings:
     turns: TurnLimits = field(default_factory=TurnLimits)  # of tasks whose environment has a room for tools
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts_per_step", "max_num_steps", "max_new_tokens", "rows", "micro_batch_tokens", "max_silent_steps"):
+        for name in (
+            "num_prompts_per_step",
+            "max_num_steps",
+            "max_new_tokens",
+            "rows",
+            "micro_batch_tokens",
+            "max_silent_steps",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}", where="grpo", fix="give at least 1")
         if self.num_generations_per_prompt < 2:
-            raise UserError(f"num_generations_per_prompt is {self.num_generations_per_prompt}", where="grpo", why="an answer without siblings has nothing to be compared with", fix="give at least 2; 16 is usual")
+            raise UserError(
+                f"num_generations_per_prompt is {self.num_generations_per_prompt}",
+                where="grpo",
+                why="an answer without siblings has nothing to be compared with",
+                fix="give at least 2; 16 is usual",
+            )
         if self.temperature <= 0:
-            raise UserError(f"temperature is {self.temperature}", where="grpo", why="the likeliest token is no draw", fix="give 1")
+            raise UserError(
+                f"temperature is {self.temperature}", where="grpo", why="the likeliest token is no draw", fix="give 1"
+            )
         if self.silent_groups not in SILENT_GROUPS:
-            raise UserError(f"silent_groups is {self.silent_groups!r}", where="grpo", fix=f"use {' or '.join(SILENT_GROUPS)}")
+            raise UserError(
+                f"silent_groups is {self.silent_groups!r}", where="grpo", fix=f"use {' or '.join(SILENT_GROUPS)}"
+            )
 
     def learning_rate(self, step: int) -> float:
         """Of a step; `step` optimizer steps are done."""
@@ -101,11 +126,21 @@ def make_policy(
 ) -> Policy:
     """The policy with a fresh optimizer: AdamW without weight decay."""
     if settings.loss_fn.kl_penalty and reference is None:
-        raise UserError("kl_penalty without a reference policy", where="loss_fn.kl_penalty", fix="give the start model as reference, or set it to 0")
+        raise UserError(
+            "kl_penalty without a reference policy",
+            where="loss_fn.kl_penalty",
+            fix="give the start model as reference, or set it to 0",
+        )
     if settings.freeze_router:
         freeze_routers(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return Policy(model, tokenizer, torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0), reference, ranks)
+    return Policy(
+        model,
+        tokenizer,
+        torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0),
+        reference,
+        ranks,
+    )
 
 # %% ../../nbs/rl/14_grpo.ipynb #5087bc61
 def prompt_ids(task: Task, tokenizer: ChatTokenizer) -> list[int]:
@@ -161,9 +196,25 @@ def draw(
     prompts = {name: prompt_ids(task, policy.tokenizer) for name, task in tasks.items()}
     rooms = {name: ROOMS[task.environment] for name, task in tasks.items() if task.environment in ROOMS}
     single, several = ({n: p for n, p in prompts.items() if (n in rooms) == inside} for inside in (False, True))
-    how = {"end_id": policy.tokenizer.im_end_id, "max_new_tokens": settings.max_new_tokens, "temperature": settings.temperature, "rows": settings.rows}
-    found = sample_groups(policy.model, single, settings.num_generations_per_prompt, step=step, seed=settings.seed, **how)
-    found += sample_episodes(partial(continue_all, policy.model, **how), several, settings.num_generations_per_prompt, policy.tokenizer, rooms, settings.turns, step=step, seed=settings.seed)
+    how = {
+        "end_id": policy.tokenizer.im_end_id,
+        "max_new_tokens": settings.max_new_tokens,
+        "temperature": settings.temperature,
+        "rows": settings.rows,
+    }
+    found = sample_groups(
+        policy.model, single, settings.num_generations_per_prompt, step=step, seed=settings.seed, **how
+    )
+    found += sample_episodes(
+        partial(continue_all, policy.model, **how),
+        several,
+        settings.num_generations_per_prompt,
+        policy.tokenizer,
+        rooms,
+        settings.turns,
+        step=step,
+        seed=settings.seed,
+    )
     return dict(zip([*single, *several], found, strict=True))
 
 
@@ -178,12 +229,17 @@ def draw_and_judge(
     by_name, ranks = named(tasks), policy.ranks
     mine = list(by_name)[ranks.rank :: ranks.world]
     drawn = draw(policy, {name: by_name[name] for name in mine}, step, settings)
-    judged = {name: (tuple(group), tuple(judge_one(by_name[name], _reply(r, policy.tokenizer)) for r in group)) for name, group in drawn.items()}
+    judged = {
+        name: (tuple(group), tuple(judge_one(by_name[name], _reply(r, policy.tokenizer)) for r in group))
+        for name, group in drawn.items()
+    }
     everything = {name: pair for part in ranks.gathered(judged) for name, pair in part.items()}
     return [_valued(by_name[name], *everything[name], settings.advantage) for name in by_name]
 
 
-def _valued(task: Task, rollouts: tuple[Rollout, ...], judgements: tuple[Judgement, ...], rules: AdvantageRules) -> Answers:
+def _valued(
+    task: Task, rollouts: tuple[Rollout, ...], judgements: tuple[Judgement, ...], rules: AdvantageRules
+) -> Answers:
     """A group with its advantages. A rollout that failed is not judged, whatever a verifier says of it."""
     rewards = [None if r.status == FAILED else j.reward for r, j in zip(rollouts, judgements, strict=True)]
     return Answers(task, rollouts, judgements, value_group(rewards, [r.status == TRUNCATED for r in rollouts], rules))
@@ -198,7 +254,9 @@ def _denominator(answers: Sequence[Answers], rules: PolicyRules) -> int:
 def _trained(answers: Sequence[Answers], settings: GrpoSettings) -> list[tuple[Rollout, float]]:
     """(rollout, advantage) of all that has a gradient."""
     skips = settings.silent_groups == "skip" and settings.loss_fn.kl_penalty == 0
-    pairs = [(r, v) for a in answers for r, v, on in zip(a.rollouts, a.group.advantages, a.group.trained, strict=True) if on]
+    pairs = [
+        (r, v) for a in answers for r, v, on in zip(a.rollouts, a.group.advantages, a.group.trained, strict=True) if on
+    ]
     return [(r, v) for r, v in pairs if v or not skips]
 
 
@@ -222,7 +280,13 @@ def policy_gradient(
     return sum(x for x, _ in both), sum((s for _, s in both), PolicyStats())
 
 
-def _share(policy: Policy, chosen: Sequence[tuple[Rollout, float]], settings: GrpoSettings, denominator: int, device: torch.device) -> tuple[Tensor, PolicyStats]:
+def _share(
+    policy: Policy,
+    chosen: Sequence[tuple[Rollout, float]],
+    settings: GrpoSettings,
+    denominator: int,
+    device: torch.device,
+) -> tuple[Tensor, PolicyStats]:
     """The share of the loss that a micro-batch has. An empty one gives 0, with a gradient of 0."""
     batch = collate([rollout_row(r) for r, _ in chosen], device)
     logp = batch_logp(policy.model, batch, settings.temperature)
@@ -231,7 +295,15 @@ def _share(policy: Policy, chosen: Sequence[tuple[Rollout, float]], settings: Gr
     with torch.no_grad():
         reference = batch_logp(policy.reference, batch, settings.temperature) if policy.reference is not None else None
     values = torch.tensor([v for _, v in chosen], device=device, dtype=logp.dtype)
-    terms = policy_terms(logp, logp.detach(), sampled_logp([r for r, _ in chosen], batch).to(logp), values, batch.mask, settings.loss_fn, reference)
+    terms = policy_terms(
+        logp,
+        logp.detach(),
+        sampled_logp([r for r, _ in chosen], batch).to(logp),
+        values,
+        batch.mask,
+        settings.loss_fn,
+        reference,
+    )
     return terms.total(denominator), PolicyStats.of(terms)
 
 # %% ../../nbs/rl/14_grpo.ipynb #0567ec66
@@ -244,7 +316,10 @@ def step_record(answers: Sequence[Answers], step: int) -> dict[str, Any]:
     """What the answers of a step were like: rewards by kind of task, groups by status, lengths."""
     rollouts = [r for a in answers for r in a.rollouts]
     kinds = sorted({kind_of(a.task) for a in answers})
-    rewards = {k: [j.reward for a in answers if kind_of(a.task) == k for j in a.judgements if j.reward is not None] for k in kinds}
+    rewards = {
+        k: [j.reward for a in answers if kind_of(a.task) == k for j in a.judgements if j.reward is not None]
+        for k in kinds
+    }
     statuses = {s: sum(a.group.status == s for a in answers) for s in (LIVE, SILENT, UNJUDGED)}
     logp = [x for r in rollouts for x in r.logp]
     return {
@@ -278,12 +353,23 @@ def grpo_step(
     moving = [p for p in policy.model.parameters() if p.grad is not None]
     norm = float(torch.nn.utils.clip_grad_norm_(moving, settings.clip_grad))
     if not torch.isfinite(torch.tensor([loss, norm])).all():
-        raise UserError(f"the loss is {loss}, the gradient norm {norm}", where=f"grpo, step {step + 1}", why="one more step would spoil the weights", fix="lower lr, or look at the log-probabilities of this step's rollouts")
+        raise UserError(
+            f"the loss is {loss}, the gradient norm {norm}",
+            where=f"grpo, step {step + 1}",
+            why="one more step would spoil the weights",
+            fix="lower lr, or look at the log-probabilities of this step's rollouts",
+        )
     for group in policy.optimizer.param_groups:
         group["lr"] = settings.learning_rate(step)
     policy.optimizer.step()
     policy.optimizer.zero_grad()
-    return line | {"moved": True, "loss": loss, "grad_norm": norm, "lr": settings.learning_rate(step), **stats.record()}, answers
+    return line | {
+        "moved": True,
+        "loss": loss,
+        "grad_norm": norm,
+        "lr": settings.learning_rate(step),
+        **stats.record(),
+    }, answers
 
 # %% ../../nbs/rl/14_grpo.ipynb #eb827a3b
 def grpo_steps(
@@ -298,11 +384,18 @@ def grpo_steps(
         raise UserError("no task to train on", where="grpo", fix="give a file with at least one task")
     still = 0
     for step in range(done, settings.max_num_steps):
-        line, answers = grpo_step(policy, tasks_of_step(step, tasks, settings.num_prompts_per_step), step, settings, judge_one)
+        line, answers = grpo_step(
+            policy, tasks_of_step(step, tasks, settings.num_prompts_per_step), step, settings, judge_one
+        )
         still = 0 if line["groups"][LIVE] else still + 1
         yield line, answers
         if still == settings.max_silent_steps:
-            raise UserError(f"{still} steps without a group that says anything", where=f"grpo, step {step + 1}", why=f"the last mean reward is {line['reward']:.2f}, and where all answers earn the same nothing is learned", fix="choose tasks with pass rates between the extremes, draw more answers, or look at the ledger of failed judgements")
+            raise UserError(
+                f"{still} steps without a group that says anything",
+                where=f"grpo, step {step + 1}",
+                why=f"the last mean reward is {line['reward']:.2f}, and where all answers earn the same nothing is learned",
+                fix="choose tasks with pass rates between the extremes, draw more answers, or look at the ledger of failed judgements",
+            )
 
 
 def measure(
@@ -314,6 +407,11 @@ def measure(
     step: int = -1,  # names the draws; -1: the same for every measurement
 ) -> dict[str, Any]:
     """Mean reward by kind of task on held-out tasks, without a training step."""
-    probing = GrpoSettings(num_generations_per_prompt=generations, max_new_tokens=settings.max_new_tokens, rows=settings.rows, seed=settings.seed)
+    probing = GrpoSettings(
+        num_generations_per_prompt=generations,
+        max_new_tokens=settings.max_new_tokens,
+        rows=settings.rows,
+        seed=settings.seed,
+    )
     answers = draw_and_judge(policy, tasks, step, probing, judge_one)
     return step_record(answers, step) | {"kind": "rl_valid"}

@@ -38,7 +38,13 @@ def holds(
     wanted: float,
 ) -> bool:
     """Does a count stand in a relation? ValueError for an unknown one."""
-    tests = {"at least": count >= wanted, "less than": count < wanted, "at most": count <= wanted, "exactly": count == wanted, "more than": count > wanted}
+    tests = {
+        "at least": count >= wanted,
+        "less than": count < wanted,
+        "at most": count <= wanted,
+        "exactly": count == wanted,
+        "more than": count > wanted,
+    }
     if relation not in tests:
         raise ValueError(f"unknown relation {relation!r}: {nearest(relation, tests)}")
     return tests[relation]
@@ -65,29 +71,67 @@ def _capital_words(text: str) -> int:
 CONTENT: Mapping[str, Check] = {
     "keywords:existence": lambda text, keywords: all(_occurrences(text, k) for k in keywords),
     "keywords:forbidden_words": lambda text, forbidden_words: not any(_occurrences(text, k) for k in forbidden_words),
-    "keywords:frequency": lambda text, keyword, frequency, relation="at least": holds(_occurrences(text, keyword), relation, frequency),
-    "keywords:letter_frequency": lambda text, letter, let_frequency, let_relation="at least": holds(_letters(text, letter), let_relation, let_frequency),
-    "keywords:start_end": lambda text: len(words_of(text)) > 1 and words_of(text)[0].lower() == words_of(text)[-1].lower(),
+    "keywords:frequency": lambda text, keyword, frequency, relation="at least": holds(
+        _occurrences(text, keyword), relation, frequency
+    ),
+    "keywords:letter_frequency": lambda text, letter, let_frequency, let_relation="at least": holds(
+        _letters(text, letter), let_relation, let_frequency
+    ),
+    "keywords:start_end": lambda text: (
+        len(words_of(text)) > 1 and words_of(text)[0].lower() == words_of(text)[-1].lower()
+    ),
     "keywords:once": lambda text, keyword: _occurrences(text, keyword) == 1,
     "keywords:in_every_sentence": lambda text, keyword: all(_occurrences(s, keyword) for s in sentences_of(text)),
-    "keywords:in_order": lambda text, keywords: re.search(".*?".join(rf"(?<!\w){re.escape(k)}(?!\w)" for k in keywords), text, re.IGNORECASE | re.DOTALL) is not None,
-    "detectable_content:number_placeholders": lambda text, num_placeholders: len(re.findall(r"\[[^\[\]\n]+\]", text)) >= num_placeholders,
-    "detectable_content:postscript": lambda text, postscript_marker="P.S.": any(line.strip().lower().startswith(postscript_marker.lower()) and len(line.strip()) > len(postscript_marker) for line in text.splitlines()),
-    "detectable_content:numbers": lambda text, number, relation="at least": holds(len(re.findall(r"(?<![\w.])\d+(?:\.\d+)?", text)), relation, number),
+    "keywords:in_order": lambda text, keywords: (
+        re.search(".*?".join(rf"(?<!\w){re.escape(k)}(?!\w)" for k in keywords), text, re.IGNORECASE | re.DOTALL)
+        is not None
+    ),
+    "detectable_content:number_placeholders": lambda text, num_placeholders: (
+        len(re.findall(r"\[[^\[\]\n]+\]", text)) >= num_placeholders
+    ),
+    "detectable_content:postscript": lambda text, postscript_marker="P.S.": any(
+        line.strip().lower().startswith(postscript_marker.lower()) and len(line.strip()) > len(postscript_marker)
+        for line in text.splitlines()
+    ),
+    "detectable_content:numbers": lambda text, number, relation="at least": holds(
+        len(re.findall(r"(?<![\w.])\d+(?:\.\d+)?", text)), relation, number
+    ),
     "detectable_content:no_numbers": lambda text: not re.search(r"\d", text),
     "detectable_content:question": lambda text: "?" in text,
-    "combination:repeat_prompt": lambda text, prompt_to_repeat: text.strip().startswith(prompt_to_repeat.strip()) and len(text.strip()) > len(prompt_to_repeat.strip()),
-    "combination:two_responses": lambda text: len(set(paragraphs_of(text, "******"))) == 2 == len(paragraphs_of(text, "******")),
+    "combination:repeat_prompt": lambda text, prompt_to_repeat: (
+        text.strip().startswith(prompt_to_repeat.strip()) and len(text.strip()) > len(prompt_to_repeat.strip())
+    ),
+    "combination:two_responses": lambda text: (
+        len(set(paragraphs_of(text, "******"))) == 2 == len(paragraphs_of(text, "******"))
+    ),
 }
 
 LENGTH: Mapping[str, Check] = {
-    "length_constraints:number_words": lambda text, num_words, relation="at least": holds(len(words_of(text)), relation, num_words),
-    "length_constraints:number_sentences": lambda text, num_sentences, relation="at least": holds(len(sentences_of(text)), relation, num_sentences),
-    "length_constraints:number_paragraphs": lambda text, num_paragraphs: len(paragraphs_of(text, "***")) == num_paragraphs,
-    "length_constraints:number_lines": lambda text, num_lines, relation="exactly": holds(len([x for x in text.splitlines() if x.strip()]), relation, num_lines),
-    "length_constraints:number_characters": lambda text, num_characters, relation="at most": holds(len(text.strip()), relation, num_characters),
-    "length_constraints:nth_paragraph_first_word": lambda text, num_paragraphs, nth_paragraph, first_word: (p := paragraphs_of(text)) and len(p) == num_paragraphs and 1 <= nth_paragraph <= len(p) and words_of(p[nth_paragraph - 1])[:1] and words_of(p[nth_paragraph - 1])[0].lower() == first_word.lower(),
-    "length_constraints:words_per_sentence": lambda text, num_words, relation="at most": all(holds(len(words_of(s)), relation, num_words) for s in sentences_of(text)),
+    "length_constraints:number_words": lambda text, num_words, relation="at least": holds(
+        len(words_of(text)), relation, num_words
+    ),
+    "length_constraints:number_sentences": lambda text, num_sentences, relation="at least": holds(
+        len(sentences_of(text)), relation, num_sentences
+    ),
+    "length_constraints:number_paragraphs": lambda text, num_paragraphs: (
+        len(paragraphs_of(text, "***")) == num_paragraphs
+    ),
+    "length_constraints:number_lines": lambda text, num_lines, relation="exactly": holds(
+        len([x for x in text.splitlines() if x.strip()]), relation, num_lines
+    ),
+    "length_constraints:number_characters": lambda text, num_characters, relation="at most": holds(
+        len(text.strip()), relation, num_characters
+    ),
+    "length_constraints:nth_paragraph_first_word": lambda text, num_paragraphs, nth_paragraph, first_word: (
+        (p := paragraphs_of(text))
+        and len(p) == num_paragraphs
+        and 1 <= nth_paragraph <= len(p)
+        and words_of(p[nth_paragraph - 1])[:1]
+        and words_of(p[nth_paragraph - 1])[0].lower() == first_word.lower()
+    ),
+    "length_constraints:words_per_sentence": lambda text, num_words, relation="at most": all(
+        holds(len(words_of(s)), relation, num_words) for s in sentences_of(text)
+    ),
     "length_constraints:word_length": lambda text, max_length: all(len(w) <= max_length for w in words_of(text)),
     "length_constraints:unique_words": lambda text, num_words: len({w.lower() for w in words_of(text)}) >= num_words,
 }
@@ -107,24 +151,44 @@ _BULLET, _HEADING = re.compile(r"(?m)^\s*[*-] +\S"), re.compile(r"(?m)^#{1,6} +\
 FORMAT: Mapping[str, Check] = {
     "change_case:english_lowercase": lambda text: text == text.lower(),
     "change_case:english_capital": lambda text: text == text.upper() and text != text.lower(),
-    "change_case:capital_word_frequency": lambda text, capital_frequency, capital_relation="at least": holds(_capital_words(text), capital_relation, capital_frequency),
+    "change_case:capital_word_frequency": lambda text, capital_frequency, capital_relation="at least": holds(
+        _capital_words(text), capital_relation, capital_frequency
+    ),
     "change_case:title_case": lambda text: all(w[0].isupper() or not w[0].isalpha() for w in words_of(text)),
     "punctuation:no_comma": lambda text: "," not in text,
     "punctuation:no_period": lambda text: "." not in text,
     "punctuation:no_exclamation": lambda text: "!" not in text,
     "punctuation:ends_with_period": lambda text: text.rstrip().endswith("."),
-    "startend:end_checker": lambda text, end_phrase: text.strip().strip('"').lower().endswith(end_phrase.strip().lower()) and text.strip().lower() != end_phrase.strip().lower(),
-    "startend:start_checker": lambda text, start_phrase: text.strip().lower().startswith(start_phrase.strip().lower()) and text.strip().lower() != start_phrase.strip().lower(),
-    "startend:quotation": lambda text: len(text.strip()) > 2 and text.strip()[0] == text.strip()[-1] == '"' and bool(words_of(text)),
+    "startend:end_checker": lambda text, end_phrase: (
+        text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
+        and text.strip().lower() != end_phrase.strip().lower()
+    ),
+    "startend:start_checker": lambda text, start_phrase: (
+        text.strip().lower().startswith(start_phrase.strip().lower())
+        and text.strip().lower() != start_phrase.strip().lower()
+    ),
+    "startend:quotation": lambda text: (
+        len(text.strip()) > 2 and text.strip()[0] == text.strip()[-1] == '"' and bool(words_of(text))
+    ),
     "detectable_format:number_bullet_lists": lambda text, num_bullets: len(_BULLET.findall(text)) == num_bullets,
-    "detectable_format:number_highlighted_sections": lambda text, num_highlights: len(re.findall(r"(?<!\*)\*{1,2}[^*\s][^*\n]*\*{1,2}(?!\*)", text)) >= num_highlights,
-    "detectable_format:multiple_sections": lambda text, section_spliter, num_sections: len(re.findall(rf"(?m)^\s*{re.escape(section_spliter)}\s+\d+", text)) >= num_sections,
+    "detectable_format:number_highlighted_sections": lambda text, num_highlights: (
+        len(re.findall(r"(?<!\*)\*{1,2}[^*\s][^*\n]*\*{1,2}(?!\*)", text)) >= num_highlights
+    ),
+    "detectable_format:multiple_sections": lambda text, section_spliter, num_sections: (
+        len(re.findall(rf"(?m)^\s*{re.escape(section_spliter)}\s+\d+", text)) >= num_sections
+    ),
     "detectable_format:headings": lambda text, num_headings: len(_HEADING.findall(text)) >= num_headings,
     "detectable_format:json_format": _is_json,
     "detectable_format:title": lambda text: bool(re.search(r"<<[^<>\n]*\w[^<>\n]*>>", text)),
-    "detectable_format:numbered_list": lambda text, num_items: re.findall(r"(?m)^\s*(\d+)[.)] +\S", text) == [str(i + 1) for i in range(num_items)],
-    "detectable_format:constrained_response": lambda text: text.strip() in ("My answer is yes.", "My answer is no.", "My answer is maybe."),
-    "detectable_format:no_markdown": lambda text: not (_BULLET.search(text) or _HEADING.search(text) or "**" in text or "```" in text),
+    "detectable_format:numbered_list": lambda text, num_items: (
+        re.findall(r"(?m)^\s*(\d+)[.)] +\S", text) == [str(i + 1) for i in range(num_items)]
+    ),
+    "detectable_format:constrained_response": lambda text: (
+        text.strip() in ("My answer is yes.", "My answer is no.", "My answer is maybe.")
+    ),
+    "detectable_format:no_markdown": lambda text: (
+        not (_BULLET.search(text) or _HEADING.search(text) or "**" in text or "```" in text)
+    ),
     "detectable_format:code_block": lambda text: bool(re.search(r"```\w*\n.*?\S.*?\n```", text, re.DOTALL)),
 }
 CHECKS: Mapping[str, Check] = {**CONTENT, **LENGTH, **FORMAT}
@@ -150,10 +214,19 @@ def verify_instructions(task: Task, reply: Reply) -> Judgement:
     if not reply.good_form or reply.calls != ():
         return said(0, "form", reply.text[-60:], ", ".join(names))
     try:
-        held = {f"{i} {name}": run_check(name, reply.answer, given or {}) for i, (name, given) in enumerate(zip(names, arguments, strict=True))}
+        held = {
+            f"{i} {name}": run_check(name, reply.answer, given or {})
+            for i, (name, given) in enumerate(zip(names, arguments, strict=True))
+        }
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         return failed("instruction", str(error))
     broken = [name for name, ok in held.items() if not ok]
     share = 1 - len(broken) / len(held)
     value = share if task.truth.get("grading_mode") == "fraction" else float(not broken)
-    return said(value, broken[0] if broken else "all", f"{len(broken)} broken", ", ".join(names), **{name: float(ok) for name, ok in held.items()})
+    return said(
+        value,
+        broken[0] if broken else "all",
+        f"{len(broken)} broken",
+        ", ".join(names),
+        **{name: float(ok) for name, ok in held.items()},
+    )

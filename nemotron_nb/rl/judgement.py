@@ -80,7 +80,13 @@ def said(
     **parts: float,
 ) -> Judgement:
     """A judgement; texts are kept short."""
-    return Judgement(float(right), rule, clipped(str(found), 300), clipped(str(expected), 300), {k: float(v) for k, v in parts.items()})
+    return Judgement(
+        float(right),
+        rule,
+        clipped(str(found), 300),
+        clipped(str(expected), 300),
+        {k: float(v) for k, v in parts.items()},
+    )
 
 
 def failed(rule: str, detail: str) -> Judgement:
@@ -174,7 +180,17 @@ def ledger_picture(
     title: str = "",
 ) -> Picture:
     """Which rule decided, what it found, what it expected."""
-    rows = [[name, "" if j.reward is None else j.reward, j.rule, j.found, j.expected, j.status + (f": {j.detail}" if j.detail else "")] for name, j in judgements]
+    rows = [
+        [
+            name,
+            "" if j.reward is None else j.reward,
+            j.rule,
+            j.found,
+            j.expected,
+            j.status + (f": {j.detail}" if j.detail else ""),
+        ]
+        for name, j in judgements
+    ]
     return table(rows, header=["answer", "reward", "rule", "found", "expected", "status"], title=title)
 
 

@@ -139,12 +139,18 @@ def resolve(
     try:
         prompt, truth = stored["prompt"][0]["content"], stored["reward_model"]["ground_truth"]
     except (LookupError, TypeError):
-        raise LostRow("missing_field", "the source's row has no prompt[0].content or no reward_model.ground_truth") from None
+        raise LostRow(
+            "missing_field", "the source's row has no prompt[0].content or no reward_model.ground_truth"
+        ) from None
     bare = bare_question(prompt, origin, compat)
     asked = apply_template(bare, template)
     parameters = dict(row.get("responses_create_params") or {}) | {"input": [{"role": "user", "content": asked}]}
     kept = {k: v for k, v in row.items() if k != "_hf_placeholder"}
-    return kept | {"question": asked if origin.framed else bare, "expected_answer": answer_text(truth, origin, compat), "responses_create_params": parameters}
+    return kept | {
+        "question": asked if origin.framed else bare,
+        "expected_answer": answer_text(truth, origin, compat),
+        "responses_create_params": parameters,
+    }
 
 
 def resolve_all(

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +56,29 @@ class Rollout:
     seed: int = 0  # of the run
     model: str = ""  # digest of the model that drew it
     detail: str = ""  # why it failed
-    info: Mapping[str, Any] = field(default_factory=dict)  # what an environment leaves for the verifier, e.g. the calls and their results
+    info: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # what an environment leaves for the verifier, e.g. the calls and their results
 
     def __post_init__(self) -> None:
         ends = [0, *(s.end for s in self.segments)]
-        if [s.start for s in self.segments] != ends[:-1] or ends[-1] != len(self.ids) or any(s.end <= s.start or s.who not in (PROMPT, MODEL, TOOL) for s in self.segments):
-            raise UserError("segments do not cover the ids", where=f"rollout of task {self.task!r}, member {self.member}", why="a token without a writer would be trained, or not, by chance", fix="sample it again")
+        if (
+            [s.start for s in self.segments] != ends[:-1]
+            or ends[-1] != len(self.ids)
+            or any(s.end <= s.start or s.who not in (PROMPT, MODEL, TOOL) for s in self.segments)
+        ):
+            raise UserError(
+                "segments do not cover the ids",
+                where=f"rollout of task {self.task!r}, member {self.member}",
+                why="a token without a writer would be trained, or not, by chance",
+                fix="sample it again",
+            )
         if len(self.logp) != sum(s.end - s.start for s in self.segments if s.who == MODEL):
-            raise UserError(f"{len(self.logp)} log-probabilities for {len(self.drawn)} drawn tokens", where=f"rollout of task {self.task!r}, member {self.member}", fix="sample it again")
+            raise UserError(
+                f"{len(self.logp)} log-probabilities for {len(self.drawn)} drawn tokens",
+                where=f"rollout of task {self.task!r}, member {self.member}",
+                fix="sample it again",
+            )
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -99,7 +114,9 @@ def _parse_rollout(row: Any) -> Rollout:
     """A rollout from its line; anything that does not fit raises ValueError, TypeError or KeyError."""
     row = dict(row)
     segments = tuple(Segment(int(a), int(b), str(who)) for a, b, who in row.pop("segments"))
-    return Rollout(**row | {"ids": tuple(map(int, row["ids"])), "segments": segments, "logp": tuple(map(float, row["logp"]))})
+    return Rollout(
+        **row | {"ids": tuple(map(int, row["ids"])), "segments": segments, "logp": tuple(map(float, row["logp"]))}
+    )
 
 
 def read_rollouts(path: str | os.PathLike) -> list[Rollout]:
@@ -109,7 +126,9 @@ def read_rollouts(path: str | os.PathLike) -> list[Rollout]:
         try:
             found.append(_parse_rollout(parse_json(line)))
         except (BadJson, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"not a rollout: {error}", where=f"{path}, line {number}", fix="remove the line, or sample again") from error
+            raise UserError(
+                f"not a rollout: {error}", where=f"{path}, line {number}", fix="remove the line, or sample again"
+            ) from error
     return found
 
 # %% ../../nbs/rl/11_rollout.ipynb #2908bfef
@@ -138,7 +157,9 @@ def _pick(logits_RV: Tensor, uniform_R: Tensor, temperature: float) -> tuple[Ten
         drawn_R1 = logits_RV.argmax(-1, keepdim=True)
     else:
         up_to_RV = logp_RV.exp().cumsum(-1, dtype=torch.float64)
-        drawn_R1 = torch.searchsorted(up_to_RV, uniform_R[:, None] * up_to_RV[:, -1:], right=True).clamp_(max=logits_RV.shape[-1] - 1)
+        drawn_R1 = torch.searchsorted(up_to_RV, uniform_R[:, None] * up_to_RV[:, -1:], right=True).clamp_(
+            max=logits_RV.shape[-1] - 1
+        )
     return drawn_R1[:, 0], logp_RV.gather(1, drawn_R1)[:, 0]
 
 # %% ../../nbs/rl/11_rollout.ipynb #46ea0a83
@@ -256,7 +277,9 @@ class _Rows:
         """Read one drawn token a row; the next logits."""
         self._mask = F.pad(self._mask, (0, 1), value=1)
         whole = None if bool(self._mask.all()) else self._mask
-        step = self._model(drawn_R[:, None], attention_mask=whole, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        step = self._model(
+            drawn_R[:, None], attention_mask=whole, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+        )
         self.logits = step.logits[:, -1]
 
 # %% ../../nbs/rl/11_rollout.ipynb #3b2eacf4
@@ -292,7 +315,11 @@ class _Answers:
         for name in rows.names:
             if name not in self._uniforms:
                 self._uniforms[name] = self._asks[name].draw.uniforms(self._asks[name].written, self._limit)
-        return torch.tensor([self._uniforms[n][t] for n, t in zip(rows.names, rows.written, strict=True)], dtype=torch.float64, device=device)
+        return torch.tensor(
+            [self._uniforms[n][t] for n, t in zip(rows.names, rows.written, strict=True)],
+            dtype=torch.float64,
+            device=device,
+        )
 
     def write(self, rows: _Rows, drawn: Sequence[int], logp: Sequence[float]) -> list[bool]:
         """One token a row; [R] has the answer come to its end?"""
@@ -340,7 +367,11 @@ def continue_all(
 ) -> list[Continuation]:
     """The continuation of each context, in order. Draws do not depend on `rows`."""
     if max_new_tokens < 1 or rows < 1 or temperature < 0:
-        raise UserError(f"max_new_tokens {max_new_tokens}, rows {rows}, temperature {temperature}", where="generation", fix="let max_new_tokens and rows be at least 1, and temperature at least 0")
+        raise UserError(
+            f"max_new_tokens {max_new_tokens}, rows {rows}, temperature {temperature}",
+            where="generation",
+            fix="let max_new_tokens and rows be at least 1, and temperature at least 0",
+        )
     answers = _Answers(asks, end_id, max_new_tokens)
     model, was_training = base_of(model), model.training
     model.eval()
@@ -348,7 +379,10 @@ def continue_all(
         _write_all(model, asks, answers, temperature, rows)
     finally:
         model.train(was_training)
-    return [Continuation(tuple(ids), tuple(logp), ids[-1:] == [end_id]) for ids, logp in zip(answers.ids, answers.logp, strict=True)]
+    return [
+        Continuation(tuple(ids), tuple(logp), ids[-1:] == [end_id])
+        for ids, logp in zip(answers.ids, answers.logp, strict=True)
+    ]
 
 # %% ../../nbs/rl/11_rollout.ipynb #1d908d1a
 def sample_groups(
@@ -366,7 +400,9 @@ def sample_groups(
 ) -> list[list[Rollout]]:
     """For each task `group` answers of one turn."""
     draws = [Draw(task, step, member, seed) for task in prompts for member in range(group)]
-    found = continue_all(model, [Ask(tuple(prompts[d.task]), d) for d in draws], end_id, max_new_tokens, temperature, rows)
+    found = continue_all(
+        model, [Ask(tuple(prompts[d.task]), d) for d in draws], end_id, max_new_tokens, temperature, rows
+    )
     rollouts = [_one_turn(d, tuple(prompts[d.task]), c, model_digest) for d, c in zip(draws, found, strict=True)]
     return [rollouts[k : k + group] for k in range(0, len(rollouts), group)]
 
@@ -374,7 +410,17 @@ def sample_groups(
 def _one_turn(draw: Draw, prompt: tuple[int, ...], found: Continuation, model: str) -> Rollout:
     """A rollout of one turn."""
     n, end = len(prompt), len(prompt) + len(found.ids)
-    return Rollout(draw.task, draw.step, draw.member, prompt + found.ids, (Segment(0, n, PROMPT), Segment(n, end, MODEL)), found.logp, ENDED if found.ended else TRUNCATED, draw.seed, model)
+    return Rollout(
+        draw.task,
+        draw.step,
+        draw.member,
+        prompt + found.ids,
+        (Segment(0, n, PROMPT), Segment(n, end, MODEL)),
+        found.logp,
+        ENDED if found.ended else TRUNCATED,
+        draw.seed,
+        model,
+    )
 
 # %% ../../nbs/rl/11_rollout.ipynb #d090b26f
 def rollout_row(rollout: Rollout) -> Row:
@@ -392,7 +438,9 @@ def batch_logp(
     model = base_of(model)
     hidden_RTH = model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
     labels_N = batch.labels.masked_fill(~batch.mask, -100).flatten()
-    return -linear_nll(hidden_RTH.flatten(0, 1) / temperature, fused_output(model).weight, labels_N).view_as(batch.labels)
+    return -linear_nll(hidden_RTH.flatten(0, 1) / temperature, fused_output(model).weight, labels_N).view_as(
+        batch.labels
+    )
 
 
 def sampled_logp(
@@ -456,4 +504,8 @@ def parity_picture(
         axis.annotate(name[:40], (s, t), fontsize=7, color="#c8553d")
     axis.set(xlabel="log-probability when it was drawn", ylabel="when it is trained")
     count = int((found.gap.abs() > limit).sum())
-    return png(figure, f"{len(found.names)} drawn tokens; {count} differ by more than {limit:g}" + (f", most of all {far[0][0]}" if far else ""))
+    return png(
+        figure,
+        f"{len(found.names)} drawn tokens; {count} differ by more than {limit:g}"
+        + (f", most of all {far[0][0]}" if far else ""),
+    )

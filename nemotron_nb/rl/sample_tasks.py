@@ -17,12 +17,16 @@ from typing import Any
 
 from ..core import UserError, write_atomic
 from ..data.sample import FIELDS, LAMPS, LOOKUPS
-from .tasks import Task, parse_task, task_row
+from .tasks import Task, parse_task
 
 # %% ../../nbs/rl/10_sample_tasks.ipynb #26484d56
 SYSTEM = "Answer in one short sentence."
 KINDS = ("sum", "no_tool", "tool")
-_ASKED: Mapping[str, str] = {"price": "How much does the {} lamp cost?", "weight": "How many grams does the {} lamp weigh?", "stock": "How many {} lamps are in stock?"}
+_ASKED: Mapping[str, str] = {
+    "price": "How much does the {} lamp cost?",
+    "weight": "How many grams does the {} lamp weigh?",
+    "stock": "How many {} lamps are in stock?",
+}
 
 
 @dataclass(frozen=True)
@@ -45,15 +49,28 @@ def draw_task(
     if kind == "sum":
         a, b, sign = rng.randrange(2, 10), rng.randrange(2, 10), rng.choice("+×")
         value = a + b if sign == "+" else a * b
-        return SampleTask(kind, f"What is {a} {sign} {b}?", {"expected_answer": str(value), "grading_mode": "one_number"}, f"{a} {sign} {b} = {value}.")
+        return SampleTask(
+            kind,
+            f"What is {a} {sign} {b}?",
+            {"expected_answer": str(value), "grading_mode": "one_number"},
+            f"{a} {sign} {b} = {value}.",
+        )
     lamp, wanted = rng.choice(list(LAMPS)), rng.choice(FIELDS)
-    truth = {"call": {"name": "lookup", "arguments": {"name": lamp, "field": wanted}}} if kind == "tool" else {"forbid_numbers": True}
-    return SampleTask(kind, _ASKED[wanted].format(lamp), truth, "I look it up." if kind == "tool" else "I cannot look it up.")
+    truth = (
+        {"call": {"name": "lookup", "arguments": {"name": lamp, "field": wanted}}}
+        if kind == "tool"
+        else {"forbid_numbers": True}
+    )
+    return SampleTask(
+        kind, _ASKED[wanted].format(lamp), truth, "I look it up." if kind == "tool" else "I cannot look it up."
+    )
 
 
 def _prompt(task: SampleTask) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(messages, tools)."""
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": task.question}], [LOOKUPS[0]] if task.kind == "tool" else []
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": task.question}], [
+        LOOKUPS[0]
+    ] if task.kind == "tool" else []
 
 
 def sample_tasks(
@@ -68,7 +85,12 @@ def sample_tasks(
         messages, tools = _prompt(task)
         flat = [{"type": "function", **t["function"]} for t in tools]
         agent = {"type": "responses_api_agents", "name": "mathematics" if task.kind == "sum" else "calls"}
-        row = {"responses_create_params": {"input": messages, **({"tools": flat} if flat else {})}, **task.truth, "agent_ref": agent, "kind": task.kind}
+        row = {
+            "responses_create_params": {"input": messages, **({"tools": flat} if flat else {})},
+            **task.truth,
+            "agent_ref": agent,
+            "kind": task.kind,
+        }
         found.append(parse_task(row, f"sample/{seed}", i + 1)[0])
     return found
 
@@ -81,13 +103,20 @@ def kind_of(task: Task) -> str:
 def _call(lamp: str, wanted: str) -> dict[str, Any]:
     """A turn that calls the tool."""
     function = {"name": "lookup", "arguments": {"name": lamp, "field": wanted}}
-    return {"role": "assistant", "reasoning_content": "I look it up.", "content": None, "tool_calls": [{"id": "c", "type": "function", "function": function}]}
+    return {
+        "role": "assistant",
+        "reasoning_content": "I look it up.",
+        "content": None,
+        "tool_calls": [{"id": "c", "type": "function", "function": function}],
+    }
 
 
 def _careful(task: SampleTask) -> dict[str, Any]:
     """The right turn."""
     if task.kind == "tool":
-        return _call(**{"lamp": task.truth["call"]["arguments"]["name"], "wanted": task.truth["call"]["arguments"]["field"]})
+        return _call(
+            **{"lamp": task.truth["call"]["arguments"]["name"], "wanted": task.truth["call"]["arguments"]["field"]}
+        )
     words = f"It is {task.truth['expected_answer']}." if task.kind == "sum" else "I do not know."
     return {"role": "assistant", "reasoning_content": task.thought, "content": words}
 
@@ -96,7 +125,11 @@ def _careless(task: SampleTask, rng: random.Random) -> dict[str, Any]:
     """A typical wrong turn."""
     if task.kind == "sum":
         wrong = str(int(task.truth["expected_answer"]) + rng.choice([-3, -2, -1, 1, 2, 3, 10]))
-        return {"role": "assistant", "reasoning_content": task.thought.rsplit("= ", 1)[0] + f"= {wrong}.", "content": f"It is {wrong}."}
+        return {
+            "role": "assistant",
+            "reasoning_content": task.thought.rsplit("= ", 1)[0] + f"= {wrong}.",
+            "content": f"It is {wrong}.",
+        }
     if task.kind == "no_tool":
         lamp = next(name for name in LAMPS if name in task.question)
         return _call(lamp, next(f for f in FIELDS if _ASKED[f].format(lamp) == task.question))

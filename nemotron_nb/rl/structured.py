@@ -32,7 +32,16 @@ def strictify(schema: Any) -> Any:
         return [strictify(s) for s in schema]
     if not isinstance(schema, Mapping):
         return schema
-    inner = {k: ({n: strictify(p) for n, p in v.items()} if k in ("properties", "$defs", "definitions", "patternProperties") and isinstance(v, Mapping) else v if k in ("enum", "const", "default", "examples", "required") else strictify(v)) for k, v in schema.items()}
+    inner = {
+        k: (
+            {n: strictify(p) for n, p in v.items()}
+            if k in ("properties", "$defs", "definitions", "patternProperties") and isinstance(v, Mapping)
+            else v
+            if k in ("enum", "const", "default", "examples", "required")
+            else strictify(v)
+        )
+        for k, v in schema.items()
+    }
     if isinstance(inner.get("properties"), Mapping):
         inner |= {"required": list(inner["properties"]), "additionalProperties": False}
     return inner
@@ -81,7 +90,13 @@ def _read_csv(text: str) -> Any:
     return rows
 
 
-READERS: Mapping[str, Callable[[str], Any]] = {"json": parse_json, "yaml": yaml.safe_load, "toml": tomllib.loads, "csv": _read_csv, "xml": _read_xml}
+READERS: Mapping[str, Callable[[str], Any]] = {
+    "json": parse_json,
+    "yaml": yaml.safe_load,
+    "toml": tomllib.loads,
+    "csv": _read_csv,
+    "xml": _read_xml,
+}
 
 
 def as_typed(
@@ -96,7 +111,11 @@ def as_typed(
         return [as_typed(v, schema.get("items")) for v in (value if isinstance(value, list) else [value])]
     if isinstance(value, Mapping):
         return {k: as_typed(v, (schema.get("properties") or {}).get(k)) for k, v in value.items()}
-    if isinstance(value, str) and kind in ("integer", "number") and re.fullmatch(r"-?[0-9]{1,18}(\.[0-9]{1,18})?", value.strip()):
+    if (
+        isinstance(value, str)
+        and kind in ("integer", "number")
+        and re.fullmatch(r"-?[0-9]{1,18}(\.[0-9]{1,18})?", value.strip())
+    ):
         return float(value) if "." in value else int(value)
     return {"true": True, "false": False}.get(value, value) if kind == "boolean" and isinstance(value, str) else value
 
@@ -104,7 +123,11 @@ def as_typed(
 def is_hollow(value: Any) -> bool:
     """Is there nothing in it: all texts and lists empty, all numbers zero?"""
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    return all(map(is_hollow, inner)) if isinstance(value, (Mapping, list)) else not (value.strip() if isinstance(value, str) else value)
+    return (
+        all(map(is_hollow, inner))
+        if isinstance(value, (Mapping, list))
+        else not (value.strip() if isinstance(value, str) else value)
+    )
 
 
 def _given(task: Task, reply: Reply, kind: str, validator: Draft202012Validator) -> Any:
@@ -138,4 +161,9 @@ def verify_structured(task: Task, reply: Reply) -> Judgement:
         return failed("schema", f"a reference is not followed: {error}")
     if problem is not None:
         return said(0, "schema", problem.message, "fits the schema")
-    return said(not is_hollow(value), "hollow" if is_hollow(value) else "schema", json.dumps(value, default=str)[:200], "fits the schema")
+    return said(
+        not is_hollow(value),
+        "hollow" if is_hollow(value) else "schema",
+        json.dumps(value, default=str)[:200],
+        "fits the schema",
+    )

@@ -9,7 +9,7 @@ __all__ = ['FAMILIES', 'ROW_REJECTS', 'ROW_REPAIRS', 'PLACEHOLDER', 'Task', 'Fam
 # %% ../../nbs/rl/01_tasks.ipynb #2ab580d1
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,41 @@ _STRUCTURED = {"schema_str": str, "schema_type": str, "response_mode": str, "too
 FAMILIES: Mapping[str, Family] = {
     f.name: f
     for f in (
-        Family("mathematics", ("math",), {"expected_answer": str, "question": str, "grading_mode": str}, ("expected_answer",), ("expected_answer",)),
-        Family("choice", ("mcqa",), {"options": list, "expected_answer": str, "grading_mode": str, "template_metadata": dict}, ("options", "expected_answer"), ("expected_answer",)),
+        Family(
+            "mathematics",
+            ("math",),
+            {"expected_answer": str, "question": str, "grading_mode": str},
+            ("expected_answer",),
+            ("expected_answer",),
+        ),
+        Family(
+            "choice",
+            ("mcqa",),
+            {"options": list, "expected_answer": str, "grading_mode": str, "template_metadata": dict},
+            ("options", "expected_answer"),
+            ("expected_answer",),
+        ),
         Family("structured", ("structured_outputs",), _STRUCTURED, ("schema_str",)),
-        Family("instructions", ("instruction_following",), {"instruction_id_list": list, "kwargs": list, "prompt": str, "grading_mode": str}, ("instruction_id_list",)),
+        Family(
+            "instructions",
+            ("instruction_following",),
+            {"instruction_id_list": list, "kwargs": list, "prompt": str, "grading_mode": str},
+            ("instruction_id_list",),
+        ),
         Family("code", ("code_gen",), {"verifier_metadata": dict}, ("verifier_metadata",)),
-        Family("workplace", ("workplace",), {"ground_truth": list, "category": str, "environment_name": str}, ("ground_truth",)),
-        Family("long_context", ("long_context",), {"expected_answer": str, "evidence": list}, ("expected_answer",), ("expected_answer",)),
+        Family(
+            "workplace",
+            ("workplace",),
+            {"ground_truth": list, "category": str, "environment_name": str},
+            ("ground_truth",),
+        ),
+        Family(
+            "long_context",
+            ("long_context",),
+            {"expected_answer": str, "evidence": list},
+            ("expected_answer",),
+            ("expected_answer",),
+        ),
         Family("calls", ("tool_calls",), {"call": dict, "forbid_numbers": bool}, ()),
     )
 }
@@ -67,14 +95,25 @@ FAMILIES: Mapping[str, Family] = {
 ROW_REJECTS: Mapping[str, Reason] = {
     **FILE_REJECTS,
     "not_an_object": Reason("the row is a list, a text or a number", "write one JSON object a row"),
-    "no_input": Reason("responses_create_params.input holds no messages", "give the prompt as a list of messages with role and content"),
-    "bad_message": Reason("a message of the prompt is no object with a role and a text", "write {\"role\": \"user\", \"content\": \"...\"}"),
-    "bad_tool": Reason("a tool without a name, or in a form that is neither Gym's nor that of a chat", 'write {"type": "function", "name": ..., "parameters": ...}'),
-    "unknown_environment": Reason("no environment is known for the row's agent", "name a known one in agent_ref, or add a family"),
+    "no_input": Reason(
+        "responses_create_params.input holds no messages", "give the prompt as a list of messages with role and content"
+    ),
+    "bad_message": Reason(
+        "a message of the prompt is no object with a role and a text", 'write {"role": "user", "content": "..."}'
+    ),
+    "bad_tool": Reason(
+        "a tool without a name, or in a form that is neither Gym's nor that of a chat",
+        'write {"type": "function", "name": ..., "parameters": ...}',
+    ),
+    "unknown_environment": Reason(
+        "no environment is known for the row's agent", "name a known one in agent_ref, or add a family"
+    ),
     "missing_truth": Reason("a field is missing by which the answer would be judged", "add it; see FAMILIES"),
     "bad_truth": Reason("a field of the truth has the wrong type, or is empty", "correct the row"),
     "bad_pass_rate": Reason("a pass rate that is no number from 0 to 1", "measure it again, or leave it out"),
-    "placeholder": Reason("the row is a placeholder, and its question is elsewhere", "resolve it first: nemotron_nb.rl.placeholders"),
+    "placeholder": Reason(
+        "the row is a placeholder, and its question is elsewhere", "resolve it first: nemotron_nb.rl.placeholders"
+    ),
     "placeholder_and_question": Reason("the row is a placeholder and has a question too", "keep one of them"),
     "duplicate_task": Reason("the same prompt and the same truth stood in an earlier row", "remove one of them"),
 }
@@ -103,7 +142,11 @@ def _messages(parameters: Any, repairs: list[str]) -> tuple[dict[str, Any], ...]
     if not isinstance(given, list) or not given:
         raise BadTask("no_input", f"responses_create_params.input is {type(given).__name__}")
     for i, message in enumerate(given):
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str) or message.get("role") not in ("system", "developer", "user", "assistant", "tool"):
+        if (
+            not isinstance(message, Mapping)
+            or not isinstance(message.get("content"), str)
+            or message.get("role") not in ("system", "developer", "user", "assistant", "tool")
+        ):
             raise BadTask("bad_message", f"message {i}: {json.dumps(message, ensure_ascii=False)[:120]}")
     return tuple({"role": "system" if m["role"] == "developer" else m["role"], "content": m["content"]} for m in given)
 
@@ -112,8 +155,14 @@ def _tools(parameters: Mapping[str, Any], repairs: list[str]) -> tuple[dict[str,
     """The tools of a row in chat form."""
     found = []
     for i, tool in enumerate(parameters.get("tools") or ()):
-        inner = tool.get("function") if isinstance(tool, Mapping) and isinstance(tool.get("function"), Mapping) else tool
-        if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str) or not isinstance(inner.get("parameters", {}), Mapping):
+        inner = (
+            tool.get("function") if isinstance(tool, Mapping) and isinstance(tool.get("function"), Mapping) else tool
+        )
+        if (
+            not isinstance(inner, Mapping)
+            or not isinstance(inner.get("name"), str)
+            or not isinstance(inner.get("parameters", {}), Mapping)
+        ):
             raise BadTask("bad_tool", f"tool {i}: {json.dumps(tool, ensure_ascii=False)[:120]}")
         if inner is not tool and "chat_form_tool" not in repairs:
             repairs.append("chat_form_tool")
@@ -141,11 +190,19 @@ def _as_text(value: Any, repairs: list[str]) -> Any:
 
 def _truth(row: Mapping[str, Any], family: Family, repairs: list[str]) -> dict[str, Any]:
     """The fields a task is judged by, checked."""
-    truth = {name: _as_text(row[name], repairs) if name in family.text else row[name] for name in family.fields if row.get(name) is not None}
+    truth = {
+        name: _as_text(row[name], repairs) if name in family.text else row[name]
+        for name in family.fields
+        if row.get(name) is not None
+    }
     if missing := [name for name in family.needed if name not in truth]:
         raise BadTask("missing_truth", f"no {' and no '.join(missing)}")
     for name, value in truth.items():
-        if not isinstance(value, family.fields[name]) or (name in family.needed and isinstance(value, (str, list, dict)) and not (value.strip() if isinstance(value, str) else value or name == "ground_truth")):
+        if not isinstance(value, family.fields[name]) or (
+            name in family.needed
+            and isinstance(value, (str, list, dict))
+            and not (value.strip() if isinstance(value, str) else value or name == "ground_truth")
+        ):
             raise BadTask("bad_truth", f"{name} is {json.dumps(value, ensure_ascii=False)[:80]}")
     return truth
 
@@ -172,14 +229,19 @@ def parse_task(
     if not isinstance(row, Mapping):
         raise BadTask("not_an_object", type(row).__name__)
     if PLACEHOLDER in row:
-        raise BadTask("placeholder_and_question" if row.get("question") else "placeholder", f"of the data set {row.get('dataset')!r}")
+        raise BadTask(
+            "placeholder_and_question" if row.get("question") else "placeholder",
+            f"of the data set {row.get('dataset')!r}",
+        )
     repairs: list[str] = []
     parameters = row.get("responses_create_params")
     messages = _messages(parameters, repairs)
     tools, environment = _tools(parameters, repairs), environment_of(row)
     truth, rate = _truth(row, FAMILIES[environment], repairs), _pass_rate(row)
     taken = {"responses_create_params", "pass_rate", *truth}
-    extra = {k: v for k, v in row.items() if k not in taken} | {"responses_create_params": {k: v for k, v in parameters.items() if k not in ("input", "tools")}}
+    extra = {k: v for k, v in row.items() if k not in taken} | {
+        "responses_create_params": {k: v for k, v in parameters.items() if k not in ("input", "tools")}
+    }
     name = digest({"environment": environment, "messages": messages, "tools": tools, "truth": truth})
     return Task(name, environment, messages, tools, truth, rate, source, line, extra), tuple(repairs)
 
@@ -188,7 +250,11 @@ def task_row(task: Task) -> dict[str, Any]:
     """A task as a row of NeMo Gym; what `parse_task` kept in `extra` comes back."""
     extra = {k: v for k, v in task.extra.items() if k != "responses_create_params"}
     flat = [{"type": "function", **tool["function"], "strict": False} for tool in task.tools]
-    parameters = {"input": [dict(m) for m in task.messages], **({"tools": flat} if flat else {}), **task.extra.get("responses_create_params", {})}
+    parameters = {
+        "input": [dict(m) for m in task.messages],
+        **({"tools": flat} if flat else {}),
+        **task.extra.get("responses_create_params", {}),
+    }
     agent = {} if "agent_ref" in extra else {"agent_ref": {"type": "responses_api_agents", "name": task.environment}}
     rate = {} if task.pass_rate is None else {"pass_rate": task.pass_rate}
     return {"responses_create_params": parameters, **dict(task.truth), **agent, **rate, **extra}

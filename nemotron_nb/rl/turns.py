@@ -8,13 +8,24 @@ __all__ = ['LONGEST_RESULT', 'Room', 'ROOMS', 'results_ids', 'open_office', 'Tur
 # %% ../../nbs/rl/12_turns.ipynb #a06e52de
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..core import UserError
 from ..data.template import IM_END, IM_START, OPEN_THOUGHT
 from ..data.tokenizer import ChatTokenizer
 from .judgement import read_reply
-from .rollout import ENDED, FAILED, MODEL, PROMPT, TOOL, TRUNCATED, Ask, Continuation, Draw, Rollout, Segment
+from nemotron_nb.rl.rollout import (
+    ENDED,
+    FAILED,
+    MODEL,
+    PROMPT,
+    TOOL,
+    TRUNCATED,
+    Ask,
+    Continuation,
+    Draw,
+    Rollout,
+    Segment,
+)
 from .workplace import ToolRefusal, empty_office, use_tool
 from ..train.evaluate import ToolCall
 
@@ -24,7 +35,11 @@ LONGEST_RESULT = 50_000  # characters of one tool result that are read
 
 def _readable(result: str) -> str:
     """A tool result that can be encoded."""
-    return result[:LONGEST_RESULT].encode("utf-8", "replace").decode("utf-8") if result.isascii() else result[:LONGEST_RESULT].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return (
+        result[:LONGEST_RESULT].encode("utf-8", "replace").decode("utf-8")
+        if result.isascii()
+        else result[:LONGEST_RESULT].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    )
 
 
 def results_ids(
@@ -58,7 +73,9 @@ def open_office() -> Room:
     return act
 
 
-ROOMS: Mapping[str, Callable[[], Room]] = {"workplace": open_office}  # environment -> opens a room for one answer; the others have one turn
+ROOMS: Mapping[str, Callable[[], Room]] = {
+    "workplace": open_office
+}  # environment -> opens a room for one answer; the others have one turn
 
 
 @dataclass(frozen=True)
@@ -70,7 +87,11 @@ class TurnLimits:
 
     def __post_init__(self) -> None:
         if self.max_turns < 1 or self.max_tokens < 2:
-            raise UserError(f"max_turns {self.max_turns}, max_tokens {self.max_tokens}", where="generation", fix="give at least 1 turn and 2 tokens")
+            raise UserError(
+                f"max_turns {self.max_turns}, max_tokens {self.max_tokens}",
+                where="generation",
+                fix="give at least 1 turn and 2 tokens",
+            )
 
 
 @dataclass
@@ -97,7 +118,18 @@ class _Episode:
     def rollout(self) -> Rollout:
         """The finished answer."""
         info = {"calls": self.calls, "results": self.results, "turns": self.turns} if self.calls else {}
-        return Rollout(self.draw.task, self.draw.step, self.draw.member, tuple(self.ids), tuple(self.segments), tuple(self.logp), self.status, self.draw.seed, detail=self.detail, info=info)
+        return Rollout(
+            self.draw.task,
+            self.draw.step,
+            self.draw.member,
+            tuple(self.ids),
+            tuple(self.segments),
+            tuple(self.logp),
+            self.status,
+            self.draw.seed,
+            detail=self.detail,
+            info=info,
+        )
 
 # %% ../../nbs/rl/12_turns.ipynb #6b36f07b
 def _take_turn(episode: _Episode, drawn: Continuation, tokenizer: ChatTokenizer, limits: TurnLimits) -> None:
@@ -128,11 +160,15 @@ def _take_turn(episode: _Episode, drawn: Continuation, tokenizer: ChatTokenizer,
 
 
 def sample_episodes(
-    draw: Callable[[Sequence[Ask]], list[Continuation]],  # e.g. partial(continue_all, model, end_id=..., max_new_tokens=...)
+    draw: Callable[
+        [Sequence[Ask]], list[Continuation]
+    ],  # e.g. partial(continue_all, model, end_id=..., max_new_tokens=...)
     prompts: Mapping[str, Sequence[int]],  # id of the task -> ids of its prompt
     group: int,
     tokenizer: ChatTokenizer,
-    rooms: Mapping[str, Callable[[], Room]],  # id of the task -> opens a room for one member; absent: a task without tools
+    rooms: Mapping[
+        str, Callable[[], Room]
+    ],  # id of the task -> opens a room for one member; absent: a task without tools
     limits: TurnLimits = TurnLimits(),
     *,
     step: int = 0,
@@ -140,10 +176,16 @@ def sample_episodes(
 ) -> list[list[Rollout]]:
     """For each task `group` answers of one or several turns. Each turn's context begins with all ids of the turns before it."""
     nobody: Callable[[], Room] = lambda: lambda calls: ["error: there is no such tool" for _ in calls]
-    episodes = [_Episode(Draw(task, step, member, seed), rooms.get(task, nobody)(), list(ids), [Segment(0, len(ids), PROMPT)]) for task, ids in prompts.items() for member in range(group)]
+    episodes = [
+        _Episode(Draw(task, step, member, seed), rooms.get(task, nobody)(), list(ids), [Segment(0, len(ids), PROMPT)])
+        for task, ids in prompts.items()
+        for member in range(group)
+    ]
     while live := [e for e in episodes if not e.status]:
         before = [tuple(e.ids) for e in live]
-        for episode, drawn in zip(live, draw([Ask(c, e.draw, len(e.logp)) for c, e in zip(before, live, strict=True)]), strict=True):
+        for episode, drawn in zip(
+            live, draw([Ask(c, e.draw, len(e.logp)) for c, e in zip(before, live, strict=True)]), strict=True
+        ):
             _take_turn(episode, drawn, tokenizer, limits)
         assert all(tuple(e.ids[: len(c)]) == c for e, c in zip(live, before, strict=True)), "earlier tokens changed"
     done = [e.rollout() for e in episodes]

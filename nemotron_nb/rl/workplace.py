@@ -33,9 +33,17 @@ def office_tools() -> list[dict[str, Any]]:
     for name, fields in TABLES.items():
         text = {f: {"type": "string"} for f in fields}
         for action in ACTIONS:
-            properties = {"id": {"type": "string"}} if action == "remove" else ({"id": {"type": "string"}} if action == "change" else {}) | text
+            properties = (
+                {"id": {"type": "string"}}
+                if action == "remove"
+                else ({"id": {"type": "string"}} if action == "change" else {}) | text
+            )
             required = {"find": [], "add": list(fields)}.get(action, ["id"])
-            function = {"name": f"{action}_{name}", "description": f"{action.capitalize()} one {name}.", "parameters": {"type": "object", "properties": properties, "required": required}}
+            function = {
+                "name": f"{action}_{name}",
+                "description": f"{action.capitalize()} one {name}.",
+                "parameters": {"type": "object", "properties": properties, "required": required},
+            }
             tools.append({"type": "function", "function": function})
     return tools
 
@@ -44,7 +52,10 @@ def empty_office() -> State:
     """An office with a few records."""
     return {
         "email": {"1": {"to": "ana@shop", "subject": "Offer", "body": "See you on Monday."}},
-        "calendar": {"1": {"title": "Review", "day": "Monday", "hour": "10"}, "2": {"title": "Lunch", "day": "Monday", "hour": "12"}},
+        "calendar": {
+            "1": {"title": "Review", "day": "Monday", "hour": "10"},
+            "2": {"title": "Lunch", "day": "Monday", "hour": "12"},
+        },
         "task": {"1": {"title": "Write the report", "owner": "Ana", "state": "open"}},
         "customer": {"1": {"name": "Lumo", "city": "Turin", "phone": "555"}},
         "invoice": {"1": {"customer": "Lumo", "amount": "240", "state": "open"}},
@@ -76,7 +87,9 @@ def use_tool(
     if unknown := sorted(set(values) - set(TABLES[table_name])):
         raise ToolRefusal(f"error: {table_name} has no field {unknown[0]!r}")
     if action == "find":
-        return json.dumps({i: r for i, r in table.items() if all(r[k] == v for k, v in values.items())}, ensure_ascii=False)
+        return json.dumps(
+            {i: r for i, r in table.items() if all(r[k] == v for k, v in values.items())}, ensure_ascii=False
+        )
     if action == "add":
         if missing := sorted(set(TABLES[table_name]) - set(values)):
             raise ToolRefusal(f"error: {missing[0]} is missing")
@@ -125,7 +138,12 @@ def verify_workplace(task: Task, reply: Reply) -> Judgement:
     state, _ = replay(calls)
     idle = expected == empty_office() and not (calls or reply.answer.strip())
     differing = [name for name in TABLES if state[name] != expected[name]]
-    return said(not differing and not idle, "final_state", f"differs in {', '.join(differing)}" if differing else f"{len(calls)} calls", f"{len(truth)} calls")
+    return said(
+        not differing and not idle,
+        "final_state",
+        f"differs in {', '.join(differing)}" if differing else f"{len(calls)} calls",
+        f"{len(truth)} calls",
+    )
 
 # %% ../../nbs/rl/07_workplace.ipynb #008d566a
 def verify_calls(task: Task, reply: Reply) -> Judgement:
@@ -138,7 +156,9 @@ def verify_calls(task: Task, reply: Reply) -> Judgement:
     if wanted is None:
         numbers = bool(task.truth.get("forbid_numbers")) and bool(numbers_in(reply.answer))
         right = not reply.calls and bool(reply.answer.strip()) and not numbers
-        return said(right, "no_number" if numbers else "no_call", names or reply.answer, expected, calls=len(reply.calls))
+        return said(
+            right, "no_number" if numbers else "no_call", names or reply.answer, expected, calls=len(reply.calls)
+        )
     if len(reply.calls) != 1:
         return said(0, "one_call", names, expected, calls=len(reply.calls))
     call = reply.calls[0]
