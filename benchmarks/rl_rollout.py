@@ -11,7 +11,7 @@ import torch
 from nemotron_nb.data.template import chunks
 from nemotron_nb.data.tokenizer import load_tokenizer
 from nemotron_nb.rl.rollout import sample_groups
-from nemotron_nb.train.evaluate import Sampling, generate
+from nemotron_nb.generate.sampling import Sampling, generate
 from nemotron_nb.train.model import build_model
 from nemotron_nb.train.settings import ModelConfig
 

@@ -14,7 +14,7 @@ import pytest
 
 from nemotron_nb.core import UserError
 from nemotron_nb.data.blend import Dataset
-from nemotron_nb.data.compat import shard_plan
+from nemotron_nb.data.nvidia_prep import shard_plan
 from nemotron_nb.data.encoder import make_encoder
 from nemotron_nb.data.files import BadJson, Reject
 from nemotron_nb.data.tokenizer import load_tokenizer

@@ -27,7 +27,11 @@ from ..core import UserError, write_atomic
 from .config import project_root
 
 # %% ../../nbs/ops/11_docs.ipynb #d4230778
-CHAPTERS: Mapping[str, str] = {"": "Start", "data": "Chats to packs", "loss": "The loss", "train": "Training", "ops": "Runs", "runs": "Run notebooks", "help": "Help"}
+CHAPTERS: Mapping[str, str] = {
+    **{"": "Start", "data": "Chats to packs", "loss": "The loss", "generate": "What a model writes", "pretrain": "Text to a base model"},
+    **{"train": "Training", "megatron": "Megatron-Bridge", "rl": "Reinforcement learning", "ops": "Runs", "stages": "The stages"},
+    **{"runs": "Run notebooks", "help": "Help"},
+}
 
 FRONT = ("index", "tour")
 

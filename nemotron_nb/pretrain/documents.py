@@ -30,10 +30,10 @@ import numpy as np
 from .. import __version__
 from ..core import UserError, digest, nearest, write_json
 from ..data.blend import SPLITS, Blend, Dataset, folder_name, load_blend
-from ..data.compat import shard_plan
+from ..data.nvidia_prep import shard_plan
 from ..data.encoder import TIERS
 from ..data.files import Unit
-from ..data.spool import EXECUTORS, Progress, code_digest, in_processes, worker_count
+from ..data.tokenized import EXECUTORS, Progress, code_digest, in_processes, worker_count
 from ..data.tokenizer import ChatTokenizer, cache_folder, load_tokenizer
 from .indexed import IndexedFacts, IndexedWriter
 from .text import document_files, document_units

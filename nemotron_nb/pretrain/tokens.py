@@ -24,7 +24,7 @@ from .. import __version__
 from ..core import UserError, digest, nearest, new_folder, write_json
 from ..data.encoder import AUTO_BYTES, SegmentEncoder, make_encoder
 from ..data.files import BadJson, Reject, Unit
-from ..data.spool import Progress, code_digest, in_processes
+from ..data.tokenized import Progress, code_digest, in_processes
 from ..data.tokenizer import BUILT_IN, ChatTokenizer, cache_folder, load_tokenizer
 from .indexed import IndexedReader, IndexedWriter, dtype_named
 from .text import read_texts

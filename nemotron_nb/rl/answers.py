@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 
 from .judgement import Judgement, Reply, failed, said
 from .tasks import Task
-from ..train.verify import boxed, last_number, read_number, same_number, verify
+from ..generate.verify import boxed, last_number, read_number, same_number, verify
 
 # %% ../../nbs/rl/04_answers.ipynb #a6975e5e
 LONGEST_BOX = 2000  # characters of a box that is compared

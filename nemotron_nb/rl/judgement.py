@@ -23,7 +23,7 @@ from typing import Any
 from ..core import write_atomic
 from ..data.template import IM_END
 from .tasks import Task
-from ..train.evaluate import ToolCall, read_calls
+from ..generate.turns import ToolCall, read_calls
 from ..viz import Picture, clipped, table
 
 # %% ../../nbs/rl/03_judgement.ipynb #57ac6a8f

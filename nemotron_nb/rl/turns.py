@@ -27,7 +27,7 @@ from nemotron_nb.rl.rollout import (
     Segment,
 )
 from .workplace import ToolRefusal, empty_office, use_tool
-from ..train.evaluate import ToolCall
+from ..generate.turns import ToolCall
 
 # %% ../../nbs/rl/12_turns.ipynb #dd5c792d
 LONGEST_RESULT = 50_000  # characters of one tool result that are read
