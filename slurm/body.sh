@@ -1,6 +1,6 @@
-# What every job of this folder does. A script sets what there is to know of its stage, and reads this in; a script that `nemotron`
-# submits holds it: `stage` its name; `notebook` what is executed, or `command` what is run where there is none; `resumes` whether
-# it can be asked to stop, and go on later; `sized` whether its run has the nodes and processes of the job.
+# What every job of this folder does. A script sets what there is to know of its stage, and reads this in; a script that
+# `nemotron` submits holds it. `stage` is its name; `notebook` what is executed, or `command` what is run where there is none;
+# `resumes` says whether it can be asked to stop, and go on later; `sized` whether its run has the nodes of the job.
 set -uo pipefail
 
 say() { echo "$stage.sbatch: $*" >&2; }

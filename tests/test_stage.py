@@ -1,4 +1,4 @@
-"""Does one row of the table make a stage: its command, plan, run folder, job, lineage, and also from another package?"""
+"""Does one row of the table make a stage, also from another package: command, plan, run folder, job, lineage?"""
 
 import json
 import re
@@ -145,18 +145,19 @@ def test_a_row_that_cannot_be_one(row, said):
 
 
 def test_what_does_not_load_is_said_and_left_out(path):
-    (path / "good_stage.py").write_text(MODULE.replace('notebook="demo.ipynb"', 'notebook=""').replace("demo_stage", "good_stage"))
+    good = MODULE.replace('notebook="demo.ipynb"', 'notebook=""')
+    (path / "good_stage.py").write_text(good.replace("demo_stage", "good_stage"))
     bad = {"raises": "raise RuntimeError('no')", "ends": "raise SystemExit(3)", "syntax": "def", "empty": ""}
     for name, text in bad.items():
         (path / f"{name}_stage.py").write_text(text)
-    typo = MODULE.replace('name="demo"', 'name="typo"').replace("--resume", "--resum")
-    (path / "typo_stage.py").write_text(typo.replace('notebook="demo.ipynb"', 'notebook=""'))
+    (path / "typo_stage.py").write_text(good.replace('name="demo"', 'name="typo"').replace("--resume", "--resum"))
     (path / "lost_stage.py").write_text(MODULE.replace('name="demo"', 'name="lost"'))
     points = {name: f"{name}_stage:STAGE" for name in (*bad, "good", "lost", "typo")}
     add_package(path, "many", **points, absent="absent_stage:STAGE", twice="good_stage:STAGE")
     rows, refused = outside_stages()
     assert [row.name for row in rows] == ["demo", "typo"] and len(refused) == 7
-    for said in ("RuntimeError: no", "SystemExit: 3", "SyntaxError", "there is no notebook", "No module named 'absent", "is taken", "no attribute 'STAGE'"):
+    loads = ("RuntimeError: no", "SystemExit: 3", "SyntaxError", "No module named 'absent", "no attribute 'STAGE'")
+    for said in (*loads, "there is no notebook", "is taken"):
         assert sum(said in reason for reason in refused) == 1, (said, refused)
     assert stage_named("demo") == rows[0]
     with pytest.raises(UserError, match="did you mean 'demo'"):
@@ -168,7 +169,8 @@ def test_what_does_not_load_is_said_and_left_out(path):
 
 
 def test_a_row_adds_data_preparation_and_a_model_to_import(path):
-    row = 'STAGE = Stage("prep_pretrain", "m:C", "", makes=("DataBlendsArtifact-pretrain", "ModelArtifact-rl"), command=("data", "prep", "pretrain"), words="Documents.")'
+    made, words = ("DataBlendsArtifact-pretrain", "ModelArtifact-rl"), ("data", "prep", "pretrain")
+    row = f"STAGE = Stage('prep_pretrain', 'm:C', '', makes={made}, command={words}, words='Documents.')"
     (path / "prep_stage.py").write_text(f"from nemotron_nb.ops.stage import Stage\n{row}")
     add_package(path, "prep", prep="prep_stage:STAGE")
     ask = lambda *words: CliRunner().invoke(app, ["nano3", *words, "--help"]).output

@@ -273,7 +273,8 @@ def sft(
     from nemotron_nb.ops.config import derived, sft_config
     from nemotron_nb.ops.sft import Plan, check_start, cluster_layer, launch, new_run, resumed_settings
 
-    effective = sft_config(family, resumed_settings(resume, overrides)) if resume else sft_config(family, config, overrides, cluster_layer(profile))
+    asked = (resumed_settings(resume, overrides),) if resume else (config, overrides, cluster_layer(profile))
+    effective = sft_config(family, *asked)
     if not (dry_run or (profile is not None and profile.dry_run)):
         check_start(effective)
         _show_notes(effective)
@@ -335,20 +336,29 @@ def _option(kind: Any, *names: str, **about: Any) -> Any:
     return Annotated[kind, typer.Option(*names, **about)]
 
 
-_RANKS = "Training processes on each node, one for each GPU."
+_SAMPLE = _option(int | None, "--sample", min=1, help="Read only the first N rows of each dataset.")
+_FORCE = _option(bool, "--force", help="Prepare again, in place of what is there.")
+_PEFT = _option(str, "--peft", metavar="lora", help="Train small matrices beside frozen weights: lora.")
+_RESUME = _option(str, "--resume", metavar="RUN_DIR", help="Go on with a run that was stopped.")
+_RANKS = _option(
+    int | None, "--nproc-per-node", "--nproc_per_node", min=1, help="Training processes on each node, one for each GPU."
+)
+_DATA = _option(str, "--art.data", metavar="NAME:VERSION", help="Prepared data, from the register of artifacts.")
+_MODEL = _option(str, "--art.model", metavar="NAME:VERSION", help="Weights to begin with, from the register.")
 OPTIONS: Mapping[str, Option] = {
-    "--sample": Option("sample", _option(int | None, "--sample", min=1, help="Read only the first N rows of each dataset."), None, "sample"),
-    "--force": Option("force", _option(bool, "--force", help="Prepare again, in place of what is there."), False),
-    "--peft": Option("peft", _option(str, "--peft", metavar="lora", help="Train small matrices beside frozen weights: lora."), "", "peft"),
-    "--resume": Option("resume", _option(str, "--resume", metavar="RUN_DIR", help="Go on with a run that was stopped.")),
-    "--nproc-per-node": Option("ranks", _option(int | None, "--nproc-per-node", "--nproc_per_node", min=1, help=_RANKS), None, "run.nproc_per_node"),
-    "--art.data": Option("data", _option(str, "--art.data", metavar="NAME:VERSION", help="Prepared data, from the register of artifacts."), "", "run.data"),
-    "--art.model": Option("model", _option(str, "--art.model", metavar="NAME:VERSION", help="Weights to begin with, from the register."), "", "run.model"),
+    "--sample": Option("sample", _SAMPLE, None, "sample"),
+    "--force": Option("force", _FORCE, False),
+    "--peft": Option("peft", _PEFT, "", "peft"),
+    "--resume": Option("resume", _RESUME),
+    "--nproc-per-node": Option("ranks", _RANKS, None, "run.nproc_per_node"),
+    "--art.data": Option("data", _DATA, "", "run.data"),
+    "--art.model": Option("model", _MODEL, "", "run.model"),
 }
 
 # %% ../../nbs/ops/33_cli.ipynb #f4c2086a
 _FIRST = (("overrides", Overrides, None), ("config", Config, ["default"]))
-_LAST = (("dry_run", DryRun, False), ("run", Run, ""), ("batch", Batch, ""), ("whole", All, False), ("as_json", AsJson, False))
+_PLACE = (("dry_run", DryRun, False), ("run", Run, ""), ("batch", Batch, ""))
+_SHOWN = (("whole", All, False), ("as_json", AsJson, False))
 
 
 def _with_parameters(function: Callable[..., None], parameters: Sequence[tuple[str, Any, Any]]) -> Callable[..., None]:
@@ -364,17 +374,17 @@ def _stage_command(stage: Stage, family: str) -> Callable[..., None]:
     """The command of a stage, for typer."""
     own = [OPTIONS[name] for name in stage.options]
 
-    def do(overrides: list[str] | None, config: list[str], dry_run: bool, run: str, batch: str, whole: bool, as_json: bool, **given: Any) -> None:
+    def do(overrides: list[str] | None, config: list[str], run: str, batch: str, **given: Any) -> None:
         """Say where and how, and hand over to the function of the stage."""
         profile, mode = _place(run, batch)
         typed = [f"{o.setting}={given[o.parameter]}" for o in own if o.setting and given[o.parameter]]
         more = {o.parameter: given[o.parameter] for o in own if not o.setting}
-        said = {"dry_run": dry_run, "profile": profile, "mode": mode, "command": _typed()}
-        show = partial(_show_plan, whole=whole, as_json=as_json)
+        said = {"dry_run": given["dry_run"], "profile": profile, "mode": mode, "command": _typed()}
+        show = partial(_show_plan, whole=given["whole"], as_json=given["as_json"])
         runner(stage)(family, config, [*(overrides or []), *typed], **said, show=show, **more)
 
     options = [(o.parameter, o.kind, o.default) for o in own]
-    return _with_parameters(do, [*_FIRST, *_LAST, *options])
+    return _with_parameters(do, [*_FIRST, *_PLACE, *_SHOWN, *options])
 
 # %% ../../nbs/ops/33_cli.ipynb #98d0e3fb
 Groups = dict[tuple[str, ...], typer.Typer]  # of a family, by the words that lead to each
@@ -448,16 +458,25 @@ def _add_imports(groups: Groups, rows: Sequence[Stage], family: str) -> None:
 
 # %% ../../nbs/ops/33_cli.ipynb #bd8350e7
 ELSEWHERE = "https://github.com/NVIDIA-NeMo/Nemotron (src/nemotron/recipes/{family}/{folder})"
-ABSENT = {"pretrain": ("pretraining, stage 0", "stage0_pretrain"), "rl": ("reinforcement learning, stage 2", "stage2_rl")}
-_ABSENT_WHAT = {(): "{}", ("data", "prep"): "data for {}", ("data", "import"): "data for {}", ("model", "import"): "a model of {}"}
+ABSENT = {
+    "pretrain": ("pretraining, stage 0", "stage0_pretrain"),
+    "rl": ("reinforcement learning, stage 2", "stage2_rl"),
+}
+_ABSENT_WHAT = {
+    (): "{}",
+    ("data", "prep"): "data for {}",
+    ("data", "import"): "data for {}",
+    ("model", "import"): "a model of {}",
+}
 _ANYTHING = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def _not_here(commands: typer.Typer, family: str, stage: str, what: str) -> None:
     """A command of the recipe that no row covers: it says so, and where it is."""
     words, folder = ABSENT[stage]
+    helped = f"Not in this lab, which covers supervised fine-tuning: {words}."
 
-    @commands.command(stage, help=f"Not in this lab, which covers supervised fine-tuning: {words}.", context_settings=_ANYTHING)
+    @commands.command(stage, help=helped, context_settings=_ANYTHING)
     def _refuse(context: typer.Context) -> None:
         said = f"this lab covers supervised fine-tuning, stage 1; {what} is {words}"
         place = ELSEWHERE.format(family=family, folder=folder)
@@ -480,7 +499,8 @@ FAMILIES = {"nano3": "Nemotron 3 Nano (30B-A3B)", "super3": "Nemotron 3 Super (1
 def _usable(row: Stage) -> str:
     """Why a row from outside makes no command; empty if it does."""
     unknown = next((name for name in row.options if name not in OPTIONS), "")
-    return f"the stage {row.name} is left out: it has no option {unknown!r}: {nearest(unknown, OPTIONS)}" if unknown else ""
+    what = f"no stage has the option {unknown!r}: {nearest(unknown, OPTIONS)}"
+    return f"the stage {row.name} is left out: {what}" if unknown else ""
 
 
 def _stages(family: str) -> list[Stage]:

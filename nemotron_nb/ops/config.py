@@ -608,7 +608,8 @@ def _no_files(name: str) -> list[tuple[Path, str]]:
     if name == "default":
         return []
     fix = "give a path to a YAML file, or leave it out for the defaults of the stage"
-    raise UserError(f"there is no configuration {name!r}", where="-c", why="this stage has no files in papermill_runs/", fix=fix)
+    why = "this stage has no files in papermill_runs/"
+    raise UserError(f"there is no configuration {name!r}", where="-c", why=why, fix=fix)
 
 
 def _files_of(family: str, parts: Parts, name: str, beside: Path) -> list[tuple[Path, str]]:
@@ -872,7 +873,8 @@ def stage_config(
     fields = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
     if missing := [name for name in ("family", "run") if name not in fields]:
         fix = 'give it `family: str = ""` and `run: RunSection = RunSection()`'
-        raise UserError(f"the settings class has no field {missing[0]!r}", where=f"{cls.__module__}.{cls.__name__}", fix=fix)
+        where = f"{cls.__module__}.{cls.__name__}"
+        raise UserError(f"the settings class has no field {missing[0]!r}", where=where, fix=fix)
     known = known_names(cls)
     told = [(origin, {n: v for n, v in said.items() if n in known}) for origin, said in ([profile] if profile else [])]
     effective = merge(cls, [(COMMAND, {"family": family}), *files, *told, *typed_layers(overrides, cls)])

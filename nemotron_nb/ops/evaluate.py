@@ -137,7 +137,8 @@ START = "start:"  # the weights a run began with
 
 def _newest_run(family: str, output_root: str) -> Path:
     """The newest fine-tuning run of a family that is done."""
-    done = [run for run in list_runs(output_root) if run.parent.name == SFT.name and run.parent.parent.name == family and run_state(run) == "done"]
+    runs = [run for run in list_runs(output_root) if run.parent.name == SFT.name and run.parent.parent.name == family]
+    done = [run for run in runs if run_state(run) == "done"]
     if not done:
         raise UserError("no model is given, and no run is done", where=f"{output_root}/{family}/sft", fix=f"train one first: nemotron {family} sft -c tiny; or give model=FOLDER")
     return done[-1]

@@ -229,7 +229,7 @@ def family_of(
 
 
 def _stage_word(folder: Path, family: str) -> str:
-    """The stage of a run folder by where it lies, <output root>/<family>/<stage>; elsewhere it is one of fine-tuning."""
+    """The stage of a run folder by where it lies, <output root>/<family>/<stage>; elsewhere it is fine-tuning."""
     return folder.parent.name if family and folder.parent.parent.name == family else "sft"
 
 
@@ -238,7 +238,8 @@ def resume_command(
 ) -> str:
     """What to type to go on with a run."""
     family = family_of(folder)
-    return f"nemotron {family or 'FAMILY'} {_stage_word(Path(folder).absolute(), family)} --resume {shlex.quote(str(folder))}"
+    stage = _stage_word(Path(folder).absolute(), family)
+    return f"nemotron {family or 'FAMILY'} {stage} --resume {shlex.quote(str(folder))}"
 
 
 def extend_command(

@@ -30,7 +30,8 @@ from omegaconf import OmegaConf
 
 from ..core import UserError, from_mapping, nearest, write_atomic, write_json
 from ..data.prep import Manifest, PrepConfig, data_key, prepare
-from .config import Effective, Layer, RunSection, SftConfig, config_label, config_names, project_root, sft_config, stage_config, stage_files, to_yaml
+from .config import Effective, Layer, RunSection, SftConfig, config_label, config_names, project_root, sft_config, to_yaml
+from .config import stage_config, stage_files
 from .run_folder import begin_attempt, found_training, keep_notebook, make_run_folder, note_failures, put_back, read_status, run_name, set_status, slurm_job
 from .stage import SFT, Stage
 from ..train.settings import TINY
@@ -517,7 +518,8 @@ def stage_script(
 ) -> str:
     """The job script of a run whose folder is made: its settings lie there, and the job needs nothing else."""
     where = folder.absolute()
-    return job_script(stage, profile, [effective.settings.family, str(where / "config.yaml")], effective.settings.run, mode, where)
+    arguments = [effective.settings.family, str(where / "config.yaml")]
+    return job_script(stage, profile, arguments, effective.settings.run, mode, where)
 
 
 def submit_run(
@@ -640,7 +642,8 @@ def resumed_settings(
     """The settings file of a run that is gone on with. `UserError` if there is none, or if settings were typed."""
     path = Path(folder) / "config.yaml"
     if list(overrides):
-        why, fix = "a run goes on with the settings it was begun with", f"leave them out, or begin a new run with -c {path}"
+        why = "a run goes on with the settings it was begun with"
+        fix = f"leave them out, or begin a new run with -c {path}"
         raise UserError("settings together with --resume", where="command line", why=why, fix=fix)
     if not path.exists():
         fix = "list the runs there are: nemotron runs"

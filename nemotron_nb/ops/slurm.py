@@ -40,7 +40,8 @@ def read_options(
 
 # %% ../../nbs/ops/36_slurm.ipynb #443c6d03
 ANY = "stage"  # the script of every stage that has none of its own
-TAKES = {stage.name: stage.takes for stage in STAGES.values()} | {ANY: SIZES}  # script -> what it takes of a profile's size
+# script -> what it takes of a profile's size
+TAKES = {stage.name: stage.takes for stage in STAGES.values()} | {ANY: SIZES}
 
 
 def profile_options(
@@ -76,9 +77,9 @@ def sbatch_line(
 def shell_line(
     stage: Stage,
 ) -> str:
-    """What a script has to know of its stage, as a line of shell: the first line of each script in `slurm/` that is no comment."""
+    """What a script has to know of its stage, as a line of shell; each script in `slurm/` holds that of its row."""
     notebook = shlex.quote(stage.notebook) if stage.notebook else ""
-    words = "" if stage.notebook else shlex.quote(" ".join(command_words(stage)))  # without a notebook, the command does it
+    words = "" if stage.notebook else shlex.quote(" ".join(command_words(stage)))  # the command does it
     resumes, sized = ("yes" if said else "" for said in (stage.resumes, stage.sized and stage.notebook))
     return f"stage={stage.name} notebook={notebook} command={words} resumes={resumes} sized={sized}"
 
@@ -87,7 +88,10 @@ BODY = "slurm/body.sh"  # what all scripts do, beside them
 
 
 def _body(text: str, stage: Stage | None) -> str:
-    """A script without its first line and its options, told its stage, and with the lines it reads in: a job that waits does not change with the checkout."""
+    """A script without its first line and its options, told its stage, and with the lines that it reads in.
+
+    So a job that waits does not change with the checkout.
+    """
     if stage is not None:
         text = re.sub(r"^stage=.*$", lambda _: shell_line(stage), text, count=1, flags=re.MULTILINE)
     shared = (checkout() / BODY).read_text().strip("\n").splitlines()
@@ -106,7 +110,8 @@ def _environment(profile: Profile, run_dir: str, image: str, mounts: Sequence[st
 def _own_options(stage: Stage) -> Options:
     """What a row says to the script that serves every stage."""
     signalled = {"signal": "B:USR1@120"} if stage.resumes else {}
-    return {"job-name": f"nemotron-{stage.name}"} | ({"gpus-per-node": "1"} if "gpus-per-node" in stage.takes else {}) | signalled
+    gpus = {"gpus-per-node": "1"} if "gpus-per-node" in stage.takes else {}
+    return {"job-name": f"nemotron-{stage.name}"} | gpus | signalled
 
 
 def _options(own: Options, script: str | Stage, profile: Profile, mode: str, run_dir: str) -> Options:
@@ -137,7 +142,7 @@ def render(
     container: str = "",  # image for the ranks, from the recipe; empty: the profile's, or none
     mounts: Sequence[str] = (),  # "host:container", from the recipe, besides the profile's
 ) -> str:
-    """The job script that a profile makes of `slurm/<stage>.sbatch`, or of `slurm/stage.sbatch` where a stage has none of its own."""
+    """The job script that a profile makes of `slurm/<stage>.sbatch`, or of `slurm/stage.sbatch` where there is none."""
     text, stage, own = _head(script)
     options = _options(own, stage or script, profile, mode, str(run_dir))
     environment = _environment(profile, str(run_dir), container or profile.container_image, mounts)
