@@ -64,7 +64,7 @@ def test_every_row_has_its_command_with_options_and_examples():
                 assert f"nemotron {family} {stage.examples[0].replace('{family}', family)}"[:60] in done.output
 
 
-@pytest.mark.parametrize("stage", STAGES.values(), ids=str)
+@pytest.mark.parametrize("stage", STAGES.values(), ids=list(STAGES))
 def test_a_script_by_hand_says_what_the_row_says(stage):
     assert f"\n{shell_line(stage)}\n" in (ROOT / "slurm" / f"{stage.name}.sbatch").read_text()
 
