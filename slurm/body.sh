@@ -1,4 +1,6 @@
-# What every job of this folder does. A script sets `stage` and `notebook`, and reads this in; a script that `nemotron` submits holds it.
+# What every job of this folder does. A script sets what there is to know of its stage, and reads this in; a script that
+# `nemotron` submits holds it. `stage` is its name; `notebook` what is executed, or `command` what is run where there is none;
+# `resumes` says whether it can be asked to stop, and go on later; `sized` whether its run has the nodes of the job.
 set -uo pipefail
 
 say() { echo "$stage.sbatch: $*" >&2; }
@@ -19,19 +21,19 @@ on_term() {
 }
 trap on_signal USR1
 trap on_term TERM
-[ "$stage" = sft ] || trap '' USR1 # nothing but a training can be asked to stop, and go on later
+[ -n "$resumes" ] || trap '' USR1 # what cannot go on later is not asked to stop
 
 root=${NEMOTRON_ROOT:-$SLURM_SUBMIT_DIR}
 export PATH="${NEMOTRON_BIN:-$root/.venv/bin}:$PATH" PYTHONUNBUFFERED=1 TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
-notebook=${notebook:+$root/nbs/runs/$notebook}
+case $notebook in '' | /*) ;; *) notebook=$root/$notebook ;; esac
 [ -f "${notebook:-$root/pyproject.toml}" ] || { say "$root is no checkout; submit from the checkout, or set NEMOTRON_ROOT"; exit 2; }
 [ $# -ge 2 ] || { say "usage: sbatch slurm/$stage.sbatch FAMILY CONFIG [KEY=VALUE ...]"; exit 2; }
 family=$1 config=$2
 shift 2
 attempt="attempt $((${SLURM_RESTART_COUNT:-0} + 1)) of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST"
-if [ "$stage" = data_prep ]; then # no notebook, and no run folder
+if [ -z "$notebook" ]; then # and so no run folder
     say "$attempt"
-    exec nemotron "$family" data prep sft -c "$config" "$@"
+    exec nemotron "$family" $command -c "$config" "$@"
 fi
 
 # The run folder is given by the command line. By hand it is named here, and the job's size is that of the run; a job that was
@@ -44,7 +46,7 @@ if [ -z "$run" ]; then
         name=$(basename "$config" .yaml | tr -c 'A-Za-z0-9\n' -)
         run=$runs/$(date -u +%Y%m%dT%H%M%SZ)-$name-job$SLURM_JOB_ID
     fi
-    [ "$stage" = eval ] || set -- "run.nodes=$SLURM_JOB_NUM_NODES" "run.nproc_per_node=${NEMOTRON_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}" "$@"
+    [ -z "$sized" ] || set -- "run.nodes=$SLURM_JOB_NUM_NODES" "run.nproc_per_node=${NEMOTRON_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}" "$@"
 fi
 mkdir -p "$(dirname "$run")" || exit 1
 
