@@ -33,12 +33,12 @@ STAGE = Stage(
 )
 '''
 CELLS = (
-    "from nemotron_nb.ops.sft import given_parameters\nnames_before = set(globals())",
+    "from nemotron_nb.stages.sft import given_parameters\nnames_before = set(globals())",
     'family = ""\nconfig = "default"\noverrides = []\nrun_dir = ""\nwork_dir = ""',
     "parameters = given_parameters(globals(), names_before)",
     "from demo_stage import STAGE\n"
     "from nemotron_nb.ops.run_folder import STOP, set_status\n"
-    "from nemotron_nb.ops.sft import begin_stage, enter_made\n"
+    "from nemotron_nb.stages.sft import begin_stage, enter_made\n"
     "effective, folder = begin_stage(STAGE, parameters, get_ipython())",
     "count = effective.settings.x\nassert count != 13, 'thirteen'",
     "(folder / 'made').mkdir(exist_ok=True)\n(folder / 'made' / 'count.txt').write_text(str(count))\n"

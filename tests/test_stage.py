@@ -13,7 +13,7 @@ from stage_outside import MODULE, add_demo, add_package
 from typer.testing import CliRunner
 
 from nemotron_nb.core import UserError
-from nemotron_nb.ops.cli import FAMILIES, OPTIONS, app
+from nemotron_nb.cli import FAMILIES, OPTIONS, app
 from nemotron_nb.ops.slurm import render, shell_line
 from nemotron_nb.ops.profiles import Profile
 from nemotron_nb.ops.stage import STAGES, Stage, command_words, outside_stages, refusal, runner, stage_named, stage_of

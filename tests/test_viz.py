@@ -240,12 +240,12 @@ def test_words_of_ten_thousand_characters_are_cut(function):
 
 
 # They draw the names of a model's own parts, or of rules, and get no word from outside.
-WITHOUT_WORDS = {"engines.engine_picture", "lora.lora_picture", "lora.parameter_table", "verify.verdict_picture"}
+WITHOUT_WORDS = {"engines.engine_picture", "lora.lora_picture", "lora.parameter_table", "verify.verdict_picture", "policy.quadrants_picture"}
 
 
 def test_every_picture_function_is_tried():
     known, there = {name_of(f) for f in PICTURES}, set()
-    parts = [(part, importlib.import_module(f"nemotron_nb.{part}")) for part in ("data", "loss", "train")]
+    parts = [(part, importlib.import_module(f"nemotron_nb.{part}")) for part in ("data", "loss", "generate", "train")]
     names = ["viz", *(f"{part}.{m.name}" for part, package in parts for m in pkgutil.iter_modules(package.__path__))]
     for name in names:
         if "megatron" in name or name in ("loss.kernel", "train.__main__"):

@@ -8,7 +8,7 @@ __all__ = ['NULLS', 'SPELLINGS', 'SECTION_SPELLINGS', 'LAST_SPELLINGS', 'WORDS',
            'NAMES_DATA', 'flatten', 'nest', 'read_yaml', 'read_override', 'known_names', 'canonical', 'InForce',
            'shown_name', 'changed_names', 'Effective', 'merge', 'project_root', 'config_names', 'job_configs',
            'config_label', 'config_file', 'EnvSection', 'RunSection', 'SftConfig', 'DataPrepConfig', 'file_layers',
-           'typed_layers', 'sft_config', 'data_prep_config', 'derived', 'to_yaml']
+           'typed_layers', 'sft_config', 'data_prep_config', 'stage_files', 'stage_config', 'derived', 'to_yaml']
 
 # %% ../../nbs/ops/06_config.ipynb #9b4b1e86
 import dataclasses
@@ -603,10 +603,21 @@ def _check_family(family: str) -> None:
 Parts = Sequence[tuple[str, str]]  # (folder under papermill_runs/<family>, section it fills)
 
 
+def _no_files(name: str) -> list[tuple[Path, str]]:
+    """The files of a stage that has none of its own: `default` is what its class says, another name is refused."""
+    if name == "default":
+        return []
+    fix = "give a path to a YAML file, or leave it out for the defaults of the stage"
+    why = "this stage has no files in papermill_runs/"
+    raise UserError(f"there is no configuration {name!r}", where="-c", why=why, fix=fix)
+
+
 def _files_of(family: str, parts: Parts, name: str, beside: Path) -> list[tuple[Path, str]]:
     """The files that a name or a path means, each with the section it fills. A name is looked for in every part, a path is read once, as a whole."""
     if _is_path(name):
         return [(Path(os.path.abspath(beside / Path(name).expanduser())), "")]
+    if not parts:
+        return _no_files(name)
     config_file(family, parts[-1][0], name)  # refuses a name that nobody knows
     files = [(project_root() / "papermill_runs" / family / stage / f"{name}.yaml", section) for stage, section in parts]
     return [(path, section) for path, section in files if path.exists()]
@@ -839,6 +850,38 @@ def data_prep_config(
 def _in_data(name: str) -> str:
     """A setting of data preparation with its section."""
     return name if name.startswith(("run.", "data.")) else f"data.{name}"
+
+# %% ../../nbs/ops/06_config.ipynb #8d4be13f
+def stage_files(
+    family: str,  # one of FAMILIES
+    stage: str,  # a folder under papermill_runs/<family> that need not be there
+    config: str | Sequence[str] = "default",  # what -c was given
+) -> list[Layer]:
+    """The files of a stage that may have none, as layers."""
+    there = (project_root() / "papermill_runs" / family / stage).is_dir()
+    return file_layers(family, [(stage, "")] if there else [], config)
+
+
+def stage_config(
+    cls: type,  # a settings class with the fields `family` and `run`
+    family: str,  # one of FAMILIES
+    files: Sequence[Layer],  # of file_layers or stage_files
+    overrides: Iterable[str] = (),  # key=value, the last one wins
+    profile: Layer | None = None,  # what env.toml says, with run.* names
+) -> Effective:
+    """The settings of a stage other than fine-tuning: files, the cluster's profile, then the command line."""
+    fields = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
+    if missing := [name for name in ("family", "run") if name not in fields]:
+        fix = 'give it `family: str = ""` and `run: RunSection = RunSection()`'
+        where = f"{cls.__module__}.{cls.__name__}"
+        raise UserError(f"the settings class has no field {missing[0]!r}", where=where, fix=fix)
+    known = known_names(cls)
+    told = [(origin, {n: v for n, v in said.items() if n in known}) for origin, said in ([profile] if profile else [])]
+    effective = merge(cls, [(COMMAND, {"family": family}), *files, *told, *typed_layers(overrides, cls)])
+    if effective.settings.family != family:
+        where, fix = effective.origins["family"], "use the command of that family"
+        raise UserError(f"is for the family {effective.settings.family!r}", where=where, fix=fix)
+    return effective
 
 # %% ../../nbs/ops/06_config.ipynb #2e44797b
 def _data_parallel(settings: SftConfig) -> int:

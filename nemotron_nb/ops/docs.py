@@ -239,7 +239,7 @@ def reference_page(
     lines, top = text.splitlines(), {name: node for node in ast.parse(text).body for name in _named(node)}
     names = [n for n in ast.literal_eval(top["__all__"].value) if n != "setup"]
     link = f"[{page.title}](../{page.path}.ipynb)"
-    return "\n".join([f"# {module.removeprefix('nemotron_nb.')}\n", f"{page.question} Explained in {link}.\n", *(_entry(n, top[n], lines) for n in names)])
+    return "\n".join([f"# {module.removeprefix('nemotron_nb.')}\n", f"{page.question} Explained in {link}.\n", *(_entry(n, top[n], lines) if n in top else f"## {n}\n\nOf another module, and offered here as well.\n" for n in names)])
 
 
 def modules_of(

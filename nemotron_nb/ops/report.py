@@ -27,6 +27,7 @@ from ..core import UserError, write_atomic
 from ..data.manifest import Manifest, length_histogram
 from .config import changed_names, flatten
 from .run_folder import job_of, read_metrics, read_status, read_tail, resume_command, run_state
+from .stage import stage_of
 from ..viz import Picture, joined, png, table, token_strip
 
 if TYPE_CHECKING:
@@ -584,7 +585,8 @@ def _row(folder: Path) -> dict[str, Any]:
     lines, whole = read_tail(folder / "metrics.jsonl")
     steps = [line for line in lines if line.get("kind") == "train" and "seconds" in line]
     last: Mapping[str, Any] = steps[-1] if steps else {}
-    said = {"lost": f"take it up: {resume_command(folder)}", "unfollowed": f"nobody follows its training; take it up: {resume_command(folder)}"}
+    up = resume_command(folder) if stage_of(folder).resumes else status.get("command", "")
+    said = {"lost": f"take it up: {up}", "unfollowed": f"nobody follows its training; take it up: {up}"}
     values = [str(folder), state, last.get("step", 0), _final_loss(folder), f"{last['loss']:.3f}" if last else "", last.get("stage", ""), _time_of_steps(steps, whole)]
     values += [len(status.get("attempts", [])), job_of(folder), _in_a_line(said.get(state) or status.get("message", ""))]
     return dict(zip(_COLUMNS, [*values, str(folder / "report.html") if (folder / "report.html").exists() else ""], strict=True))

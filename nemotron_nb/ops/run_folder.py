@@ -228,11 +228,18 @@ def family_of(
     return found[1] if found else ""
 
 
+def _stage_word(folder: Path, family: str) -> str:
+    """The stage of a run folder by where it lies, <output root>/<family>/<stage>; elsewhere it is fine-tuning."""
+    return folder.parent.name if family and folder.parent.parent.name == family else "sft"
+
+
 def resume_command(
     folder: str | os.PathLike,
 ) -> str:
-    """What to type to go on with a run of fine-tuning."""
-    return f"nemotron {family_of(folder) or 'FAMILY'} sft --resume {shlex.quote(str(folder))}"
+    """What to type to go on with a run."""
+    family = family_of(folder)
+    stage = _stage_word(Path(folder).absolute(), family)
+    return f"nemotron {family or 'FAMILY'} {stage} --resume {shlex.quote(str(folder))}"
 
 
 def extend_command(

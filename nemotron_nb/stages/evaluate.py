@@ -24,20 +24,11 @@ from omegaconf import OmegaConf
 
 from ..core import UserError, from_mapping, write_atomic, write_json
 from ..data.manifest import Manifest
-from ..ops.config import COMMAND, Effective, Layer, RunSection, config_label, file_layers, flatten, known_names, merge, project_root, typed_layers
+from ..ops.config import Effective, Layer, RunSection, config_label, file_layers, flatten, project_root, stage_config
 from ..ops.report import BLUE, GREY, ORANGE, Section, clipped, environment_picture, form_in_words, html_page
 from ..ops.run_folder import Started, as_process, list_runs, run_state, start_process
-from nemotron_nb.stages.sft import (
-    Parameters,
-    Plan,
-    Show,
-    cluster_layer,
-    execute_into,
-    launch,
-    new_stage_folder,
-    open_stage_folder,
-)
-from ..ops.stage import EVAL
+from .sft import Parameters, Plan, Show, cluster_layer, execute_into, launch, new_stage_folder, open_stage_folder
+from ..ops.stage import EVAL, SFT
 from ..viz import Picture, joined, png, table
 
 if TYPE_CHECKING:
@@ -129,12 +120,6 @@ class EvalConfig:
             raise UserError("no mode is given", where="eval.modes", fix="give e.g. eval.modes=[on,off]")
 
 # %% ../../nbs/stages/02_evaluate.ipynb #ae24567b
-def _known(layers: Iterable[Layer], cls: type) -> list[Layer]:
-    """Layers of a profile, without what only training knows."""
-    names = known_names(cls)
-    return [(origin, {name: value for name, value in values.items() if name in names}) for origin, values in layers]
-
-
 def eval_config(
     family: str,  # nano3 or super3
     name: str | Sequence[str] = "default",  # a configuration's name, or a path; several are layers in their order
@@ -144,11 +129,7 @@ def eval_config(
     profile: Layer | None = None,  # what env.toml says, with run.* names
 ) -> Effective:
     """The settings of an evaluation: default.yaml, the named file, the cluster's profile, then the command line."""
-    layers = [(COMMAND, {"family": family}), *file_layers(family, [(stage, "")], name), *_known([profile] if profile else [], cls)]
-    effective = merge(cls, [*layers, *typed_layers(overrides, cls)])
-    if effective.settings.family != family:
-        raise UserError(f"is for the family {effective.settings.family!r}", where=effective.origins["family"], fix="use the command of that family")
-    return effective
+    return stage_config(cls, family, file_layers(family, [(stage, "")], name), overrides, profile)
 
 # %% ../../nbs/stages/02_evaluate.ipynb #4da734ce
 START = "start:"  # the weights a run began with
@@ -156,7 +137,8 @@ START = "start:"  # the weights a run began with
 
 def _newest_run(family: str, output_root: str) -> Path:
     """The newest fine-tuning run of a family that is done."""
-    done = [run for run in list_runs(output_root) if run.parent.name == "sft" and run.parent.parent.name == family and run_state(run) == "done"]
+    runs = [run for run in list_runs(output_root) if run.parent.name == SFT.name and run.parent.parent.name == family]
+    done = [run for run in runs if run_state(run) == "done"]
     if not done:
         raise UserError("no model is given, and no run is done", where=f"{output_root}/{family}/sft", fix=f"train one first: nemotron {family} sft -c tiny; or give model=FOLDER")
     return done[-1]

@@ -8,7 +8,8 @@ __all__ = ['MODEL_FILES', 'RUN_NOTEBOOK', 'Show', 'Parameters', 'given_parameter
            'notebook_layer', 'opened_run', 'open_run', 'new_stage_folder', 'open_stage_folder', 'settled_settings',
            'training_settings', 'start_command', 'data_artifact', 'first_weights', 'consumed', 'model_artifact',
            'open_tracker', 'import_folder', 'run_notebook', 'execute_into', 'check_place', 'job_script', 'stage_script',
-           'submit_run', 'Plan', 'on_cluster', 'hand_over', 'launch']
+           'submit_run', 'Plan', 'on_cluster', 'hand_over', 'launch', 'resumed_settings', 'run_stage', 'begin_stage',
+           'enter_made']
 
 # %% ../../nbs/stages/01_sft.ipynb #eda987ec
 import dataclasses
@@ -27,10 +28,11 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from ..core import UserError, from_mapping, write_atomic, write_json
+from ..core import UserError, from_mapping, nearest, write_atomic, write_json
 from ..data.manifest import Manifest
 from ..data.prep import PrepConfig, data_key, prepare
 from ..ops.config import Effective, Layer, RunSection, SftConfig, config_label, config_names, project_root, sft_config, to_yaml
+from ..ops.config import stage_config, stage_files
 from ..ops.run_folder import begin_attempt, found_training, keep_notebook, make_run_folder, note_failures, put_back, read_status, run_name, set_status, slurm_job
 from ..ops.stage import SFT, Stage
 from ..train.settings import TINY
@@ -494,7 +496,7 @@ def check_place(
 
 
 def job_script(
-    script: str,  # a file in slurm/ without .sbatch
+    stage: Stage,
     profile: "Profile",
     arguments: list[str],
     run: RunSection,
@@ -505,7 +507,7 @@ def job_script(
     from nemotron_nb.ops.slurm import render
 
     sized = dataclasses.replace(profile, nodes=run.nodes, nproc_per_node=run.nproc_per_node, mounts=tuple(run.env.mounts))
-    return render(script, sized, arguments, mode=mode, run_dir=run_dir, container=run.env.container)
+    return render(stage, sized, arguments, mode=mode, run_dir=run_dir, container=run.env.container)
 
 # %% ../../nbs/stages/01_sft.ipynb #0622e566
 def stage_script(
@@ -517,7 +519,8 @@ def stage_script(
 ) -> str:
     """The job script of a run whose folder is made: its settings lie there, and the job needs nothing else."""
     where = folder.absolute()
-    return job_script(stage.name, profile, [effective.settings.family, str(where / "config.yaml")], effective.settings.run, mode, where)
+    arguments = [effective.settings.family, str(where / "config.yaml")]
+    return job_script(stage, profile, arguments, effective.settings.run, mode, where)
 
 
 def submit_run(
@@ -631,3 +634,107 @@ def _waits(job: str) -> bool:
     from nemotron_nb.ops.slurm import job as look
 
     return not look(job).ended
+
+# %% ../../nbs/stages/01_sft.ipynb #d17b0c34
+def resumed_settings(
+    folder: str | os.PathLike,  # a run folder
+    overrides: Iterable[str] = (),  # what was typed besides
+) -> str:
+    """The settings file of a run that is gone on with. `UserError` if there is none, or if settings were typed."""
+    path = Path(folder) / "config.yaml"
+    if list(overrides):
+        why = "a run goes on with the settings it was begun with"
+        fix = f"leave them out, or begin a new run with -c {path}"
+        raise UserError("settings together with --resume", where="command line", why=why, fix=fix)
+    if not path.exists():
+        fix = "list the runs there are: nemotron runs"
+        raise UserError("this is not a run folder: it has no config.yaml", where=str(folder), fix=fix)
+    return str(path)
+
+
+def _stage_settings(stage: Stage, family: str, config: Any, overrides: Iterable[str], layer: Layer | None) -> Effective:
+    """The settings of a stage, of which nothing more is known than its row."""
+    return stage_config(stage.settings_class, family, stage_files(family, stage.name, config), overrides, layer)
+
+
+def _stage_label(stage: Stage, settings: Any, config: str | Sequence[str]) -> str:
+    """What people call a run of it: what they said, or the configuration and the stage."""
+    return settings.run.label or f"{config_label(config)} {stage.name}"
+
+# %% ../../nbs/stages/01_sft.ipynb #f90e4b7a
+def _stage_here(stage: Stage, folder: Path, family: str) -> Path:
+    """Execute the notebook of a stage on this machine, and say where to look."""
+    print(f"run folder: {folder}", flush=True)
+    execute_into(stage.notebook, folder, Parameters(family, str(folder.absolute() / "config.yaml")), stage.ends)
+    report = next((path for path in (folder / "report.html", folder / "notebook.ipynb") if path.exists()), folder)
+    print(f"Report: {report}")
+    return folder
+
+
+def run_stage(
+    stage: Stage,
+    family: str,  # nano3 or super3
+    config: str | Sequence[str] = "default",  # what -c was given
+    overrides: Iterable[str] = (),
+    dry_run: bool = False,
+    profile: "Profile | None" = None,  # of a cluster; None: this machine
+    mode: str = "run",  # on a cluster: "run" waits for the job, "batch" does not
+    command: str = "",  # as typed
+    show: Show = _plain,  # how a plan is shown
+    resume: str = "",  # a run folder to go on with
+) -> Path | None:
+    """Do a stage that is settings and a notebook: show the plan, submit it, or execute it here. `None` of a dry run."""
+    layer, overrides = None if resume else cluster_layer(profile), list(overrides)
+    settled = resumed_settings(resume, overrides) if resume else config
+    effective = _stage_settings(stage, family, settled, overrides, layer)
+    settings = effective.settings
+
+    def make() -> Path:
+        """The run folder: a new one, or that of the run that is gone on with."""
+        if resume:
+            put_back(resume)
+            return Path(resume)
+        return new_stage_folder(effective, settings, stage, _stage_label(stage, settings, config), command=command)
+
+    plan = Plan(stage, effective, "", make, lambda: _stage_here(stage, make(), family), resume)
+    return launch(plan, profile, mode, dry_run, show)
+
+# %% ../../nbs/stages/01_sft.ipynb #b04d9a13
+def begin_stage(
+    stage: Stage,
+    parameters: Parameters,
+    shell: Any = None,  # the IPython shell, in a notebook: a failing cell is then noted in the status
+) -> tuple[Effective, Path]:
+    """(settings, run folder) of a run notebook, the folder's status `running`. Works from `work_dir` from then on."""
+    os.chdir(parameters.work_dir or project_root())
+    layer = notebook_layer(parameters)
+    effective = _stage_settings(stage, parameters.family, parameters.config, parameters.overrides, layer)
+    label = _stage_label(stage, effective.settings, parameters.config)
+    folder = open_stage_folder(effective, effective.settings, stage, label, parameters.run_dir)
+    if shell is not None:
+        note_failures(folder, shell)
+    return effective, folder
+
+# %% ../../nbs/stages/01_sft.ipynb #97ae31d2
+def enter_made(
+    stage: Stage,
+    effective: Effective,
+    folder: Path,  # the run folder
+    path: str | os.PathLike,  # what was made: a folder or a file
+    inputs: "Sequence[Artifact | Source]" = (),  # what it was made from
+    name: str = "",  # one of `stage.makes`; empty: the first
+) -> "Artifact":
+    """Enter what a stage made in the register, and write it into the run folder."""
+    from nemotron_nb.ops.artifacts import Store, producer
+
+    name = name or next(iter(stage.makes), "")
+    if name not in stage.makes:
+        raise UserError(f"the stage {stage.name} makes no {name or 'artifact'!r}", fix=nearest(name, stage.makes))
+    family, made_by = effective.settings.family, producer(read_status(folder).get("command", ""), folder)
+    kind = "model" if name.startswith("ModelArtifact") else "data"
+    fields = {"family": family, "stage": stage.name}
+    store = Store(effective.settings.run.store)
+    artifact = store.log(name, kind, path, fields, inputs, ("latest", family), made_by)
+    lines = {"consumed": [_line_of(i) for i in inputs], "made": [_line_of(artifact)]}
+    write_json(folder / "artifacts.json", lines)
+    return artifact
