@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nemotron_nb.train.batches import global_batch
+
 FACTOR = 8.0  # a fast path may err this many times as much as the plain computation, whose own error is the largest of a few
 NARROW_FACTOR = 3.0  # in 16 bits, where the rounding of the result is nearly all of the error
 STRETCHES = (1.0, 1.01, 0.99, 1.03)  # the same problem in other numbers, so that no single lucky rounding sets the unit
@@ -84,10 +86,16 @@ def assert_as_exact(
     assert all(e <= limit for e, limit in zip(errors, limits)), f"errors {errors}, allowed {limits}"
 
 
-def logits_error(model: nn.Module, tokens: Tensor) -> float:
-    """The error of a model's logits in plain float32."""
+def logits_error(model: nn.Module, tokens: Tensor, dtype: torch.dtype = torch.float32) -> float:
+    """The error of a model's logits in plain float32, or in another precision."""
     with torch.no_grad():
-        return float_error(lambda m: m(tokens, use_cache=False).logits, copy.deepcopy(model).float())
+        return float_error(lambda m: m(tokens, use_cache=False).logits, copy.deepcopy(model).to(dtype))
+
+
+def mean_loss_gap(model: nn.Module, packs: Sequence[Any], dtype: torch.dtype = torch.float32) -> float:
+    """How far apart two means of the same token losses may be: as far as the loss of a token may err."""
+    tokens = torch.tensor([global_batch(packs).rows[0].tokens.tolist()])
+    return (NARROW_FACTOR if dtype.itemsize == 2 else FACTOR) * logits_error(model, tokens, dtype)
 
 
 def near(got: Tensor, want: Tensor, unit: float) -> bool:

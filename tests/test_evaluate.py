@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from precision import FACTOR, logits_error
+from precision import FACTOR, logits_error, mean_loss_gap
 
 from nemotron_nb.core import UserError
 from nemotron_nb.data.mask import inference_prompts, training_sequences
@@ -237,13 +237,8 @@ def test_token_losses_stand_at_the_token_they_judge(model, packs):
             assert losses[t] is None
 
 
-def mean_error(model, packs):
-    """How far apart two means of the same token losses may be: as far as a token's loss may err."""
-    return FACTOR * logits_error(model, torch.tensor([global_batch(packs).rows[0].tokens.tolist()]))
-
-
 def test_held_out_loss_is_the_mean_over_all_and_not_over_batches(model, packs):
-    near = mean_error(model, packs)
+    near = mean_loss_gap(model, packs)
     every = [[n for n in token_losses(model, r) if n is not None] for r in global_batch(packs).rows]
     for cap in (1, 1500, 100_000):
         found = held_out_loss(model, packs, cap)
@@ -272,7 +267,7 @@ def test_the_example_is_the_shortest_when_nobody_calls(model, packs, tokenizer):
 
 
 def test_losses_of_the_parts_add_up_to_the_whole(model, packs):
-    near = mean_error(model, packs)
+    near = mean_loss_gap(model, packs)
     sources = itertools.cycle(["sums", "talk", "tools"])
     named = [dataclasses.replace(p, sources=tuple(next(sources) for _ in p.spans)) for p in packs]
     parts, whole = losses_by_source(model, named, 2000), held_out_loss(model, packs)
@@ -299,7 +294,7 @@ def test_packs_taken_apart_hold_every_sequence_once(packs):
 def test_the_record_keeps_its_fields_and_gets_sources(model, packs, tokenizer):
     found = evaluate(model, packs, tokenizer, 0, num_generations=1, max_new_tokens=2)
     assert list(found) == ["step", "loss_token", "loss_sample", "trained_tokens", "conversations", "sources", "example", "generations", "well_formed_rate", "called_as_expected_rate", "exact_rate", "num_generations"]
-    assert found["loss_token"] == pytest.approx(held_out_loss(model, packs).loss_token, abs=mean_error(model, packs)) and list(found["sources"]) == ["all"]
+    assert found["loss_token"] == pytest.approx(held_out_loss(model, packs).loss_token, abs=mean_loss_gap(model, packs)) and list(found["sources"]) == ["all"]
 
 
 # ---- drawing

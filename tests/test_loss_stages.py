@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from precision import mean_loss_gap, sum_error
 
 from nemotron_nb.core import UserError
 from nemotron_nb.loss.schedule import LOSS_STAGES, LossStage, StageSchedule
@@ -58,15 +59,17 @@ def test_the_torch_engine_steps_with_it(root):
     from nemotron_nb.train.settings import LossSection, TrainConfig
     from nemotron_nb.train.torch_engine import make_optimizer, train_step
 
-    model, batch = build_model(CONFIG, VOCAB, seed=0), global_batch(random_packs()[0])
+    packs = random_packs()[0]
+    model, batch = build_model(CONFIG, VOCAB, seed=0), global_batch(packs)
     config = TrainConfig(data_dir="packs", output_dir="out", loss=LossSection(stages=[Phase("root")]))
     micro = collate(batch.rows, "cpu")
     nll = share_of_loss(model, micro, "root", batch.denominators)[1].detach()
     row = torch.arange(len(nll))[:, None].expand_as(nll)
     expected = loss_by_hand(nll.double().flatten(), (micro.lengths > 0).flatten(), row.flatten(), "root").item()
+    allowed = mean_loss_gap(model, packs)
     line = train_step(model, make_optimizer(model, config.optimizer), batch, 0, config)
-    assert line["stage"] == "root" and line["loss"] == pytest.approx(expected, rel=1e-5)
-    assert line["loss_root"] == pytest.approx(expected, rel=1e-5)
+    assert line["stage"] == "root" and line["loss"] == pytest.approx(expected, abs=allowed)
+    assert line["loss_root"] == pytest.approx(expected, abs=allowed)
 
 
 def test_the_megatron_step_weighs_and_counts_with_it(root):
@@ -75,7 +78,7 @@ def test_the_megatron_step_weighs_and_counts_with_it(root):
     lengths, counts, nll = answer_lengths(MASK, CHAT), count(MASK, CHAT), torch.linspace(0.5, 3, len(MASK))
     share = Share("root", 8, counts, counted_here=True)
     total, number, reported = weighted_loss(lengths, share, nll)
-    assert (total / number).item() == pytest.approx(loss_by_hand(nll, MASK, CHAT, "root").item(), rel=1e-6)
+    assert (total / number).item() == pytest.approx(loss_by_hand(nll, MASK, CHAT, "root").item(), rel=sum_error(len(MASK)))
     assert int(number) == {"tokens": 7, "conversations": 3 * 8}[root]
     mean = reported["loss_root"]
     assert (mean[0] / mean[1]).item() == pytest.approx(loss_by_hand(nll.double(), MASK, CHAT, "root").item(), rel=1e-12)

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from precision import FACTOR, float_error, logits_error, norm
 
 from nemotron_nb.core import UserError
 from nemotron_nb.data.tokenizer import load_tokenizer
@@ -58,18 +59,19 @@ def test_one_gradient_for_every_cut(level):
     answers = draw_and_judge(policy, TASKS[:3], 0, base, ends)
     assert any(a.group.status == "live" for a in answers)
 
-    def gradient(answers=answers, **changes):
-        policy.model.zero_grad()
-        policy_gradient(policy, answers, dataclasses.replace(base, **changes))
-        return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None]).clone()
+    def gradient(answers=answers, model=policy.model, **changes):
+        model.zero_grad()
+        policy_gradient(dataclasses.replace(policy, model=model), answers, dataclasses.replace(base, **changes))
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).clone()
 
     whole = gradient(micro_batch_tokens=10**9)
+    unit = float_error(lambda m: gradient(model=m, micro_batch_tokens=10**9), policy.model, measure=norm)
     for other in (
         gradient(micro_batch_tokens=40),
         gradient(silent_groups="skip"),
         gradient(answers[::-1], micro_batch_tokens=100),
     ):
-        assert (other - whole).norm() < 1e-5 * whole.norm()
+        assert (other - whole).norm() <= FACTOR * unit < whole.norm() / 1000
 
 
 def test_resume_to_the_bit(tmp_path):
@@ -111,7 +113,8 @@ def test_routers_stay_and_the_reference_pulls():
     ((line, _),) = grpo_steps(policy, TASKS, settings, judge_one=ends)
     now = dict(policy.model.named_parameters())
     assert routers and all(torch.equal(p, now[n]) for n, p in routers.items())
-    assert line["moved"] and abs(line["kl_reference"]) < 1e-5  # the first step begins at the reference
+    allowed = FACTOR * logits_error(policy.model, torch.tensor([prompt_ids(TASKS[0], TOKENIZER)]))
+    assert line["moved"] and abs(line["kl_reference"]) <= allowed  # the first step begins at the reference
 
 
 def test_prompts_names_and_settings():

@@ -1,5 +1,6 @@
 """The engine: one step against a hand-made one, stages, determinism, files, export, refusals."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from precision import FACTOR, float_error, float_errors, logits_error, near, sum_error
+from precision import FACTOR, assert_as_exact, float_error, float_errors, logits_error, mean_loss_gap, near, sum_error
 from precision import norm as norm_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -120,15 +121,16 @@ def test_a_step_moves_the_weights_as_a_step_made_by_hand(stage, cap):
 
 
 def test_a_second_step_starts_from_a_clean_gradient():
-    packs, _ = random_packs()
+    packs, made = random_packs()
     config = config_of(optimizer={"lr": 1e-3})
     model = build_model(config.model, 60, seed=0)
+    gradient_unit = float_error(lambda m: gradient_by_hand(m, losses_by_hand(m, made)["token"]), model, measure=norm_of)
     optimizer = make_optimizer(model, config.optimizer)
     train_step(model, optimizer, global_batch(packs), 0, config)
     fresh = build_model(config.model, 60, seed=1)
     fresh.load_state_dict(model.state_dict())
     again = [train_step(m, o, global_batch(packs), 1, config)["grad_norm"] for m, o in ((model, optimizer), (fresh, make_optimizer(fresh, config.optimizer)))]
-    assert again[0] == pytest.approx(again[1], rel=1e-6)
+    assert again[0] == pytest.approx(again[1], abs=FACTOR * gradient_unit)
 
 
 def test_no_decay_on_norms_biases_and_scan_parameters():
@@ -348,7 +350,8 @@ def test_weights_to_begin_with_come_from_checkpoints_or_from_an_export(trained, 
         train(training(data_dir, tmp_path / name, model=model, checkpoint={"pretrained_checkpoint": str(folder)}, **short))
     first, second = ([line for line in lines_of(tmp_path / name) if line["kind"] == "valid"][0] for name in "ab")
     after = json.loads((trained / "evaluation_after.json").read_text())
-    assert first["loss_token"] == after["loss_token"] and second["loss_token"] == pytest.approx(after["loss_token"], rel=1e-6)
+    allowed = mean_loss_gap(build_model(ModelConfig(name=str(trained / "model")), 4096), read_packs(data_dir / "splits" / "valid"))
+    assert first["loss_token"] == after["loss_token"] and second["loss_token"] == pytest.approx(after["loss_token"], abs=allowed)
     assert seamless(tmp_path / "a")[2]["step"] == 1
     with pytest.raises(UserError, match="no checkpoint here"):
         train(training(data_dir, tmp_path / "c", checkpoint={"load": str(tmp_path)}, **short))
@@ -385,21 +388,23 @@ def test_depths_equal_the_loops_and_are_exported_and_read_again(tmp_path):
 def test_balance_does_not_depend_on_the_cut_nor_on_the_stage(stage):
     packs, _ = random_packs()
     batch, config = global_batch(packs), ModelConfig(**SMALL, moe_aux_loss_coeff=1.0)
-    learner = Learner(build_model(config, 60), config)
-    found = {}
-    for cap in (1, 80, 10_000):
-        learner.zero_grad()
+    model = build_model(config, 60)
+
+    def balance(model, cap):
+        """The balancing loss, its gradient in the routers, tokens of each expert, and the imbalance. The main loss has a gradient in the routers too: it cancels in the difference."""
+        learner = Learner(copy.deepcopy(model), config)
         parts = [learner(batch=collate(g), stage=stage, denominators=batch.denominators, rows=len(batch.rows)) for g in grouped(batch.rows, cap)]
-        balance = sum(p.loss - p.main for p in parts)
-        balance.backward()
-        gates = [m.gate.weight.grad.flatten() for m in learner.watch.layers]
-        found[cap] = balance.item(), torch.cat(gates), sum(p.counts for p in parts), sum(p.imbalance for p in parts).item()
+        loss = sum(p.loss - p.main for p in parts)
+        gates = torch.autograd.grad(loss, [m.gate.weight for m in learner.watch.layers])
+        return loss.detach(), torch.cat([g.flatten() for g in gates]), sum(p.counts for p in parts), sum(p.imbalance for p in parts).item()
+
+    units = float_errors(lambda m: balance(m, 10_000)[:2], model, measure=norm_of)
+    found = {cap: balance(model, cap) for cap in (1, 80, 10_000)}
     for cap in (80, 10_000):
-        assert found[cap][0] == pytest.approx(found[1][0], rel=1e-4) and torch.equal(found[cap][2], found[1][2])
-        # The main loss has a gradient in the routers too; what must agree is the sum.
-        assert (found[cap][1] - found[1][1]).norm() < 1e-4 * found[1][1].norm()
-    layers = len(learner.watch.layers)
-    assert found[1][0] == pytest.approx(found[1][3] * layers, rel=1e-4) and 1 <= found[1][3] < 2, "the mean over rows, in both stages"
+        assert_as_exact(found[cap][:2], found[1][:2], units, norm_of)
+        assert torch.equal(found[cap][2], found[1][2])
+    layers = sum("E" == kind for kind in config.pattern)
+    assert found[1][0].item() == pytest.approx(found[1][3] * layers, abs=FACTOR * units[0]) and 1 <= found[1][3] < 2, "the mean over rows, in both stages"
 
 
 def test_imbalance_by_hand():
@@ -440,6 +445,7 @@ def test_narrow_numbers_give_nearly_the_same_step():
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of PyTorch needs one for C++")
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="the C++ that PyTorch generates does not compile without vector instructions")
 def test_compiled_layers_give_the_same_loss():
     packs, _ = random_packs()
     found = []
