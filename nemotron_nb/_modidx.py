@@ -2960,6 +2960,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'nemotron_nb/ops/run_folder.py'),
                                             'nemotron_nb.ops.run_folder.passing_signals_on': ( 'ops/run_folder.html#passing_signals_on',
                                                                                                'nemotron_nb/ops/run_folder.py'),
+                                            'nemotron_nb.ops.run_folder.planned_steps': ( 'ops/run_folder.html#planned_steps',
+                                                                                          'nemotron_nb/ops/run_folder.py'),
                                             'nemotron_nb.ops.run_folder.progress_line': ( 'ops/run_folder.html#progress_line',
                                                                                           'nemotron_nb/ops/run_folder.py'),
                                             'nemotron_nb.ops.run_folder.put_back': ( 'ops/run_folder.html#put_back',
