@@ -218,8 +218,9 @@ def elsewhere(
 ) -> Elsewhere | None:
     """The row of the table that a name means; `None` where other trainers have no such name either."""
     last = _last(name)
-    if last in ELSEWHERE:
-        return ELSEWHERE[last]
+    for said in (name, last):  # the whole name first: peft.type is plain, type alone is not
+        if said in ELSEWHERE:
+            return ELSEWHERE[said]
     close = difflib.get_close_matches(last[:100], [known for known in ELSEWHERE if len(known) > 4], n=1, cutoff=0.88)
     return ELSEWHERE[close[0]] if close else None
 
