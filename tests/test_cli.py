@@ -314,6 +314,8 @@ def test_versions_tables_and_folders_that_are_not_there(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("words", "said"), [
     (["checkpoint.load=/no/such"], "checkpoint.load=/no/such: there is no such checkpoint"),
     (["checkpoint.pretrained_checkpoint=/no/such"], "there is no such checkpoint"),
+    (["model.name=/no/such"], "model.name=/no/such: there is no such folder"),
+    (["model.name=./such"], "there is no such folder"),
     (["logger.wandb_mode=offline"], "no project is named"),
 ])
 def test_what_cannot_begin_is_refused_before_there_is_a_run_folder(tmp_path, monkeypatch, words, said):

@@ -387,7 +387,7 @@ def test_lora_of_either_backend_has_the_defaults_of_its_section(typed, dim, posi
 @pytest.mark.parametrize(
     ("typed", "first"),
     [
-        ("learning_rate=1e-3", "optimizer.lr"), ("training_args.learning_rate=1e-3", "optimizer.lr"), ("learning_rat=1e-3", "optimizer.lr"), ("num_epochs=3", "train."),
+        ("learning_rate=1e-3", "optimizer.lr"), ("training_args.learning_rate=1e-3", "optimizer.lr"), ("learning_rat=1e-3", "optimizer.lr"), ("num_epochs=3", "train.epochs"), ("peft.type=lora", "peft.enabled"), ("peft_type=lora", "peft.enabled"),
         ("num_train_epochs=3", "train."), ("batch_size=8", "train.global_batch_size"), ("per_device_train_batch_size=1", "train.micro_batch_tokens"),
         ("gradient_accumulation_steps=4", "train.global_batch_size"), ("max_seq_length=4096", "data.pack_size"), ("cutoff_len=4096", "data.pack_size"),
         ("warmup_ratio=0.1", "scheduler.lr_warmup_iters"), ("warmup_steps=9", "scheduler.lr_warmup_iters"), ("output_dir=out", "run.output_root"), ("seed=1", "train.seed"),
@@ -524,6 +524,7 @@ def test_a_stage_that_is_never_reached_is_told():
     assert any("sample stage" in note for note in sft_config("super3", "default", ["train.train_iters=100"]).notes)
     assert any("warm-up of 469" in note for note in sft_config("super3", "default", ["train.train_iters=100"]).notes)
     assert sft_config("super3").notes == () and sft_config("nano3", "tiny").notes == ()
+    assert sft_config("nano3", "tiny", ["train.epochs=2"]).notes == ()  # the length is not known before the data is
 
 
 def test_sizes_of_the_tiny_model_do_not_stand_beside_another_one():

@@ -32,6 +32,7 @@ from nemotron_nb.train.lora import (
     parameter_table,
     save_adapter,
 )
+from nemotron_nb.train.scan import use_chunked_scan
 from nemotron_nb.train.model import build_model
 from nemotron_nb.train.settings import PeftSection, TrainConfig
 
@@ -250,6 +251,15 @@ def test_pairs_beside_out_proj_travel_too(tmp_path, base, capsys):
         PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter")
     fresh = copy.deepcopy(base)
     assert torch.equal(logits(load_adapter(fresh, tmp_path / "adapter")), logits(model)) and fresh.config.model_type == "nemotron_h"
+
+
+def test_an_adapter_is_loaded_as_the_end_of_a_run_says(tmp_path, base):
+    """Exported weights ask for the fused kernel; the plain scan takes it out of play, also for the pairs beside out_proj."""
+    model = with_pairs(base)
+    save_adapter(model, tmp_path / "adapter")
+    exported = copy.deepcopy(base)
+    exported.config.use_mamba_kernels = True
+    assert torch.equal(logits(load_adapter(use_chunked_scan(exported), tmp_path / "adapter")), logits(model))
 
 
 def test_the_sum_is_the_same_model(tmp_path, base):

@@ -235,12 +235,12 @@ def test_a_row_says_why_and_in_which_job(tmp_path, monkeypatch):
 
 def test_an_adapter_is_named_with_its_base_and_what_loads_it(folder):
     (folder / "adapter").mkdir()
-    (folder / "config.yaml").write_text("peft:\n  type: lora\n  merge: false\ncheckpoint:\n  pretrained_checkpoint: /weights/base\n")
+    (folder / "config.yaml").write_text("peft:\n  enabled: true\n  merge: false\ncheckpoint:\n  pretrained_checkpoint: /weights/base\n")
     (folder / "train.log").write_text("lora: routed experts stay frozen\nstep 1\nlora: routed experts stay frozen\n")
     words = headline(read_run(folder))
     assert any(w.startswith(f"The adapter lies in {folder / 'adapter'}, its base is /weights/base;") and "load_adapter" in w and "use_chunked_scan" in w for w in words)
     assert words.count("Note: routed experts stay frozen") == 1 and not any(f"{folder / 'model'}" in w for w in words)
-    (folder / "config.yaml").write_text("peft:\n  type: lora\n  merge: false\nmodel:\n  name: tiny\n")
+    (folder / "config.yaml").write_text("peft:\n  enabled: true\n  merge: false\nmodel:\n  name: tiny\n")
     assert any("random weights" in w and "peft.merge=true" in w for w in headline(read_run(folder)))
 
 

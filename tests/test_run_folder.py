@@ -16,6 +16,7 @@ import pytest
 from nemotron_nb.core import UserError, write_json
 from nemotron_nb.ops import run_folder
 from nemotron_nb.ops.run_folder import (
+    planned_steps,
     Found,
     MetricsReader,
     Started,
@@ -107,6 +108,15 @@ def test_metrics_read_piece_by_piece_are_the_whole(tmp_path):
         entries, seen = new_lines(path, seen)
         got += entries
     assert [e["step"] for e in got] == list(range(50))
+
+
+def test_a_length_in_epochs_is_steps_once_training_has_said_so(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    assert planned_steps(tmp_path) == 0
+    metrics.write_text('{"kind": "start", "train_it')
+    assert planned_steps(tmp_path) == 0
+    metrics.write_text('{"kind": "start", "train_iters": 3}\n{"kind": "train", "step": 1}\n')
+    assert planned_steps(tmp_path) == 3
 
 
 def test_a_damaged_line_is_an_error(tmp_path):

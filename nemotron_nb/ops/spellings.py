@@ -192,6 +192,9 @@ ADAPTERS: Mapping[str, Elsewhere] = {
     "lora_target_modules": Elsewhere(("peft.target_modules",)),
     "use_lora": Elsewhere(("peft.enabled",)),
     "use_peft": Elsewhere(("peft.enabled",)),
+    "peft.type": Elsewhere(("peft.enabled",), "or --peft lora"),
+    "peft_type": Elsewhere(("peft.enabled",), "or --peft lora"),
+    "peft_method": Elsewhere(("peft.enabled",), "or --peft lora"),
     "adapter": Elsewhere(("peft.enabled",), "or --peft lora"),
     "finetuning_type": Elsewhere(("peft.enabled",), "or --peft lora"),
     "max_tokens": Elsewhere(("generation.max_new_tokens", "evaluation.max_new_tokens")),
@@ -215,8 +218,9 @@ def elsewhere(
 ) -> Elsewhere | None:
     """The row of the table that a name means; `None` where other trainers have no such name either."""
     last = _last(name)
-    if last in ELSEWHERE:
-        return ELSEWHERE[last]
+    for said in (name, last):  # the whole name first: peft.type is plain, type alone is not
+        if said in ELSEWHERE:
+            return ELSEWHERE[said]
     close = difflib.get_close_matches(last[:100], [known for known in ELSEWHERE if len(known) > 4], n=1, cutoff=0.88)
     return ELSEWHERE[close[0]] if close else None
 

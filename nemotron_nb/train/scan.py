@@ -154,4 +154,6 @@ def use_chunked_scan(
         if type(module) is NemotronHMamba2Mixer:
             # The class is exchanged, as torch.nn.utils.parametrize does it: no parameter is touched.
             module.__class__ = ChunkedMixer
+    if hasattr(model, "config"):
+        model.config.use_mamba_kernels = False  # the fused kernel is out of play: what asks for it, such as pairs of LoRA beside out_proj, may rely on that
     return model
