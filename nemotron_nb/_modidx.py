@@ -2249,6 +2249,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                          'nemotron_nb/megatron/engine.py'),
                                              'nemotron_nb.megatron.engine._begin_record': ( 'megatron/engine.html#_begin_record',
                                                                                             'nemotron_nb/megatron/engine.py'),
+                                             'nemotron_nb.megatron.engine._check_weights': ( 'megatron/engine.html#_check_weights',
+                                                                                             'nemotron_nb/megatron/engine.py'),
                                              'nemotron_nb.megatron.engine._checkpoint_values': ( 'megatron/engine.html#_checkpoint_values',
                                                                                                  'nemotron_nb/megatron/engine.py'),
                                              'nemotron_nb.megatron.engine._data_ranks': ( 'megatron/engine.html#_data_ranks',
