@@ -116,7 +116,7 @@ def _runs(roles: Sequence[str], trained: Sequence[int]) -> Iterator[tuple[tuple[
         yield key, [position for position, _ in group]
 
 # %% ../nbs/01_viz.ipynb #5650bb60
-def _spans_of_runs(pieces: Sequence[str], trained: Sequence[int], roles: Sequence[str], special: Sequence[bool]) -> Iterator[tuple[int, str]]:
+def _spans_of_runs(pieces: Sequence[str], trained: Sequence[int], roles: Sequence[str], special: Sequence[bool], most: int = MOST_HTML) -> Iterator[tuple[int, str]]:
     """(tokens, HTML) of each run of one speaker and one fate; special tokens are chips of their own."""
     last = None
     for (role, on), where in _runs(roles, trained):
@@ -127,7 +127,7 @@ def _spans_of_runs(pieces: Sequence[str], trained: Sequence[int], roles: Sequenc
         for is_special, group in itertools.groupby(where, key=special.__getitem__):
             run = list(group)
             look = "background:#444444;color:#ffffff" if is_special else f"background:{ROLE_COLOURS.get(role, '#eeeeee')};color:#111111"
-            text = clipped("".join(pieces[i] for i in run), MOST_HTML // 8)
+            text = clipped("".join(pieces[i] for i in run), most // 8)
             yield len(run), f'<span style="{look};{_line(on)};padding:0 1px" {note}>{escape(text)}</span>'
 
 
@@ -148,7 +148,8 @@ def fitting(
         size += len(span)
         if size > most:
             break
-        shown, kept = shown + count, [*kept, span]
+        shown += count
+        kept.append(span)
     return shown, "".join(kept)
 
 
@@ -207,6 +208,7 @@ def token_strip(
     window: int = 512,  # tokens shown; the rest is counted, not drawn
     special: Sequence[bool] | None = None,  # [L] which tokens are special, drawn as dark chips; not used with values
     fold: int | None = None,  # untrained tokens kept before trained ones, the rest is counted; None shows all
+    most: int = MOST_HTML,  # characters of HTML, and a run of one speaker an eighth of them
 ) -> Picture:
     """Tokens in a row: background = speaker (or the number), underline = trained. Safe for untrusted notebooks."""
     count = f"{sum(map(bool, trained))} of {len(pieces)} tokens trained (underlined)"
@@ -217,8 +219,8 @@ def token_strip(
     shown = _Strip.of(strip.rows()[:window])
     darkest = top if top is not None else max((v for v in values or [] if v is not None), default=1.0)
     columns = shown.pieces, shown.trained, shown.roles
-    spans = _spans_of_runs(*columns, shown.special) if values is None else _spans_of_values(*columns, shown.values, value_name, darkest)
-    drawn, body = fitting(spans)
+    spans = _spans_of_runs(*columns, shown.special, most) if values is None else _spans_of_values(*columns, shown.values, value_name, darkest)
+    drawn, body = fitting(spans, most)
     tail, text_tail = (f" ... and {rest} more tokens" if (rest := len(strip.pieces) - there) else "" for there in (drawn, len(shown.pieces)))
     head = f"<b>{_label(title)}</b> " if title else ""
     page = f'<div style="font-family:monospace;font-size:13px;line-height:1.7;{PAGE};padding:6px"><div>{head}{_legend(roles, values, value_name, darkest)} {count}</div><div>{body}{tail}</div></div>'

@@ -151,7 +151,7 @@ def test_arguments_under_any_name_and_in_any_form(tmp_path, name, form):
     assert trained == [CALLED] and (any(n.startswith("other_name:") for n in notes) == (name != "arguments"))
 
 
-@pytest.mark.parametrize("call", [{"name": "f", "payload": {"city": "Paris"}}, {"function": {"name": "f"}, "city": "Paris"}, {"name": "f", "arguments": {"a": 1}, "args": {"a": 2}}, {"name": "f", "arguments": [{"name": "a"}]}, {"name": "f", "arguments": {"a>b": 1}}, {"name": "f", "arguments": {"a\nb": 1}}, {"function": {"name": "f", "arguments": {"a": 1}}, "arguments": {"a": 2}}, {"name": "f", "arguments": '{"a": NaN}'}, {"name": "f", "arguments": '{"a": 1, "a": 2}'}, {"name": "f>", "arguments": {}}, {"function": {"function": {"name": "f"}}}, {"name": 3}, 3, "f"])
+@pytest.mark.parametrize("call", [{"name": "f", "payload": {"city": "Paris"}}, {"name": "f", "arguments": {}, "payload": {"city": "Paris"}}, {"name": "f", "arguments": "", "payload": "Paris"}, {"function": {"name": "f", "arguments": {}}, "payload": '{"city": "Paris"}'}, {"function": {"name": "f"}, "city": "Paris"}, {"name": "f", "arguments": {"a": 1}, "args": {"a": 2}}, {"name": "f", "arguments": [{"name": "a"}]}, {"name": "f", "arguments": {"a>b": 1}}, {"name": "f", "arguments": {"a\nb": 1}}, {"function": {"name": "f", "arguments": {"a": 1}}, "arguments": {"a": 2}}, {"name": "f", "arguments": '{"a": NaN}'}, {"name": "f", "arguments": '{"a": 1, "a": 2}'}, {"name": "f>", "arguments": {}}, {"function": {"function": {"name": "f"}}}, {"name": 3}, 3, "f"])
 def test_a_call_that_would_be_trained_otherwise_is_refused(tmp_path, call):
     assert row(tmp_path, {"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}) in ("bad_arguments", "bad_tool_call", "two_values")
 
@@ -220,6 +220,27 @@ def test_a_turn_that_says_nothing_is_refused_unless_it_is_asked_for(tmp_path, me
 def test_a_refusal_is_an_answer(tmp_path):
     assert row(tmp_path, {"messages": [USER, {"role": "assistant", "content": None, "refusal": "No."}]})[::2] == (["No.<|im_end|>\n"], ("other_name:message.refusal",))
     assert row(tmp_path, {"messages": [USER, {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}]})[0] == ["No.<|im_end|>\n"]
+
+
+@pytest.mark.parametrize("message", [{"role": "tool", "output": "18"}, {"role": "tool", "content": None, "result": {"t": 18}}, {"role": "user", "parts": [{"text": "q"}]}, {"role": "system", "prompt": "Be brief."}, {"role": "assistant", "reasoning": "R", "answer": "a"}, {"role": "assistant", "answer": "a", "train": False}])
+def test_what_is_said_under_an_unknown_name_is_never_lost(tmp_path, message):
+    """Elsewhere it would be a count; without content it is the message."""
+    assert row(tmp_path, {"messages": [message, USER, ANSWER]}) == "unread_key"
+    assert not isinstance(row(tmp_path, {"messages": [message | {"content": "c"}, USER, ANSWER]}), str)
+
+
+@pytest.mark.parametrize(("calls", "results", "noted"), [("ab", "ab", False), ("ab", "ba", True), ("a", "b", True), ("", "a", True), ("a", "aa", True), ("  ", "ab", False), ("ab", "  ", False), ("", " ", False)])
+def test_results_that_name_other_calls_are_counted(tmp_path, calls, results, noted):
+    ids = lambda key, letter: {key: letter} if letter.strip() else {}
+    made = [{"name": "get_weather", "arguments": {"city": "Paris"}} | ids("id", c) for c in calls]
+    chat = {"messages": [USER, ANSWER | {"tool_calls": made}, *({"role": "tool", "content": "18"} | ids("tool_call_id", r) for r in results), ANSWER], "tools": CITY}
+    assert ("unmatched_result" in row(tmp_path, chat)[2]) == noted
+
+
+def test_a_call_of_a_tool_that_is_not_declared_is_counted(tmp_path):
+    chat = {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "other", "arguments": {}}]}], "tools": CITY}
+    assert row(tmp_path, chat)[2] == ("undeclared_call",)
+    assert row(tmp_path, chat | {"tools": [{"name": "other"}]})[2] == ()
 
 
 def test_what_nobody_reads_is_counted_by_level_and_key(tmp_path):
@@ -339,7 +360,7 @@ def test_rows_kept_as_json_by_datasets(tmp_path):
     rows = [[json.dumps(m) for m in (USER, {"role": "assistant", "content": None, "tool_calls": [c]}, {"role": "tool", "content": "r"}, {"role": "assistant", "content": "done"})] for c in calls]
     pq.write_table(pa.table({"messages": rows, "tools": [json.dumps(CITY)] * 3}), tmp_path / "rows.parquet")
     found, notes = prepared(tmp_path / "rows.parquet", tmp_path)
-    assert len(found) == 3 and all(isinstance(f, list) for f in found.values()) and notes == {"json_text": 3}
+    assert len(found) == 3 and all(isinstance(f, list) for f in found.values()) and notes == {"json_text": 3, "undeclared_call": 3}
     datasets = pytest.importorskip("datasets")
     plain = [{"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [c]}, {"role": "tool", "content": "r", "tool_call_id": "1"}, {"role": "assistant", "content": "done"}]} for c in calls * 4]
     datasets.Dataset.from_list(plain, on_mixed_types="use_json").to_parquet(str(tmp_path / "hf.parquet"))

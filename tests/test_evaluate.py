@@ -450,6 +450,6 @@ def test_what_is_written_is_judged_in_its_mode(model, packs, tokenizer):
 def test_questions_are_asked_as_often_as_said_and_judged(model, tokenizer, monkeypatch):
     quiz = [Question("2 + 2?", "4", "sums", 1), Question("Capital of France?", "Paris", "facts", 2)]
     said = ["Hm.\n</think>\nIt is 4.<|im_end|>", "It is 4.<|im_end|>", "Hm.\n</think>\nParis<|im_end|>", "Hm.\n</think>\nRome<|im_end|>"]
-    monkeypatch.setattr("nemotron_nb.generate.sampling.generate", lambda *given, **named: [tokenizer.encode(t, special=True) for t in said])
+    monkeypatch.setattr("nemotron_nb.train.evaluate.generate", lambda *given, **named: [tokenizer.encode(t, special=True) for t in said])
     found = answer_questions(model, quiz, tokenizer, "on", tests=2, sampling=Sampling(1.0))
     assert [(a.problem, a.test, a.right, a.by) for a in found] == [("2 + 2?", 0, True, "last_number"), ("2 + 2?", 1, False, "nobody"), ("Capital of France?", 0, True, "exact"), ("Capital of France?", 1, False, "exact")]

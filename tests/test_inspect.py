@@ -212,3 +212,16 @@ def test_a_long_chat_stays_small(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert len(printed) < 100_000 and "more tokens" in printed and "prefix of 24 trained turns" in printed
     assert "more messages" in (tmp_path / "page.html").read_text() and (tmp_path / "page.html").stat().st_size < 400_000
+
+
+def test_full_folds_nothing_on_the_page(tmp_path, capsys):
+    """A chat that is far beyond what one picture holds: with --full its last words stand there, once in the template's view and once among the tokens."""
+    path = tmp_path / "long.jsonl"
+    turns = [m for k in range(8) for m in ({"role": "user", "content": f"{k} " + "word <b> " * 500}, {"role": "assistant", "content": "and so on " * 40 + f"end{k}."})]
+    path.write_text(json.dumps({"messages": turns}))
+    target = tmp_path / "page.html"
+    assert inspect_file(path, html=target, full=True) == 0
+    written = target.read_text()
+    assert not any(word in written for word in ("more messages", "more tokens", "more characters", "more pictures"))
+    assert all(written.count(f"end{k}.") == 3 for k in range(8))
+    assert inspect_file(path, html=target) == 0 and "more messages" in target.read_text()

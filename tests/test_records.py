@@ -316,7 +316,7 @@ def test_the_normal_form_is_its_own_normal_form(raw):
         return
     again = parse_conversation({"messages": list(chat.messages), "tools": list(chat.tools), "reasoning_budget": chat.reasoning_budget}, allow_empty_turns=True)
     assert (again.messages, again.tools, again.id, again.reasoning_budget) == (chat.messages, chat.tools, chat.id, chat.reasoning_budget)
-    assert set(again.repairs) <= {"assistant_first", "consecutive_assistant", "null_argument", "markup_in_argument"} and {r.partition(":")[0] for r in chat.repairs} <= set(REPAIRS)
+    assert set(again.repairs) <= {"assistant_first", "consecutive_assistant", "null_argument", "markup_in_argument", "undeclared_call"} and {r.partition(":")[0] for r in chat.repairs} <= set(REPAIRS)
     said = [{k: v for k, v in m.items() if k != "train"} for m in chat.messages]
     assert chat.id == digest({"messages": said, "tools": chat.tools})
     for m in chat.messages:
@@ -388,7 +388,7 @@ def test_every_word_is_in_its_table_and_used():
                 given_[name] |= {a.value for arg in node.args for a in ast.walk(arg) if isinstance(a, ast.Constant) and a.value in {**REJECTS, **REPAIRS}}
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("other_form:"):
                 given_["note"].add("other_form")
-    reasons = given_["BadRecord"] | given_["BadJson"] | given_["_reject"] | {"not_utf8"}
+    reasons = given_["BadRecord"] | given_["BadJson"] | given_["_reject"] | {"not_utf8", "bad_value"}
     assert reasons == set(REJECTS) and given_["note"] == set(REPAIRS)
     with pytest.raises(KeyError):
         BadRecord("because", "it looks wrong")

@@ -656,13 +656,18 @@ def test_a_length_in_epochs(data_dir, tmp_path):
 
 
 def test_token_ids_of_another_tokenizer(data_dir, tmp_path):
+    def with_token(pack, token):
+        ids = pack.input_ids.astype(np.int64)
+        ids[3] = token
+        return dataclasses.replace(pack, input_ids=ids)
+
     packs = read_packs(data_dir / "splits" / "train")
     for wrong, said in ((4096, "token id 4096"), (-1, "token id -1")):
-        packs[1].input_ids[3] = wrong
+        packs[1] = with_token(packs[1], wrong)
         found = checks.inventory(packs)
         with pytest.raises(UserError, match=f"pack 1 has the {said}, and the tokenizer 4,096 tokens"):
             checks.check_tokens(found, checks.inventory([]), 4096, data_dir)
-    packs[1].input_ids[3] = 4095
+    packs[1] = with_token(packs[1], 4095)
     checks.check_tokens(checks.inventory(packs), checks.inventory([]), 4096, data_dir)
 
 

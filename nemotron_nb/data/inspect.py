@@ -106,7 +106,7 @@ def parts_of(
     return parts
 
 
-def _part_html(kind: str, text: str, role: str, trained: bool) -> str:
+def _part_html(kind: str, text: str, role: str, trained: bool, most: int = MOST_HTML) -> str:
     """One part as a span."""
     look = {
         "special": "background:#444444;color:#ffffff",
@@ -115,7 +115,7 @@ def _part_html(kind: str, text: str, role: str, trained: bool) -> str:
     }[kind]
     line = f"border-bottom:3px solid {'#0a7a2f' if trained else '#ffffff'}"
     note = {"special": "special token", "format": "written by the format", "chat": "from the chat"}[kind]
-    return f'<span style="{look};{line}" title="{escape(role)}: {note}{", trained" if trained else ""}">{escape(clipped(text, MOST_HTML // 12))}</span>'
+    return f'<span style="{look};{line}" title="{escape(role)}: {note}{", trained" if trained else ""}">{escape(clipped(text, most // 12))}</span>'
 
 
 def _sources(conversation: Conversation, index: int, first: bool) -> str:
@@ -133,6 +133,7 @@ def template_x_ray(
     draft: Draft,  # one training sequence of it
     tokenizer: ChatTokenizer,
     title: str = "",
+    most: int = MOST_HTML,  # characters of HTML, and a message a part of them
 ) -> Picture:
     """Each message as JSON beside the text it becomes: special tokens, the format's words, the chat's words; trained text underlined."""
     pairs = list(zip(draft.chunks, draft.trained, strict=True))
@@ -140,11 +141,11 @@ def template_x_ray(
     rows, lines = [], []
     for index, group in groupby(pairs, key=lambda pair: pair[0].message):
         run, source = list(group), _sources(conversation, index, not rows)
-        right = "".join(_part_html(kind, text, c.role, on) for c, on in run for kind, text in parts_of(c, tokenizer))
-        left = escape(clipped(source, 3000)).replace("&#8629;<br>", "<br>")
+        right = "".join(_part_html(kind, text, c.role, on, most) for c, on in run for kind, text in parts_of(c, tokenizer))
+        left = escape(clipped(source, most // 40)).replace("&#8629;<br>", "<br>")
         rows.append((1, f"<tr>{cell.format(left)}{cell.format(right)}</tr>"))
         lines.append(f"{source}\n    becomes\n" + "".join(f"\u00ab{c.text}\u00bb" if on else c.text for c, on in run))
-    drawn, body = fitting(rows)
+    drawn, body = fitting(rows, most)
     more = f"<div>... and {len(rows) - drawn} more messages</div>" if drawn < len(rows) else ""
     key = "".join(_part_html(kind, name, "user", False) + " " for kind, name in (("special", "special token"), ("format", "the format's words"), ("chat", "the chat's words"))) + _part_html("chat", "trained", "assistant", True)
     head = f'<div style="{PAGE};padding:4px 8px"><b>{escape(clipped(title, 200))}</b> {key}</div>'
@@ -189,16 +190,17 @@ class Inspection:
         k: int = 0,  # which training sequence
         fold: int | None = None,  # untrained tokens kept before trained ones; None shows all
         window: int = 512,  # tokens shown
+        most: int = MOST_HTML,  # characters of HTML
     ) -> Picture:
         """The tokens of a training sequence."""
         s, special = self.sequences[k], set(self.tokenizer.special_ids.values())
         ids = s.input_ids.tolist()
         title = f"sequence {k}, which answers {self.answered(k)}"
-        return token_strip(self.tokenizer.pieces(ids), s.loss_mask.tolist(), roles=s.token_roles, title=title, special=[i in special for i in ids], fold=fold, window=window)
+        return token_strip(self.tokenizer.pieces(ids), s.loss_mask.tolist(), roles=s.token_roles, title=title, special=[i in special for i in ids], fold=fold, window=window, most=most)
 
-    def x_ray(self, k: int = 0) -> Picture:
+    def x_ray(self, k: int = 0, most: int = MOST_HTML) -> Picture:
         """How the messages of a training sequence become its text."""
-        return template_x_ray(self.conversation, self.drafts[k], self.tokenizer, f"template {self.template.name}, sequence {k}")
+        return template_x_ray(self.conversation, self.drafts[k], self.tokenizer, f"template {self.template.name}, sequence {k}", most)
 
     def diff(self, k: int = 0) -> Picture:
         """The mask of this recipe beside two others, from a little before the first trained token on."""
@@ -249,10 +251,11 @@ class Inspection:
         full: bool = False,  # show every token
     ) -> Picture:
         """X-ray, strips, counts and parity, one under the other."""
+        most = sys.maxsize if full else MOST_HTML
         sizes = {"fold": None, "window": max(map(len, self.sequences), default=1)} if full else {"fold": 24}
-        strips = [part for k in range(len(self.sequences)) for part in (self.x_ray(k), self.strip(k, **sizes))]
+        strips = [part for k in range(len(self.sequences)) for part in (self.x_ray(k, most), self.strip(k, **sizes, most=most))]
         head = Picture("".join(f"<div>{escape(line)}</div>" for line in self._told()), "\n".join(self._told()))
-        return joined([head, *strips, *([self.statistics(), self.parity_table()] if self.sequences else [])])
+        return joined([head, *strips, *([self.statistics(), self.parity_table()] if self.sequences else [])], *([most] if full else []))
 
     def to_json(self) -> dict[str, Any]:
         """The same for a program: what was read, what was noted, and each training sequence with its ids and mask."""

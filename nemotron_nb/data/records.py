@@ -11,7 +11,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ class _Reading:
     declared: Mapping[str, Any]  # name of a tool -> its parameters
     turn: str = "message"  # what the form of the row calls a message
     explicit: bool = False  # the calls came as JSON text, in which no table fills in nulls
+    waiting: list[Any] = field(default_factory=list)  # ids of the calls that have no result yet
 
     def note(self, word: str, detail: str = "") -> None:
         """Note a repair, once."""
@@ -169,8 +170,8 @@ def _parsed_arguments(arguments: Any, name: str, where: str, reading: _Reading) 
     return _without_filled(arguments, known, schema, replace(reading, explicit=reading.explicit or written))
 
 # %% ../../nbs/data/03_records.ipynb #c0000001
-def _flat(call: Any, where: str, reading: _Reading) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """(name and arguments, keys that were left out) of a call in any of its forms: wrapped in `function`, flat, or with the name alone in `function`."""
+def _flat(call: Any, where: str, reading: _Reading) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(name, arguments and id; what was left out) of a call in any of its forms: wrapped in `function`, flat, or with the name alone in `function`."""
     call = from_json_text(call, f"{where}: a call", reading.repairs)
     if not isinstance(call, Mapping):
         raise BadRecord("bad_tool_call", f"{where}: a tool call is {type(call).__name__}, not an object")
@@ -178,10 +179,10 @@ def _flat(call: Any, where: str, reading: _Reading) -> tuple[dict[str, Any], tup
     function = from_json_text(outer.values.get("function"), f"{where}: function", reading.repairs)
     if function is None or isinstance(function, str):
         inner = {"name": function} if function else {}
-        unread = outer.unread
+        unread = {}
     elif isinstance(function, Mapping) and "function" not in function:
-        inner, _, unread = read_fields(function, CALLED, where, reading.repairs)
-        unread += outer.unread
+        inner, _, left = read_fields(function, CALLED, where, reading.repairs)
+        unread = {key: function.get(key) for key in left}
     else:
         raise BadRecord("bad_tool_call", f"{where}: function is {'wrapped twice' if isinstance(function, Mapping) else type(function).__name__}")
     both = {}
@@ -190,7 +191,13 @@ def _flat(call: Any, where: str, reading: _Reading) -> tuple[dict[str, Any], tup
         if len(said) == 2 and said[0] != said[1]:
             raise BadRecord(reason, f"{where}: a call gives its {name} twice, in function and beside it, and not the same")
         both[name] = said[0] if said else inner.get(name, outer.values.get(name))
-    return both, unread
+    own = next((outer.values[key] for key in ("id", "call_id", "tool_call_id") if outer.values.get(key)), None)
+    return both | {"id": own}, unread | {key: call.get(key) for key in outer.unread}
+
+
+def _could_be_arguments(value: Any) -> bool:
+    """Does a value hold an object or a list?"""
+    return isinstance(value, (Mapping, list, tuple)) or (isinstance(value, str) and value.lstrip()[:1] in ("{", "["))
 
 
 def _call(call: Any, where: str, reading: _Reading) -> dict[str, Any]:
@@ -201,10 +208,11 @@ def _call(call: Any, where: str, reading: _Reading) -> dict[str, Any]:
         raise BadRecord("bad_tool_call", f"{where}: a tool call needs a function name")
     if ">" in name or "\n" in name:
         raise BadRecord("bad_tool_call", f"{where}: the function is called {name!r}; the name would be read back as another one")
-    if said["arguments"] is None and unread:
+    if is_empty(said["arguments"]) and unread and (not isinstance(said["arguments"], Mapping) or any(map(_could_be_arguments, unread.values()))):
         raise BadRecord("bad_arguments", f"{where}: {name} is called without arguments, and {', '.join(unread)[:80]} beside it is not known", "call them arguments, or remove what is beside the name")
     arguments = _parsed_arguments(said["arguments"], name, where, reading)
     _note_markup(arguments, reading)
+    reading.waiting.append(said["id"])
     return {"name": name, "arguments": arguments}
 
 # %% ../../nbs/data/03_records.ipynb #dbccdb02
@@ -272,6 +280,7 @@ def _written_calls(said: Mapping[str, Any], where: str, reading: _Reading) -> li
     written = [written] if isinstance(written, Mapping) and written else written
     if not is_empty(written) and not isinstance(written, list):
         raise BadRecord("bad_tool_call", f"{where}: tool_calls is {type(written).__name__}, not a list")
+    reading.waiting.clear()
     calls = [_call(c, where, reading) for c in written or ()]
     legacy = [_call(said["function_call"], where, reading)] if not is_empty(said.get("function_call")) else []
     if calls and legacy and calls != legacy:
@@ -330,14 +339,27 @@ def _train_flag(flags: Mapping[str, Any], where: str) -> bool | None:
     return says.pop() if says else None
 
 # %% ../../nbs/data/03_records.ipynb #a1b13be3
-def _fields(message: Any, index: int, reading: _Reading) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """(fields, flags) of a message."""
+def _fields(message: Any, index: int, reading: _Reading) -> tuple[Mapping[str, Any], Mapping[str, Any], tuple[str, ...]]:
+    """(fields, flags, keys left out under which somebody may have said something) of a message."""
     message = from_json_text(message, f"{reading.turn} {index}", reading.repairs)
     if not isinstance(message, dict):
         raise BadRecord("message_not_object", f"{reading.turn} {index} is {type(message).__name__}, not an object")
     role = message["role"] if "role" in message else next((v for k, v in message.items() if squeezed(str(k)) == "role"), None)
     said = read_fields(message, message_level(reading.turn, role == "assistant"), f"{reading.turn} {index}", reading.repairs)
-    return said.values, said.flags
+    return said.values, said.flags, tuple(key for key in said.unread if isinstance(message.get(key), str if role == "assistant" else (str, list, tuple, Mapping)))
+
+
+def _note_result(call_id: Any, reading: _Reading) -> None:
+    """Note a tool result that names another call than the one whose turn it is. Without ids on both sides nothing can be compared."""
+    expected = reading.waiting.pop(0) if reading.waiting else ""
+    if call_id and expected is not None and call_id != expected:
+        reading.note("unmatched_result")
+
+
+def _check_said(said: Mapping[str, Any], unread: Sequence[str], where: str) -> None:
+    """Raise `BadRecord` for a message without content, beside which something is said under a name that nobody knows."""
+    if said.get("content") is None and unread:
+        raise BadRecord("unread_key", f"{where}: there is no content, and {', '.join(unread)[:80]} is not known", "call it content, or remove it")
 
 
 def _message(message: Any, index: int, reading: _Reading, allow_empty: bool = False, default: bool | None = None) -> dict[str, Any]:
@@ -345,13 +367,16 @@ def _message(message: Any, index: int, reading: _Reading, allow_empty: bool = Fa
     where = f"{reading.turn} {index}"
     if isinstance(message, str):
         reading = replace(reading, explicit=True)
-    said, flags = _fields(message, index, reading)
+    said, flags, unread = _fields(message, index, reading)
     role = _role(said.get("role"), index, reading)
     normal = {"role": role} | (_assistant(said, where, reading) if role == "assistant" else {"content": _text(said.get("content"), f"{where}: content", reading.repairs)})
     if said.get("content") is None and "tool_calls" not in normal:
         reading.note("null_content")
+    if role == "tool":
+        _note_result(said.get("tool_call_id"), reading)
     train = _train_flag(flags, where)
     if role != "assistant":
+        _check_said(said, unread, where)
         if train:
             reading.note("train_flag_ignored")
         return normal
@@ -360,6 +385,8 @@ def _message(message: Any, index: int, reading: _Reading, allow_empty: bool = Fa
         reading.note("train_flag_of_row")
     if train is not False and not allow_empty and not (normal["content"].strip() or "reasoning_content" in normal or "tool_calls" in normal):
         raise BadRecord("empty_turn", f"{where}: the assistant neither thinks nor says nor calls anything")
+    if "tool_calls" not in normal:
+        _check_said(said, unread, where)
     return normal | ({} if train is None else {"train": train})
 
 # %% ../../nbs/data/03_records.ipynb #c5d28c7d
@@ -632,6 +659,8 @@ def parse_conversation(
     messages = _messages(record[messages_field], messages_field, reading, allow_empty_turns, default)
     messages = _with_system(messages, said.get("system"), reading)
     _note_order([m["role"] for m in messages], reading)
+    if reading.declared and any(call["name"] not in reading.declared for m in messages for call in m.get("tool_calls", ())):
+        reading.note("undeclared_call")
     switches = _switches(said, messages, reading)
     return Conversation(messages, tools, _name(messages, tools_text), source, line, tuple(repairs), **switches)
 

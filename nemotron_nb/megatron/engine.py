@@ -313,8 +313,15 @@ def _checkpoint_values(run: MegatronConfig) -> dict[str, Any]:
     load = next((folder for folder in (save, c.load) if folder and _has_checkpoint(folder)), None)
     _require(load is not None or not c.load, "checkpoint.load", f"Megatron-Bridge has written no checkpoint to {c.load}", "name the folder that holds latest_train_state.pt")
     weights = c.pretrained_checkpoint if c.pretrained_checkpoint and not (Path(c.pretrained_checkpoint) / "config.json").is_file() else str(start_folder(run.shared))
-    _require(Path(weights).exists(), "checkpoint.pretrained_checkpoint", f"{weights} does not exist", "name a folder in Hugging Face form, or of checkpoints of Megatron-Bridge")
+    _check_weights(weights)
     return {"checkpoint.save": save, "checkpoint.save_interval": c.save_interval or None, "checkpoint.load": load, "checkpoint.pretrained_checkpoint": weights}
+
+
+def _check_weights(folder: str) -> None:
+    """Raise `UserError` unless Megatron-Bridge may be given this folder to begin with."""
+    _require(Path(folder).exists(), "checkpoint.pretrained_checkpoint", f"{folder} does not exist", "name a folder in Hugging Face form, or of checkpoints of Megatron-Bridge")
+    ours = [Path(folder) / "complete.json", *Path(folder).glob("step_*")]
+    _require(not any(path.exists() for path in ours), "checkpoint.pretrained_checkpoint", f"{folder} holds checkpoints of the PyTorch engine, which Megatron-Bridge does not know", "name the folder model of that run, or export a checkpoint to Hugging Face form")
 
 
 def _has_checkpoint(folder: str) -> bool:
