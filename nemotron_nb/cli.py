@@ -233,10 +233,10 @@ def _data_prep_here(effective: "Effective", family: str, force: bool) -> None:
 @contextmanager
 def _told_as_it_goes(
     folder: Path,  # a run folder
-    steps: int,  # in the whole run
+    steps: int,  # in the whole run; 0: as the metrics say
 ) -> Iterator[None]:
     """Print the progress of a run while the block runs."""
-    from nemotron_nb.ops.run_folder import MetricsReader, progress_line
+    from nemotron_nb.ops.run_folder import MetricsReader, planned_steps, progress_line
 
     metrics = folder / "metrics.jsonl"
     reader, ended = MetricsReader(metrics, metrics.stat().st_size if metrics.exists() else 0), threading.Event()
@@ -245,7 +245,9 @@ def _told_as_it_goes(
         """Print new lines of the metrics until the block has ended, and once after that."""
         while True:
             last_look = ended.wait(0.5)
-            for line in filter(None, (progress_line(entry, steps) for entry in reader.new())):
+            entries = reader.new()
+            whole = steps or planned_steps(folder)
+            for line in filter(None, (progress_line(entry, whole) for entry in entries)):
                 print(visible(line), flush=True)
             if last_look:
                 return

@@ -769,8 +769,10 @@ def _with_own_sizes(layers: list[Layer]) -> tuple[list[Layer], list[str]]:
 
 # %% ../../nbs/ops/06_config.ipynb #c84d0368
 def _cut_short(settings: SftConfig) -> list[str]:
-    """What the length of a run cuts off: stages of the loss it does not reach, a warm-up that is longer."""
+    """What the length of a run cuts off: stages of the loss it does not reach, a warm-up that is longer. A length in epochs is only known with the data."""
     steps, said = settings.train.train_iters, []
+    if not steps:
+        return said
     for stage, length in StageSchedule.from_config(settings.loss.stages).plan(steps):
         if not length:
             said.append(f"the run ends after step {steps:,}, before its {stage} stage: that stage is dropped. To have it: loss.stages=[{{stage: token, steps: N}}, {{stage: sample}}]")

@@ -21,11 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
 from ..core import UserError, write_atomic
 from ..data.manifest import Manifest, length_histogram
-from .config import changed_names, flatten
 from .run_folder import job_of, read_metrics, read_status, read_tail, resume_command, run_state
 from .stage import stage_of
 from ..viz import Picture, joined, png, table, token_strip
@@ -72,6 +69,10 @@ def read_run(
     folder: str | os.PathLike,
 ) -> Run:
     """Everything the report needs, from the folder alone."""
+    from omegaconf import OmegaConf
+
+    from nemotron_nb.ops.config import flatten  # here, since a list of runs needs neither
+
     folder = Path(folder)
     if not (folder / "status.json").exists():
         raise UserError("this is not a run folder: it has no status.json", where=str(folder), fix="list the runs there are: nemotron runs")
@@ -188,7 +189,7 @@ def _sent_later(run: Run) -> list[str]:
 def _said_in_training(run: Run) -> list[str]:
     """What the training said about its adapters, from its log: each line once."""
     path = run.folder / "train.log"
-    lines = path.read_text(errors="replace").splitlines() if run.config.get("peft.type") and path.exists() else []
+    lines = path.read_text(errors="replace").splitlines() if run.config.get("peft.enabled") and path.exists() else []
     return [f"Note: {line.removeprefix('lora: ')}" for line in dict.fromkeys(lines) if line.startswith("lora: ")]
 
 # %% ../../nbs/ops/07_report.ipynb #b9d5ff6c
@@ -489,6 +490,8 @@ def settings_picture(
     run: Run,
 ) -> Picture:
     """What somebody changed, then every other setting in force, folded away; a star marks what was changed."""
+    from nemotron_nb.ops.config import changed_names
+
     changed = changed_names(run.origins)
     rows = [("*" if name in changed else "", name, value, run.origins.get(name, "")) for name, value in run.config.items()]
     shown, rest = ([row for row in rows if bool(row[0]) == marked] for marked in (True, False))
@@ -582,7 +585,7 @@ _COLUMNS = ("run", "state", "steps", "held-out loss", "loss", "stage", "time", "
 def _row(folder: Path) -> dict[str, Any]:
     """A run as one row. Raises what damage makes of its files."""
     state, status = run_state(folder), read_status(folder)
-    lines, whole = read_tail(folder / "metrics.jsonl")
+    lines, whole = read_tail(folder / "metrics.jsonl", 4096)
     steps = [line for line in lines if line.get("kind") == "train" and "seconds" in line]
     last: Mapping[str, Any] = steps[-1] if steps else {}
     up = resume_command(folder) if stage_of(folder).resumes else status.get("command", "")

@@ -6,9 +6,9 @@
 __all__ = ['STATES', 'ENDED', 'STOP', 'ASKED', 'SIGNALS', 'ECHO', 'slug', 'run_name', 'make_run_folder', 'slurm_job',
            'environment', 'read_status', 'set_status', 'job_of', 'run_state', 'family_of', 'resume_command',
            'extend_command', 'put_back', 'begin_attempt', 'keep_notebook', 'note_failures', 'new_lines', 'read_tail',
-           'read_metrics', 'MetricsReader', 'progress_line', 'Started', 'Found', 'found_training', 'training_runs',
-           'start_training', 'start_process', 'as_process', 'trains', 'ask_to_stop', 'follow', 'wait_for_training',
-           'StopRequest', 'passing_signals_on', 'list_runs']
+           'read_metrics', 'MetricsReader', 'planned_steps', 'progress_line', 'Started', 'Found', 'found_training',
+           'training_runs', 'start_training', 'start_process', 'as_process', 'trains', 'ask_to_stop', 'follow',
+           'wait_for_training', 'StopRequest', 'passing_signals_on', 'list_runs']
 
 # %% ../../nbs/ops/03_run_folder.ipynb #2a1b7dd1
 import atexit
@@ -410,6 +410,18 @@ class MetricsReader:
         return entries
 
 # %% ../../nbs/ops/03_run_folder.ipynb #68e8b79e
+def planned_steps(
+    folder: str | os.PathLike,  # the run folder
+) -> int:
+    """The steps of the whole run, as the first line of its metrics says: a length in epochs becomes steps when the data is known. 0 before that line is there."""
+    path = Path(folder) / "metrics.jsonl"
+    if not path.exists():
+        return 0
+    with open(path, "rb") as f:
+        first = f.readline()
+    return json.loads(first).get("train_iters", 0) if first.endswith(b"\n") else 0
+
+
 def progress_line(
     entry: Mapping[str, Any],  # of metrics.jsonl
     steps: int,  # in the whole run

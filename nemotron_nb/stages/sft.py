@@ -123,7 +123,7 @@ def prepare_data(
 def check_start(
     effective: Effective,
 ) -> None:
-    """Refuse what a training cannot begin with, before there is a run folder: no chats, a checkpoint that is not there, a record that would not be made."""
+    """Refuse what a training cannot begin with, before there is a run folder: no chats, a checkpoint or a model that is not there, a record that would not be made."""
     import importlib.util
 
     from nemotron_nb.ops.tracking import check_request
@@ -132,6 +132,9 @@ def check_start(
     if not settings.run.data:
         check_chats(settings.data)
     check_request(settings.logger, dataclasses.asdict(settings.run.wandb), os.environ, importlib.util.find_spec("wandb") is not None)
+    model = settings.model.name
+    if (model.startswith(("/", ".", "~")) or model.count("/") > 1) and not Path(model).expanduser().is_dir():  # else it may be a name of the hub
+        raise UserError("there is no such folder", where=f"model.name={model}", fix="give a folder in Hugging Face form, such as RUN/model, a name of the hub, or tiny")
     for name in ("load", "pretrained_checkpoint"):
         path = getattr(settings.checkpoint, name)
         if path and not Path(path).expanduser().exists():
