@@ -585,7 +585,7 @@ _COLUMNS = ("run", "state", "steps", "held-out loss", "loss", "stage", "time", "
 def _row(folder: Path) -> dict[str, Any]:
     """A run as one row. Raises what damage makes of its files."""
     state, status = run_state(folder), read_status(folder)
-    lines, whole = read_tail(folder / "metrics.jsonl", 4096)
+    lines, whole = read_tail(folder / "metrics.jsonl")
     steps = [line for line in lines if line.get("kind") == "train" and "seconds" in line]
     last: Mapping[str, Any] = steps[-1] if steps else {}
     up = resume_command(folder) if stage_of(folder).resumes else status.get("command", "")
