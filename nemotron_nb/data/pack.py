@@ -404,7 +404,7 @@ def make_pack(
     """Lay sequences end to end, each with its mask moved to its labels. `UserError` unless there is a mask of the same length for each."""
     for name, rows in (("ids", ids), ("masks", masks)):
         for row in rows:
-            expect(row, (np.ndarray, list, tuple), f"make_pack: {name}", "give [s.input_ids for s in sequences] and [s.loss_mask for s in sequences]")
+            expect(row, (np.ndarray, list, tuple, range), f"make_pack: {name}", "give [s.input_ids for s in sequences] and [s.loss_mask for s in sequences]")
     if [*map(len, ids)] != [*map(len, masks)] or not len(ids):
         raise UserError(f"{len(ids)} sequences and {len(masks)} masks, or of other lengths", where="make_pack", fix="give one mask for each sequence, as long as it is, and at least one")
     starts = np.cumsum([0, *map(len, ids[:-1])], dtype=np.int32)

@@ -698,9 +698,10 @@ def passing_signals_on(
     folder: str | os.PathLike,  # the run folder
     say: Callable[[str], None] = print,
 ) -> Iterator[StopRequest]:
-    """While the block runs, a signal that would end this process asks the training to stop instead. For the main thread."""
+    """While the block runs, a signal that would end this process asks the training to stop instead; Python gives signals to the main thread alone, and elsewhere nothing changes."""
     request = StopRequest(folder, say)
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    mine = SIGNALS if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.getsignal(number) for number in mine}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, request)
