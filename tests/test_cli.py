@@ -283,7 +283,7 @@ def test_a_run_that_is_asked_to_end_keeps_its_steps_and_leaves_no_process_behind
 @pytest.mark.parametrize("ignored", [True, False])
 def test_ctrl_c_reaches_what_stands_in_the_foreground_alone(ignored):
     """Started with SIGINT ignored, as by nohup, a command keeps it ignored; else it ends."""
-    code = "import os, signal, typer; from nemotron_nb.ops import cli\n@cli.app.command('wait')\ndef wait():\n    os.kill(os.getpid(), signal.SIGINT)\n    print('went on')\ncli.sys.argv = ['nemotron', 'wait']\ncli.main()"
+    code = "import os, signal, typer; from nemotron_nb import cli\n@cli.app.command('wait')\ndef wait():\n    os.kill(os.getpid(), signal.SIGINT)\n    print('went on')\ncli.sys.argv = ['nemotron', 'wait']\ncli.main()"
     way = signal.SIG_IGN if ignored else signal.SIG_DFL
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, way))
     assert ("went on" in done.stdout, done.returncode == 0) == (ignored, ignored), done.stderr

@@ -31,7 +31,9 @@ def test_the_exit_code_of_the_job_is_handed_on(cluster, tmp_path, capsys, line, 
 @pytest.mark.parametrize(("typed", "code", "goes_on"), [("d\n", 130, True), ("", 130, True), ("w\nc\n", 143, False)], ids=["detach", "no answer", "watch, then cancel"])
 def test_ctrl_c_asks_what_shall_become_of_the_job(cluster, tmp_path, typed, code, goes_on):
     number, log = begin(tmp_path, "sleep 60")
-    process = subprocess.Popen([sys.executable, "-c", WATCH, number, str(log)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell may have started these tests with it ignored
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", WATCH, number, str(log)], **pipes, text=True, preexec_fn=heard)
     for answer in typed.splitlines(keepends=True) or [""]:
         assert any(f"job {number}: RUNNING" in line for line in process.stdout)
         process.send_signal(signal.SIGINT)
