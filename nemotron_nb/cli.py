@@ -275,7 +275,8 @@ def sft(
 ) -> None:
     """Train, here or in a job, and say where the report is."""
     from nemotron_nb.ops.config import derived, sft_config
-    from nemotron_nb.stages.sft import Plan, check_start, cluster_layer, launch, new_run, resumed_settings
+    from nemotron_nb.ops.report import headline, read_run
+    from nemotron_nb.stages.sft import Plan, check_start, cluster_layer, launch, new_run, on_cluster, resumed_settings
 
     asked = (resumed_settings(resume, overrides),) if resume else (config, overrides, cluster_layer(profile))
     effective = sft_config(family, *asked)
@@ -290,7 +291,9 @@ def sft(
         here=lambda: _sft_here(effective, config, resume, command),
         resume=resume,
     )
-    launch(plan, profile, mode, dry_run, show)
+    folder = launch(plan, profile, mode, dry_run, show)
+    if folder and mode == "run" and on_cluster(profile):  # the job was followed to its end
+        print("\n".join(["", *headline(read_run(folder)), f"Report: {folder / 'report.html'}"]))
 
 # %% ../nbs/90_cli.ipynb #9b269839
 def _sft_here(effective: "Effective", config: list[str], resume: str, command: str) -> Path:
