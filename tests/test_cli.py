@@ -146,7 +146,7 @@ def test_models_and_data_from_elsewhere(tmp_path, monkeypatch):
 def test_imported_data_are_traced_to_the_chats_they_were_made_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prepared = nemotron("nano3", "data", "prep", "sft", "-c", "tiny", "--sample", "24", cwd=tmp_path)
-    folder = next((tmp_path / "output" / "nano3" / "data_prep").iterdir())
+    folder = next((tmp_path / "output" / "nano3" / "data_prep").glob("*/manifest.json")).parent  # beside the cache
     assert prepared.returncode == 0 and (folder / "manifest.json").exists(), prepared.stderr
     shutil.move(folder, tmp_path / "elsewhere")
     shutil.rmtree(tmp_path / "output")

@@ -6,7 +6,7 @@
 __all__ = ['CAPITAL', 'SMALL', 'NUMBER', 'BREAK', 'SPACE', 'SIGN', 'BEFORE', 'LONGEST_WORD', 'Encoded', 'Backend', 'TIERS',
            'AUTO_BYTES', 'merge_steps', 'vocabulary', 'character_classes', 'next_word', 'Tables', 'derive_tables',
            'Pairs', 'Scratch', 'Memo', 'merges_follow_ids', 'unknown_in', 'wrong_in', 'trial_texts', 'first_difference',
-           'SegmentEncoder', 'make_encoder']
+           'SegmentEncoder', 'table_folder', 'make_encoder']
 
 # %% ../../nbs/data/06_encoder.ipynb #a880362e
 import functools
@@ -28,7 +28,7 @@ import tokenizers
 from tokenizers import Regex, pre_tokenizers
 
 from ..core import UserError, digest, nearest, write_atomic
-from .tokenizer import BYTE_OF, WORDS_PATTERN, ChatTokenizer
+from .tokenizer import BYTE_OF, WORDS_PATTERN, ChatTokenizer, cache_folder
 
 # %% ../../nbs/data/06_encoder.ipynb #e3a47d7a
 def merge_steps(
@@ -819,6 +819,16 @@ def _by_name(tokenizer: ChatTokenizer, tier: str, cache_dir: str | os.PathLike |
     except _Refused as refusal:
         why = "a tier that was asked for by name is never replaced without a word"
         raise UserError(f"cannot run: {refusal}", where=f"encoder tier {tier!r}, tokenizer {tokenizer.name!r}", why=why, fix=refusal.fix) from refusal
+
+
+def table_folder() -> str | None:
+    """Where encoders keep their tables: in the user's cache folder, if it can be written."""
+    folder = cache_folder() / "tables"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return str(folder) if os.access(folder, os.W_OK) else None
 
 
 def make_encoder(

@@ -37,7 +37,7 @@ from .. import __version__
 from ..core import UserError, digest, file_digest, nearest, new_folder, write_json
 from .blend import Dataset
 from .nvidia_prep import SpecialTokens, reference_drafts
-from .encoder import SegmentEncoder, make_encoder
+from .encoder import SegmentEncoder, make_encoder, table_folder
 from .judge import endpoint_judge, rule_judge
 from ..endpoint import Endpoint
 from .files import BadJson, Reject, Unit, parse_json, read_unit
@@ -48,7 +48,7 @@ from .reasoning import Change, ReasoningPolicy, apply_reasoning, low_effort_flag
 from .records import BadRecord, Conversation, parse_conversation
 from .sources import form_of, row_format
 from .template import Chunk
-from .tokenizer import ChatTokenizer, cache_folder, load_tokenizer
+from .tokenizer import ChatTokenizer, load_tokenizer
 
 # %% ../../nbs/data/20_tokenized.ipynb #5eb9a736
 JUDGES = ("none", "rules", "endpoint")
@@ -307,19 +307,9 @@ def _tools(tokenizer: str, template: str, version: str, tier: str, num_bytes: in
     return _Tools(loaded, chat_template(template, tokenizer), make_encoder(loaded, tier, num_bytes, tables), SpecialTokens(loaded.special_ids))
 
 
-def _table_folder() -> str | None:
-    """Where encoders keep their tables: in the user's cache folder, if it can be written."""
-    folder = cache_folder() / "tables"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None
-    return str(folder) if os.access(folder, os.W_OK) else None
-
-
 def _tools_of(task: Task) -> _Tools:
     """The tools for a task."""
-    return _tools(task.settings.tokenizer, task.settings.chat_template, task.version, task.encoder, task.num_bytes, _table_folder())
+    return _tools(task.settings.tokenizer, task.settings.chat_template, task.version, task.encoder, task.num_bytes, table_folder())
 
 
 @dataclass

@@ -22,10 +22,10 @@ import numpy as np
 
 from .. import __version__
 from ..core import UserError, digest, nearest, new_folder, write_json
-from ..data.encoder import AUTO_BYTES, SegmentEncoder, make_encoder
+from ..data.encoder import AUTO_BYTES, SegmentEncoder, make_encoder, table_folder
 from ..data.files import BadJson, Reject, Unit
 from ..data.tokenized import Progress, code_digest, in_processes
-from ..data.tokenizer import BUILT_IN, ChatTokenizer, cache_folder, load_tokenizer
+from ..data.tokenizer import BUILT_IN, ChatTokenizer, load_tokenizer
 from .indexed import IndexedReader, IndexedWriter, dtype_named
 from .text import read_texts
 
@@ -230,19 +230,9 @@ def _tools(section: DocumentTokenizer, version: str, tier: str, large: bool) -> 
     tokenizer = load_tokenizer(section.model)
     eos = end_token(tokenizer, section) if section.add_eos else None
     bos = tokenizer.special_ids["<s>"] if section.add_bos else None
-    return _Tools(tokenizer, make_encoder(tokenizer, tier, AUTO_BYTES * large, _table_folder()), bos, eos)
+    return _Tools(tokenizer, make_encoder(tokenizer, tier, AUTO_BYTES * large, table_folder()), bos, eos)
 
 # %% ../../nbs/pretrain/04_tokens.ipynb #a15fcf3a
-def _table_folder() -> str | None:
-    """Where encoders keep their tables: in the user's cache folder, if it can be written."""
-    folder = cache_folder() / "tables"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None
-    return str(folder) if os.access(folder, os.W_OK) else None
-
-
 def _loosely(data: bytes) -> Any:
     """A row as Python's own parser takes it: so does NVIDIA's preparation."""
     try:
