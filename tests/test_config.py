@@ -106,6 +106,11 @@ def test_overrides_mean_what_they_look_like(typed, meant):
     assert read_override(typed) == meant
 
 
+@pytest.mark.parametrize("typed, meant", [("null", "null"), ("'null'", "null"), ('"{% for m in messages %}"', "{% for m in messages %}"), ("'it''s'", "it's"), ("'", "'"), ('"a" or "b', '"a" or "b'), ("007", "007")])
+def test_quotes_around_a_text_are_those_of_yaml(typed, meant):
+    assert read_override(f"a.b={typed}", str) == {"a.b": meant}
+
+
 @pytest.mark.parametrize("typed", ["optimizer.lr", "=3", "--lr=3 4", "a=[1"])
 def test_what_is_not_an_override_is_refused(typed):
     with pytest.raises(UserError):

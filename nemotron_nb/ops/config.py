@@ -106,14 +106,15 @@ def _holds_text(kind: Any) -> bool:
 
 def read_override(
     text: str,  # key=value, as typed
-    kind: Any = Any,  # of the setting: a text is taken as it is typed, all else is read as YAML
+    kind: Any = Any,  # of the setting: a text without quotes is taken as it is typed, all else is read as YAML
 ) -> dict[str, Any]:
     """One `key=value` of the command line; `+key=value` is the same. Numbers, lists and `null` are what they look like."""
     text = text.lstrip("+")
     name, equals, value = text.partition("=")
     if not (name and equals):
         raise UserError(f"{text!r} is not key=value", where="command line", fix="write settings as key=value without spaces, e.g. optimizer.lr=1e-4")
-    if _holds_text(kind):
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
+    if _holds_text(kind) and not quoted:
         return {name: None if kind is not str and value in NULLS else value}
     try:
         check_yaml(value, f"command line: {name}")
