@@ -81,14 +81,14 @@ def test_pictures_have_words(pages):
 
 
 def test_formulas_are_mathml_and_stored_outputs_are_shown(site):
-    text = (site / "loss" / "10_two_stage.html").read_text(encoding="utf-8")
+    text = (site / "loss" / "02_two_stage.html").read_text(encoding="utf-8")
     assert "<mfrac>" in text and "[2pt]" not in text and "data:image/png;base64" in text or "_images/" in text
 
 
 def test_hidden_cells_and_directives_stay_out(pages, site):
     for path in pages:
         assert not re.search(r'class="c1">#\|', path.read_text(encoding="utf-8")), path
-    assert "test_eq, test_fail</span>" not in (site / "ops" / "39_docs.html").read_text(encoding="utf-8")
+    assert "test_eq, test_fail</span>" not in (site / "ops" / "11_docs.html").read_text(encoding="utf-8")
 
 
 def test_a_link_to_nowhere_fails_the_build(tmp_path):
