@@ -81,7 +81,7 @@ class Blend:
 _MOST_VALUES = 100_000  # in a YAML file, everything that is named counted as often as it is met
 _MOST_LEVELS = 50
 
-
+# %% ../../nbs/data/15_blend.ipynb #a070bacc
 def _count(value: Any, seen: dict[int, int], level: int = 0) -> int:
     """How many values there are when every name is unfolded.
 
@@ -312,7 +312,7 @@ def _saved_files(folder: Path) -> set[str] | None:
     except (OSError, BadJson, TypeError, KeyError):
         return None
 
-
+# %% ../../nbs/data/15_blend.ipynb #64f26ec7
 def _data_names(root: Path) -> list[str]:
     """Every file below a folder, relative to it, except those that `datasets` writes about its data."""
     names = sorted(p.relative_to(root) for p in root.rglob("*") if p.is_file())

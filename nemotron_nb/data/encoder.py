@@ -86,7 +86,7 @@ def _asked(bracket: str, characters: str) -> np.ndarray:
         inside[start:end] = False
     return inside
 
-
+# %% ../../nbs/data/06_encoder.ipynb #bf4b0168
 def character_classes() -> np.ndarray:
     """uint8 [0x110000]: the class bits of each character, as the regular expressions of the package `tokenizers`
     see it. Surrogates have none.
@@ -114,7 +114,7 @@ def _class_at(text: np.ndarray, i: int, classes: np.ndarray) -> tuple[int, int]:
         return int(classes[(a & 0x0F) << 12 | b << 6 | c]), 3
     return int(classes[(a & 0x07) << 18 | b << 12 | c << 6 | int(text[i + 3]) & 0x3F]), 4
 
-
+# %% ../../nbs/data/06_encoder.ipynb #64d133da
 def _run(text: np.ndarray, i: int, end: int, classes: np.ndarray, bit: int) -> int:
     """Where the run of characters of one class ends that begins at `i`."""
     while i < end:
@@ -243,7 +243,7 @@ def _pair_slot(keys: np.ndarray, left: int, right: int) -> int:
         slot = (slot + 1) & last
     return slot
 
-
+# %% ../../nbs/data/06_encoder.ipynb #80db05ed
 def _fill_pairs(merges: np.ndarray, keys: np.ndarray, ranks: np.ndarray) -> None:
     """Put all merges into an empty table."""
     for rank in range(merges.shape[0]):
@@ -480,7 +480,7 @@ def _optional(package: str) -> ModuleType:
             f"the package {package} cannot be imported ({error})", "pip install 'nemotron_nb[fast]'"
         ) from error
 
-
+# %% ../../nbs/data/06_encoder.ipynb #06b6b7f9
 def _compile(function: Callable) -> Callable:
     """A compiled function, kept on disk where there is a folder that may be written to."""
     njit = functools.partial(_optional("numba").njit, _nrt=False)  # no counting of references
@@ -583,7 +583,7 @@ def _joined(lists: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     offsets = _offsets(map(len, lists), len(lists))
     return np.fromiter(itertools.chain.from_iterable(lists), np.int32, offsets[-1]), offsets
 
-
+# %% ../../nbs/data/06_encoder.ipynb #f160481b
 def _by_tokenizers(tokenizer: ChatTokenizer) -> Backend:
     """The package `tokenizers`: slow, and right by definition."""
 
@@ -620,7 +620,7 @@ def _bracket(members: np.ndarray) -> str:
     ends = zip(points[np.r_[0, breaks + 1]], points[np.r_[breaks, len(points) - 1]])
     return "[" + "".join(rf"\x{{{a:x}}}-\x{{{b:x}}}" for a, b in ends) + "]"
 
-
+# %% ../../nbs/data/06_encoder.ipynb #1b06eefc
 def _spelt_out(classes: np.ndarray) -> str:
     """`WORDS_PATTERN` without a single name of a Unicode class."""
     capital, small, number, _, space, sign, before = (_bracket(classes & bit) for bit in _BRACKETS)
@@ -681,7 +681,7 @@ def _spelling(tables: Tables) -> dict[int, bytes]:
     data, starts = tables.text.tobytes(), tables.offsets.tolist()
     return {i: data[a:b] for a, b, i in zip(starts, starts[1:], tables.ids.tolist())}
 
-
+# %% ../../nbs/data/06_encoder.ipynb #4a760bf7
 def wrong_in(
     tables: Tables,
 ) -> str:
@@ -708,7 +708,7 @@ def _merges_follow_ids(tables: Tables) -> bool:
         [(spelt[left], spelt[right]) for left, right, _ in tables.merges.tolist()],
     )
 
-
+# %% ../../nbs/data/06_encoder.ipynb #ce35bff2
 def _backend(tier: str, tables: Tables, whole_words: bool) -> Backend:
     """The backend of a fast tier, not yet tried; refused if it cannot be right."""
     if wrong := wrong_in(tables):
@@ -775,7 +775,7 @@ def _border_characters(classes: np.ndarray) -> list[str]:
     points = np.union1d(changes, changes + 1)
     return [chr(point) for point in points if not 0xD800 <= point < 0xE000]
 
-
+# %% ../../nbs/data/06_encoder.ipynb #6eeb5362
 def trial_texts(
     tables: Tables,
 ) -> list[str]:

@@ -153,7 +153,7 @@ def parse_json(
         _check_unicode(value)
     return value
 
-
+# %% ../../nbs/data/01_files.ipynb #864a7d97
 def _check_unicode(value: Any) -> None:
     """Refuse text with half of a surrogate pair, wherever it stands in the value."""
     try:
@@ -722,7 +722,7 @@ def _finite(value: Any) -> Any:
         raise BadJson("not_json", f"a column holds {value}, which is not a JSON number; a missing number is null")
     return value
 
-
+# %% ../../nbs/data/01_files.ipynb #801ac28c
 def _plain(kind: pa.DataType, strict: bool = True) -> Callable[[Any], Any] | None:
     """How to bring a Python value of an Arrow type to the form JSON would have given; None where it has that form.
 
@@ -766,7 +766,7 @@ def _as_bytes(kind: pa.DataType) -> pa.DataType:
         return pa.list_(inner) if pa.types.is_list(kind) else pa.large_list(inner)
     return kind
 
-
+# %% ../../nbs/data/01_files.ipynb #d98a9bcb
 def _validated(batch: pa.RecordBatch) -> pa.RecordBatch:
     """A batch of which every value may be read; an error of Arrow where lengths or offsets lead outside."""
     batch.validate()

@@ -151,7 +151,7 @@ _JSON_TYPES: Mapping[str, Callable[[Any], bool]] = {
     "null": lambda v: v is None,
 }
 
-
+# %% ../../nbs/data/13_filters.ipynb #d93f7359
 def _is_of_type(value: Any, kind: Any) -> bool:
     """Is a JSON value of a type of JSON Schema, or of one of a list of types? Unknown types fit everything."""
     kinds = kind if isinstance(kind, list) else [kind]
@@ -281,7 +281,7 @@ def _last_place(numbers: np.ndarray) -> np.ndarray:
     before[order[1:][same]] = order[:-1][same]
     return before
 
-
+# %% ../../nbs/data/13_filters.ipynb #e53c5410
 def repeats(
     tokens: Sequence[str],
     ngram: int,  # words in an n-gram
@@ -350,7 +350,7 @@ def _quote(tokens: Sequence[str], start: int, ngram: int, window: int) -> str:
     gram, times = grams.most_common(1)[0]
     return f"{times} times '{' '.join(gram)[:80]}'"
 
-
+# %% ../../nbs/data/13_filters.ipynb #eb5cf799
 def _measure(
     reason: str, where: str, tokens: Sequence[str], policy: FilterPolicy, window: int, limit: float
 ) -> Iterator[Finding]:
@@ -400,7 +400,7 @@ _QUOTES = re.compile(
     r'[^\u201c\u201d\n]{1,600}[\u201c\u201d]|\u00ab[^\u00bb\n]{1,600}\u00bb|\u300c[^\u300d\n]{1,600}\u300d'
 )
 
-
+# %% ../../nbs/data/13_filters.ipynb #9d8af422
 def plain_form(
     text: str,
     quotes: bool = False,  # keep quotations?
@@ -591,7 +591,7 @@ def narrative_findings(
         if len(hits) >= family.min_hits:
             yield "narrative", f"{hits[0][0]}: {hits[0][1][:80]!r} ({family.name}: {family.why}; {len(hits)} hits)"
 
-
+# %% ../../nbs/data/13_filters.ipynb #9cc98e2f
 def _families(policy: FilterPolicy) -> list[tuple[Family, ...]]:
     """The lists of a policy."""
     return [load_families(name) for name in policy.narrative_lists]

@@ -432,7 +432,7 @@ def inspect_chat(
 _SPEAKERS: Mapping[str, str] = {"system": "37", "user": "94", "tool": "95", "assistant": "93"}
 LONGEST_SHOWN = 40_000  # characters of one sequence in a terminal
 
-
+# %% ../../nbs/data/23_inspect.ipynb #aeed227d
 def ansi_draft(
     draft: Draft,
     tokenizer: ChatTokenizer,

@@ -41,7 +41,7 @@ TEMPLATE_REJECTS: Mapping[str, Reason] = {
     ),
 }
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #5e67722e
 def _bad(reason: str, what: str) -> BadRecord:
     """A chat that this template cannot make trainable. The reason is a key of `TEMPLATE_REJECTS`."""
     return BadRecord(reason, what, TEMPLATE_REJECTS[reason].fix)
@@ -62,7 +62,7 @@ def _raised(failure: Failure, name: str) -> UserError:
     said = "the template refuses this chat: " if failure.kind == "refused" else ""
     return _bad(f"template_{failure.kind}", f"{where}: {said}{failure}")
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #9c79678f
 def _run(name: str, text: str, date: str, variables: Mapping[str, Any], trusted: bool = False) -> str:
     """What a template prints; an error of `_raised` where it prints nothing. A trusted one runs in this process."""
     try:
@@ -89,7 +89,7 @@ def _file_text(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot be read: {error}", where=str(path), fix="give a Jinja file in UTF-8") from error
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #bc084344
 def _settings_of(folder: str) -> dict[str, Any]:
     """`tokenizer_config.json` of a tokenizer's folder, if there is one."""
     path = Path(folder) / "tokenizer_config.json"
@@ -510,7 +510,7 @@ def _shape_of(template: Template, frozen: str) -> _Shape:
         openings, header, end, start, tuple(longest_first), _is_steady(template, switches), _writes(template, switches)
     )
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #62f38250
 def _shape(template: Template, switches: Mapping[str, Any]) -> _Shape:
     """The shape of a template under some switches; asked for once."""
     return _shape_of(template, json.dumps(dict(switches), sort_keys=True))
@@ -646,7 +646,7 @@ def _pieces(text: str, start: int, end: int, spans: Sequence[Span]) -> tuple[Pie
             last = min(b, end)
     return tuple(piece for piece in (*pieces, (text[last:end], True)) if piece[0])
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #d4bc4fdc
 def _other_chunk(sequence: _Sequence, start: int, end: int) -> Chunk:
     """A part of the prompt: whose it is can be seen from the texts in it, or from how it begins."""
     message = next((m for a, b, m in sequence.spans if start <= a and b <= end and m >= 0), -1)
@@ -707,7 +707,7 @@ def _switches_of(conversation: Conversation, plan: Plan) -> dict[str, Any]:
     budget = {} if plan.budget is None else {"reasoning_budget": plan.budget}
     return budget | ({} if conversation.truncate_history_thinking else {"truncate_history_thinking": False})
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #662da41b
 def _draft(template: Template, conversation: Conversation, plan: Plan, switches: Mapping[str, Any]) -> Draft:
     """One training sequence of a chat."""
     conversation = _asked(conversation, plan)

@@ -69,7 +69,7 @@ def _verdict_check(conversation: Conversation) -> Validator:
 
     return check
 
-
+# %% ../../nbs/data/14_judge.ipynb #e4cadc09
 def _judge_request(conversation: Conversation, rubric: str) -> Request:
     """The question to a judge, with the conditions on its answer."""
     return Request(judge_messages(conversation, rubric), VERDICT_SCHEMA, (_verdict_check(conversation),))

@@ -131,7 +131,7 @@ def _cuts(messages: Sequence[Mapping[str, Any]], loss_mode: str, each_turn: bool
     ends = [*users[1:], len(messages)]
     return [(turn, start, end, start + 1) for turn, (start, end) in enumerate(zip(users, ends))]
 
-
+# %% ../../nbs/data/08_mask.ipynb #7ce5f49f
 def _last_turn(messages: Sequence[Mapping[str, Any]], users: Sequence[int]) -> tuple[int, int, int, int]:
     """The cut of the last turn in which the assistant speaks: questions that nobody answers are cut off behind it."""
     answer = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
@@ -279,7 +279,7 @@ def _first_difference(one: Sequence[int], other: Sequence[int]) -> int:
         return -1
     return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
-
+# %% ../../nbs/data/08_mask.ipynb #76330db3
 def parity(
     conversation: Conversation,
     tokenizer: ChatTokenizer,
@@ -334,7 +334,7 @@ def _cells(tokens: Sequence[str], alike: Sequence[bool]) -> str:
         for token, same in zip(tokens, alike)
     )
 
-
+# %% ../../nbs/data/08_mask.ipynb #4590e429
 def _visible(token: str) -> str:
     """A token on one line: line breaks and tabs are marked, and a long one is cut."""
     return clipped(token.replace("\n", "\u21b5").replace("\t", "\u21e5").replace("\r", "\u240d"), 200) or "\u2205"
@@ -395,7 +395,7 @@ def parity_panel(
 # %% ../../nbs/data/08_mask.ipynb #78fb6e9e
 MASK_COLOURS = ("#0a6b2d", "#1f5fa8", "#b3431e")
 
-
+# %% ../../nbs/data/08_mask.ipynb #db297b82
 def _column(token: str, marks: Sequence[bool], role: str) -> str:
     """One token with its marks below it; a line ends behind a token that ends one."""
     bars = "".join(

@@ -115,7 +115,7 @@ def _template() -> Callable[..., str]:
         environment.from_string(path.read_text(encoding="utf-8")).render, instruction=TOOLS_INSTRUCTION
     )
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #835eb2eb
 def _rendered(messages: Sequence[Mapping[str, Any]], tools: Any) -> str:
     """A chat as text. Tools are a list of objects, or the row is lost."""
     try:
@@ -131,7 +131,7 @@ def _thinks(message: Mapping[str, Any]) -> bool:
     thought = message.get("reasoning_content")
     return isinstance(thought, str) and bool(thought.strip())
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #c75ea783
 def _opening(messages: Sequence[Mapping[str, Any]], end: int, thinking: bool, always: bool) -> str:
     """The opening of the answer behind the first `end` messages, where the reference expects one."""
     role = messages[end - 1]["role"]
@@ -211,7 +211,7 @@ def _turn_ends(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, int
         if end > start + 1:
             yield turn, start, end
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #bb7b2c1c
 def _plain(messages: Sequence[Mapping[str, Any]], tools: Any) -> list[Draft]:
     """The training sequences of a chat, as the reference finds them."""
     if not _is_reasoned(messages):
@@ -229,7 +229,7 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #f3281973
 def _encodable(found: list[Draft]) -> list[Draft]:
     """The sequences that hold anything and can be encoded.
 
@@ -274,7 +274,7 @@ def _odd_call(call: Any) -> bool:
     function = call["function"]
     return not isinstance(function.get("name"), str) or not isinstance(function["arguments"], dict)
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #e32655ac
 def _odd_answer(message: Mapping[str, Any], reasoned: bool) -> str:
     """Why an assistant message is outside the proven domain, or an empty word.
 
@@ -306,7 +306,7 @@ def _odd_tools(tools: Any) -> bool:
         isinstance(tools, list) and all(isinstance(t, dict) and isinstance(t.get("function", t), dict) for t in tools)
     )
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #53c2d308
 def _odd(messages: Sequence[Mapping[str, Any]], tools: Any) -> str:
     """Why a chat is outside the proven domain, or an empty word."""
     if _odd_tools(tools):

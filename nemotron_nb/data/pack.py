@@ -24,7 +24,7 @@ from ..viz import Picture, png
 # %% ../../nbs/data/17_pack.ipynb #2f28ce91
 Bins = list[list[int]]  # for each pack, the indices of its sequences, in the order they lie in it
 
-
+# %% ../../nbs/data/17_pack.ipynb #6b78728b
 def first_fit_by_hand(
     lengths: Sequence[int],  # tokens of each sequence
     capacity: int,  # tokens a pack can hold
@@ -611,7 +611,7 @@ def fit_length(
 # %% ../../nbs/data/17_pack.ipynb #23a323d9
 PACK_SIZES = tuple(1024 << k for k in range(9))  # 1k to 256k
 
-
+# %% ../../nbs/data/17_pack.ipynb #ee8438a1
 def cut_curve(
     lengths: Sequence[int] | np.ndarray,  # [S] tokens of each sequence
     sizes: Sequence[int] = PACK_SIZES,  # sizes of a pack

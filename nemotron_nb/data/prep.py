@@ -93,8 +93,8 @@ class TokenizerSection:
 
 # %% ../../nbs/data/22_prep.ipynb #7ad6e124
 @dataclass(frozen=True)
-class PrepConfig:
-    """Settings of a preparation."""
+class _ChatSettings:
+    """Where the chats are, and how they become text."""
 
     # a file, a folder or a glob of files of chats, or "sample" for the chats that ship with the library; used where no
     # blend is given
@@ -112,6 +112,12 @@ class PrepConfig:
     tools_field: str = "tools"
     used_in_filter: str | None = None  # keep only rows marked with this word
     used_in_field: str = "used_in"
+
+# %% ../../nbs/data/22_prep.ipynb #a626b76a
+@dataclass(frozen=True)
+class _RowSettings(_ChatSettings):
+    """Which rows are kept, and which of their tokens are trained."""
+
     loss_mode: str = "all"  # which assistant turns are trained
     allow_special_in_text: bool = False  # may a chat's own text become special tokens?
     allow_empty_turns: bool = False  # may an assistant turn say nothing at all? Of such a turn only the end is trained
@@ -119,6 +125,12 @@ class PrepConfig:
     filters: FilterPolicy = FilterPolicy()
     judge: JudgeSection = JudgeSection()  # asked by the filters whether a chat is consistent
     reasoning: ReasoningPolicy = ReasoningPolicy()  # which thoughts are stripped, cut or marked
+
+# %% ../../nbs/data/22_prep.ipynb #e52335ec
+@dataclass(frozen=True)
+class _PackSettings(_RowSettings):
+    """How sequences are laid into packs, and how packs are written."""
+
     max_doc_tokens: int | None = None  # longest sequence; longer ones are treated as `overflow` says
     # tokens a pack can hold; 0 takes the smallest power of two from 2048 on that holds the longest sequence
     pack_size: int = 4096
@@ -130,6 +142,12 @@ class PrepConfig:
     parquet_row_group_tokens: int = 131_072  # a reader fetches a whole group to get one pack
     parquet_compression: str = "zstd"
     compat: str = "fixed"  # "nvidia": what NVIDIA's public data preparation does, faults included
+
+# %% ../../nbs/data/22_prep.ipynb #aab4afcb
+@dataclass(frozen=True)
+class PrepConfig(_PackSettings):
+    """Settings of a preparation."""
+
     seed: int = 42  # of the split, the draw and the shuffle
     train_ratio: float = 0.98
     valid_ratio: float = 0.01
@@ -144,38 +162,14 @@ class PrepConfig:
     def __post_init__(self) -> None:
         for name in ("path", "blend_path", "output_dir", "cache_dir"):
             object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
-        _check_ratios(self)
-        limits = {
-            "pack_size": 0, "sample": 1, "pad_to_multiple": 1, "num_shards": 0, "blend_tokens": 0, "workers": 0,
-            "max_doc_tokens": 2, "parquet_row_group_tokens": 0,
-        }
-        for name, least in limits.items():
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}", where=name, fix=f"give at least {least}")
-        if self.pack_size == 1 or not 0 <= self.max_bad_fraction <= 1:
-            raise UserError(
-                f"pack_size={self.pack_size}, max_bad_fraction={self.max_bad_fraction}",
-                where="data settings",
-                fix="pack_size is 0 or at least 2, max_bad_fraction lies between 0 and 1",
-            )
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise UserError(
-                    f"unknown {name} {getattr(self, name)!r}", where=name, fix=nearest(getattr(self, name), known)
-                )
-        if self.template_spec != "tokenizer":
-            chat_template(self.template_spec, self.tokenizer.model)
+        _check_settings(self)
 
     @property
     def template_spec(self) -> str:
         """The template, in the one spelling that `chat_template` of the notebook on templates knows."""
-        return (
-            PASSTHROUGH
-            if self.chat_template is None
-            else "tokenizer"
-            if self.chat_template == "default"
-            else self.chat_template
-        )
+        if self.chat_template is None:
+            return PASSTHROUGH
+        return "tokenizer" if self.chat_template == "default" else self.chat_template
 
     @property
     def runs(self) -> Path:
@@ -203,6 +197,15 @@ _CHOICES = {
 }
 
 # %% ../../nbs/data/22_prep.ipynb #80c013c1
+def _check_settings(config: PrepConfig) -> None:
+    """Raise `UserError` for settings that cannot be meant."""
+    _check_ratios(config)
+    _check_limits(config)
+    _check_choices(config)
+    if config.template_spec != "tokenizer":
+        chat_template(config.template_spec, config.tokenizer.model)
+
+# %% ../../nbs/data/22_prep.ipynb #354bcea8
 def _check_ratios(config: PrepConfig) -> None:
     """The three shares add up to one."""
     ratios = (config.train_ratio, config.valid_ratio, config.test_ratio)
@@ -213,12 +216,40 @@ def _check_ratios(config: PrepConfig) -> None:
             fix="let them add up to 1",
         )
 
+# %% ../../nbs/data/22_prep.ipynb #1ab1f8f4
+_LIMITS = {
+    "pack_size": 0, "sample": 1, "pad_to_multiple": 1, "num_shards": 0, "blend_tokens": 0, "workers": 0,
+    "max_doc_tokens": 2, "parquet_row_group_tokens": 0,
+}
+
+
+def _check_limits(config: PrepConfig) -> None:
+    """No number lies below its least value."""
+    for name, least in _LIMITS.items():
+        if getattr(config, name) is not None and getattr(config, name) < least:
+            raise UserError(f"{name} is {getattr(config, name)}", where=name, fix=f"give at least {least}")
+    if config.pack_size == 1 or not 0 <= config.max_bad_fraction <= 1:
+        raise UserError(
+            f"pack_size={config.pack_size}, max_bad_fraction={config.max_bad_fraction}",
+            where="data settings",
+            fix="pack_size is 0 or at least 2, max_bad_fraction lies between 0 and 1",
+        )
+
+# %% ../../nbs/data/22_prep.ipynb #0dfa5aed
+def _check_choices(config: PrepConfig) -> None:
+    """Every name that is chosen from a list is on it."""
+    for name, known in _CHOICES.items():
+        if getattr(config, name) not in known:
+            raise UserError(
+                f"unknown {name} {getattr(config, name)!r}", where=name, fix=nearest(getattr(config, name), known)
+            )
+
 # %% ../../nbs/data/22_prep.ipynb #f110b0ee
 def _position(conversation_id: str, seed: int) -> float:
     """A number in [0, 1) that depends on the chat and the seed alone."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{conversation_id}".encode()).digest()[:8]) / 2**64
 
-
+# %% ../../nbs/data/22_prep.ipynb #8073d9a3
 def assign_splits(
     conversation_ids: Iterable[str],
     ratios: Mapping[str, float],  # share of each of train, valid, test
@@ -253,7 +284,7 @@ def _units(path: str, size: int, changed: int) -> tuple[Unit, ...]:
     """The units of a file. Size and time are arguments so that an edited file is planned again."""
     return tuple(units(path, UNIT_BYTES))
 
-
+# %% ../../nbs/data/22_prep.ipynb #11a2e3aa
 def _source(part: str, dataset: Dataset, downloads: Path) -> Source:
     """The files of a dataset and their units."""
     files = [str(p) for p in resolve(dataset, downloads)]
@@ -286,59 +317,61 @@ class Plan:
 
     def row_settings(self, dataset: Dataset) -> RowSettings:
         """What decides the tokens of a dataset's rows."""
-        c = self.config
-        same = {
-            n: getattr(c, n)
-            for n in (
-                "messages_field", "tools_field", "used_in_field", "loss_mode", "allow_special_in_text",
-                "allow_empty_turns", "filter_chats", "filters", "judge", "reasoning", "compat",
-            )
-        }
-        return RowSettings(
-            dataset,
-            c.tokenizer.model,
-            c.template_spec,
-            used_in_filter=c.used_in_filter or "",
-            add_bos=c.tokenizer.add_bos,
-            **same,
-        )
+        return _row_settings(self.config, dataset)
 
     def task(self, source: Source, unit: Unit, max_rows: int = 0) -> Task:
         """One unit to tokenize. Its folder is named by its settings, its dataset, and its bytes."""
         settings = dataclasses.replace(self.row_settings(source.dataset), max_rows=max_rows)
         key = digest([unit.digest, unit.path, unit.first_line, unit.start, max_rows])
         run = self.versions[source.part, source.dataset.name]
-        return Task(
-            unit,
-            settings,
-            str(self.config.runs / run / "datasets" / source.dataset.name / key),
-            run,
-            self.config.encoder,
-            kept=str(self.config.runs),
-        )
+        folder = self.config.runs / run / "datasets" / source.dataset.name / key
+        return Task(unit, settings, str(folder), run, self.config.encoder, kept=str(self.config.runs))
 
     @functools.cached_property
     def key(self) -> str:
         """16 digits that name a preparation by content: equal keys, equal bytes."""
-        ways = (
-            "path", "blend_path", "output_dir", "cache_dir", "workers", "executor", "encoder", "on_bad",
-            "max_bad_fraction",
-        )
-        return digest(
-            {
-                "settings": {k: v for k, v in dataclasses.asdict(self.config).items() if k not in ways},
-                "sources": [
-                    [
-                        s.part,
-                        dataclasses.asdict(s.dataset) | {"path": ""},
-                        self.versions[s.part, s.dataset.name],
-                        [u.digest for u in s.units],
-                    ]
-                    for s in self.sources
-                ],
-                "code": code_digest(("data/prep", "data/pack", "data/shards", "data/blend")),
-            }
-        )
+        return _key(self)
+
+# %% ../../nbs/data/22_prep.ipynb #9bf4c742
+_OF_ROWS = (
+    *("messages_field", "tools_field", "used_in_field", "loss_mode", "allow_special_in_text", "allow_empty_turns"),
+    *("filter_chats", "filters", "judge", "reasoning", "compat"),
+)
+
+
+def _row_settings(config: PrepConfig, dataset: Dataset) -> RowSettings:
+    """What decides the tokens of a dataset's rows."""
+    return RowSettings(
+        dataset,
+        config.tokenizer.model,
+        config.template_spec,
+        used_in_filter=config.used_in_filter or "",
+        add_bos=config.tokenizer.add_bos,
+        **{name: getattr(config, name) for name in _OF_ROWS},
+    )
+
+# %% ../../nbs/data/22_prep.ipynb #ab111927
+_PLACE_AND_SPEED = ("path", "blend_path", "output_dir", "cache_dir", "workers", "executor", "encoder", "on_bad")
+_NOT_IN_THE_KEY = (*_PLACE_AND_SPEED, "max_bad_fraction")
+
+
+def _key(plan: Plan) -> str:
+    """16 digits that name a preparation by content: equal keys, equal bytes."""
+    return digest(
+        {
+            "settings": {k: v for k, v in dataclasses.asdict(plan.config).items() if k not in _NOT_IN_THE_KEY},
+            "sources": [
+                [
+                    s.part,
+                    dataclasses.asdict(s.dataset) | {"path": ""},
+                    plan.versions[s.part, s.dataset.name],
+                    [u.digest for u in s.units],
+                ]
+                for s in plan.sources
+            ],
+            "code": code_digest(("data/prep", "data/pack", "data/shards", "data/blend")),
+        }
+    )
 
 # %% ../../nbs/data/22_prep.ipynb #835cbf55
 def make_plan(
@@ -464,30 +497,35 @@ class Ledger:
 
     def check(self, config: PrepConfig, where: str) -> None:
         """Raise `UserError` if there was nothing, or if too much of it cannot be used."""
-        if not self.rows:
-            raise UserError(
-                "no chats: there is no row, or there are only blank lines",
-                where=where,
-                why="there is nothing to train on",
-                fix="give one chat a line (JSONL), or a table with rows",
-            )
-        share = len(self.rejects) / self.rows
-        allowed = config.max_bad_fraction if config.on_bad == "quarantine" else 0.0
-        if share > allowed:
-            shown = "\n".join(f"    {r.source}:{r.line}: {r.reason}: {r.detail}" for r in self.rejects[:5])
-            raise UserError(
-                f"{len(self.rejects)} of {self.rows} rows cannot be used ({share:.2%}, allowed are "
-                f"{allowed:.2%})\n{shown}",
-                where=where,
-                why="rows that vanish change what the model learns",
-                fix="repair or remove those rows, or raise max_bad_fraction (with on_bad=quarantine) if losing them "
-                    "is meant",
-            )
+        _check_ledger(self, config, where)
 
     def listed(self) -> list[dict[str, Any]]:
         """Every row and sequence that is not used, as rejects.jsonl holds them."""
         kinds = (("row", self.rejects), ("left_out", self.left_out), ("sequence", self.dropped))
         return [{"kind": kind, **dataclasses.asdict(r)} for kind, rs in kinds for r in rs]
+
+# %% ../../nbs/data/22_prep.ipynb #98bb39e9
+def _check_ledger(ledger: Ledger, config: PrepConfig, where: str) -> None:
+    """Raise `UserError` if there was nothing, or if too much of it cannot be used."""
+    if not ledger.rows:
+        raise UserError(
+            "no chats: there is no row, or there are only blank lines",
+            where=where,
+            why="there is nothing to train on",
+            fix="give one chat a line (JSONL), or a table with rows",
+        )
+    share = len(ledger.rejects) / ledger.rows
+    allowed = config.max_bad_fraction if config.on_bad == "quarantine" else 0.0
+    if share > allowed:
+        shown = "\n".join(f"    {r.source}:{r.line}: {r.reason}: {r.detail}" for r in ledger.rejects[:5])
+        counts = f"{len(ledger.rejects)} of {ledger.rows} rows"
+        raise UserError(
+            f"{counts} cannot be used ({share:.2%}, allowed are {allowed:.2%})\n{shown}",
+            where=where,
+            why="rows that vanish change what the model learns",
+            fix="repair or remove those rows, "
+            "or raise max_bad_fraction (with on_bad=quarantine) if losing them is meant",
+        )
 
 # %% ../../nbs/data/22_prep.ipynb #d659df92
 def _keep(corpus: Corpus, plan: Plan, capacity: int, ledger: Ledger) -> tuple[Spans, np.ndarray]:
@@ -506,7 +544,7 @@ def _keep(corpus: Corpus, plan: Plan, capacity: int, ledger: Ledger) -> tuple[Sp
     _book(corpus, spans, kept, longest(capacity, plan.config.pad_to_multiple), ledger)
     return kept, trained[good]
 
-
+# %% ../../nbs/data/22_prep.ipynb #97e8e231
 def _chosen(spans: Spans, which: np.ndarray) -> Spans:
     """Some of the spans, by a mask or by their indices."""
     return dataclasses.replace(spans, **{n: getattr(spans, n)[which] for n in ("sequence", "start", "end", "closing")})
@@ -593,7 +631,7 @@ def _mixed(packing: Packing, seed: int) -> Packing:
     places = np.repeat(packing.starts[:-1][order] - starts[:-1], sizes) + np.arange(starts[-1])
     return Packing(packing.order[places], starts)
 
-
+# %% ../../nbs/data/22_prep.ipynb #7315262a
 def _plan_split(
     corpus: Corpus, plan: Plan, spans: Spans, chats: np.ndarray, split: str, pack_size: int, books: dict[str, Any]
 ) -> SplitPlan:
@@ -733,29 +771,50 @@ def _build(plan: Plan, corpus: Corpus, ledger: Ledger) -> Built:
     books: dict[str, Any] = {"blend": {}}
     spans, trained = _keep(corpus, plan, min(pack_size, config.max_doc_tokens or pack_size), ledger)
     if not len(spans):
-        reasons = _counted([*ledger.dropped, *ledger.left_out])
-        unmarked = (
-            "set train: true (or leave the flag out) on the turns to learn"
-            if set(reasons) == {"nothing_trained"}
-            else "raise pack_size, or look at the rows"
-        )
-        raise UserError("no sequence is left to train on", where=_where(plan), why=f"left out: {reasons}", fix=unmarked)
+        raise _nothing_left(ledger, _where(plan))
     plans = _split_plans(corpus, plan, spans, pack_size, books)
-    lengths = spans.lengths
     splits = {s: _summary_of_split(corpus, spans, trained, p, pack_size) for s, p in plans.items()}
     if not splits["train"]["packs"]:
         raise UserError("the training split is empty", where=_where(plan), fix="raise train_ratio, or give more chats")
-    values = {
-        **_identity(plan, pack_size),
+    histograms = {
+        "length_histogram": _length_histogram(spans.lengths),
+        "trained_share_histogram": _share_histogram(trained, spans.lengths),
+    }
+    values = {**_identity(plan, pack_size), **_counts(ledger, splits), **books, **histograms}
+    shards = {s: _shards_of(ps, splits[s]["tokens"], config) for s, ps in plans.items()}
+    return Built(plan, corpus, spans, shards, values | {"warnings": _notes(values, ledger)}, ledger)
+
+# %% ../../nbs/data/22_prep.ipynb #d76f291b
+def _nothing_left(ledger: Ledger, where: str) -> UserError:
+    """The error of a preparation that has no sequence left."""
+    reasons = _counted([*ledger.dropped, *ledger.left_out])
+    unmarked = set(reasons) == {"nothing_trained"}
+    fix = "set train: true (or leave the flag out) on the turns to learn" if unmarked else ""
+    return UserError(
+        "no sequence is left to train on",
+        where=where,
+        why=f"left out: {reasons}",
+        fix=fix or "raise pack_size, or look at the rows",
+    )
+
+
+def _shards_of(plans: Sequence[SplitPlan], tokens: int, config: PrepConfig) -> list[tuple[SplitPlan, range]]:
+    """The packs of each shard of a split; NVIDIA's shards are packed one by one, so each is one already."""
+    ranges = ((p, [range(len(p.packing))] if config.compat == "nvidia" else _shards(p, tokens, config)) for p in plans)
+    return [(p, packs) for p, shards in ranges for packs in shards if len(packs)]
+
+# %% ../../nbs/data/22_prep.ipynb #d77976a3
+def _counts(ledger: Ledger, splits: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What came of the rows and the tokens, as the manifest holds it."""
+    listed = [*ledger.rejects, *ledger.left_out, *ledger.dropped]
+    examples = {r.reason: f"{Path(r.source).name}:{r.line}: {r.detail}"[:200] for r in reversed(listed)}
+    return {
         "rows": ledger.rows,
         "accepted": ledger.accepted,
         "rejects": _counted(ledger.rejects),
         "left_out": _counted(ledger.left_out),
         "dropped_sequences": _counted(ledger.dropped),
-        "examples": {
-            r.reason: f"{Path(r.source).name}:{r.line}: {r.detail}"[:200]
-            for r in reversed([*ledger.rejects, *ledger.left_out, *ledger.dropped])
-        },
+        "examples": examples,
         "repairs": dict(sorted(ledger.repairs.items())),
         "reasoning": dict(sorted(Counter(c["action"] for c in ledger.changes).items())),
         **{name: sum(s[name] for s in splits.values()) for name in ("sequences", "tokens", "trained_tokens")},
@@ -763,20 +822,7 @@ def _build(plan: Plan, corpus: Corpus, ledger: Ledger) -> Built:
         "truncated_tokens": ledger.truncated_tokens,
         "dropped_tokens": ledger.dropped_tokens,
         "splits": splits,
-        **books,
-        "length_histogram": _length_histogram(lengths),
-        "trained_share_histogram": _share_histogram(trained, lengths),
     }
-    shards = {
-        s: [
-            (p, r)
-            for p in ps
-            for r in ([range(len(p.packing))] if config.compat == "nvidia" else _shards(p, splits[s]["tokens"], config))
-            if len(r)
-        ]
-        for s, ps in plans.items()
-    }
-    return Built(plan, corpus, spans, shards, values | {"warnings": _notes(values, ledger)}, ledger)
 
 # %% ../../nbs/data/22_prep.ipynb #bd38f30c
 def _where(plan: Plan) -> str:
@@ -962,7 +1008,7 @@ _OWN = (
     "manifest.json",
 )
 
-
+# %% ../../nbs/data/22_prep.ipynb #48b549f9
 def _is_own(name: str) -> bool:
     """Is this a file that a preparation writes? One of them carries the size of a pack in its name."""
     return name in _OWN or name.endswith("_metadata.jsonl")

@@ -87,7 +87,7 @@ PRESETS: Mapping[str, ReasoningPolicy] = {
     "super_budget": SUPER_BUDGET,
 }
 
-
+# %% ../../nbs/data/12_reasoning.ipynb #76eb4adc
 def reasoning_policy(
     name: str,  # "none", "nano", "super" or "super_budget"
 ) -> ReasoningPolicy:
@@ -151,7 +151,7 @@ def _token_starts(thought: str, tokenizer: ChatTokenizer) -> list[int]:
     """[N] for each token of a text the place of its first character, counted in characters."""
     return [start for start, _ in tokenizer.plain.encode(thought, add_special_tokens=False).offsets]
 
-
+# %% ../../nbs/data/12_reasoning.ipynb #e0c8b4c1
 def cut_thought(
     thought: str,
     budget: int,  # tokens that may be left

@@ -111,7 +111,7 @@ def _text(content: Any, where: str, repairs: Repairs) -> str:
         raise BadRecord("content_not_text", f"{where}: a thought stands where nobody thinks")
     return text
 
-
+# %% ../../nbs/data/03_records.ipynb #bf3b7707
 def _text_and_thought(content: Any, where: str, repairs: Repairs) -> tuple[str, str]:
     """(text, thought) of content. A thought stands in front of the text."""
     if isinstance(content, str):
@@ -153,7 +153,7 @@ def _without_filled(value: Any, known: Any, schema: Any, reading: _Reading) -> A
         kept[name] = _without_filled(inner, _names_in(below), below, reading)
     return kept
 
-
+# %% ../../nbs/data/03_records.ipynb #5df66bf8
 def _names_in(schema: Any) -> Any:
     """The members that a schema of an object declares, or nothing."""
     return schema.get("properties") if isinstance(schema, Mapping) else None
@@ -269,7 +269,7 @@ _CALL_BLOCK = re.compile(r"<function=([^<>\n]+)>\n(.*)</function>\n</tool_call>\
 _PARAMETER = re.compile(r"<parameter=([^<>\n]+)>\n(.*)", re.DOTALL)
 _CALL_TAG = re.compile(r"</?(?:tool_call|function|parameter)[=>]")
 
-
+# %% ../../nbs/data/03_records.ipynb #24dae214
 def _call_from_text(block: str) -> dict[str, Any] | None:
     """A call from what follows its `<tool_call>` tag; None unless the format would write it so."""
     whole = _CALL_BLOCK.fullmatch(block)
@@ -389,7 +389,7 @@ def _is_flag(key: str, value: Any) -> bool:
     number = not is_bool and isinstance(value, (int, float)) and value in (0, 1)
     return is_bool if name == "train" or not FLAGS[name] else number if name == "weight" else is_bool or number
 
-
+# %% ../../nbs/data/03_records.ipynb #c36b25d4
 def _train_flag(flags: Mapping[str, Any], where: str) -> bool | None:
     """Whether a turn is trained, or None where nothing is said."""
     given = {key: value for key, value in flags.items() if value is not None}
@@ -512,7 +512,7 @@ def _object(value: Any, what: str, repairs: Repairs) -> dict[str, Any] | None:
         raise BadRecord("bad_tool", f"{what} is {type(parsed).__name__}, not an object")
     return parsed if isinstance(parsed, dict) else None
 
-
+# %% ../../nbs/data/03_records.ipynb #3f360e8c
 def _property(value: Any, what: str, repairs: Repairs) -> Any:
     """One declared parameter: an object, or true and false, which JSON Schema takes for one."""
     if isinstance(value, bool):
@@ -590,7 +590,7 @@ def _listed(value: Any, what: str, repairs: Repairs) -> Any:
         raise BadRecord("bad_json_text", f"{what} is text that is not JSON", f"give {what} as a JSON list")
     return None if isinstance(value, str) and not value.strip() else from_json_text(value, what, repairs)
 
-
+# %% ../../nbs/data/03_records.ipynb #0663c073
 def _messages(
     written: Any, field: str, reading: _Reading, allow_empty: bool, default: bool | None
 ) -> tuple[dict[str, Any], ...]:
@@ -732,7 +732,7 @@ def _written_alike(value: Any) -> bool:
         return all(map(_written_alike, value))
     return kind in (str, int, bool, type(None))
 
-
+# %% ../../nbs/data/03_records.ipynb #c7dfdf09
 def _messages_text(messages: Sequence[Mapping[str, Any]]) -> bytes:
     """The canonical text of messages. Beside text they hold only arguments, so those decide who may write it."""
     write = _fast_writer()
@@ -753,7 +753,7 @@ def _name(messages: Sequence[Mapping[str, Any]], tools_text: str) -> str:
 # %% ../../nbs/data/03_records.ipynb #c0000006
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
-
+# %% ../../nbs/data/03_records.ipynb #03720e2b
 def _row(
     record: Mapping[str, Any], messages_field: str, tools_field: str, row: str, passed: Sequence[str], repairs: Repairs
 ) -> tuple[Mapping[str, Any], bool | None]:

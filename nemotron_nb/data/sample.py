@@ -714,7 +714,7 @@ def _lead(draft: Draft) -> str | None:
     """A word to the user before a call, now and then; else no content at all, which OpenAI writes as null."""
     return draft.rng.choice(draft.book["leads"]) if draft.rng.random() < 0.2 else None
 
-
+# %% ../../nbs/data/04_sample.ipynb #11a63fdd
 def calculation(draft: Draft) -> None:
     """A sum too large for mental arithmetic."""
     operation, sign = draft.rng.choice([("add", "+"), ("subtract", "-"), ("multiply", "×")])
@@ -846,7 +846,7 @@ def make_chats(
         chats.append(chat)
     return chats
 
-
+# %% ../../nbs/data/04_sample.ipynb #9cdbd1e0
 def _asked(chat: Mapping[str, Any]) -> str:
     """All that the user says in a chat."""
     return "\n".join(message["content"] for message in chat["messages"] if message["role"] == "user")

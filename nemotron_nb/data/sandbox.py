@@ -64,7 +64,7 @@ def _growth(name: str, text: str, arguments: Sequence[Any]) -> int:
     widths += [int(n[:12]) for n in re.findall(r"\d+", text)] if name == "format" else []
     return max(widths, default=0) * (text.count("\n") + 1)
 
-
+# %% ../../nbs/data/09_sandbox.ipynb #62123a39
 def _product(operator: str, left: Any, right: Any) -> int:
     """About how long the result of an operator on texts or lists would be."""
     if operator == "**":
@@ -258,7 +258,7 @@ def _printed(template: jinja2.Template, variables: Mapping[str, Any]) -> Iterato
             raise OutOfWork(f"it prints more than {TEXT_LIMIT:,} characters")
         yield part
 
-
+# %% ../../nbs/data/09_sandbox.ipynb #6915408d
 def render_here(
     name: str,  # of the template, for the lines of errors
     text: str,  # the Jinja source; one that is trusted
@@ -306,7 +306,7 @@ def _answer(name: str, text: str, date: str, variables: Mapping[str, Any] | None
     except MemoryError:
         return _KINDS.index("limit"), b'[0, "it asks for more memory than there is"]'
 
-
+# %% ../../nbs/data/09_sandbox.ipynb #7c665aba
 def serve_template() -> None:
     """The life of the child: a template, then variables, from the standard input; answers to the standard output."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
@@ -326,7 +326,7 @@ def serve_template() -> None:
 _BOOT = "import sys; sys.path[:] = sys.argv[1:]; from nemotron_nb.data.sandbox import serve_template; serve_template()"
 _PASSED_ON = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME", "TMPDIR")
 
-
+# %% ../../nbs/data/09_sandbox.ipynb #288e8d73
 def _start(limits: Limits, template: tuple[str, str, str]) -> subprocess.Popen:
     """A child with the template and its limits."""
     environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ} | {"PYTHONUTF8": "1"}

@@ -140,7 +140,7 @@ def gather(
 # %% ../../nbs/data/19_shards.ipynb #b27e4d4a
 ROW_GROUP_TOKENS = 131_072
 
-
+# %% ../../nbs/data/19_shards.ipynb #ca8b058a
 def row_groups(
     tokens: np.ndarray,  # int64 [B] tokens of each pack
     most_tokens: int = ROW_GROUP_TOKENS,  # in a group; 0 for no such limit
@@ -341,7 +341,7 @@ def _flat(table: pa.Table, name: str) -> tuple[pa.Array, np.ndarray]:
         raise pa.ArrowInvalid(f"the column {name} has empty places (null)")
     return column.values, column.offsets.to_numpy()
 
-
+# %% ../../nbs/data/19_shards.ipynb #a3abbd91
 def _columns(table: pa.Table, where: str, first_pack: int, vocab_size: int = 0) -> Columns:
     """The three columns of a row group, checked."""
     parts = {name: _flat(table, name) for name in TRAINED_COLUMNS}
@@ -622,7 +622,7 @@ _STAND_INS = {
     ("numpy.core.multiarray", "scalar"): _Scalar,
 }
 
-
+# %% ../../nbs/data/19_shards.ipynb #20cfdfe9
 class _PlainUnpickler(pickle.Unpickler):
     """Reads dictionaries, lists, numbers and stand-ins for NumPy's arrays. Runs nothing that the file names."""
 
@@ -655,7 +655,7 @@ def _integers(given: Any, kind: type) -> np.ndarray:
         raise TypeError("a pack is made of lists of whole numbers")
     return np.array(items, kind)
 
-
+# %% ../../nbs/data/19_shards.ipynb #bc0b6822
 def _pack_of_row(row: Any, where: str, number: int) -> Pack:
     """One dictionary of an .npy file as a checked pack."""
     arrays = {name: _integers(row[name], kind.to_pandas_dtype()) for name, kind in TRAINED_COLUMNS.items()}

@@ -35,7 +35,7 @@ def _text(row: Row, key: str) -> str:
         raise BadRecord("content_not_text", f"{key} is {type(row[key]).__name__}, not text")
     return row[key]
 
-
+# %% ../../nbs/data/16_sources.ipynb #78a49384
 def _optional(row: Row, key: str) -> str:
     """A text that a row may leave out or leave empty."""
     return "" if row.get(key) is None else _text(row, key)
@@ -123,7 +123,7 @@ _PAIRS = (
     ("instruction", "response"),
 )
 
-
+# %% ../../nbs/data/16_sources.ipynb #3d8164f4
 def _advice(row: Row) -> str:
     """Which form a row without messages may be in, for an error; or nothing."""
     pair = next((pair for pair in _PAIRS if set(pair) <= row.keys()), None)
@@ -369,7 +369,7 @@ FORMATS: Mapping[str, type] = {
     "alpaca": Alpaca,
 }
 
-
+# %% ../../nbs/data/16_sources.ipynb #16b35ca7
 def row_format(
     name: str,  # one of FORMATS
     options: Mapping[str, Any],
@@ -514,7 +514,7 @@ def _task_name(path: str) -> str:
     """The last two parts of a path, without the ending."""
     return "-".join(Path(path).with_suffix("").parts[-2:]).strip("-/")
 
-
+# %% ../../nbs/data/16_sources.ipynb #1a8053a3
 def _dataset(block: DataBlock) -> Dataset:
     """A block as an entry of a blend."""
     local = Path(block.data_path).expanduser().exists() or "://" in block.data_path

@@ -21,7 +21,7 @@ from ..viz import ROLE_COLOURS, Picture, clipped, escape, fitting, token_strip, 
 # %% ../../nbs/data/07_template.ipynb #76eee489
 Piece = tuple[str, bool]  # (text, is it written by the format?)
 
-
+# %% ../../nbs/data/07_template.ipynb #5ff88362
 class Chunk(NamedTuple):
     """A run of rendered text: who it belongs to, whether the model would sample it, and from which message it came."""
 

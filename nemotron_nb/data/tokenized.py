@@ -356,7 +356,7 @@ class _Tools:
     encoder: SegmentEncoder
     special: SpecialTokens
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #c1de5d4f
 @functools.lru_cache(maxsize=2)
 def _tools(tokenizer: str, template: str, version: str, tier: str, num_bytes: int, tables: str | None) -> _Tools:
     """Made once in each process; forked workers inherit it.
@@ -431,7 +431,7 @@ def _as_python(data: bytes) -> Any:
     except (ValueError, RecursionError) as e:
         raise BadJson("not_json", str(e)) from None
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #400586e6
 def _rows(task: Task, record: UnitRecord, told: Callable[[int], None]) -> Iterator[tuple[int, Any]]:
     """(line, value) of each row that can be read; the others go into the record."""
     for line, value in read_unit(

@@ -46,7 +46,7 @@ WORDS_PATTERN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-
+# %% ../../nbs/data/05_tokenizer.ipynb #3e8b6610
 def _byte_level(model: models.BPE) -> Tokenizer:
     """A tokenizer that cuts text into words, words into bytes, and leaves the merging to `model`."""
     tokenizer = Tokenizer(model)
@@ -93,7 +93,7 @@ def _declared(chat: Mapping[str, Any]) -> Iterator[str]:
         required = json.dumps(function["parameters"]["required"])
         yield f"\n</parameter>\n<required>{required}</required>\n</parameters>\n</function>"
 
-
+# %% ../../nbs/data/05_tokenizer.ipynb #9cbd9d2e
 def tiny_corpus(
     licence: str,  # text of the licence of this repository
 ) -> list[str]:
@@ -266,7 +266,7 @@ def _shown(raw: bytes) -> str:
     except UnicodeDecodeError as error:
         return raw[: error.start].decode() + f"<0x{raw[error.start]:02X}>" + _shown(raw[error.start + 1 :])
 
-
+# %% ../../nbs/data/05_tokenizer.ipynb #87a95db6
 def _readable(token: str | None, special: Mapping[str, int]) -> str:
     """A vocabulary entry as a person would write it."""
     if token is None or token in special:
@@ -306,7 +306,7 @@ def _digest(content: Mapping[str, Any]) -> str:
     added = sorted((token["id"], token["content"]) for token in content["added_tokens"])
     return digest([model["vocab"], model["merges"], added, content["normalizer"], content["pre_tokenizer"]])
 
-
+# %% ../../nbs/data/05_tokenizer.ipynb #7f7fd4f8
 def chat_tokenizer(
     tokenizer: Tokenizer,
     name: str,  # for messages
@@ -419,7 +419,7 @@ def _cached_tekken() -> Path:
 # %% ../../nbs/data/05_tokenizer.ipynb #1499839e
 BUILT_IN = ("tiny", "tekken")
 
-
+# %% ../../nbs/data/05_tokenizer.ipynb #be47d2cd
 def load_tokenizer(
     name: str | os.PathLike,  # "tiny", "tekken", a folder, or a model on the Hugging Face hub as in org/name
 ) -> ChatTokenizer:
@@ -450,7 +450,7 @@ def _read(path: Path, name: str) -> ChatTokenizer:
     facts = path.stat()
     return _read_once(path.absolute(), name, facts.st_size, facts.st_mtime_ns)
 
-
+# %% ../../nbs/data/05_tokenizer.ipynb #8e7aa3a6
 @functools.lru_cache(maxsize=4)
 def _read_once(path: Path, name: str, size: int, changed: int) -> ChatTokenizer:
     """The tokenizer in a file. Its size and time are arguments so that an edited file is read again."""

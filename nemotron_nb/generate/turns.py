@@ -35,7 +35,7 @@ def _name_at(text: str, place: int) -> tuple[str, int]:
         raise _Malformed
     return found[1], found.end()
 
-
+# %% ../../nbs/generate/02_turns.ipynb #e5fe72c5
 def _arguments_at(text: str, place: int) -> tuple[dict[str, str], int]:
     """Parameters one after the other; and the place behind the last."""
     arguments: dict[str, str] = {}

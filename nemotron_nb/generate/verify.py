@@ -44,7 +44,7 @@ def _one_spelling(text: str) -> str:
         text.translate(_SAME).strip().removeprefix("\\(").removesuffix("\\)").strip("$ \n\t").removesuffix(".").strip()
     )
 
-
+# %% ../../nbs/generate/01_verify.ipynb #02c87b85
 def read_number(
     text: str,  # a number and nothing else; at most LONGEST_NUMBER characters
 ) -> Fraction | None:
@@ -100,7 +100,7 @@ _IN_TEXT = re.compile(
     r"(?:[eE][-+]?[0-9]+|\s?(?:×|\\times|\\cdot)\s?10\^\{?[-+−]?[0-9]+\}?|/[0-9]+)?(?:\s?\\?%)?"
 )
 
-
+# %% ../../nbs/generate/01_verify.ipynb #78bf0459
 def last_number(
     text: str,
 ) -> str | None:
@@ -143,7 +143,7 @@ def _numeric(answer: str, solution: str, rel_tol: float) -> Verdict:
     pair = read_number(answer), read_number(solution)
     return Verdict(None not in pair and same_number(*pair, rel_tol), "numeric", answer, solution)
 
-
+# %% ../../nbs/generate/01_verify.ipynb #7f9ebf96
 def _boxed(answer: str, solution: str, rel_tol: float) -> Verdict:
     """The same in the box: as numbers if both are, else as text."""
     found = boxed(answer)
@@ -286,7 +286,7 @@ def _text(row: Any, key: str, what: str) -> str:
 class _Unusable(Exception):
     """A row that is no question: (reason, detail)."""
 
-
+# %% ../../nbs/generate/01_verify.ipynb #6cc960bf
 def _question(
     row: Any, line: int, path: Path, problem_key: str, solution_key: str, seen: Mapping[str, int]
 ) -> Question:

@@ -60,7 +60,7 @@ def _capped(z: Tensor, softcap: float) -> Tensor:
     """softcap * tanh(z / softcap), or `z` itself without a cap."""
     return softcap * torch.tanh(z / softcap) if softcap else z
 
-
+# %% ../../nbs/loss/03_fused.ipynb #76e4b7eb
 def _row_statistics(
     z_CV: Tensor,  # [C, V] logits before the soft cap; left alone
     labels_C: Tensor,  # [C] int64, column of the label; it may lie outside
@@ -377,7 +377,7 @@ class _Call:
     wants_hidden: bool  # is the gradient of the hidden states needed?
     wants_weight: bool  # is the gradient of the output weight needed? Not when it is frozen
 
-
+# %% ../../nbs/loss/03_fused.ipynb #ac867b13
 def _chunk_rows(M: int, weight_VH: Tensor, z_dtype: torch.dtype, call: _Call, sums_apart: bool) -> int:
     """Rows of logits in memory at once, at least one."""
     V, H = weight_VH.shape

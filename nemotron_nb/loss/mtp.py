@@ -23,7 +23,7 @@ from .two_stage import Denominators, answer_lengths, count, loss_by_hand, weight
 # %% ../../nbs/loss/05_mtp.ipynb #28d793c0
 IGNORED = -100  # the label of a position that has no target
 
-
+# %% ../../nbs/loss/05_mtp.ipynb #4d25848e
 def mtp_targets_by_hand(
     labels_T: Tensor,  # [T] int64, the next token of each position
     mask_T: Tensor,  # [T] bool or integer, label aligned, non-zero = trained

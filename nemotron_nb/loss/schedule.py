@@ -17,7 +17,7 @@ from ..core import UserError, from_mapping, nearest
 # %% ../../nbs/loss/01_schedule.ipynb #4a356de3
 COUNTS = ("tokens", "conversations")
 
-
+# %% ../../nbs/loss/01_schedule.ipynb #4b7701fb
 @dataclass(frozen=True)
 class LossStage:
     """A row of `LOSS_STAGES`: what a label weighs, and what the weighted sum is divided by."""

@@ -158,7 +158,7 @@ def set_value(
 # %% ../../nbs/megatron/09_engine.ipynb #57ff1f0a
 _FORMATS = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #c0d93f8b
 def precision_values(
     precision: str,  # of the shared settings
 ) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def _must_be_written(source: str) -> bool:
     file = Path(source) / "config.json"
     return source == TINY or (file.is_file() and "hybrid_override_pattern" not in json.loads(file.read_text()))
 
-
+# %% ../../nbs/megatron/06_lifecycle.ipynb #4ecb3228
 def start_folder(
     config: TrainConfig,
 ) -> Path:

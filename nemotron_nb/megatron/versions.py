@@ -99,7 +99,7 @@ def _release(version: str) -> tuple[int, int]:
     numbers = ["".join(c for c in part if c.isdigit()) for part in version.replace("rc", ".").split(".")[:2]]
     return int(numbers[0] or 0), int((numbers + ["0"])[1] or 0)
 
-
+# %% ../../nbs/megatron/01_versions.ipynb #9a8c62c6
 def names_of(
     version: str,  # of megatron-bridge, e.g. 0.6.2
 ) -> BridgeNames:

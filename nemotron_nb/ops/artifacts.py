@@ -119,7 +119,7 @@ def _odd(path: Path, what: str) -> UserError:
         fix="remove it, or put a file in its place",
     )
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #4e4591f7
 def _names(root: Path, leave_out: Sequence[str]) -> list[str]:
     """The names of all files of a folder, sorted. For a file, its own name."""
     if not root.is_dir():
@@ -300,7 +300,7 @@ def _json(path: Path) -> Any:
             fix="restore the file, or move the version's folder away and log the artifact again",
         ) from None
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #483e4fac
 def _record(folder: Path) -> _Record:
     """The record in the folder of a version."""
     return from_mapping(_Record, _json(folder / "manifest.json"), str(folder / "manifest.json"))
@@ -712,7 +712,7 @@ def _walk(store: Store, wanted: Source, seen: dict[str, str]) -> Lineage:
     seen[wanted.uri] = found.digest
     return Lineage(wanted, found, tuple(_walk(store, s, seen) for s in found.inputs), _differs(wanted, found.digest))
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #2128ce2b
 def _differs(wanted: Source, found: str) -> str:
     """What to say of an input whose record is not the one that was consumed."""
     return (
@@ -766,7 +766,7 @@ def _key(node: Lineage) -> str:
         else f"{node.source.role} {node.source.name} {node.source.digest} {node.source.uri}"
     )
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #2ba7a770
 def _boxes(tree: Lineage) -> dict[str, _Box]:
     """The boxes by key. What was made by a command is fed by that command's box, and the box by the inputs."""
     boxes: dict[str, _Box] = {}
@@ -838,7 +838,7 @@ def _draw_box(axes: "Axes", box: _Box, boxes: Mapping[str, _Box], places: Mappin
             zorder=1,
         )
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #8e7bdd40
 def _half(box: _Box) -> float:
     """Half the height of a box; a row has the height 1."""
     return 0.25 if box.below else 0.17
@@ -950,7 +950,7 @@ def log_model(
 # %% ../../nbs/ops/04_artifacts.ipynb #9cb4dbdf
 BACKENDS = ("local", "wandb")  # "wandb": Weights & Biases is told too; the register is always written
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #04edca7f
 @dataclass(frozen=True)
 class ArtifactsSection:
     """The section [artifacts] of env.toml."""

@@ -28,7 +28,7 @@ from .artifacts import Artifact, Source
 # %% ../../nbs/ops/05_tracking.ipynb #4b5f5a95
 MODES = ("auto", "online", "offline", "disabled")
 
-
+# %% ../../nbs/ops/05_tracking.ipynb #01b5646f
 @dataclass(frozen=True)
 class LoggerSection:
     """Where a run is shown. Empty words are taken from env.toml, then from the environment."""

@@ -279,7 +279,7 @@ def _opened(run_dir: str) -> bool:
     """Is this folder one of a run already?"""
     return bool(run_dir) and (Path(run_dir) / "status.json").exists()
 
-
+# %% ../../nbs/stages/01_sft.ipynb #563aa4c0
 def opened_run(
     parameters: Parameters,
     effective: Effective,
@@ -519,7 +519,7 @@ MODEL_FILES = ("config.json", "adapter_config.json", "latest", "latest_checkpoin
 # %% ../../nbs/stages/01_sft.ipynb #9b11e8af
 RUN_NOTEBOOK = SFT.notebook
 
-
+# %% ../../nbs/stages/01_sft.ipynb #dd29755b
 def run_notebook(
     folder: Path,  # a run folder that new_run made, or that is resumed
     parameters: Parameters,
@@ -768,7 +768,7 @@ def _in_job(plan: Plan, profile: "Profile", mode: str) -> Path:
         sys.exit(code)
     return folder
 
-
+# %% ../../nbs/stages/01_sft.ipynb #10605891
 def _note_end(folder: Path, job: str) -> None:
     """Write down that a job ended badly, where its own notebook could not."""
     if read_status(folder)["state"] in ("queued", "running") and not _waits(job):

@@ -107,7 +107,7 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter under its plain name."""
     return {_plain(name): p for name, p in unwrapped(model).named_parameters(remove_duplicate=False)}
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #00e39c6e
 def model_state(
     model: nn.Module,
 ) -> dict[str, Tensor]:
@@ -154,7 +154,7 @@ def _known(names: Mapping[int, str], parameter: Tensor) -> str:
         )
     return names[id(parameter)]
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #f572ae5c
 def _groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
     """The optimizer's groups: settings, and the names of their parameters."""
     names = {id(p): name for name, p in _parameters(model).items()}
@@ -352,7 +352,7 @@ PASSING = (
     "architectures", "max_position_embeddings", "name_or_path",
 )
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #dec577ea
 def _config_of(model: nn.Module) -> dict[str, Any]:
     """The configuration of a transformers model, without what may differ from run to run; empty for other models."""
     config = next((m.config for m in unwrapped(model).modules() if isinstance(m, PreTrainedModel)), None)
@@ -435,7 +435,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 FULL = re.compile("No space left|[Qq]uota exceeded|File too large")
 UNWRITTEN = re.compile("PytorchStreamWriter|inline_container")  # torch.save hides what the system said
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #1de603b9
 def _disk_error(error: BaseException, folder: Path) -> UserError | None:
     """A full disk (or a quota, or a limit on file size), wherever in the error it is hidden."""
     causes = [str(cause) for cause in _causes(error)]
@@ -822,7 +822,7 @@ def _whole_number(value: Any) -> int:
         raise pickle.UnpicklingError(f"{str(value)[:40]!r} where a whole number belongs")
     return value
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #27e784b6
 def _size(value: Any) -> torch.Size:
     """A shape, or a place in one."""
     _needed(value, "Size")
@@ -1157,7 +1157,7 @@ def _tensor_of(name: str, file: Path) -> Tensor:
     with open_tensors(file) as opened:
         return opened.get_tensor(name)
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #c8dc81c4
 def audit_tensors(
     tensors: Mapping[str, Tensor],  # as they should be
     folder: str | Path,  # as they are

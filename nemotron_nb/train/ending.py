@@ -25,7 +25,7 @@ from ..core import UserError
 # %% ../../nbs/train/15_ending.ipynb #e4d1005a
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
-
+# %% ../../nbs/train/15_ending.ipynb #79571d2e
 @contextmanager
 def handling_signals(
     handler: Callable[[int, FrameType | None], None],  # is given the number of a signal

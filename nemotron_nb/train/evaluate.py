@@ -64,7 +64,7 @@ def _part(pack: Pack, chosen: Sequence[int]) -> Pack:
     names, sources = (tuple(t[k] for k in chosen) if t else () for t in (pack.conversation_ids, pack.sources))
     return Pack(ids, mask, starts, names, sources)
 
-
+# %% ../../nbs/train/17_evaluate.ipynb #e55e1a63
 def by_source(
     packs: Sequence[Pack],
 ) -> dict[str, list[Pack]]:

@@ -164,7 +164,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "nothing reset": partial(one_row, resets=()),
 }
 
-
+# %% ../../nbs/train/06_leaks.ipynb #fca3d8cb
 def _layout(layout: str | Layout) -> tuple[str, Layout]:
     """The name of a layout and what computes it."""
     if callable(layout):

@@ -63,7 +63,7 @@ MEGATRON = {
 # all else is in the mlp
 PLACES = {"linear_qkv": "self_attention", "linear_proj": "self_attention", "in_proj": "mixer", "out_proj": "mixer"}
 
-
+# %% ../../nbs/train/10_lora.ipynb #30d62671
 def megatron_name(
     name: str,  # of a linear layer of NemotronHForCausalLM
 ) -> str:
@@ -384,7 +384,7 @@ def _peft_model(model: nn.Module) -> tuple[str, nn.Module]:
             return (f"{name}." if name else ""), module
     raise UserError(f"no adapters in {type(model).__name__}", fix="call apply_lora first")
 
-
+# %% ../../nbs/train/10_lora.ipynb #dd209b19
 def save_adapter(
     model: nn.Module,  # of apply_lora; plain, wrapped or sharded
     folder: str | Path,  # must not exist yet

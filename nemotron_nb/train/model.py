@@ -96,7 +96,7 @@ def _part_of(name: str, block_types: list[str]) -> str:
         return block_types[int(layer)]
     return "routed experts" if ".experts." in rest else "router and shared expert"
 
-
+# %% ../../nbs/train/04_model.ipynb #fd94fb8a
 def count_parameters(
     config: NemotronHConfig,
 ) -> dict[str, int]:

@@ -74,7 +74,7 @@ def _name_on_disk(name: str, layers: int) -> str:
         return "mtp.layers." + name.removeprefix("mtp_model_layer.blocks.")
     return f"mtp.layers.{layers - 1 if name.startswith('final_layernorm') else 0}.{name}"
 
-
+# %% ../../nbs/train/12_objective.ipynb #84430963
 def mtp_tensors(
     state: Mapping[str, Tensor],  # a state dict of the block
 ) -> dict[str, Tensor]:

@@ -157,7 +157,7 @@ def _spread(module: nn.Module, **how: Any) -> None:
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)
 
-
+# %% ../../nbs/train/13_parallel.ipynb #467696ff
 def share_out(
     learner: Learner,  # changed in place: each rank keeps a slice of each parameter
     ranks: Ranks,

@@ -21,7 +21,7 @@ from .tensor_files import open_tensors, save_tensors
 # %% ../../nbs/train/07_release.ipynb #a93d2bc8
 LETTERS = {"mamba": "M", "moe": "E", "attention": "*", "mlp": "-"}
 
-
+# %% ../../nbs/train/07_release.ipynb #8b1b3b80
 def release_config(
     config: dict,  # config.json as transformers 5 writes it
 ) -> dict:
@@ -110,7 +110,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Path]]:
         with open_tensors(file) as opened:
             yield from ((name, file) for name in opened.keys())
 
-
+# %% ../../nbs/train/07_release.ipynb #af25d781
 def shapes(
     folder: str | Path,  # in Hugging Face form
 ) -> dict[str, tuple[int, ...]]:
