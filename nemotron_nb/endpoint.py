@@ -26,8 +26,10 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
+
 import referencing
 import referencing.exceptions
+
 from .core import UserError, digest, write_atomic
 
 # %% ../nbs/02_endpoint.ipynb #274e1881

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
 from nemotron_nb.core import (
     UserError, digest, file_digest, from_mapping, locked, nearest, publish, sweep, temporary_name, write_atomic,
     write_json,
@@ -239,26 +240,23 @@ class Artifact:
 
     def field(self, name: str) -> Any:
         """What `${art:slot,name}` means. Names ending in `path` are absolute. `UserError` for an unknown name."""
-        values = dict(self.metadata) | {
-            "path": str(self.path),
-            "name": self.name,
-            "version": self.version,
-            "digest": self.digest,
-        }
-        values = {k: v for k, v in values.items() if v is not None}
-        if name not in values:
-            raise UserError(
-                f"{self.name}:{self.version} has no {name!r}", where=self.address, fix=nearest(name, values)
-            )
-        return (
-            str(self.path / values[name]) if name.endswith("_path") and isinstance(values[name], str) else values[name]
-        )
+        return _field(self, name)
 
     def __repr__(self) -> str:
-        lines = [f"{self.address}  {self.kind}  {self.digest[:12]}"] + [
-            f"  from {s.role}: {s.name} {s.digest[:12]}".rstrip() for s in self.inputs
-        ]
+        lines = [f"{self.address}  {self.kind}  {self.digest[:12]}"]
+        lines += [f"  from {s.role}: {s.name} {s.digest[:12]}".rstrip() for s in self.inputs]
         return "\n".join(lines + ([f"  {self.note}"] if self.note else []))
+
+# %% ../../nbs/ops/04_artifacts.ipynb #558c7b1d
+def _field(artifact: Artifact, name: str) -> Any:
+    """A value of the metadata, or one of the four that every artifact has."""
+    own = {"path": str(artifact.path), "name": artifact.name, "version": artifact.version, "digest": artifact.digest}
+    values = {k: v for k, v in (dict(artifact.metadata) | own).items() if v is not None}
+    if name not in values:
+        what = f"{artifact.name}:{artifact.version} has no {name!r}"
+        raise UserError(what, where=artifact.address, fix=nearest(name, values))
+    inside = name.endswith("_path") and isinstance(values[name], str)
+    return str(artifact.path / values[name]) if inside else values[name]
 
 # %% ../../nbs/ops/04_artifacts.ipynb #ae6f5e1a
 def _numbers(folder: Path) -> list[int]:
@@ -369,14 +367,109 @@ def _writable(folder: Path) -> None:
 _PATIENCE = 30.0  # seconds of waiting for another writer; nothing is lost without the lock
 
 # %% ../../nbs/ops/04_artifacts.ipynb #a9490325
-class Store:
-    """The register of artifacts: a folder of JSON files."""
+def _folders(root: Path) -> list[Path]:
+    """The folder of every version, by name and number."""
+    if not root.is_dir():
+        return []
+    names = sorted(p for p in root.iterdir() if _WORD.fullmatch(p.name) and p.is_dir())
+    return [folder / f"v{n}" for folder in names for n in _numbers(folder)]
+
+# %% ../../nbs/ops/04_artifacts.ipynb #2e478a61
+def _folder(root: Path, address: Address) -> Path:
+    """The folder of the version that an address means."""
+    folder = root / address.name
+    version = address.version
+    if not _VERSION.fullmatch(version):
+        version = _aliases(folder).get(version, version)
+    if _VERSION.fullmatch(version) and (folder / version).is_dir():
+        return folder / version
+    raise UserError(
+        f"there is no artifact {address.name}:{address.version}", where=str(root), fix=_choices(root, address)
+    )
+
+
+def _choices(root: Path, address: Address) -> str:
+    """What exists, as a sentence."""
+    known: dict[str, Any] = {}
+    for folder in _folders(root):
+        known.setdefault(folder.parent.name, []).append(folder.name)
+    if not known:
+        return "the register is empty; prepare data or train a model first"
+    if address.name in known:
+        return f"of {address.name} there are {', '.join([*known[address.name], *_aliases(root / address.name)])}"
+    listed = "; ".join(f"{n}: " + ", ".join(vs) for n, vs in known.items())
+    return f"{nearest(address.name, known)}; there are {listed}"
+
+# %% ../../nbs/ops/04_artifacts.ipynb #3b0647ac
+def _known(folder: Path, path: Path) -> dict[str, FileRecord]:
+    """The files of the newest readable version that was logged from the same place."""
+    for number in reversed(_numbers(folder)):
+        try:
+            if _record(folder / f"v{number}").path == str(path):
+                return _files(folder / f"v{number}")
+        except UserError:
+            continue
+    return {}
+
+# %% ../../nbs/ops/04_artifacts.ipynb #5892f0a3
+def _new_record(
+    name: str, kind: str, path: Path, found: Content, sources: Sequence[Source], metadata: Mapping[str, Any]
+) -> dict[str, Any]:
+    """manifest.json of a version that has no number yet."""
+    made_from = sorted([s.name, s.role, s.digest or s.uri] for s in sources)
+    return {
+        "format": 1,
+        "name": name,
+        "version": "",
+        "kind": kind,
+        "digest": found.digest,
+        "path": str(path),
+        "created": f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}",
+        "identity": digest([kind, found.digest, made_from, metadata], 64),
+    }
+
+# %% ../../nbs/ops/04_artifacts.ipynb #025a1a65
+class _Reader:
+    """The register of artifacts, for reading."""
 
     def __init__(
         self,
         root: str | os.PathLike = "output/artifacts",  # made when the first artifact is logged
     ):
         self.root = Path(root)
+
+    def get(
+        self,
+        address: str,  # art://NAME:VERSION, NAME:VERSION or NAME
+        verify: bool = False,  # read the content and compare it with the record
+    ) -> Artifact:
+        """An artifact. `UserError` with those that exist where it does not."""
+        found = _artifact(_folder(self.root, parse_address(address)))
+        return self.verify(found) if verify else found
+
+    def verify(
+        self,
+        artifact: Artifact | str,  # or its address
+    ) -> Artifact:
+        """Read the content of an artifact again. `UserError` names each file that is not as it was entered."""
+        address = parse_address(artifact.address if isinstance(artifact, Artifact) else artifact)
+        folder = _folder(self.root, address)
+        _verify(folder, address)
+        return _artifact(folder)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for everything in the register, the damaged records too."""
+        return [_row(folder) for folder in _folders(self.root)]
+
+    def overview(self) -> Picture:
+        """The rows as a table."""
+        rows = self.rows()
+        none = Picture("<p>no artifacts</p>", f"no artifacts in {self.root}")
+        return table(rows, title="artifacts") if rows else none
+
+# %% ../../nbs/ops/04_artifacts.ipynb #63c93652
+class _Writer(_Reader):
+    """The register of artifacts, for reading and writing."""
 
     def log(
         self,
@@ -393,46 +486,11 @@ class Store:
         folder, path = self.root / _check_word(name, "the name of an artifact"), Path(path).absolute()
         for alias in aliases:
             _check_alias(alias)
-        plain, sources = _plain(metadata), [self._source(i) for i in inputs]
-        found = content(path, leave_out, self._known(folder, path))
-        made_from = sorted([s.name, s.role, s.digest or s.uri] for s in sources)
-        identity = digest([kind, found.digest, made_from, plain], 64)
-        record = {
-            "format": 1,
-            "name": name,
-            "version": "",
-            "kind": kind,
-            "digest": found.digest,
-            "path": str(path),
-            "created": f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}",
-        }
-        record |= {
-            "identity": identity,
-            "producer": _plain(producer),
-            "inputs": [vars(s) for s in sources],
-            "leave_out": list(leave_out),
-        }
-        _writable(folder)
-        with locked(folder / ".lock", _PATIENCE):
-            sweep(folder)
-            version, note = _commit(folder, record, plain, found)
-            for alias in aliases:
-                _point(folder, alias, version)
-        known = (
-            f"; {len(found.files) - found.read} of {len(found.files)} files known by size and time, not read again"
-            if found.read < len(found.files)
-            else ""
-        )
-        return _artifact(folder / version, note + known)
-
-    def get(
-        self,
-        address: str,  # art://NAME:VERSION, NAME:VERSION or NAME
-        verify: bool = False,  # read the content and compare it with the record
-    ) -> Artifact:
-        """An artifact. `UserError` with those that exist where it does not."""
-        found = _artifact(self._folder(parse_address(address)))
-        return self.verify(found) if verify else found
+        plain, sources = _plain(metadata), [_source_of(self, i) for i in inputs]
+        found = content(path, leave_out, _known(folder, path))
+        record = _new_record(name, kind, path, found, sources, plain)
+        record |= {"producer": _plain(producer), "inputs": [vars(s) for s in sources], "leave_out": list(leave_out)}
+        return _enter(folder, record, plain, found, aliases)
 
     def tag(
         self,
@@ -440,28 +498,24 @@ class Store:
         alias: str,  # what it is called from now on
     ) -> Artifact:
         """Let an alias mean a version."""
-        folder = self._folder(parse_address(address))
+        folder = _folder(self.root, parse_address(address))
         with locked(folder.parent / ".lock", _PATIENCE):
             _point(folder.parent, _check_alias(alias), folder.name)
         return _artifact(folder)
 
-    def verify(
-        self,
-        artifact: Artifact | str,  # or its address
-    ) -> Artifact:
-        """Read the content of an artifact again. `UserError` names each file that is not as it was entered."""
-        address = artifact.address if isinstance(artifact, Artifact) else artifact
-        folder = self._folder(parse_address(address))
-        record, files = _record(folder), _files(folder)
-        if Content(files).digest != record.digest:
-            raise UserError(
-                "the list of files does not have the digest of the record",
-                where=str(folder),
-                why="the register itself was changed",
-                fix="restore the folder, or log the artifact again",
-            )
-        _compare(files, content(record.path, record.leave_out), parse_address(address), Path(record.path))
-        return _artifact(folder)
+# %% ../../nbs/ops/04_artifacts.ipynb #29cbe7ff
+class Store(_Writer):
+    """The register of artifacts: a folder of JSON files."""
+
+    def list(self) -> list[Artifact]:
+        """Every version that can be read, by name and number. `overview` shows the others too."""
+        found = []
+        for folder in _folders(self.root):
+            try:
+                found.append(_artifact(folder))
+            except UserError:
+                continue
+        return found
 
     def lineage(
         self,
@@ -480,84 +534,17 @@ class Store:
         address = (artifact if isinstance(artifact, Artifact) else self.get(artifact)).address
         return tuple(a for a in self.list() if any(s.uri == address for s in a.inputs))
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One row for everything in the register, the damaged records too."""
-        return [_row(folder) for folder in self._folders()]
-
-    def overview(self) -> Picture:
-        """The rows as a table."""
-        rows = self.rows()
-        return (
-            table(rows, title="artifacts") if rows else Picture("<p>no artifacts</p>", f"no artifacts in {self.root}")
-        )
-
-    def _folders(self) -> Sequence[Path]:
-        """The folder of every version, by name and number."""
-        names = (
-            sorted(p for p in self.root.iterdir() if _WORD.fullmatch(p.name) and p.is_dir())
-            if self.root.is_dir()
-            else []
-        )
-        return [folder / f"v{n}" for folder in names for n in _numbers(folder)]
-
-    def _folder(self, address: Address) -> Path:
-        """The folder of the version that an address means."""
-        folder = self.root / address.name
-        version = address.version
-        if not _VERSION.fullmatch(version):
-            version = _aliases(folder).get(version, version)
-        if _VERSION.fullmatch(version) and (folder / version).is_dir():
-            return folder / version
-        raise UserError(
-            f"there is no artifact {address.name}:{address.version}", where=str(self.root), fix=self._choices(address)
-        )
-
-    def _choices(self, address: Address) -> str:
-        """What exists, as a sentence."""
-        known: dict[str, Any] = {}
-        for folder in self._folders():
-            known.setdefault(folder.parent.name, []).append(folder.name)
-        if not known:
-            return "the register is empty; prepare data or train a model first"
-        if address.name in known:
-            return (
-                f"of {address.name} there are {', '.join([*known[address.name], *_aliases(self.root / address.name)])}"
-            )
-        return (
-            f"{nearest(address.name, known)}; there are "
-            f"{'; '.join(f'{n}: ' + ', '.join(vs) for n, vs in known.items())}"
-        )
-
-    def _source(self, given: str | Source | Artifact) -> Source:
-        """An input as it is recorded: artifacts by number and digest, files by their bytes."""
-        if isinstance(given, Source) and not given.is_artifact:
-            return given
-        if isinstance(given, str) and not given.startswith("art://"):
-            return source(given)
-        found = given if isinstance(given, Artifact) else self.get(given.uri if isinstance(given, Source) else given)
-        return Source(found.name, found.kind, found.address, found.digest)
-
-    def _known(self, folder: Path, path: Path) -> dict[str, FileRecord]:
-        """The files of the newest readable version that was logged from the same place."""
-        for number in reversed(_numbers(folder)):
-            try:
-                if _record(folder / f"v{number}").path == str(path):
-                    return _files(folder / f"v{number}")
-            except UserError:
-                continue
-        return {}
-
-    def list(self) -> list[Artifact]:
-        """Every version that can be read, by name and number. `overview` shows the others too."""
-        found = []
-        for folder in self._folders():
-            try:
-                found.append(_artifact(folder))
-            except UserError:
-                continue
-        return found
-
 # %% ../../nbs/ops/04_artifacts.ipynb #9060d9f1
+def _source_of(register: _Reader, given: str | Source | Artifact) -> Source:
+    """An input as it is recorded: artifacts by number and digest, files by their bytes."""
+    if isinstance(given, Source) and not given.is_artifact:
+        return given
+    if isinstance(given, str) and not given.startswith("art://"):
+        return source(given)
+    found = given if isinstance(given, Artifact) else register.get(given.uri if isinstance(given, Source) else given)
+    return Source(found.name, found.kind, found.address, found.digest)
+
+# %% ../../nbs/ops/04_artifacts.ipynb #294d7809
 def _check_alias(alias: str) -> str:
     """A word that can be an alias: no version, no name of a file of the register."""
     if _VERSION.fullmatch(_check_word(alias, "an alias")):
@@ -589,12 +576,8 @@ def _commit(folder: Path, record: dict[str, Any], metadata: Mapping[str, Any], f
         while not (same := _same(folder, record)):
             number = max(_numbers(folder), default=0) + 1
             record["version"] = f"v{number}"
-            extra = {
-                "path": record["path"],
-                "type": record["name"].partition("-")[0],
-                "name": record["name"],
-                "version": record["version"],
-            }
+            kind = record["name"].partition("-")[0]
+            extra = {"path": record["path"], "type": kind, "name": record["name"], "version": record["version"]}
             write_json(written / "metadata.json", extra | metadata)
             write_json(written / "files.json", {name: vars(f) for name, f in found.files.items()})
             write_json(written / "manifest.json", record)
@@ -604,27 +587,60 @@ def _commit(folder: Path, record: dict[str, Any], metadata: Mapping[str, Any], f
     finally:
         shutil.rmtree(written, ignore_errors=True)
 
+# %% ../../nbs/ops/04_artifacts.ipynb #2678e846
+def _enter(
+    folder: Path, record: dict[str, Any], metadata: Mapping[str, Any], found: Content, aliases: Sequence[str]
+) -> Artifact:
+    """Write a record under its number and let the aliases say it. What a killed writer left is removed."""
+    _writable(folder)
+    with locked(folder / ".lock", _PATIENCE):
+        sweep(folder)
+        version, note = _commit(folder, record, metadata, found)
+        for alias in aliases:
+            _point(folder, alias, version)
+    known = len(found.files) - found.read
+    if known:
+        note += f"; {known} of {len(found.files)} files known by size and time, not read again"
+    return _artifact(folder / version, note)
+
 # %% ../../nbs/ops/04_artifacts.ipynb #293b652d
+def _verify(folder: Path, address: Address) -> None:
+    """Read the content of a version again; `UserError` that names what is not as it was entered."""
+    record, files = _record(folder), _files(folder)
+    if Content(files).digest != record.digest:
+        raise UserError(
+            "the list of files does not have the digest of the record",
+            where=str(folder),
+            why="the register itself was changed",
+            fix="restore the folder, or log the artifact again",
+        )
+    _compare(files, content(record.path, record.leave_out), address, Path(record.path))
+
+# %% ../../nbs/ops/04_artifacts.ipynb #0457abf3
 def _compare(recorded: Mapping[str, FileRecord], found: Content, address: Address, path: Path) -> None:
     """Raise `UserError` that names what differs."""
-    same = {n for n in recorded.keys() & found.files.keys() if recorded[n].sha256 == found.files[n].sha256}
+    both = recorded.keys() & found.files.keys()
     kinds = {
-        "changed": recorded.keys() & found.files.keys() - same,
+        "changed": {n for n in both if recorded[n].sha256 != found.files[n].sha256},
         "missing": recorded.keys() - found.files.keys(),
         "new": found.files.keys() - recorded.keys(),
     }
     if any(kinds.values()):
-        parts = [
-            f"{kind}: {', '.join(sorted(names)[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-            for kind, names in kinds.items()
-            if names
-        ]
         raise UserError(
-            f"the content is not what was entered as {address.name}:{address.version}; {'; '.join(parts)}",
+            f"the content is not what was entered as {address.name}:{address.version}; {_listed(kinds)}",
             where=str(path),
             why="what was made from it was made from something else",
             fix="restore the folder, or log it as a new version",
         )
+
+
+def _listed(kinds: Mapping[str, set[str]], most: int = 5) -> str:
+    """Names by kind, a few of each, and how many more there are."""
+    return "; ".join(
+        f"{kind}: {', '.join(sorted(names)[:most])}{f' and {len(names) - most} more' if len(names) > most else ''}"
+        for kind, names in kinds.items()
+        if names
+    )
 
 # %% ../../nbs/ops/04_artifacts.ipynb #14fd8169
 def _row(folder: Path) -> dict[str, str]:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
 from ..core import UserError, write_atomic
 from ..data.manifest import Manifest, length_histogram
 from .run_folder import job_of, read_metrics, read_status, read_tail, resume_command, run_state

@@ -15,7 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
 from omegaconf import OmegaConf
+
 from ..core import UserError, digest, from_mapping, write_atomic, write_json
 from ..data.manifest import Manifest
 from ..data.prep import PrepConfig, make_plan

@@ -19,7 +19,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
 from omegaconf import OmegaConf
+
 from ..core import UserError, from_mapping, write_atomic, write_json
 from ..data.manifest import Manifest
 from nemotron_nb.ops.config import (

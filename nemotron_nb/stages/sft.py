@@ -25,7 +25,9 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
 from omegaconf import OmegaConf
+
 from ..core import UserError, from_mapping, nearest, write_atomic, write_json
 from ..data.manifest import Manifest
 from ..data.prep import PrepConfig, data_key, prepare

@@ -124,9 +124,9 @@ def optimizer_state(
     model: nn.Module,
     optimizer: Optimizer,
 ) -> dict[str, Tensor]:
-    """The optimizer's tensors as "kind.parameter", e.g.
+    """The optimizer's tensors as "kind.parameter", such as exp_avg.lm_head.weight.
 
-    exp_avg.lm_head.weight; nothing is made up for parameters without state.
+    Nothing is made up for parameters without state.
     """
     names = {id(p): name for name, p in _parameters(model).items()}
     state = {}
@@ -173,19 +173,17 @@ def _groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
 def frozen_digest(
     model: nn.Module,
 ) -> str:
-    """A digest of the first numbers of each frozen parameter, those that rank 0 holds however it is shared out;
-    empty if nothing is frozen.
+    """A digest of the first numbers of each frozen parameter, those that rank 0 holds however it is sharded.
+
+    Empty if nothing is frozen.
     """
     frozen = sorted((name, p) for name, p in _parameters(model).items() if not p.requires_grad)
+    if not frozen:
+        return ""
     # The first row is on rank 0 with any number of ranks; a second number of a vector may not be.
-    first = [
-        (p.to_local() if isinstance(p, DTensor) else p).detach()[:1].flatten()[:16].float().cpu() for _, p in frozen
-    ]
-    return (
-        digest({"names": [name for name, _ in frozen], "numbers": digest(torch.cat(first).numpy().tobytes())})
-        if frozen
-        else ""
-    )
+    own = [p.to_local() if isinstance(p, DTensor) else p for _, p in frozen]
+    first = torch.cat([p.detach()[:1].flatten()[:16].float().cpu() for p in own])
+    return digest({"names": [name for name, _ in frozen], "numbers": digest(first.numpy().tobytes())})
 
 # %% ../../nbs/train/09_checkpoint.ipynb #db2deaeb
 def random_state() -> dict[str, Any]:
@@ -509,8 +507,186 @@ def _files_of(folder: Path, rank: int) -> dict[str, dict[str, Any]]:
     return {p.name: {"bytes": p.stat().st_size, "digest": file_digest(p)} for p in mine}
 
 # %% ../../nbs/train/09_checkpoint.ipynb #5ce64744
-class Checkpoints:
-    """The checkpoints of one training, in one folder. Every method is called on every rank."""
+def _folders(folder: Path) -> list[Path]:
+    """Folders that are named like checkpoints, by step."""
+    named = [p for p in folder.iterdir() if FOLDER.fullmatch(p.name)] if folder.is_dir() else []
+    return sorted(named, key=lambda p: int(p.name[5:]))
+
+
+def _whole(folder: Path) -> list[Checkpoint]:
+    """The whole ones, oldest first."""
+    return [found for path in _folders(folder) if (found := _read(path)[0])]
+
+# %% ../../nbs/train/09_checkpoint.ipynb #bd7a9ce7
+def _bring_back(folder: Path) -> None:
+    """A kill between two renames left a whole checkpoint under its other name."""
+    for former in folder.glob(".step_*.former") if folder.is_dir() else []:
+        target = folder / former.name[1 : -len(".former")]
+        if not target.exists():
+            os.replace(former, target)
+            _say(f"{target.name} was being replaced when the process ended; the former one is back")
+
+# %% ../../nbs/train/09_checkpoint.ipynb #f47858e5
+def _begin(folder: Path, temporary: Path, needed: int) -> None:
+    """An empty folder, and room for what comes; leftovers of kills go."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _bring_back(folder)
+    for leftover in folder.glob(".step_*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in folder.glob(f".{POINTER}.*.tmp"):
+        leftover.unlink()
+    _check_room(folder, needed)
+    temporary.mkdir()
+
+# %% ../../nbs/train/09_checkpoint.ipynb #e9fca1e7
+def _write(temporary: Path, state: dict[str, Tensor], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """All files of all ranks; returns their sizes and digests."""
+    rank, _ = rank_and_world()
+    _quiet_save(state, temporary)
+
+    def mine() -> dict[str, Any]:
+        """What only this rank has, and the digests of its files."""
+        _write_extra(temporary / f"rank_{rank:05d}.safetensors", {"extra": extra, "random": random_state()})
+        return _files_of(temporary, rank)
+
+    return {name: file for files in _together(mine) for name, file in files.items()}
+
+# %% ../../nbs/train/09_checkpoint.ipynb #0daf2d31
+def _prune(folder: Path, keep_top_k: int, keep: Path) -> None:
+    """Remove all but the newest and the best, each in two steps: a half-removed one has no name."""
+    if not keep_top_k:
+        return
+    whole = _whole(folder)
+    best = sorted((c for c in whole if c.score is not None), key=lambda c: (c.score, -c.step))[:keep_top_k]
+    for old in whole:
+        if old.path != keep and old not in best:
+            gone = folder / f".{old.path.name}.removed"
+            os.replace(old.path, gone)
+            shutil.rmtree(gone)
+
+# %% ../../nbs/train/09_checkpoint.ipynb #dee882db
+def _end(folder: Path, keep_top_k: int, temporary: Path, target: Path, record: dict[str, Any]) -> Checkpoint:
+    """The record, the name, the pointer; then older ones may go."""
+    write_json(temporary / COMPLETE, record)
+    _sync_folder(temporary)
+    former = folder / f".{target.name}.former"
+    if target.exists():
+        os.replace(target, former)
+    os.replace(temporary, target)
+    _sync_folder(folder)
+    write_atomic(folder / POINTER, target.name + "\n")
+    shutil.rmtree(former, ignore_errors=True)
+    _prune(folder, keep_top_k, keep=target)
+    return Checkpoint(target, record)
+
+# %% ../../nbs/train/09_checkpoint.ipynb #b5a69b5b
+def _state_of(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint under its name there."""
+    state = {f"model.{name}": tensor for name, tensor in model_state(model).items()}
+    moments = optimizer_state(model, optimizer) if optimizer else {}
+    return state | {f"optimizer.{name}": tensor for name, tensor in moments.items()}
+
+
+def _record(
+    step: int, score: float | None, made_for: Mapping[str, str], model: nn.Module, optimizer: Optimizer | None
+) -> dict[str, Any]:
+    """What complete.json says of a training, without the list of files."""
+    return {
+        "step": step,
+        "score": score if score is None or math.isfinite(score) else None,
+        "world_size": rank_and_world()[1],
+        "torch": torch.__version__,
+        "made_for": made_for,
+        "config": _config_of(model),
+        "frozen": frozen_digest(model) if rank_and_world()[0] == 0 else "",
+        "optimizer": {"kind": type(optimizer).__name__, "groups": _groups(model, optimizer)} if optimizer else {},
+    }
+
+# %% ../../nbs/train/09_checkpoint.ipynb #adbc164b
+def _newest(folder: Path) -> Checkpoint | None:
+    """The checkpoint that the pointer names, or the newest whole one; on one rank."""
+    _bring_back(folder)
+    pointer = folder / POINTER
+    named = pointer.read_text().strip() if pointer.is_file() else ""
+    if named and FOLDER.fullmatch(named):
+        found, flaw = _read(folder / named)
+        if found:
+            _say_later(folder, named)
+            return found
+        _say(f"the pointer names {named}, which is not whole: {flaw}")
+    for path in reversed(_folders(folder)):
+        found, flaw = _read(path)
+        if found:
+            _say(f"going on from {path.name}, the newest whole one")
+            return found
+        if path.name != named:
+            _say(f"{path.name} is skipped: {flaw}")
+    return None
+
+
+def _say_later(folder: Path, named: str) -> None:
+    """Name the folders of later steps than the pointer's, and what is wrong with them."""
+    for later in (p for p in _folders(folder) if p.name > named):
+        flaw = _read(later)[1]
+        _say(f"{later.name} is passed over: the pointer names {named}" + (f", and {flaw}" if flaw else ""))
+
+# %% ../../nbs/train/09_checkpoint.ipynb #c9ee82f2
+def _check(checkpoint: Checkpoint, made_for: Mapping[str, str]) -> None:
+    """Everything that can be refused without looking at a tensor."""
+    _, flaw = _read(checkpoint.path)
+    if flaw:
+        raise UserError(
+            f"this checkpoint is not whole: {flaw}",
+            where=str(checkpoint.path),
+            fix="remove it: the one before it will be used",
+        )
+    _verify(checkpoint)
+    _refuse_other(
+        "tokenizer or chat template",
+        checkpoint.record["made_for"],
+        made_for,
+        checkpoint.path,
+        "give the data that this training began with, or begin anew from its exported weights",
+    )
+
+# %% ../../nbs/train/09_checkpoint.ipynb #cd5b1ad2
+def _weights(
+    checkpoint: Checkpoint, model: nn.Module, made_for: Mapping[str, str], any_format: bool = False
+) -> tuple[dict[str, Tensor], dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+    """The tensors of the model to be filled, and what the checkpoint holds, when nothing speaks against it."""
+    _together(lambda: _check(checkpoint, made_for))
+    stored = {name: (tuple(m.size), m.properties.dtype) for name, m in _index(checkpoint.path).items()}
+    state = model_state(model)
+    weights = {name[6:]: found for name, found in stored.items() if name.startswith("model.")}
+    if any_format:
+        weights = {
+            name: (shape, state[name].dtype if name in state else dtype) for name, (shape, dtype) in weights.items()
+        }
+    _refuse_difference(state, weights, checkpoint.path)
+    _together(lambda: _refuse_model(checkpoint, model))
+    return {f"model.{name}": tensor for name, tensor in state.items()}, stored
+
+# %% ../../nbs/train/09_checkpoint.ipynb #d5e156f5
+def _load(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer | None, made_for: Mapping[str, str]
+) -> dict[str, Any]:
+    """Fill model and optimizer in place, set the random states, return the extra."""
+    where, record = checkpoint.path, checkpoint.record
+    wanted, stored = _weights(checkpoint, model, made_for)
+    moments: dict[tuple[str, str], Tensor] = {}
+    if optimizer:
+        of_optimizer = {n.removeprefix("optimizer."): s for n, s in stored.items() if n.startswith("optimizer.")}
+        moments = _empty_moments(model, optimizer, of_optimizer, where)
+    _quiet_load(wanted | {f"optimizer.{kind}.{name}": tensor for (name, kind), tensor in moments.items()}, where)
+    if optimizer and not record["optimizer"]:
+        _say(f"{where.name} was written without an optimizer: its moments begin anew")
+    if optimizer:
+        _set_moments(model, optimizer, moments, record["optimizer"].get("groups", []))
+    return _restore_rank(checkpoint)
+
+# %% ../../nbs/train/09_checkpoint.ipynb #3753f050
+class _Folder:
+    """The checkpoints of one training, in one folder: which there are."""
 
     def __init__(
         self,
@@ -525,12 +701,18 @@ class Checkpoints:
 
     def all(self) -> list[Checkpoint]:
         """The whole ones, oldest first."""
-        return [found for folder in self._folders() if (found := _read(folder)[0])]
+        return _whole(self.folder)
 
-    def _folders(self) -> list[Path]:
-        """Folders that are named like checkpoints, by step."""
-        named = [p for p in self.folder.iterdir() if FOLDER.fullmatch(p.name)] if self.folder.is_dir() else []
-        return sorted(named, key=lambda p: int(p.name[5:]))
+    def newest(self) -> Checkpoint | None:
+        """The checkpoint to go on from: what the pointer names if it is whole, else the newest whole one.
+
+        What is passed over is said.
+        """
+        return on_first(lambda: _newest(self.folder))
+
+# %% ../../nbs/train/09_checkpoint.ipynb #dabba11a
+class _SavingFolder(_Folder):
+    """The checkpoints of one training: which there are, and how one is added."""
 
     def save(
         self,
@@ -545,29 +727,13 @@ class Checkpoints:
         Random states of all ranks are part of it. Raises `UserError` on a full disk.
         """
         target, temporary = self.folder / f"step_{step:08d}", self.folder / f".step_{step:08d}.saving"
-        state = {f"model.{name}": tensor for name, tensor in model_state(model).items()}
-        state |= {
-            f"optimizer.{name}": tensor
-            for name, tensor in (optimizer_state(model, optimizer) if optimizer else {}).items()
-        }
+        state = _state_of(model, optimizer)
         needed = sum(_together(lambda: _local_bytes(state)))
-        on_first(lambda: self._begin(temporary, needed))
+        on_first(lambda: _begin(self.folder, temporary, needed))
         try:
-            files = self._write(temporary, state, extra)
-            record = {
-                "step": step,
-                "score": score if score is None or math.isfinite(score) else None,
-                "world_size": rank_and_world()[1],
-                "torch": torch.__version__,
-                "made_for": self.made_for,
-                "config": _config_of(model),
-                "frozen": frozen_digest(model) if rank_and_world()[0] == 0 else "",
-                "optimizer": {"kind": type(optimizer).__name__, "groups": _groups(model, optimizer)}
-                if optimizer
-                else {},
-                "files": files,
-            }
-            return on_first(lambda: self._end(temporary, target, record))
+            files = _write(temporary, state, extra)
+            record = _record(step, score, self.made_for, model, optimizer) | {"files": files}
+            return on_first(lambda: _end(self.folder, self.keep_top_k, temporary, target, record))
         except BaseException as error:
             if rank_and_world()[0] == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -575,94 +741,9 @@ class Checkpoints:
                 raise told from error
             raise
 
-    def _begin(self, temporary: Path, needed: int) -> None:
-        """An empty folder, and room for what comes; leftovers of kills go."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._bring_back()
-        for leftover in self.folder.glob(".step_*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        for leftover in self.folder.glob(f".{POINTER}.*.tmp"):
-            leftover.unlink()
-        _check_room(self.folder, needed)
-        temporary.mkdir()
-
-    def _write(self, temporary: Path, state: dict[str, Tensor], extra: Mapping[str, Any]) -> dict[str, Any]:
-        """All files of all ranks; returns their sizes and digests."""
-        rank, _ = rank_and_world()
-        _quiet_save(state, temporary)
-
-        def mine() -> dict[str, Any]:
-            """What only this rank has, and the digests of its files."""
-            _write_extra(temporary / f"rank_{rank:05d}.safetensors", {"extra": extra, "random": random_state()})
-            return _files_of(temporary, rank)
-
-        return {name: file for files in _together(mine) for name, file in files.items()}
-
-    def _end(self, temporary: Path, target: Path, record: dict[str, Any]) -> Checkpoint:
-        """The record, the name, the pointer; then older ones may go."""
-        write_json(temporary / COMPLETE, record)
-        _sync_folder(temporary)
-        former = self.folder / f".{target.name}.former"
-        if target.exists():
-            os.replace(target, former)
-        os.replace(temporary, target)
-        _sync_folder(self.folder)
-        write_atomic(self.folder / POINTER, target.name + "\n")
-        shutil.rmtree(former, ignore_errors=True)
-        self._prune(keep=target)
-        return Checkpoint(target, record)
-
-    def _prune(self, keep: Path) -> None:
-        """Remove all but the newest and the best, each in two steps: a half-removed one has no name."""
-        if not self.keep_top_k:
-            return
-        whole = self.all()
-        best = sorted((c for c in whole if c.score is not None), key=lambda c: (c.score, -c.step))[: self.keep_top_k]
-        for old in whole:
-            if old.path != keep and old not in best:
-                gone = self.folder / f".{old.path.name}.removed"
-                os.replace(old.path, gone)
-                shutil.rmtree(gone)
-
-    def newest(self) -> Checkpoint | None:
-        """The checkpoint to go on from: what the pointer names if it is whole, else the newest whole one.
-
-        What is passed over is said.
-        """
-        return on_first(self._newest)
-
-    def _newest(self) -> Checkpoint | None:
-        """`newest` on one rank."""
-        self._bring_back()
-        pointer = self.folder / POINTER
-        named = pointer.read_text().strip() if pointer.is_file() else ""
-        later = [folder for folder in self._folders() if folder.name > named]
-        if named and FOLDER.fullmatch(named):
-            found, flaw = _read(self.folder / named)
-            if found:
-                for folder in later:
-                    _say(
-                        f"{folder.name} is passed over: the pointer names {named}"
-                        + (f", and {why}" if (why := _read(folder)[1]) else "")
-                    )
-                return found
-            _say(f"the pointer names {named}, which is not whole: {flaw}")
-        for folder in reversed(self._folders()):
-            found, flaw = _read(folder)
-            if found:
-                _say(f"going on from {folder.name}, the newest whole one")
-                return found
-            if folder.name != named:
-                _say(f"{folder.name} is skipped: {flaw}")
-        return None
-
-    def _bring_back(self) -> None:
-        """A kill between two renames left a whole checkpoint under its other name."""
-        for former in self.folder.glob(".step_*.former") if self.folder.is_dir() else []:
-            target = self.folder / former.name[1 : -len(".former")]
-            if not target.exists():
-                os.replace(former, target)
-                _say(f"{target.name} was being replaced when the process ended; the former one is back")
+# %% ../../nbs/train/09_checkpoint.ipynb #4cbf74c9
+class Checkpoints(_SavingFolder):
+    """The checkpoints of one training, in one folder. Every method is called on every rank."""
 
     def load(
         self,
@@ -674,21 +755,7 @@ class Checkpoints:
 
         Works with another number of ranks, or another way of sharing. Raises `UserError` for what does not belong.
         """
-        where, record = checkpoint.path, checkpoint.record
-        wanted, stored = self._weights(checkpoint, model)
-        moments = (
-            _empty_moments(
-                model, optimizer, {n[10:]: s for n, s in stored.items() if n.startswith("optimizer.")}, where
-            )
-            if optimizer
-            else {}
-        )
-        _quiet_load(wanted | {f"optimizer.{kind}.{name}": tensor for (name, kind), tensor in moments.items()}, where)
-        if optimizer and not record["optimizer"]:
-            _say(f"{where.name} was written without an optimizer: its moments begin anew")
-        if optimizer:
-            _set_moments(model, optimizer, moments, record["optimizer"].get("groups", []))
-        return _restore_rank(checkpoint)
+        return _load(checkpoint, model, optimizer, self.made_for)
 
     def load_weights(
         self,
@@ -699,42 +766,8 @@ class Checkpoints:
 
         Random states stay; numbers are rounded to the model's format.
         """
-        wanted, _ = self._weights(checkpoint, model, any_format=True)
+        wanted, _ = _weights(checkpoint, model, self.made_for, any_format=True)
         _quiet_load(wanted, checkpoint.path)
-
-    def _weights(
-        self, checkpoint: Checkpoint, model: nn.Module, any_format: bool = False
-    ) -> tuple[dict[str, Tensor], dict[str, tuple[tuple[int, ...], torch.dtype]]]:
-        """The tensors of the model to be filled, and what the checkpoint holds, when nothing speaks against it."""
-        _together(lambda: self._check(checkpoint))
-        stored = {name: (tuple(m.size), m.properties.dtype) for name, m in _index(checkpoint.path).items()}
-        state = model_state(model)
-        weights = {name[6:]: found for name, found in stored.items() if name.startswith("model.")}
-        if any_format:
-            weights = {
-                name: (shape, state[name].dtype if name in state else dtype) for name, (shape, dtype) in weights.items()
-            }
-        _refuse_difference(state, weights, checkpoint.path)
-        _together(lambda: _refuse_model(checkpoint, model))
-        return {f"model.{name}": tensor for name, tensor in state.items()}, stored
-
-    def _check(self, checkpoint: Checkpoint) -> None:
-        """Everything that can be refused without looking at a tensor."""
-        _, flaw = _read(checkpoint.path)
-        if flaw:
-            raise UserError(
-                f"this checkpoint is not whole: {flaw}",
-                where=str(checkpoint.path),
-                fix="remove it: the one before it will be used",
-            )
-        _verify(checkpoint)
-        _refuse_other(
-            "tokenizer or chat template",
-            checkpoint.record["made_for"],
-            self.made_for,
-            checkpoint.path,
-            "give the data that this training began with, or begin anew from its exported weights",
-        )
 
 # %% ../../nbs/train/09_checkpoint.ipynb #fd107bd4
 def _refuse_model(checkpoint: Checkpoint, model: nn.Module) -> None:
@@ -757,17 +790,12 @@ def _refuse_model(checkpoint: Checkpoint, model: nn.Module) -> None:
 
 # %% ../../nbs/train/09_checkpoint.ipynb #b1af13e5
 METADATA = "torch.distributed.checkpoint.metadata"
+_CLASSES = (
+    *("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex"),
+    *("StorageMeta", "_MEM_FORMAT_ENCODING"),
+)
 PARTS = {
-    **dict.fromkeys(
-        (
-            (METADATA, name)
-            for name in (
-                "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex",
-                "StorageMeta", "_MEM_FORMAT_ENCODING",
-            )
-        ),
-        "part",
-    ),
+    **dict.fromkeys(((METADATA, name) for name in _CLASSES), "part"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): "part",
     ("torch", "Size"): "part",
     ("torch.serialization", "_get_layout"): "part",
@@ -1091,16 +1119,24 @@ def export_hf(
     )
 
 # %% ../../nbs/train/09_checkpoint.ipynb #b01397a1
-def _export(
-    hf: PreTrainedModel,
-    state: dict[str, Tensor],
-    tokenizer_dir: str | Path,
-    folder: str | Path,
-    extra: dict[str, Tensor],
-    dtype: torch.dtype | None,
-    shard_bytes: int,
-) -> Audit:
-    """`export_hf` on the first rank."""
+def _published(
+    hf: PreTrainedModel, state: Mapping[str, Tensor], extra: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Every tensor of a model under its published names, in the format it is published in."""
+    ours = hf.config.model_type == "nemotron_h"
+    tensors = {}
+    for name, tensor in state.items():
+        names = release_names(name, tuple(tensor.shape)) if ours else [name]
+        tensors |= {
+            n: _in_format(n, t, dtype) for n, t in zip(names, tensor if len(names) > 1 else [tensor], strict=True)
+        }
+    tied = set() if ours or not hf.config.tie_word_embeddings else set(hf._tied_weights_keys or ())
+    tensors = {n: t for n, t in tensors.items() if n not in tied}
+    return tensors | {n: _in_format(n, t.detach().cpu(), dtype) for n, t in extra.items()}
+
+# %% ../../nbs/train/09_checkpoint.ipynb #c2dd3077
+def _check_export(state: Mapping[str, Tensor], tokenizer_dir: str | Path) -> None:
+    """Refuse a model with adapters beside its weights, and one without a tokenizer."""
     if any(".lora_" in name for name in state):
         raise UserError(
             "this model has adapters beside its weights",
@@ -1115,17 +1151,20 @@ def _export(
             why="a model without its tokenizer and chat template is of no use",
             fix="give the tokenizer folder of the prepared data",
         )
-    ours = hf.config.model_type == "nemotron_h"
-    tensors = {}
-    for name, tensor in state.items():
-        names = release_names(name, tuple(tensor.shape)) if ours else [name]
-        tensors |= {
-            n: _in_format(n, t, dtype) for n, t in zip(names, tensor if len(names) > 1 else [tensor], strict=True)
-        }
-    tied = set() if ours or not hf.config.tie_word_embeddings else set(hf._tied_weights_keys or ())
-    tensors = {n: t for n, t in tensors.items() if n not in tied} | {
-        n: _in_format(n, t.detach().cpu(), dtype) for n, t in extra.items()
-    }
+
+# %% ../../nbs/train/09_checkpoint.ipynb #e224023b
+def _export(
+    hf: PreTrainedModel,
+    state: dict[str, Tensor],
+    tokenizer_dir: str | Path,
+    folder: str | Path,
+    extra: dict[str, Tensor],
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+) -> Audit:
+    """`export_hf` on the first rank."""
+    _check_export(state, tokenizer_dir)
+    tensors = _published(hf, state, extra, dtype)
     with new_folder(folder) as new:
         _write_weights(tensors, new, shard_bytes)
         _write_config(hf, new, dtype or hf.dtype, any(name.startswith("mtp.") for name in extra))

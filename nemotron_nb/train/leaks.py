@@ -11,11 +11,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import NemotronHForCausalLM
+
 from ..core import UserError, nearest
 from ..data.pack import Pack
 from ..loss.two_stage import Denominators
