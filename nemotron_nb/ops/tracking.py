@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from ..core import UserError, from_mapping, nearest, write_json
@@ -128,12 +128,9 @@ def check_request(
     if settings.wandb_mode not in ("online", "offline"):
         return
     chosen, _ = merged(settings, env, variables)
+    name_one = "give logger.wandb_project=NAME, or project in [wandb] of env.toml"
     missing = [
-        (
-            chosen.wandb_project,
-            "no project is named",
-            "give logger.wandb_project=NAME, or project in [wandb] of env.toml",
-        ),
+        (chosen.wandb_project, "no project is named", name_one),
         (installed, "the package wandb is not installed", "pip install 'nemotron_nb[wandb]'"),
     ]
     for there, what, fix in missing:
@@ -299,8 +296,8 @@ def _consumed(sources: Sequence[Artifact | Source]) -> list[dict[str, str]]:
     return [{"name": s.name, "role": s.role, "uri": s.uri, "digest": s.digest} for s in rows]
 
 # %% ../../nbs/ops/05_tracking.ipynb #c5dd98f0
-class Tracker:
-    """A run as W&B sees it. Where W&B is not to be had, every method does nothing."""
+class _Guarded:
+    """A run folder, and calls to the client that cannot end a training."""
 
     def __init__(
         self,
@@ -317,43 +314,63 @@ class Tracker:
         self._lines = 0
         self._wandb_id = ""
 
-    @classmethod
-    def open(
-        cls,
-        run_folder: str | os.PathLike,
-        settings: LoggerSection = LoggerSection(),
-        env: Mapping[str, Any] | None = None,  # [wandb] of env.toml: project, entity, run_name, tags, notes
-        config: Mapping[str, Any] | None = None,  # the settings in force, to compare runs by
-        stage: str = "sft",  # W&B's job type
-        consumed: Sequence[Artifact | Source] = (),  # what the run begins with
-        say: Callable[[str], None] = print,
-        patience: float = PATIENCE,  # seconds to wait for the network
-    ) -> "Tracker":
-        """Begin, or go on with the same W&B run after a pause. `UserError` only for unknown names in env.toml."""
-        tracker = cls(Path(run_folder).absolute(), say)
-        chosen, section = merged(settings, env, os.environ)
-        mode, why = choose_mode(chosen, os.environ, importlib.util.find_spec("wandb") is not None)
-        if mode == "local":
-            tracker._tell(f"W&B: this run stays local: {why}")
-            return tracker
-        facts = {
-            "dir": str(tracker.folder),
-            "project": chosen.wandb_project,
-            "entity": chosen.wandb_entity or None,
-            "name": chosen.wandb_exp_name or tracker.folder.name,
-        }
-        facts |= {"id": tracker._id(), "job_type": stage, "tags": section.tags or None, "notes": section.notes or None}
-        facts["config"] = hidden(dict(config or {}), os.environ) | {
-            "run_folder": str(tracker.folder),
-            "inputs": _consumed(consumed),
-        }
-        tracker._begin(facts, mode, patience)
-        for artifact in consumed if tracker.mode == "online" else ():
-            if isinstance(artifact, Artifact):
-                tracker._try(
-                    "use_artifact", lambda a=artifact: tracker._run.use_artifact(_wandb_artifact(a, upload=False))
-                )
-        return tracker
+    def _try(self, what: str, call: Callable[[], Any]) -> Any:
+        """The result of a call to the client, or None: its errors are counted, and the first is said."""
+        try:
+            with _environment(self.folder):
+                result = call()
+            self._in_a_row = 0
+            return result
+        except (Exception, SystemExit) as e:  # the client may end the process when its helper is gone
+            self.failures, self._in_a_row = self.failures + 1, self._in_a_row + 1
+            if self.failures == 1:
+                self.say(f"W&B: {what} failed, the run goes on: {type(e).__name__}: {hidden(str(e)[:300], os.environ)}")
+            if self._in_a_row == _MOST_ERRORS:
+                self._run = None
+                self.say(f"W&B: {_MOST_ERRORS} errors in a row; nothing more is sent")
+            return None
+
+    def _tell(self, note: str) -> None:
+        """Say it once, and remember it."""
+        self.note = note
+        self.say(note)
+
+# %% ../../nbs/ops/05_tracking.ipynb #d85d1242
+class _Remembering(_Guarded):
+    """A run that knows its id, and what was sent of it, from one process to the next."""
+
+    def _id(self) -> str:
+        """The id of the W&B run: that of the run folder, or a new one."""
+        path = self.folder / "wandb_run.json"
+        kept = self._try("reading wandb_run.json", lambda: json.loads(path.read_text())) if path.exists() else None
+        kept = kept if isinstance(kept, dict) else {}
+        self._sent = {k: v for k, v in kept.get("sent", {}).items() if isinstance(v, int)}
+        self._wandb_id = str(kept.get("id") or secrets.token_hex(4))
+        return self._wandb_id
+
+    def _keep(self) -> None:
+        """Write down the id and what was sent."""
+        kept = {"id": self._wandb_id, "mode": self.mode, "sent": self._sent}
+        self._try("writing wandb_run.json", lambda: write_json(self.folder / "wandb_run.json", kept))
+
+    def _begin(self, facts: Mapping[str, Any], mode: str, patience: float) -> None:
+        """Open the W&B run; where the network does not answer, an offline one."""
+        for attempt in dict.fromkeys((mode, "offline")):
+            self._run = self._try(f"starting {attempt}", lambda: _start(facts, attempt, patience))
+            if self._run is not None:
+                self.mode = attempt
+                break
+        self._keep()
+        if self.mode == "local":
+            self._tell("W&B: this run stays local: the client does not start")
+        elif self.mode == "offline":
+            self._tell(f"W&B: recorded offline; send it later with: wandb sync {self.folder / 'wandb'}/offline-run-*")
+        else:
+            self._tell(f"W&B: {self._run.url}")
+
+# %% ../../nbs/ops/05_tracking.ipynb #ebcb7b51
+class _Sending(_Remembering):
+    """What an engine's follower calls."""
 
     def log(
         self,
@@ -387,10 +404,12 @@ class Tracker:
     ) -> None:
         """Record an artifact that the run made."""
         if self._run is not None:
-            aliases = [*artifact.aliases, f"sha-{artifact.digest[:12]}"]
-            self._try(
-                "log_artifact", lambda: self._run.log_artifact(_wandb_artifact(artifact, upload), aliases=aliases)
-            )
+            seen = [*artifact.aliases, f"sha-{artifact.digest[:12]}"]
+            self._try("log_artifact", lambda: self._run.log_artifact(_wandb_artifact(artifact, upload), aliases=seen))
+
+# %% ../../nbs/ops/05_tracking.ipynb #55f7663f
+class _Closing(_Sending):
+    """A run with an end, as a block."""
 
     def close(
         self,
@@ -410,58 +429,55 @@ class Tracker:
         if self.failures:
             self.say(f"W&B: {self.failures} errors in all; everything is in {self.folder / 'metrics.jsonl'}")
 
-    def __enter__(self) -> "Tracker":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self.close("failed" if kind else "done")
 
-    def _begin(self, facts: Mapping[str, Any], mode: str, patience: float) -> None:
-        """Open the W&B run; where the network does not answer, an offline one."""
-        for attempt in dict.fromkeys((mode, "offline")):
-            self._run = self._try(f"starting {attempt}", lambda: _start(facts, attempt, patience))
-            if self._run is not None:
-                self.mode = attempt
-                break
-        self._keep()
-        if self.mode == "local":
-            self._tell("W&B: this run stays local: the client does not start")
-        elif self.mode == "offline":
-            self._tell(f"W&B: recorded offline; send it later with: wandb sync {self.folder / 'wandb'}/offline-run-*")
-        else:
-            self._tell(f"W&B: {self._run.url}")
+# %% ../../nbs/ops/05_tracking.ipynb #1c8fb044
+def _facts(
+    folder: Path, chosen: LoggerSection, section: WandbSection, config: Mapping[str, Any], inputs: list[dict[str, str]]
+) -> dict[str, Any]:
+    """What a W&B run begins with, without its id and its job type."""
+    return {
+        "dir": str(folder),
+        "project": chosen.wandb_project,
+        "entity": chosen.wandb_entity or None,
+        "name": chosen.wandb_exp_name or folder.name,
+        "tags": section.tags or None,
+        "notes": section.notes or None,
+        "config": hidden(dict(config), os.environ) | {"run_folder": str(folder), "inputs": inputs},
+    }
 
-    def _try(self, what: str, call: Callable[[], Any]) -> Any:
-        """The result of a call to the client, or None: its errors are counted, and the first is said."""
-        try:
-            with _environment(self.folder):
-                result = call()
-            self._in_a_row = 0
-            return result
-        except (Exception, SystemExit) as e:  # the client may end the process when its helper is gone
-            self.failures, self._in_a_row = self.failures + 1, self._in_a_row + 1
-            if self.failures == 1:
-                self.say(f"W&B: {what} failed, the run goes on: {type(e).__name__}: {hidden(str(e)[:300], os.environ)}")
-            if self._in_a_row == _MOST_ERRORS:
-                self._run = None
-                self.say(f"W&B: {_MOST_ERRORS} errors in a row; nothing more is sent")
-            return None
+# %% ../../nbs/ops/05_tracking.ipynb #bcba25a6
+class Tracker(_Closing):
+    """A run as W&B sees it. Where W&B is not to be had, every method does nothing."""
 
-    def _tell(self, note: str) -> None:
-        """Say it once, and remember it."""
-        self.note = note
-        self.say(note)
-
-    def _id(self) -> str:
-        """The id of the W&B run: that of the run folder, or a new one."""
-        path = self.folder / "wandb_run.json"
-        kept = self._try("reading wandb_run.json", lambda: json.loads(path.read_text())) if path.exists() else None
-        kept = kept if isinstance(kept, dict) else {}
-        self._sent = {k: v for k, v in kept.get("sent", {}).items() if isinstance(v, int)}
-        self._wandb_id = str(kept.get("id") or secrets.token_hex(4))
-        return self._wandb_id
-
-    def _keep(self) -> None:
-        """Write down the id and what was sent."""
-        kept = {"id": self._wandb_id, "mode": self.mode, "sent": self._sent}
-        self._try("writing wandb_run.json", lambda: write_json(self.folder / "wandb_run.json", kept))
+    @classmethod
+    def open(
+        cls,
+        run_folder: str | os.PathLike,
+        settings: LoggerSection = LoggerSection(),
+        env: Mapping[str, Any] | None = None,  # [wandb] of env.toml: project, entity, run_name, tags, notes
+        config: Mapping[str, Any] | None = None,  # the settings in force, to compare runs by
+        stage: str = "sft",  # W&B's job type
+        consumed: Sequence[Artifact | Source] = (),  # what the run begins with
+        say: Callable[[str], None] = print,
+        patience: float = PATIENCE,  # seconds to wait for the network
+    ) -> "Tracker":
+        """Begin, or go on with the same W&B run after a pause. `UserError` only for unknown names in env.toml."""
+        tracker = cls(Path(run_folder).absolute(), say)
+        chosen, section = merged(settings, env, os.environ)
+        mode, why = choose_mode(chosen, os.environ, importlib.util.find_spec("wandb") is not None)
+        if mode == "local":
+            tracker._tell(f"W&B: this run stays local: {why}")
+            return tracker
+        facts = _facts(tracker.folder, chosen, section, config or {}, _consumed(consumed))
+        tracker._begin(facts | {"id": tracker._id(), "job_type": stage}, mode, patience)
+        for artifact in consumed if tracker.mode == "online" else ():
+            if isinstance(artifact, Artifact):
+                tracker._try(
+                    "use_artifact", lambda a=artifact: tracker._run.use_artifact(_wandb_artifact(a, upload=False))
+                )
+        return tracker
