@@ -225,6 +225,14 @@ class Written:
     trained_tokens: int  # labels that count
 
 # %% ../../nbs/data/19_shards.ipynb #790f87cd
+def _check_compression(compression: str) -> None:
+    """`UserError` for a name that is none of `COMPRESSIONS`."""
+    if compression not in COMPRESSIONS:
+        raise UserError(
+            f"unknown compression {compression!r}", where="parquet_compression", fix=nearest(compression, COMPRESSIONS)
+        )
+
+# %% ../../nbs/data/19_shards.ipynb #d7b7bd68
 def write_shard(
     path: str | Path,  # the Parquet file; written whole or not at all
     sequences: Sequences,
@@ -244,19 +252,13 @@ def write_shard(
     checksums: bool = True,  # of each page
 ) -> Written:
     """Write some packs to one Parquet file, row group by row group. The same arguments give the same bytes."""
-    if compression not in COMPRESSIONS:
-        raise UserError(
-            f"unknown compression {compression!r}", where="parquet_compression", fix=nearest(compression, COMPRESSIONS)
-        )
+    _check_compression(compression)
     spans = spans or whole(sequences, lengths)
     packs = range(len(packing)) if packs is None else packs
     schema = shard_schema(provenance)
     stored = packing.tokens(aligned(spans.lengths, pad_to_multiple))[packs.start : packs.stop]
-    options = {
-        "compression": compression,
-        "use_dictionary": token_dictionary or ["sources.list.element"] * provenance,
-        "write_page_checksum": checksums,
-    }
+    dictionary = token_dictionary or ["sources.list.element"] * provenance
+    options = {"compression": compression, "use_dictionary": dictionary, "write_page_checksum": checksums}
     trained = 0
     with _renamed(path) as temporary, pq.ParquetWriter(temporary, schema, **options) as writer:
         for group in row_groups(stored, row_group_tokens, row_group_packs):
@@ -397,8 +399,18 @@ def _replaced(path: Path) -> UserError:
 _PATIENCE = 10.0  # seconds to wait for a preparation that is putting its files into place
 
 # %% ../../nbs/data/19_shards.ipynb #33c8253c
-class PackReader:
-    """The packs of a split by number, without reading them all: `reader[i]` reads one row group."""
+def _footer(path: Path) -> pq.FileMetaData:
+    """What a file says about itself; `UserError` if it is cut off or holds something else."""
+    try:
+        footer = pq.read_metadata(path)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from error
+    _check_schema(path, footer.schema.to_arrow_schema())
+    return footer
+
+# %% ../../nbs/data/19_shards.ipynb #b464edd6
+class _Index:
+    """Which row group of which file holds which pack."""
 
     def __init__(
         self,
@@ -409,48 +421,26 @@ class PackReader:
         folder = Path(folder)
         self.files = [folder] if folder.is_file() else sorted(folder.glob("*.parquet"))
         if not self.files:
-            raise UserError(
-                "no packs here",
-                where=str(folder),
-                fix="prepare data first, or give a split folder such as .../splits/train",
-            )
+            fix = "prepare data first, or give a split folder such as .../splits/train"
+            raise UserError("no packs here", where=str(folder), fix=fix)
         self._folder, self._vocab_size, self._data = folder, vocab_size, _data_key(folder)
         self._seen = [_identity(path) for path in self.files]
-        self._footers = [self._footer(path) for path in self.files]
+        self._footers = [_footer(path) for path in self.files]
         self._groups = [(f, g) for f, footer in enumerate(self._footers) for g in range(footer.num_row_groups)]
         sizes = [self._footers[f].row_group(g).num_rows for f, g in self._groups]
         self._first = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])  # pack with which each row group begins
         self._first_of_file = np.cumsum([0, *(footer.num_rows for footer in self._footers)])
         self._keep, self._kept = keep, OrderedDict()
 
-    @staticmethod
-    def _footer(path: Path) -> pq.FileMetaData:
-        """What a file says about itself; `UserError` if it is cut off or holds something else."""
-        try:
-            footer = pq.read_metadata(path)
-        except (pa.ArrowException, OSError) as error:
-            raise _unreadable(path, error) from error
-        _check_schema(path, footer.schema.to_arrow_schema())
-        return footer
-
     def __len__(self) -> int:
         return int(self._first[-1])
-
-    def __iter__(self) -> Iterator[Pack]:
-        return (self[i] for i in range(len(self)))
 
     def __repr__(self) -> str:
         return f"PackReader({len(self):,} packs in {len(self.files):,} files, {len(self._groups):,} row groups)"
 
-    def _group(self, number: int) -> tuple[Columns, list[pa.Array]]:
-        """A row group, from memory or read and checked."""
-        if number in self._kept:
-            self._kept.move_to_end(number)
-            return self._kept[number]
-        group = self._kept[number] = self._read_group(number)
-        if len(self._kept) > self._keep:
-            self._kept.popitem(last=False)
-        return group
+# %% ../../nbs/data/19_shards.ipynb #959177f3
+class _Watched(_Index):
+    """An index that notices when its files are replaced."""
 
     def _unchanged(self, f: int) -> bool:
         """Is a file the one that was opened?"""
@@ -477,6 +467,20 @@ class PackReader:
                 raise _replaced(path)
             time.sleep(0.05)
 
+# %% ../../nbs/data/19_shards.ipynb #7982d7ac
+class _Groups(_Watched):
+    """Row groups by number, the last few of them kept in memory."""
+
+    def _group(self, number: int) -> tuple[Columns, list[pa.Array]]:
+        """A row group, from memory or read and checked."""
+        if number in self._kept:
+            self._kept.move_to_end(number)
+            return self._kept[number]
+        group = self._kept[number] = self._read_group(number)
+        if len(self._kept) > self._keep:
+            self._kept.popitem(last=False)
+        return group
+
     def _read_group(self, number: int) -> tuple[Columns, list[pa.Array]]:
         """A row group of the file that was opened, read and checked."""
         f = self._groups[number][0]
@@ -496,18 +500,27 @@ class PackReader:
         """A row group as the file now has it, checked."""
         f, g = self._groups[number]
         path, row = self.files[f], int(self._first[number] - self._first_of_file[f])
-        wanted = [
-            n for n in (*TRAINED_COLUMNS, *PROVENANCE_COLUMNS) if n in self._footers[f].schema.to_arrow_schema().names
-        ]
         try:
-            with pq.ParquetFile(
-                path, metadata=self._footers[f], memory_map=True, page_checksum_verification=True
-            ) as file:
-                table = file.read_row_group(g, columns=wanted, use_threads=False)
+            table = _read_table(path, self._footers[f], g)
             columns = _columns(table, str(path), row, self._vocab_size)
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(path, error) from error
         return columns, _names(table, columns, str(path))
+
+# %% ../../nbs/data/19_shards.ipynb #dec038dd
+def _read_table(path: Path, footer: pq.FileMetaData, group: int) -> pa.Table:
+    """The columns we know of a row group, with the checksums of their pages compared."""
+    there = footer.schema.to_arrow_schema().names
+    wanted = [n for n in (*TRAINED_COLUMNS, *PROVENANCE_COLUMNS) if n in there]
+    with pq.ParquetFile(path, metadata=footer, memory_map=True, page_checksum_verification=True) as file:
+        return file.read_row_group(group, columns=wanted, use_threads=False)
+
+# %% ../../nbs/data/19_shards.ipynb #38d53483
+class PackReader(_Groups):
+    """The packs of a split by number, without reading them all: `reader[i]` reads one row group."""
+
+    def __iter__(self) -> Iterator[Pack]:
+        return (self[i] for i in range(len(self)))
 
     def __getitem__(
         self,

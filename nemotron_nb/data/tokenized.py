@@ -450,34 +450,47 @@ def _batches(
     task: Task, tools: _Tools, record: UnitRecord, tables: _Tables, told: Callable[[int], None]
 ) -> Iterator[list[Draft]]:
     """Drafts of the unit's chats, some rows at a time; whose they are is noted in the tables."""
-    settings = task.settings
-    form, judge = dataset_form(settings), settings.judge.asked(str(Path(task.kept) / "judge") if task.kept else "")
+    form, judge = dataset_form(task.settings), task.settings.judge.asked(_answers(task))
     rows = _rows(task, record, told)
     while some := list(itertools.islice(((line, value, record.rows - 1) for line, value in rows), BATCH_ROWS)):
         batch: list[Draft] = []
-        if settings.compat == "nvidia":
-            found = [
-                (
-                    digest([task.unit.path, line]),
-                    line,
-                    row,
-                    _as_nvidia(value, line, task.unit, settings, tools.special, record),
-                )
-                for line, value, row in some
-            ]
+        if task.settings.compat == "nvidia":
+            found = _nvidia_drafts(some, task, tools, record)
         else:
-            chats = [
-                chat._replace(row=row)
-                for line, value, row in some
-                for chat in _admitted(value, line, task.unit, settings, form, record)
-            ]
-            kept = _filtered(chats, settings, judge, record)
-            found = [(c.conversation.id, c.conversation.line, c.row, _drafts(c, settings, tools, record)) for c in kept]
+            found = _drafts_of(some, task, tools, record, form, judge)
         for name, line, row, drafts in found:
             if drafts:
                 tables.add(name, line, row, drafts)
                 batch += drafts
         yield batch
+
+# %% ../../nbs/data/20_tokenized.ipynb #24ccd1cb
+_Found = list[tuple[str, int, int, list[Draft]]]  # id of a chat, its line, its row in the unit, its sequences
+
+
+def _answers(task: Task) -> str:
+    """The folder for answers of a judge; empty: none are kept."""
+    return str(Path(task.kept) / "judge") if task.kept else ""
+
+
+def _nvidia_drafts(some: Sequence[tuple[int, Any, int]], task: Task, tools: _Tools, record: UnitRecord) -> _Found:
+    """What NVIDIA's preparation makes of some rows."""
+    make = lambda value, line: _as_nvidia(value, line, task.unit, task.settings, tools.special, record)
+    return [(digest([task.unit.path, line]), line, row, make(value, line)) for line, value, row in some]
+
+# %% ../../nbs/data/20_tokenized.ipynb #4f678245
+def _drafts_of(
+    some: Sequence[tuple[int, Any, int]], task: Task, tools: _Tools, record: UnitRecord, form: Any, judge: Judge | None
+) -> _Found:
+    """What becomes of some rows: read, filtered, rendered."""
+    settings = task.settings
+    chats = [
+        chat._replace(row=row)
+        for line, value, row in some
+        for chat in _admitted(value, line, task.unit, settings, form, record)
+    ]
+    kept = _filtered(chats, settings, judge, record)
+    return [(c.conversation.id, c.conversation.line, c.row, _drafts(c, settings, tools, record)) for c in kept]
 
 # %% ../../nbs/data/20_tokenized.ipynb #6cb3dcb3
 @contextmanager
@@ -517,57 +530,69 @@ def tokenize_unit(
     return tools.encoder.tier
 
 # %% ../../nbs/data/20_tokenized.ipynb #e0a7d58f
+def _damaged(folder: Path, what: str) -> UserError:
+    """The error for a unit that is not what was written."""
+    return UserError(
+        f"a tokenized unit is damaged: {what}",
+        where=str(folder),
+        why="its tokens could be wrong",
+        fix="remove this folder; its rows are tokenized again",
+    )
+
+
+def _table(folder: Path, name: str) -> np.ndarray:
+    """One table, read whole."""
+    try:
+        return np.load(folder / f"{name}.npy", allow_pickle=False)
+    except (ValueError, EOFError, FileNotFoundError) as e:
+        raise _damaged(folder, f"{name}.npy: {e}") from None
+
+# %% ../../nbs/data/20_tokenized.ipynb #c30a9c1a
 @dataclass(frozen=True)
-class Spooled:
-    """A tokenized unit on disk."""
+class _UnitTables:
+    """The tables of a tokenized unit on disk, each read when it is asked for."""
 
     folder: Path
-
-    def _damaged(self, what: str) -> UserError:
-        """The error for a unit that is not what was written."""
-        return UserError(
-            f"a tokenized unit is damaged: {what}",
-            where=str(self.folder),
-            why="its tokens could be wrong",
-            fix="remove this folder; its rows are tokenized again",
-        )
-
-    def _table(self, name: str) -> np.ndarray:
-        """One table, read whole."""
-        try:
-            return np.load(self.folder / f"{name}.npy", allow_pickle=False)
-        except (ValueError, EOFError, FileNotFoundError) as e:
-            raise self._damaged(f"{name}.npy: {e}") from None
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """int64 [S] tokens of each sequence."""
-        return self._table("lengths")
+        return _table(self.folder, "lengths")
 
     @cached_property
     def trained(self) -> np.ndarray:
         """int64 [S] trained labels of each sequence."""
-        return self._table("trained")
+        return _table(self.folder, "trained")
 
     @cached_property
     def conversation(self) -> np.ndarray:
         """int32 [S] which chat of the unit each sequence belongs to."""
-        return self._table("conversation")
+        return _table(self.folder, "conversation")
 
     @cached_property
     def conversation_ids(self) -> list[str]:
         """[C] the id of each chat."""
-        return [i.decode() for i in self._table("conversation_ids").tolist()]
+        return [i.decode() for i in _table(self.folder, "conversation_ids").tolist()]
 
     @cached_property
     def lines(self) -> np.ndarray:
         """int64 [C] the line of each chat, counted from 1."""
-        return self._table("lines")
+        return _table(self.folder, "lines")
 
     @cached_property
     def rows(self) -> np.ndarray:
         """int64 [C] the place of each chat among the rows of the unit, counted from 0."""
-        return self._table("rows")
+        return _table(self.folder, "rows")
+
+# %% ../../nbs/data/20_tokenized.ipynb #55c3ac30
+def _flat(path: Path, kind: type) -> np.ndarray:
+    """A flat file as an array that is read when it is used."""
+    return np.memmap(path, kind, mode="r") if path.stat().st_size else np.zeros(0, kind)
+
+
+@dataclass(frozen=True)
+class Spooled(_UnitTables):
+    """A tokenized unit on disk."""
 
     @cached_property
     def record(self) -> dict[str, Any]:
@@ -575,34 +600,27 @@ class Spooled:
         try:
             return json.loads((self.folder / "record.json").read_bytes())
         except (ValueError, FileNotFoundError) as e:
-            raise self._damaged(f"record.json: {e}") from None
-
-    def _flat(self, name: str, kind: type) -> np.ndarray:
-        """A flat file as an array that is read when it is used."""
-        path = self.folder / name
-        return np.memmap(path, kind, mode="r") if path.stat().st_size else np.zeros(0, kind)
+            raise _damaged(self.folder, f"record.json: {e}") from None
 
     @property
     def tokens(self) -> np.ndarray:
         """int32 [N] all tokens, sequence after sequence. The file is open while the array is held."""
-        return self._flat("tokens.bin", np.int32)
+        return _flat(self.folder / "tokens.bin", np.int32)
 
     @property
     def mask(self) -> np.ndarray:
         """uint8 [N] 1 = the model must produce this token. The file is open while the array is held."""
-        return self._flat("mask.bin", np.uint8)
+        return _flat(self.folder / "mask.bin", np.uint8)
 
     def flat_files(self, files: "OpenFiles") -> tuple["FlatFile", "FlatFile"]:
         """(tokens, mask) as files that are opened when they are read.
 
         `UserError` if they are not as long as the tables say.
         """
-        found = (
-            FlatFile(self.folder / "tokens.bin", np.int32, files),
-            FlatFile(self.folder / "mask.bin", np.uint8, files),
-        )
+        tokens = FlatFile(self.folder / "tokens.bin", np.int32, files)
+        found = (tokens, FlatFile(self.folder / "mask.bin", np.uint8, files))
         if wrong := [f.path.name for f in found if len(f) != self.lengths.sum()]:
-            raise self._damaged(f"{wrong[0]} is not as long as its sequences")
+            raise _damaged(self.folder, f"{wrong[0]} is not as long as its sequences")
         return found
 
 # %% ../../nbs/data/20_tokenized.ipynb #08b2
@@ -735,7 +753,7 @@ def _local(tasks: Sequence[Task], workers: int, told: Callable[[int], None]) -> 
 
 # %% ../../nbs/data/20_tokenized.ipynb #e548f383
 def _ray(tasks: Sequence[Task]) -> Iterator[tuple[Task, str]]:
-    """Tasks on a Ray cluster, one core each. The spool must lie on a file system that all nodes see."""
+    """Tasks on a Ray cluster, one core each. The cache must lie on a file system that all nodes see."""
     try:
         import ray
     except ImportError:
