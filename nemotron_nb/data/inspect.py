@@ -194,8 +194,8 @@ MOST_TURNS = 24  # whose prefix is compared; each costs an encoding of all that 
 
 # %% ../../nbs/data/23_inspect.ipynb #79979c6e
 @dataclass(frozen=True)
-class Inspection:
-    """A chat, its training sequences, and the pictures of them."""
+class _Inspected:
+    """A chat and its training sequences."""
 
     conversation: Conversation
     template: Template
@@ -225,6 +225,10 @@ class Inspection:
         in_a_row = turns == list(range(turns[0], turns[-1] + 1)) and turns[0]
         return f"user turns {turns[0]} to {turns[-1]}" if in_a_row else f"user turns {', '.join(map(str, turns))}"
 
+# %% ../../nbs/data/23_inspect.ipynb #8d82e127
+class _Drawn(_Inspected):
+    """A chat, and the pictures of its training sequences."""
+
     def strip(
         self,
         k: int = 0,  # which training sequence
@@ -235,12 +239,11 @@ class Inspection:
         """The tokens of a training sequence."""
         s, special = self.sequences[k], set(self.tokenizer.special_ids.values())
         ids = s.input_ids.tolist()
-        title = f"sequence {k}, which answers {self.answered(k)}"
         return token_strip(
             self.tokenizer.pieces(ids),
             s.loss_mask.tolist(),
             roles=s.token_roles,
-            title=title,
+            title=f"sequence {k}, which answers {self.answered(k)}",
             special=[i in special for i in ids],
             fold=fold,
             window=window,
@@ -249,44 +252,34 @@ class Inspection:
 
     def x_ray(self, k: int = 0, most: int = MOST_HTML) -> Picture:
         """How the messages of a training sequence become its text."""
-        return template_x_ray(
-            self.conversation, self.drafts[k], self.tokenizer, f"template {self.template.name}, sequence {k}", most
-        )
+        title = f"template {self.template.name}, sequence {k}"
+        return template_x_ray(self.conversation, self.drafts[k], self.tokenizer, title, most)
 
     def diff(self, k: int = 0) -> Picture:
         """The mask of this recipe beside two others, from a little before the first trained token on."""
-        draft, s = self.drafts[k], self.sequences[k]
-        last = max((i for i, m in enumerate(self.conversation.messages) if m["role"] == "user"), default=-1)
-        ways = {
-            "this recipe": draft.trained,
-            "last turn only": [on and c.message > last for c, on in zip(draft.chunks, draft.trained, strict=True)],
-            "opening as well": [
-                on or after for on, after in zip(draft.trained, [*draft.trained[1:], False], strict=True)
-            ],
-        }
-        masks = {
-            name: np.repeat(np.array(trained, np.uint8), np.diff(s.chunk_ends, prepend=0))
-            for name, trained in ways.items()
-        }
+        s, masks = self.sequences[k], _masks(self, k)
         first = max(0, int(np.argmax(np.any(list(masks.values()), axis=0))) - 16)
-        tokens, shown = (
-            self.tokenizer.pieces(s.input_ids[first:].tolist()),
-            {name: mask[first:].tolist() for name, mask in masks.items()},
-        )
+        tokens = self.tokenizer.pieces(s.input_ids[first:].tolist())
+        shown = {name: mask[first:].tolist() for name, mask in masks.items()}
         return mask_rows(tokens, shown, roles=s.token_roles[first:], title=f"sequence {k}, from token {first} on")
 
-    def statistics(self) -> Picture:
-        """Tokens, trained tokens, and whether each trained turn ends with the end marker."""
-        end, rows = self.tokenizer.im_end_id, []
-        for k, (draft, s) in enumerate(zip(self.drafts, self.sequences, strict=True)):
-            turns = len({c.message for c, on in zip(draft.chunks, draft.trained, strict=True) if on})
-            stops = int(((s.input_ids == end) & (s.loss_mask == 1)).sum())
-            rows.append([f"{k}", len(s), s.num_trained, f"{s.num_trained / max(1, len(s)):.0%}", turns, stops])
-        return table(
-            rows,
-            header=["sequence", "tokens", "trained", "share", "trained turns", "trained end markers"],
-            title="mask",
-        )
+# %% ../../nbs/data/23_inspect.ipynb #e4dfcea7
+def _masks(found: _Inspected, k: int) -> dict[str, np.ndarray]:
+    """Three masks of a training sequence, by name, uint8 [L] each."""
+    draft, s = found.drafts[k], found.sequences[k]
+    last = max((i for i, m in enumerate(found.conversation.messages) if m["role"] == "user"), default=-1)
+    ways = {
+        "this recipe": draft.trained,
+        "last turn only": [on and c.message > last for c, on in zip(draft.chunks, draft.trained, strict=True)],
+        "opening as well": [on or after for on, after in zip(draft.trained, [*draft.trained[1:], False], strict=True)],
+    }
+    return {
+        name: np.repeat(np.array(trained, np.uint8), np.diff(s.chunk_ends, prepend=0)) for name, trained in ways.items()
+    }
+
+# %% ../../nbs/data/23_inspect.ipynb #7ba1d544
+class _Proved(_Drawn):
+    """A chat, its pictures, and the proof that inference sees what training saw."""
 
     @cached_property
     def parity(self) -> tuple[Parity, ...]:
@@ -301,96 +294,23 @@ class Inspection:
     def parity_table(self) -> Picture:
         """The same as a table."""
         asked = list(accumulate(m["role"] == "user" for m in self.conversation.messages))
-        rows = [
-            [
-                f"{asked[p.message]}",
-                p.message,
-                p.prompt_tokens,
-                "the same" if p.same else f"DIFFERENT from token {p.first_difference} on",
-            ]
-            for p in self.parity
-        ]
-        return table(
-            rows,
-            header=["user turn", "message", "tokens of the prompt", "training and inference"],
-            title=f"prefix of {len(rows)} trained turns",
-        )
+        said = lambda p: "the same" if p.same else f"DIFFERENT from token {p.first_difference} on"
+        rows = [[f"{asked[p.message]}", p.message, p.prompt_tokens, said(p)] for p in self.parity]
+        header = ["user turn", "message", "tokens of the prompt", "training and inference"]
+        return table(rows, header=header, title=f"prefix of {len(rows)} trained turns")
 
-    def _told(self) -> list[str]:
-        """Where the chat is from, and what was mended in it."""
-        c = self.conversation
-        mended = [f"noted: {name}: {REPAIRS[name.partition(':')[0]]}" for name in c.repairs]
-        nothing = [] if self.sequences else ["no token of this chat would be trained; data preparation leaves it out"]
-        users = sum(m["role"] == "user" for m in c.messages)
-        return [
-            f"{c.source}:{c.line}  conversation {c.id}, {len(c.messages)} messages, {users} user turns, "
-            f"{len(c.tools)} tools, tokenizer {self.tokenizer.name}, template {self.template.name}",
-            *mended,
-            *nothing,
-        ]
-
-    def picture(
-        self,
-        full: bool = False,  # show every token
-    ) -> Picture:
-        """X-ray, strips, counts and parity, one under the other."""
-        most = sys.maxsize if full else MOST_HTML
-        sizes = {"fold": None, "window": max(map(len, self.sequences), default=1)} if full else {"fold": 24}
-        strips = [
-            part
-            for k in range(len(self.sequences))
-            for part in (self.x_ray(k, most), self.strip(k, **sizes, most=most))
-        ]
-        head = Picture("".join(f"<div>{escape(line)}</div>" for line in self._told()), "\n".join(self._told()))
-        return joined(
-            [head, *strips, *([self.statistics(), self.parity_table()] if self.sequences else [])],
-            *([most] if full else []),
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """The same for a program: what was read, what was noted, and each training sequence with its ids and mask."""
-        c = self.conversation
-        named = {
-            "source": c.source, "line": c.line, "id": c.id, "tokenizer": self.tokenizer.name,
-            "template": self.template.name, "loss_mode": self.loss_mode,
-        }
-        said = {
-            "notes": list(c.repairs),
-            "reasoning_budget": c.reasoning_budget,
-            "low_effort_marker": c.low_effort_marker,
-            "messages": list(c.messages),
-            "tools": list(c.tools),
-        }
-        sequences = [
-            {
-                "user_turns": self.turns(k),
-                "tokens": len(s),
-                "trained": s.num_trained,
-                "text": "".join(x.text for x in d.chunks),
-                "input_ids": s.input_ids.tolist(),
-                "loss_mask": s.loss_mask.tolist(),
-            }
-            for k, (d, s) in enumerate(zip(self.drafts, self.sequences, strict=True))
-        ]
-        prefixes = [
-            {
-                "message": p.message,
-                "prompt_tokens": p.prompt_tokens,
-                "same": p.same,
-                "first_difference": p.first_difference,
-            }
-            for p in self.parity
-        ]
-        return named | said | {"sequences": sequences, "prefixes": prefixes}
-
-    def __repr__(self) -> str:
-        return self.picture().text
-
-    def _repr_html_(self) -> str:
-        return self.picture().html
+    def statistics(self) -> Picture:
+        """Tokens, trained tokens, and whether each trained turn ends with the end marker."""
+        end, rows = self.tokenizer.im_end_id, []
+        for k, (draft, s) in enumerate(zip(self.drafts, self.sequences, strict=True)):
+            turns = len({c.message for c, on in zip(draft.chunks, draft.trained, strict=True) if on})
+            stops = int(((s.input_ids == end) & (s.loss_mask == 1)).sum())
+            rows.append([f"{k}", len(s), s.num_trained, f"{s.num_trained / max(1, len(s)):.0%}", turns, stops])
+        header = ["sequence", "tokens", "trained", "share", "trained turns", "trained end markers"]
+        return table(rows, header=header, title="mask")
 
 # %% ../../nbs/data/23_inspect.ipynb #396ac8bf
-def _parity(found: Inspection, draft: Draft, place: int) -> Parity:
+def _parity(found: _Inspected, draft: Draft, place: int) -> Parity:
     """Parity of one trained chunk.
 
     The native template is compared id for id; another one as the text that it renders itself.
@@ -400,14 +320,77 @@ def _parity(found: Inspection, draft: Draft, place: int) -> Parity:
         trained = [i for c in before for i in found.tokenizer.encode_pieces(c.pieces)]
         prompt = inference_prompt(found.conversation, chunk.message, found.tokenizer, loss_mode=found.loss_mode)
     else:
-        texts = (
-            "".join(c.text for c in before),
-            found.template.prompt(found.conversation, chunk.message, found.loss_mode),
-        )
-        trained, prompt = (found.tokenizer.encode(text, special=True) for text in texts)
+        rendered = "".join(c.text for c in before)
+        fed = found.template.prompt(found.conversation, chunk.message, found.loss_mode)
+        trained, prompt = (found.tokenizer.encode(text, special=True) for text in (rendered, fed))
     same = trained == prompt
     differ = next((i for i, (a, b) in enumerate(zip(trained, prompt)) if a != b), min(len(trained), len(prompt)))
     return Parity(draft.turn, chunk.message, len(prompt), same, -1 if same else differ)
+
+# %% ../../nbs/data/23_inspect.ipynb #3b59be71
+def _as_json(found: _Proved) -> dict[str, Any]:
+    """What was read, what was noted, and each training sequence with its ids and mask."""
+    c = found.conversation
+    names = {"tokenizer": found.tokenizer.name, "template": found.template.name, "loss_mode": found.loss_mode}
+    said = {
+        "notes": list(c.repairs),
+        "reasoning_budget": c.reasoning_budget,
+        "low_effort_marker": c.low_effort_marker,
+        "messages": list(c.messages),
+        "tools": list(c.tools),
+    }
+    sequences = [
+        {
+            "user_turns": found.turns(k),
+            "tokens": len(s),
+            "trained": s.num_trained,
+            "text": "".join(x.text for x in d.chunks),
+            "input_ids": s.input_ids.tolist(),
+            "loss_mask": s.loss_mask.tolist(),
+        }
+        for k, (d, s) in enumerate(zip(found.drafts, found.sequences, strict=True))
+    ]
+    compared = ("message", "prompt_tokens", "same", "first_difference")
+    prefixes = [{name: getattr(p, name) for name in compared} for p in found.parity]
+    place = {"source": c.source, "line": c.line, "id": c.id}
+    return place | names | said | {"sequences": sequences, "prefixes": prefixes}
+
+# %% ../../nbs/data/23_inspect.ipynb #6f0d0e76
+class Inspection(_Proved):
+    """A chat, its training sequences, and the pictures of them."""
+
+    def _told(self) -> list[str]:
+        """Where the chat is from, and what was mended in it."""
+        c = self.conversation
+        mended = [f"noted: {name}: {REPAIRS[name.partition(':')[0]]}" for name in c.repairs]
+        nothing = [] if self.sequences else ["no token of this chat would be trained; data preparation leaves it out"]
+        users = sum(m["role"] == "user" for m in c.messages)
+        counts = f"{len(c.messages)} messages, {users} user turns, {len(c.tools)} tools"
+        names = f"tokenizer {self.tokenizer.name}, template {self.template.name}"
+        return [f"{c.source}:{c.line}  conversation {c.id}, {counts}, {names}", *mended, *nothing]
+
+    def picture(
+        self,
+        full: bool = False,  # show every token
+    ) -> Picture:
+        """X-ray, strips, counts and parity, one under the other."""
+        most = sys.maxsize if full else MOST_HTML
+        sizes = {"fold": None, "window": max(map(len, self.sequences), default=1)} if full else {"fold": 24}
+        each = range(len(self.sequences))
+        strips = [part for k in each for part in (self.x_ray(k, most), self.strip(k, **sizes, most=most))]
+        head = Picture("".join(f"<div>{escape(line)}</div>" for line in self._told()), "\n".join(self._told()))
+        tables = [self.statistics(), self.parity_table()] if self.sequences else []
+        return joined([head, *strips, *tables], *([most] if full else []))
+
+    def to_json(self) -> dict[str, Any]:
+        """The same for a program: what was read, what was noted, and each training sequence with its ids and mask."""
+        return _as_json(self)
+
+    def __repr__(self) -> str:
+        return self.picture().text
+
+    def _repr_html_(self) -> str:
+        return self.picture().html
 
 # %% ../../nbs/data/23_inspect.ipynb #235e1fbf
 def inspect_chat(

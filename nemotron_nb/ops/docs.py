@@ -38,7 +38,7 @@ CHAPTERS: Mapping[str, str] = {
     },
     **{"runs": "Run notebooks", "help": "Help"},
 }
-FRONT = ("index", "tour")
+FRONT = ("index", "tour", "map")
 
 # %% ../../nbs/ops/11_docs.ipynb #df834a5a
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def page_of(
 
 # %% ../../nbs/ops/11_docs.ipynb #3321fc1c
 def _order(page: Page) -> tuple:
-    """Chapters in their order; the front page, then the tour, then what has a number, then names."""
+    """Chapters in their order; the front page, then the tour and the map, then what has a number, then names."""
     front = FRONT.index(page.path) if page.path in FRONT else len(FRONT)
     return list(CHAPTERS).index(page.chapter), front, page.path
 
@@ -103,7 +103,7 @@ def reading_steps(
 ) -> dict[str, str]:
     """For each notebook the line it should end with.
 
-    Front page and tour have their own ways on, run notebooks and the last one lead nowhere.
+    Front page, tour and map have their own ways on, run notebooks and the last one lead nowhere.
     """
     read = [p for p in pages if p.path not in FRONT and p.chapter != "runs"]
     return {page.path: step_line(page, after) for page, after in zip(read, read[1:])}
