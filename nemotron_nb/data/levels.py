@@ -18,14 +18,17 @@ from ..core import UserError
 from .files import FILE_REJECTS, BadJson, Reason, parse_json
 
 # %% ../../nbs/data/02_levels.ipynb #b0000006
-REJECTS: Mapping[str, Reason] = {
-    **FILE_REJECTS,
+_OF_ROWS: Mapping[str, Reason] = {
     "not_an_object": Reason("the row is a list, a text or a number", "write one JSON object a row"),
     "no_messages": Reason(
         "the row has no list of messages, or an empty one",
         "set messages_field to the field that holds the chat, or format to the form of the rows",
     ),
     "bad_json_text": Reason("a part of the row is given as text, and the text is not JSON", "repair the JSON text"),
+}
+
+# %% ../../nbs/data/02_levels.ipynb #0bd01b0d
+_OF_MESSAGES: Mapping[str, Reason] = {
     "message_not_object": Reason("a message is not an object", "each message is an object with role and content"),
     "unknown_role": Reason(
         "a role the chat format does not know, or a developer message behind the first",
@@ -39,6 +42,10 @@ REJECTS: Mapping[str, Reason] = {
     "content_not_text": Reason(
         "content that is neither text nor a list of text parts", "remove images and other parts, or the row"
     ),
+}
+
+# %% ../../nbs/data/02_levels.ipynb #ee803d91
+_OF_WORDS: Mapping[str, Reason] = {
     "stray_think_tag": Reason(
         "a think tag stands where no thought opens or closes", "put the reasoning in reasoning_content, without tags"
     ),
@@ -48,6 +55,10 @@ REJECTS: Mapping[str, Reason] = {
         "a key looks as if it held what is said or thought, or what is trained, and its name is not known",
         "call it content, reasoning_content or train, or remove it",
     ),
+}
+
+# %% ../../nbs/data/02_levels.ipynb #9230310a
+_OF_TOOLS: Mapping[str, Reason] = {
     "bad_tool": Reason(
         "a tool without a name, wrapped twice, or with parameters that are no object",
         'write {"type": "function", "function": {"name": ..., "parameters": {"type": "object", "properties": {...}}}}',
@@ -65,6 +76,10 @@ REJECTS: Mapping[str, Reason] = {
         "put the calls in tool_calls",
     ),
     "not_json_value": Reason("a value that JSON cannot say, such as a date or NaN from a table", "write it as text"),
+}
+
+# %% ../../nbs/data/02_levels.ipynb #59815ef4
+_OF_SWITCHES: Mapping[str, Reason] = {
     "bad_train_flag": Reason(
         "a flag about training that is not true or false, or a weight that is not 0 or 1",
         "use train: true and train: false, and not two flags that contradict each other",
@@ -78,6 +93,9 @@ REJECTS: Mapping[str, Reason] = {
         'write {"chat_template_kwargs": {"truncate_history_thinking": false}}, or leave it out',
     ),
 }
+
+# %% ../../nbs/data/02_levels.ipynb #5ecb047d
+REJECTS: Mapping[str, Reason] = {**FILE_REJECTS, **_OF_ROWS, **_OF_MESSAGES, **_OF_WORDS, **_OF_TOOLS, **_OF_SWITCHES}
 
 # %% ../../nbs/data/02_levels.ipynb #b0000007
 REPAIRS: Mapping[str, str] = {

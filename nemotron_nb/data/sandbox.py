@@ -89,21 +89,12 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 # %% ../../nbs/data/09_sandbox.ipynb #c9ec7ecc
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja as chat templates expect it, with nothing to reach and an account of its work."""
+class _Paying(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox with an account of its work."""
 
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
-
-    def __init__(self, date: str):
+    def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
         self.account = _Account()
-        self.filters |= {name: self._paid(name, self.filters[name]) for name in _GROWING if name in self.filters} | {
-            "tojson": _tojson
-        }
-        self.globals |= {
-            "raise_exception": _raise,
-            "strftime_now": datetime.datetime.fromisoformat(date or "1970-01-01").strftime,
-        }
 
     def steps(self, items: Iterable[Any]) -> Iterator[Any]:
         """The items of a loop, each paid for."""
@@ -122,26 +113,40 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             self.account.pay(0, len(value))
         return value
 
-    def _paid(self, name: str, function: Any) -> Any:
-        """A filter that pays for what it adds."""
-        if getattr(function, "jinja_pass_arg", None):
-            return jinja2.pass_eval_context(
-                lambda context, text, *a, **k: (
-                    self._pay_growth(name, text, [*a, *k.values()]),
-                    function(context, text, *a, **k),
-                )[1]
-            )
-        return lambda text, *a, **k: (self._pay_growth(name, text, [*a, *k.values()]), function(text, *a, **k))[1]
-
-    def _pay_growth(self, name: str, text: Any, arguments: Sequence[Any]) -> None:
+    def pay_growth(self, name: str, text: Any, arguments: Sequence[Any]) -> None:
         """Pay for a padding before it happens."""
         self.account.pay(1, len(str(text)) + _growth(name, str(text), arguments))
+
+# %% ../../nbs/data/09_sandbox.ipynb #f3428e14
+def _paid(environment: _Paying, name: str, function: Any) -> Any:
+    """A filter that pays for what it adds."""
+    if getattr(function, "jinja_pass_arg", None):
+        return jinja2.pass_eval_context(
+            lambda context, text, *a, **k: (
+                environment.pay_growth(name, text, [*a, *k.values()]),
+                function(context, text, *a, **k),
+            )[1]
+        )
+    return lambda text, *a, **k: (environment.pay_growth(name, text, [*a, *k.values()]), function(text, *a, **k))[1]
+
+# %% ../../nbs/data/09_sandbox.ipynb #97d62dea
+class _Sandbox(_Paying):
+    """Jinja as chat templates expect it, with nothing to reach and an account of its work."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self, date: str):
+        super().__init__()
+        self.filters |= {name: _paid(self, name, self.filters[name]) for name in _GROWING if name in self.filters}
+        now = datetime.datetime.fromisoformat(date or "1970-01-01").strftime
+        self.filters |= {"tojson": _tojson}
+        self.globals |= {"raise_exception": _raise, "strftime_now": now}
 
     def call(self, context: Any, function: Any, /, *arguments: Any, **named: Any) -> Any:
         """Every call that a template makes."""
         name = getattr(function, "__name__", "")
         if name in _GROWING and isinstance(text := getattr(function, "__self__", None), str):
-            self._pay_growth(name, text, [*arguments, *named.values()])
+            self.pay_growth(name, text, [*arguments, *named.values()])
         return super().call(context, function, *arguments, **named)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -217,28 +222,15 @@ def _failure(error: BaseException, name: str) -> Failure:
     """An error that a template raised, as a failure with its line."""
     if isinstance(error, TemplateSyntaxError):
         return Failure("syntax", error.lineno, str(error.message))
-    line = max(
-        [
-            0,
-            *(
-                [
-                    number
-                    for frame, number in traceback.walk_tb(error.__traceback__)
-                    if frame.f_code.co_filename == name
-                ][-1:]
-            ),
-        ]
-    )
-    if isinstance(error, (MemoryError, RecursionError)):
-        return Failure(
-            "limit",
-            line,
-            "it asks for more memory than there is"
-            if isinstance(error, MemoryError)
-            else "it nests or calls itself too deeply",
-        )
+    frames = traceback.walk_tb(error.__traceback__)
+    line = next(reversed([number for frame, number in frames if frame.f_code.co_filename == name]), 0)
+    if isinstance(error, MemoryError):
+        return Failure("limit", max(0, line), "it asks for more memory than there is")
+    if isinstance(error, RecursionError):
+        return Failure("limit", max(0, line), "it nests or calls itself too deeply")
     kind = {SecurityError: "security", Refused: "refused", OutOfWork: "limit"}.get(type(error), "error")
-    return Failure(kind, line, (f"{type(error).__name__}: {error}" if kind == "error" else str(error))[:2000])
+    text = f"{type(error).__name__}: {error}" if kind == "error" else str(error)
+    return Failure(kind, max(0, line), text[:2000])
 
 # %% ../../nbs/data/09_sandbox.ipynb #f738acf9
 @functools.lru_cache(maxsize=16)
@@ -367,33 +359,13 @@ def _read(pipe: BinaryIO, size: int, until: float) -> bytes:
     return b"".join(parts)
 
 # %% ../../nbs/data/09_sandbox.ipynb #82578619
-class TemplateProcess:
-    """A template that runs in a process of its own."""
+class _Child:
+    """A template, and the process that runs it while there is one."""
 
     def __init__(self, name: str, text: str, date: str = "", limits: Limits = Limits()):
         self.limits, self._template = limits, (name, text, date)
         self._lock, self._children = threading.Lock(), []
         weakref.finalize(self, _stop, self._children, os.getpid())
-
-    def render(self, variables: Mapping[str, Any] | None) -> str:
-        """What the template prints, None: nothing, it is only compiled; `Failure` where it prints nothing or takes
-        too much.
-        """
-        with self._lock:
-            try:
-                kind, text = self._exchange(variables)
-            except (EOFError, BrokenPipeError):
-                raise Failure("limit", 0, self._cause()) from None
-            except TimeoutError:
-                _stop(self._children, os.getpid())
-                raise Failure("limit", 0, f"it has not ended after {self.limits.patience} seconds") from None
-            except BaseException:
-                _stop(self._children, os.getpid())
-                raise
-        if kind == 0:
-            return text.decode("utf-8", "surrogatepass")
-        line, message = json.loads(text)
-        raise Failure(_KINDS[kind], line, message)
 
     def _exchange(self, variables: Mapping[str, Any] | None) -> tuple[int, bytes]:
         """One request and its answer."""
@@ -415,11 +387,33 @@ class TemplateProcess:
         _stop(self._children, os.getpid())
         if code == -24:  # SIGXCPU
             return f"it takes more than {self.limits.seconds} seconds of processor time"
-        return (
-            "its process ended "
-            f"({'it closed its output' if code is None else f'signal {-code}' if code < 0 else f'code {code}'}); the "
-            f"limits are {self.limits.seconds} seconds and {self.limits.memory >> 20:,} MiB"
-        )
+        how = "it closed its output" if code is None else f"signal {-code}" if code < 0 else f"code {code}"
+        limits = f"{self.limits.seconds} seconds and {self.limits.memory >> 20:,} MiB"
+        return f"its process ended ({how}); the limits are {limits}"
+
+# %% ../../nbs/data/09_sandbox.ipynb #0a2538e4
+class TemplateProcess(_Child):
+    """A template that runs in a process of its own."""
+
+    def render(self, variables: Mapping[str, Any] | None) -> str:
+        """What the template prints, None: nothing, it is only compiled; `Failure` where it prints nothing or takes
+        too much.
+        """
+        with self._lock:
+            try:
+                kind, text = self._exchange(variables)
+            except (EOFError, BrokenPipeError):
+                raise Failure("limit", 0, self._cause()) from None
+            except TimeoutError:
+                _stop(self._children, os.getpid())
+                raise Failure("limit", 0, f"it has not ended after {self.limits.patience} seconds") from None
+            except BaseException:
+                _stop(self._children, os.getpid())
+                raise
+        if kind == 0:
+            return text.decode("utf-8", "surrogatepass")
+        line, message = json.loads(text)
+        raise Failure(_KINDS[kind], line, message)
 
 # %% ../../nbs/data/09_sandbox.ipynb #16d97312
 @functools.lru_cache(maxsize=16)
