@@ -34,8 +34,9 @@ def test_stored_pictures_have_words(path):
 
 # A notebook whose cells are a lesson -> the lines of an export cell in the median. A new one is added, none is taken out.
 LESSONS = {
-    "data/02_levels": 13, "data/09_sandbox": 12, "data/14_judge": 14,
-    "data/19_shards": 12, "data/20_tokenized": 14, "data/21_manifest": 15, "data/22_prep": 12, "data/23_inspect": 16,
+    "data/02_levels": 13, "data/03_records": 10, "data/08_mask": 12, "data/09_sandbox": 12, "data/11_nvidia_prep": 14,
+    "data/14_judge": 14, "data/15_blend": 16, "data/17_pack": 13, "data/18_pack_fast": 16, "data/19_shards": 12,
+    "data/20_tokenized": 14, "data/21_manifest": 15, "data/22_prep": 12, "data/23_inspect": 16,
     "ops/04_artifacts": 12, "ops/05_tracking": 15, "train/09_checkpoint": 12,
 }  # fmt: skip
 LONGEST_CELL, LONGEST_LINE = 40, 120

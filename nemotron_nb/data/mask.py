@@ -561,19 +561,50 @@ class _BatchEncoder:
         return np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(offsets[-1])), offsets
 
 # %% ../../nbs/data/08_mask.ipynb #ff0dcdf3
-class _Pool:
+class _Segments:
+    """Distinct segments of plain text by number, and chunks written as atoms of them."""
+
+    def __init__(self, tokenizer: ChatTokenizer, allow_special_in_text: bool):
+        self._pattern, self._special_ids = tokenizer.special_pattern, tokenizer.special_ids
+        self._allow = allow_special_in_text
+        self._parts: dict[str, list[str]] = {}  # the format's words, split at special tokens
+        self.segments: dict[str, int] = {}
+        self.atoms: list[int] = []
+
+    def _split(self, text: str) -> list[str]:
+        """Plain text at even positions, special tokens at odd ones.
+
+        The format has few words, so the short ones are remembered.
+        """
+        if len(text) > 256:
+            return self._pattern.split(text)
+        if (parts := self._parts.get(text)) is None:
+            parts = self._parts[text] = self._pattern.split(text)
+        return parts
+
+    def _plain(self, waiting: list[str]) -> None:
+        """One segment from the plain text that waits."""
+        if text := "".join(waiting):
+            self.atoms.append(self.segments.setdefault(text, len(self.segments)))
+
+    def _flush(self, trusted: str, waiting: list[str]) -> list[str]:
+        """Write out trusted text up to its last special token; what waits behind it is returned."""
+        for place, part in enumerate(self._split(trusted)):
+            if place % 2 == 0:
+                waiting.append(part)
+            else:
+                self._plain(waiting)
+                self.atoms.append(-1 - self._special_ids[part])
+                waiting = []
+        return waiting
+
+# %% ../../nbs/data/08_mask.ipynb #f4053c65
+class _Pool(_Segments):
     """The distinct chunks of some drafts as atoms: a segment's number, or -1 - id for a special token."""
 
     def __init__(self, tokenizer: ChatTokenizer, allow_special_in_text: bool):
-        self._pattern, self._special_ids, self._allow = (
-            tokenizer.special_pattern,
-            tokenizer.special_ids,
-            allow_special_in_text,
-        )
-        self._parts: dict[str, list[str]] = {}  # the format's words, split at special tokens
+        super().__init__(tokenizer, allow_special_in_text)
         self._chunks: dict[tuple[Piece, ...], int] = {}
-        self.segments: dict[str, int] = {}
-        self.atoms: list[int] = []
         self.ends: list[int] = [0]  # [K + 1] where the atoms of each chunk end
 
     def add(self, pieces: tuple[Piece, ...]) -> int:
@@ -596,33 +627,6 @@ class _Pool:
                 waiting.append(text)
                 trusted = ""
         self._plain(self._flush(trusted, waiting))
-
-    def _flush(self, trusted: str, waiting: list[str]) -> list[str]:
-        """Write out trusted text up to its last special token; what waits behind it is returned."""
-        for place, part in enumerate(self._split(trusted)):
-            if place % 2 == 0:
-                waiting.append(part)
-            else:
-                self._plain(waiting)
-                self.atoms.append(-1 - self._special_ids[part])
-                waiting = []
-        return waiting
-
-    def _split(self, text: str) -> list[str]:
-        """Plain text at even places, special tokens at odd ones.
-
-        The format has few words, so the short ones are remembered.
-        """
-        if len(text) > 256:
-            return self._pattern.split(text)
-        if (parts := self._parts.get(text)) is None:
-            parts = self._parts[text] = self._pattern.split(text)
-        return parts
-
-    def _plain(self, waiting: list[str]) -> None:
-        """One segment from the plain text that waits."""
-        if text := "".join(waiting):
-            self.atoms.append(self.segments.setdefault(text, len(self.segments)))
 
 # %% ../../nbs/data/08_mask.ipynb #7e5dee86
 @dataclass(frozen=True, eq=False)

@@ -15,11 +15,15 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from ..core import UserError, expect, nearest
 from ..viz import Picture, png
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # %% ../../nbs/data/17_pack.ipynb #2f28ce91
 Bins = list[list[int]]  # for each pack, the indices of its sequences, in the order they lie in it
@@ -120,8 +124,8 @@ def best_fit(lengths: Sequence[int], capacity: int, order: Sequence[int]) -> Bin
 
 # %% ../../nbs/data/17_pack.ipynb #39844f42
 @dataclass(frozen=True, eq=False)
-class Packing:
-    """Which sequences lie in which pack, and in which order. `packing[b]` are the sequences of pack `b`."""
+class _Slices:
+    """Sequences pack after pack, and where each pack begins."""
 
     order: np.ndarray  # int64 [S] indices of sequences, pack after pack
     starts: np.ndarray  # int64 [B+1] where each pack begins in `order`; the last is S
@@ -131,7 +135,7 @@ class Packing:
             array.setflags(write=False)
 
     @classmethod
-    def from_bins(cls, bins: Sequence[Sequence[int]]) -> "Packing":
+    def from_bins(cls, bins: Sequence[Sequence[int]]) -> Self:
         """From a list of lists."""
         starts = np.cumsum([0, *map(len, bins)], dtype=np.int64)
         return cls(np.fromiter((i for b in bins for i in b), np.int64, starts[-1]), starts)
@@ -151,6 +155,10 @@ class Packing:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[b] for b in range(len(self)))
+
+# %% ../../nbs/data/17_pack.ipynb #12a514cd
+class Packing(_Slices):
+    """Which sequences lie in which pack, and in which order. `packing[b]` are the sequences of pack `b`."""
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Packing):
@@ -635,6 +643,17 @@ def cut_curve(
     return png(figure, f"tokens that truncation would cut, by size of a pack: {said}")
 
 # %% ../../nbs/data/17_pack.ipynb #248ce52f
+_LIGHT, _DARK = ("#9ecae1", "#fdd0a2"), ("#3182bd", "#e6550d")  # neighbours take turns
+
+
+def _draw_pack(axes: "Axes", row: int, p: Pack) -> None:
+    """One pack as a bar of blocks, the lower part of each as high as its trained share."""
+    for k, (start, end) in enumerate(p.spans):
+        share, place = float(p.loss_mask[start:end].mean()), {"width": end - start, "left": start}
+        axes.barh(row, height=0.8, color=_LIGHT[k % 2], edgecolor="white", linewidth=0.5, **place)
+        axes.barh(row - 0.4 + 0.4 * share, height=0.8 * share, color=_DARK[k % 2], edgecolor="none", **place)
+
+# %% ../../nbs/data/17_pack.ipynb #fd3369da
 def pack_bars(
     packs: Sequence[Pack],
     capacity: int,  # tokens a pack can hold
@@ -649,31 +668,10 @@ def pack_bars(
     figure = Figure(figsize=(8, 0.5 + 0.22 * len(drawn)))
     axes = figure.subplots()
     for row, p in enumerate(drawn):
-        for k, (start, end) in enumerate(p.spans):
-            share = float(p.loss_mask[start:end].mean())
-            axes.barh(
-                row,
-                end - start,
-                left=start,
-                height=0.8,
-                color=("#9ecae1", "#fdd0a2")[k % 2],
-                edgecolor="white",
-                linewidth=0.5,
-            )
-            axes.barh(
-                row - 0.4 + 0.4 * share,
-                end - start,
-                left=start,
-                height=0.8 * share,
-                color=("#3182bd", "#e6550d")[k % 2],
-                edgecolor="none",
-            )
+        _draw_pack(axes, row, p)
     axes.set(xlim=(0, capacity), xlabel="tokens", ylabel="pack", yticks=range(len(drawn)))
     axes.invert_yaxis()
     fill = sum(map(len, packs)) / (capacity * max(1, len(packs)))
     rest = f", {len(packs) - shown} more not drawn" if len(packs) > shown else ""
-    return png(
-        figure,
-        f"{len(packs)} packs of {capacity} tokens, {fill:.1%} full{rest}; blocks are chats, their dark share is "
-        "trained",
-    )
+    said = f"{len(packs)} packs of {capacity} tokens, {fill:.1%} full{rest}"
+    return png(figure, f"{said}; blocks are chats, their dark share is trained")
