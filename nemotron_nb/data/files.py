@@ -609,8 +609,8 @@ _SCANNER = json.JSONDecoder(parse_int=float)
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 # %% ../../nbs/data/01_files.ipynb #af5b7185
-class _Values:
-    """A cursor over JSON text in a stream: it looks at the next character and takes the next value."""
+class _Window:
+    """The text of a stream that is at hand, and more of it on demand."""
 
     def __init__(self, stream: BinaryIO, limit: int):
         self._stream, self._limit, self._text, self._at = stream, limit, "", 0
@@ -633,6 +633,10 @@ class _Values:
             self._ended, self._damage, self._torn = True, e, True
         self._text += self._decoder.decode(b"".join(parts), final=self._ended)
 
+# %% ../../nbs/data/01_files.ipynb #8576b95f
+class _Text(_Window):
+    """A cursor over text in a stream: it looks at the next character that is not white space."""
+
     def peek(self) -> str:
         """The next character that is not white space; "" at the end."""
         passed = 0
@@ -652,6 +656,10 @@ class _Values:
     def skip(self) -> None:
         """Pass over one character."""
         self._at += 1
+
+# %% ../../nbs/data/01_files.ipynb #5836c2e7
+class _Values(_Text):
+    """A cursor over JSON text in a stream: it looks at the next character and takes the next value."""
 
     def take(self) -> bytes:
         """The text of the next value. `BadJson` if there is none, `EOFError` if it is cut off."""

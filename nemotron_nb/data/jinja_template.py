@@ -166,8 +166,8 @@ def _text_of(spec: str, folder: str, settings: Mapping[str, Any]) -> tuple[str, 
 
 # %% ../../nbs/data/10_jinja_template.ipynb #41c1b3a7
 @dataclass(frozen=True)
-class Template:
-    """A chat template that can be trained with. It hashes by its content."""
+class _Program:
+    """A chat template as a program that prints a chat."""
 
     name: str  # for messages
     text: str  # the Jinja source
@@ -198,6 +198,10 @@ class Template:
             variables | given | {"add_generation_prompt": add_generation_prompt},
             self.native,
         )
+
+# %% ../../nbs/data/10_jinja_template.ipynb #fce9f2fa
+class Template(_Program):
+    """A chat template that can be trained with. It hashes by its content."""
 
     def drafts(
         self,
@@ -289,8 +293,8 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(inner)
 
 # %% ../../nbs/data/10_jinja_template.ipynb #0a6c31a4
-class _Marker:
-    """Puts marks around texts, and takes them out of a rendered string again."""
+class _Marks:
+    """Puts marks around texts."""
 
     def __init__(self, base: int, markers: Sequence[str]):
         self._base, self._markers = base, markers
@@ -313,6 +317,10 @@ class _Marker:
         if isinstance(value, Mapping):
             return {self.inside(key, message): self.inside(inner, message) for key, inner in value.items()}
         return [self.inside(inner, message) for inner in value] if isinstance(value, (list, tuple)) else value
+
+# %% ../../nbs/data/10_jinja_template.ipynb #3e272f33
+class _Marker(_Marks):
+    """Puts marks around texts, and takes them out of a rendered string again."""
 
     def message(self, message: Mapping[str, Any], index: int) -> dict[str, Any]:
         """A message with marks."""

@@ -84,33 +84,27 @@ class OpenAIFormat:
     def chats(self, row: Row) -> list[dict[str, Any]]:
         """The chat, with a system message from the row or the options if it has none of its own."""
         if self.chat_key not in row:
-            raise BadRecord(
-                "no_messages",
-                f"no field {self.chat_key!r}; {_advice(row) or nearest(self.chat_key, row)}"
-                if row
-                else "the row is empty",
-            )
+            if not row:
+                raise BadRecord("no_messages", "the row is empty")
+            known = _advice(row) or nearest(self.chat_key, row)
+            raise BadRecord("no_messages", f"no field {self.chat_key!r}; {known}")
         messages = row[self.chat_key]
-        system = (row.get(self.system_key) if self.system_key else None) or self.system_prompt
-        if system:
-            messages = from_json_text(messages, self.chat_key, {})
-        if (
-            system
-            and isinstance(messages, list)
-            and not (messages and isinstance(messages[0], Mapping) and messages[0].get("role") == "system")
-        ):
-            messages = [_turn("system", system), *messages]
-        rest = _rest(row, self.chat_key, self.tool_key, self.system_key)
+        if system := (row.get(self.system_key) if self.system_key else None) or self.system_prompt:
+            messages = _with_system(from_json_text(messages, self.chat_key, {}), system)
         # A field that is not the one asked for gives way, under a name that can be counted.
-        rest = {
-            f"{k} beside {self.chat_key}"
-            if k == "messages"
-            else f"{k} beside {self.tool_key}"
-            if k == "tools" and self.tool_key in row
-            else k: v
-            for k, v in rest.items()
-        }
+        names = {"messages": f"messages beside {self.chat_key}"}
+        names |= {"tools": f"tools beside {self.tool_key}"} if self.tool_key in row else {}
+        rest = {names.get(k, k): v for k, v in _rest(row, self.chat_key, self.tool_key, self.system_key).items()}
         return [rest | {"messages": messages} | ({"tools": row[self.tool_key]} if row.get(self.tool_key) else {})]
+
+# %% ../../nbs/data/16_sources.ipynb #3d7d5d65
+def _with_system(messages: Any, system: Any) -> Any:
+    """A list of messages with a system message in front, unless it has one."""
+    if not isinstance(messages, list):
+        return messages
+    first = messages[0] if messages else None
+    has_one = isinstance(first, Mapping) and first.get("role") == "system"
+    return messages if has_one else [_turn("system", system), *messages]
 
 # %% ../../nbs/data/16_sources.ipynb #35fdf09a
 _PAIRS = (
@@ -311,6 +305,28 @@ class Tulu3:
 _OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
 
 # %% ../../nbs/data/16_sources.ipynb #16f2edf5
+def _paths(node: Row, best_only: bool) -> Iterator[list[Row]]:
+    """Paths from a node down to assistant messages without a further answered reply."""
+    replies = [r for r in node.get("replies") or [] if not r.get("deleted") and r.get("review_result") is not False]
+    if best_only and replies:
+        replies = [min(replies, key=lambda r: (r.get("rank") is None, r.get("rank") or 0))]
+    below = [[node, *path] for reply in replies for path in _paths(reply, best_only)]
+    yield from below or ([[node]] if node.get("role") == "assistant" else [])
+
+# %% ../../nbs/data/16_sources.ipynb #0ac6e75a
+def _tree_message(node: Row, seen: set[int]) -> dict[str, Any]:
+    """A message of a tree; an assistant turn is trained the first time it is met."""
+    role = _OASST_ROLES.get(str(node.get("role")))
+    if role is None:
+        known = nearest(str(node.get("role")), _OASST_ROLES)
+        raise BadRecord("unknown_role", f"a message is from {node.get('role')!r}; {known}")
+    message = _turn(role, _text(node, "text"))
+    if role == "assistant":
+        message["train"] = id(node) not in seen
+        seen.add(id(node))
+    return message
+
+# %% ../../nbs/data/16_sources.ipynb #46055b30
 @dataclass(frozen=True)
 class OpenAssistant:
     """OpenAssistant's trees of messages."""
@@ -332,29 +348,7 @@ class OpenAssistant:
         if self.language and root.get("lang", self.language) != self.language:
             return []
         seen: set[int] = set()
-        return [{"messages": [self._message(m, seen) for m in path]} for path in self._paths(root)]
-
-    def _message(self, node: Row, seen: set[int]) -> dict[str, Any]:
-        """A message; an assistant turn is trained the first time it is met."""
-        role = _OASST_ROLES.get(str(node.get("role")))
-        if role is None:
-            raise BadRecord(
-                "unknown_role",
-                f"a message is from {node.get('role')!r}; {nearest(str(node.get('role')), _OASST_ROLES)}",
-            )
-        message = _turn(role, _text(node, "text"))
-        if role == "assistant":
-            message["train"] = id(node) not in seen
-            seen.add(id(node))
-        return message
-
-    def _paths(self, node: Row) -> Iterator[list[Row]]:
-        """Paths from a node down to assistant messages without a further answered reply."""
-        replies = [r for r in node.get("replies") or [] if not r.get("deleted") and r.get("review_result") is not False]
-        if self.best_only and replies:
-            replies = [min(replies, key=lambda r: (r.get("rank") is None, r.get("rank") or 0))]
-        below = [[node, *path] for reply in replies for path in self._paths(reply)]
-        yield from below or ([[node]] if node.get("role") == "assistant" else [])
+        return [{"messages": [_tree_message(m, seen) for m in path]} for path in _paths(root, self.best_only)]
 
 # %% ../../nbs/data/16_sources.ipynb #b343a231
 FORMATS: Mapping[str, type] = {
