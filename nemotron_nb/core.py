@@ -49,7 +49,7 @@ class UserError(ValueError):
 # %% ../nbs/00_core.ipynb #465d1c47
 _LISTED = 600  # characters that a list of names may take in an error
 
-
+# %% ../nbs/00_core.ipynb #6f1f6287
 def nearest(
     name: str,  # what was given
     known: Iterable[str],  # what exists
@@ -66,7 +66,7 @@ def nearest(
 # %% ../nbs/00_core.ipynb #3dcdf4c3
 T = TypeVar("T")
 
-
+# %% ../nbs/00_core.ipynb #c448445c
 def _matches(value: Any, kind: Any) -> bool:
     """Is `value` of the annotated type `kind`? Knows unions, lists, dicts and plain classes."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -82,7 +82,7 @@ def _matches(value: Any, kind: Any) -> bool:
         return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)
 
-
+# %% ../nbs/00_core.ipynb #3221f88e
 def _type_name(kind: Any) -> str:
     """A type as an error should call it."""
     return getattr(kind, "__name__", str(kind)) if not typing.get_args(kind) else str(kind)
@@ -106,12 +106,16 @@ def from_mapping(
                 fix=nearest(name, names),
             )
         filled[name] = _fill(kinds[name], value, f"{where}: {name}")
-    missing = [f.name for f in dataclasses.fields(cls) if f.name not in filled and f.default is f.default_factory is dataclasses.MISSING]
+    missing = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.name not in filled and f.default is f.default_factory is dataclasses.MISSING
+    ]
     if missing:
         raise UserError(f"missing setting {missing[0]!r}", where=where, fix=f"give {' and '.join(missing)}")
     return cls(**filled)
 
-
+# %% ../nbs/00_core.ipynb #df19cc59
 def _fill(kind: Any, value: Any, where: str) -> Any:
     """One value of `from_mapping`: a nested dataclass, a list of them, or a checked plain value."""
     if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
@@ -137,12 +141,16 @@ def expect(
     """`UserError` unless `value` is of the right type."""
     if not isinstance(value, kind):
         wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-        raise UserError(f"expected {wanted}, got {type(value).__module__}.{type(value).__qualname__}".replace("builtins.", ""), where=where, fix=fix)
+        raise UserError(
+            f"expected {wanted}, got {type(value).__module__}.{type(value).__qualname__}".replace("builtins.", ""),
+            where=where,
+            fix=fix,
+        )
 
 # %% ../nbs/00_core.ipynb #85655425
 YAML_CHARACTERS, YAML_NODES, YAML_DEPTH = 4 << 20, 100_000, 50  # more than any file of settings has
 
-
+# %% ../nbs/00_core.ipynb #34767a1c
 def check_yaml(
     text: str,
     where: str,  # what to call the place in an error, e.g. the file
@@ -172,24 +180,32 @@ def check_yaml(
         if len(open_nodes) > YAML_DEPTH:
             raise _too_much(where, f"the YAML is nested more than {YAML_DEPTH} levels deep")
 
-
+# %% ../nbs/00_core.ipynb #d9769922
 def _too_much(where: str, what: str) -> UserError:
     """The error for YAML that is no file of settings."""
-    return UserError(what, where=where, why="it would take the memory of the machine, or never end", fix="write the values out, and only those that are needed")
+    return UserError(
+        what,
+        where=where,
+        why="it would take the memory of the machine, or never end",
+        fix="write the values out, and only those that are needed",
+    )
 
 # %% ../nbs/00_core.ipynb #c0a1
 @functools.cache
 def _process_space() -> str:
     """Eight digits for the processes among which a process number means one of them: of one boot, in one container."""
     facts = [platform.node()]
-    for read in (lambda: Path("/proc/sys/kernel/random/boot_id").read_text(), lambda: str(os.stat("/proc/self/ns/pid").st_ino)):
+    for read in (
+        lambda: Path("/proc/sys/kernel/random/boot_id").read_text(),
+        lambda: str(os.stat("/proc/self/ns/pid").st_ino),
+    ):
         try:
             facts.append(read())
         except OSError:  # not Linux
             facts.append("")
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
 
-
+# %% ../nbs/00_core.ipynb #87ac1c63
 def temporary_name(
     path: str | os.PathLike,  # what will be renamed to
 ) -> Path:
@@ -201,7 +217,7 @@ def temporary_name(
 _TEMPORARY = re.compile(r"\..*\.([0-9a-f]{8})-([0-9]+)-[0-9a-f]{8}\.tmp", re.DOTALL)
 _ABANDONED_SECONDS = 86_400  # of no change, after which a temporary file of an unknown process belongs to nobody
 
-
+# %% ../nbs/00_core.ipynb #a5a93a66
 def _lives(pid: int) -> bool:
     """Is there a process of this number?"""
     try:
@@ -212,7 +228,7 @@ def _lives(pid: int) -> bool:
         return True
     return True
 
-
+# %% ../nbs/00_core.ipynb #801a9a29
 def abandoned(
     path: Path,  # a temporary file or folder
 ) -> bool:
@@ -226,7 +242,7 @@ def abandoned(
     except OSError:  # somebody removes it now
         return False
 
-
+# %% ../nbs/00_core.ipynb #45af1698
 def sweep(
     folder: Path,
     pattern: str = ".*.tmp",  # a glob of temporary names below the folder
@@ -257,7 +273,7 @@ def write_atomic(
         temporary.unlink(missing_ok=True)
     return path
 
-
+# %% ../nbs/00_core.ipynb #ee961f9b
 def write_json(path: str | os.PathLike, value: Any) -> Path:
     """Write a value as readable JSON, atomically. Keys keep their order; `NaN` is refused, since it is not JSON."""
     return write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -267,7 +283,10 @@ def publish(
     finished: Path,  # a folder under a temporary name
     path: Path,  # where it belongs
 ) -> bool:
-    """Rename a finished folder into place. False where another process has put its own there first; it is left alone."""
+    """Rename a finished folder into place.
+
+    False where another process has put its own there first; it is left alone.
+    """
     try:
         os.rename(finished, path)
     except OSError as e:
@@ -276,13 +295,13 @@ def publish(
         return False
     return True
 
-
+# %% ../nbs/00_core.ipynb #7c2bbc2f
 def _taken(path: Path) -> UserError:
     """The error for a result that would be overwritten."""
     fix = "give another folder, or remove this one"
     return UserError("the folder exists already", where=str(path), why="results are never overwritten", fix=fix)
 
-
+# %% ../nbs/00_core.ipynb #d548bff8
 @contextmanager
 def new_folder(
     path: str | os.PathLike,
@@ -301,7 +320,6 @@ def new_folder(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
-
 # %% ../nbs/00_core.ipynb #c0b4
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -317,7 +335,7 @@ def _try_lock(file: BinaryIO) -> bool:
             raise
     return True
 
-
+# %% ../nbs/00_core.ipynb #5f0c0c17
 def _is_still(file: BinaryIO, path: Path) -> bool:
     """Is the open file still the one of that name? Its folder may have been removed meanwhile."""
     try:
@@ -325,13 +343,16 @@ def _is_still(file: BinaryIO, path: Path) -> bool:
     except OSError:
         return False
 
-
+# %% ../nbs/00_core.ipynb #74ba90ba
 @contextmanager
 def locked(
     path: str | os.PathLike,  # the lock file; made with its folder
     patience: float = 0.0,  # seconds to wait for another holder
 ) -> Iterator[BinaryIO | None]:
-    """Hold a lock file while the block runs, and give it, open for writing. None if another process holds it for longer."""
+    """Hold a lock file while the block runs, and give it, open for writing.
+
+    None if another process holds it for longer.
+    """
     path, end = Path(path), time.monotonic() + patience
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -349,10 +370,14 @@ def digest(
     length: int = 16,  # hexadecimal digits to keep
 ) -> str:
     """The first digits of the SHA-256 of bytes, or of the canonical JSON of a value."""
-    data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+    data = (
+        value
+        if isinstance(value, bytes)
+        else json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+    )
     return hashlib.sha256(data).hexdigest()[:length]
 
-
+# %% ../nbs/00_core.ipynb #f75143ac
 def file_digest(path: str | os.PathLike, length: int = 16) -> str:
     """The first digits of the SHA-256 of a file's bytes, read in pieces."""
     with open(path, "rb") as f:

@@ -32,6 +32,7 @@ import referencing.exceptions
 
 from .core import UserError, digest, write_atomic
 
+# %% ../nbs/02_endpoint.ipynb #274e1881
 if TYPE_CHECKING:
     from jsonschema import Draft202012Validator
 
@@ -47,7 +48,7 @@ class Reply:
     delay: float = 0.0  # seconds before it answers
     finish_reason: str = "stop"
 
-
+# %% ../nbs/02_endpoint.ipynb #8f2df44e
 @dataclass
 class Rehearsal:
     """A running rehearsal server: where it listens and what it was asked."""
@@ -56,16 +57,17 @@ class Rehearsal:
     requests: list[dict[str, Any]] = field(default_factory=list)  # bodies, in order of arrival
     headers: list[dict[str, str]] = field(default_factory=list)  # of each request, names in lower case
 
-
+# %% ../nbs/02_endpoint.ipynb #5d2d2a6d
 def _body(reply: Reply) -> bytes:
     """The reply in the form of the protocol."""
     message = {"role": "assistant", "content": reply.content}
     return json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": reply.finish_reason}]}).encode()
 
-
+# %% ../nbs/02_endpoint.ipynb #a17a76ba
 @contextmanager
 def rehearsal(
-    script: Callable[[dict[str, Any], int], Reply | str],  # (body of a request, how often this body came before) -> what to answer
+    # (body of a request, how often this body came before) -> what to answer
+    script: Callable[[dict[str, Any], int], Reply | str],
 ) -> Iterator[Rehearsal]:
     """A server on this machine that speaks the protocol and answers by a script. It is gone at the end of the block."""
     lock, stop, seen, log = threading.Lock(), threading.Event(), {}, Rehearsal("")
@@ -114,13 +116,17 @@ def rehearsal(
 
 # %% ../nbs/02_endpoint.ipynb #b240c10c
 class EndpointError(UserError):
-    """No usable answer. `kind` is "unavailable" (nobody answers, or nobody is let in), "refused" (the server will not take this question) or "invalid" (the answers are nonsense)."""
+    """No usable answer.
+
+    `kind` is "unavailable" (nobody answers, or nobody is let in), "refused" (the server will not take this question) or
+    "invalid" (the answers are nonsense).
+    """
 
     def __init__(self, kind: str, what: str, *, where: str = "", why: str = "", fix: str = ""):
         super().__init__(what, where=where, why=why, fix=fix)
         self.kind = kind
 
-
+# %% ../nbs/02_endpoint.ipynb #3717e14d
 @dataclass(frozen=True)
 class Endpoint:
     """A model behind an OpenAI-compatible server, and how patiently it is asked."""
@@ -135,31 +141,67 @@ class Endpoint:
     backoff: float = 1.0  # seconds before the first further attempt; doubled each time
     max_wait: float = 60.0  # seconds; no wait is longer
     max_bytes: int = 16 << 20  # of an answer
-    structured: bool = True  # ask the server to hold its answer to the schema; False: the prompt must say the shape, and the answer is checked all the same
-    options: dict[str, Any] = field(default_factory=lambda: {"temperature": 0})  # sent along, such as temperature, max_tokens, seed
+    # ask the server to hold its answer to the schema; False: the prompt must say the shape, and the answer is checked
+    # all the same
+    structured: bool = True
+    # sent along, such as temperature, max_tokens, seed
+    options: dict[str, Any] = field(default_factory=lambda: {"temperature": 0})
     sleep: Callable[[float], None] = field(default=time.sleep, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         try:
             url = urllib.parse.urlsplit(self.base_url)
-            good, secret = url.scheme in ("http", "https") and bool(url.hostname) and (url.port or 1) > 0, bool(url.username or url.password or url.query)
+            good, secret = (
+                url.scheme in ("http", "https") and bool(url.hostname) and (url.port or 1) > 0,
+                bool(url.username or url.password or url.query),
+            )
         except ValueError:
             good, secret = False, False
         if secret:
-            raise UserError("base_url holds a user name, a password or a query", where="endpoint", why="settings are saved and printed", fix="put the key into an environment variable and name it in api_key_env")
+            raise UserError(
+                "base_url holds a user name, a password or a query",
+                where="endpoint",
+                why="settings are saved and printed",
+                fix="put the key into an environment variable and name it in api_key_env",
+            )
         if not good or not self.model:
-            raise UserError(f"base_url {self.base_url!r}, model {self.model!r}", where="endpoint", fix="base_url is as in http://localhost:8000/v1, and model names one that is served there")
-        if not (self.timeout > 0 and self.retries >= 0 and self.concurrency >= 1 and self.backoff >= 0 and self.max_wait >= 0 and self.max_bytes > 0):
-            raise UserError("a number is out of range", where="endpoint", fix="timeout and max_bytes above 0, concurrency at least 1, retries, backoff and max_wait at least 0")
+            raise UserError(
+                f"base_url {self.base_url!r}, model {self.model!r}",
+                where="endpoint",
+                fix="base_url is as in http://localhost:8000/v1, and model names one that is served there",
+            )
+        if not (
+            self.timeout > 0
+            and self.retries >= 0
+            and self.concurrency >= 1
+            and self.backoff >= 0
+            and self.max_wait >= 0
+            and self.max_bytes > 0
+        ):
+            raise UserError(
+                "a number is out of range",
+                where="endpoint",
+                fix="timeout and max_bytes above 0, concurrency at least 1, retries, backoff and max_wait at least 0",
+            )
         if clash := {"model", "messages", "response_format", "stream", "n"} & set(self.options):
-            raise UserError(f"options may not hold {', '.join(sorted(clash))}", where="endpoint", fix="these are set by the questions")
+            raise UserError(
+                f"options may not hold {', '.join(sorted(clash))}",
+                where="endpoint",
+                fix="these are set by the questions",
+            )
 
-    def ask(self, messages: Sequence[Mapping[str, Any]], schema: Mapping[str, Any] | None = None, validators: Sequence["Validator"] = ()) -> "Answer":
+    def ask(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        schema: Mapping[str, Any] | None = None,
+        validators: Sequence["Validator"] = (),
+    ) -> "Answer":
         """The answer to one question, see `ask`."""
         return ask(self, messages, schema, validators)
 
-
-Validator = Callable[[Any], str | None]  # what is wrong with a value, in words that the model can use; None if nothing is
+# %% ../nbs/02_endpoint.ipynb #edafa8f0
+# what is wrong with a value, in words that the model can use; None if nothing is
+Validator = Callable[[Any], str | None]
 
 
 @dataclass(frozen=True)
@@ -175,25 +217,35 @@ class Answer:
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # states of HTTP that may pass
 REFUSED = (400, 413, 422)  # states that blame this one question; all others concern every question
 
-
+# %% ../nbs/02_endpoint.ipynb #101c2042
 class _Failure(Exception):
     """One attempt that gave no usable answer."""
 
-    def __init__(self, kind: str, what: str, *, again: bool = True, wait: float | None = None, answer: str | None = None):
+    def __init__(
+        self, kind: str, what: str, *, again: bool = True, wait: float | None = None, answer: str | None = None
+    ):
         super().__init__(what)
         self.kind, self.what, self.again, self.wait, self.answer = kind, what, again, wait, answer
 
-
+# %% ../nbs/02_endpoint.ipynb #d018626d
 def _key(endpoint: Endpoint) -> str:
-    """The key of an endpoint, or nothing; `UserError` if it should be there and is not. It is never part of a message."""
+    """The key of an endpoint, or nothing; `UserError` if it should be there and is not.
+
+    It is never part of a message.
+    """
     if not endpoint.api_key_env:
         return ""
     key = os.environ.get(endpoint.api_key_env, "").strip()
     if not key or not key.isascii() or not key.isprintable():
-        raise UserError(f"the environment variable {endpoint.api_key_env} {'holds characters that no key has' if key else 'is not set'}", where="endpoint: api_key_env", fix="set it before you start, or leave api_key_env empty for a server without keys")
+        raise UserError(
+            f"the environment variable {endpoint.api_key_env} "
+            f"{'holds characters that no key has' if key else 'is not set'}",
+            where="endpoint: api_key_env",
+            fix="set it before you start, or leave api_key_env empty for a server without keys",
+        )
     return key
 
-
+# %% ../nbs/02_endpoint.ipynb #c3659845
 def _retry_after(value: str | None) -> float | None:
     """Seconds to wait, from a header that holds seconds or a date."""
     if value is None:
@@ -205,7 +257,7 @@ def _retry_after(value: str | None) -> float | None:
     except ValueError:
         return None
 
-
+# %% ../nbs/02_endpoint.ipynb #af0aa129
 class _StayHere(urllib.request.HTTPRedirectHandler):
     """Follows no redirect."""
 
@@ -213,7 +265,7 @@ class _StayHere(urllib.request.HTTPRedirectHandler):
         """No request in place of the one that was redirected."""
         return None
 
-
+# %% ../nbs/02_endpoint.ipynb #814e4bff
 def _read(response: Any, endpoint: Endpoint, deadline: float) -> bytes:
     """The body of an answer, within its limits of size and time."""
     data = b""
@@ -227,17 +279,21 @@ def _read(response: Any, endpoint: Endpoint, deadline: float) -> bytes:
         raise http.client.IncompleteRead(data, response.length)
     return data
 
-
+# %% ../nbs/02_endpoint.ipynb #7dd08bff
 def _send(endpoint: Endpoint, body: bytes, key: str) -> bytes:
     """Send one request and read the answer. Errors of the network and of HTTP leave as they are."""
-    headers = {"Content-Type": "application/json", "Accept": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    request = urllib.request.Request(endpoint.base_url.rstrip("/") + "/chat/completions", data=body, headers=headers, method="POST")
+    headers = {"Content-Type": "application/json", "Accept": "application/json"} | (
+        {"Authorization": f"Bearer {key}"} if key else {}
+    )
+    request = urllib.request.Request(
+        endpoint.base_url.rstrip("/") + "/chat/completions", data=body, headers=headers, method="POST"
+    )
     local = urllib.parse.urlsplit(endpoint.base_url).hostname in ("localhost", "127.0.0.1", "::1")
     opener = urllib.request.build_opener(_StayHere, *([urllib.request.ProxyHandler({})] if local else []))
     with opener.open(request, timeout=endpoint.timeout) as response:
         return _read(response, endpoint, time.monotonic() + endpoint.timeout)
 
-
+# %% ../nbs/02_endpoint.ipynb #a20e30fd
 def _said(error: urllib.error.HTTPError, key: str) -> str:
     """The beginning of what a server says of an error, without the key."""
     try:
@@ -247,7 +303,7 @@ def _said(error: urllib.error.HTTPError, key: str) -> str:
         said = ""
     return " ".join((said.replace(key, "***") if key else said).split())[:300]
 
-
+# %% ../nbs/02_endpoint.ipynb #faef8f87
 def _post(endpoint: Endpoint, body: bytes) -> tuple[str, str]:
     """(text, finish reason) of the model's answer to one request; `_Failure` where there is none."""
     key = _key(endpoint)
@@ -260,12 +316,19 @@ def _post(endpoint: Endpoint, body: bytes) -> tuple[str, str]:
         return text, str(choice.get("finish_reason") or "stop")
     except urllib.error.HTTPError as error:
         wait = _retry_after(error.headers.get("Retry-After"))
-        raise _Failure("refused" if error.code in REFUSED else "unavailable", f"HTTP {error.code}: {_said(error, key)}", again=error.code in AGAIN, wait=wait) from None
+        raise _Failure(
+            "refused" if error.code in REFUSED else "unavailable",
+            f"HTTP {error.code}: {_said(error, key)}",
+            again=error.code in AGAIN,
+            wait=wait,
+        ) from None
     except TimeoutError:
         raise _Failure("unavailable", f"no answer within {endpoint.timeout:g} s") from None
     except urllib.error.URLError as error:
         late = isinstance(error.reason, TimeoutError)
-        raise _Failure("unavailable", f"no answer within {endpoint.timeout:g} s" if late else f"no connection: {error.reason}") from None
+        raise _Failure(
+            "unavailable", f"no answer within {endpoint.timeout:g} s" if late else f"no connection: {error.reason}"
+        ) from None
     except (OSError, http.client.HTTPException) as error:
         raise _Failure("unavailable", f"the connection broke off: {type(error).__name__}") from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -283,7 +346,7 @@ def _no_constant(name: str) -> Any:
     """Refuses NaN and Infinity."""
     raise ValueError(f"{name} is not JSON")
 
-
+# %% ../nbs/02_endpoint.ipynb #97522b0e
 def schema_validator(schema: Mapping[str, Any]) -> "Draft202012Validator":
     """What checks a value; `UserError` for a schema that is none."""
     from jsonschema import Draft202012Validator, SchemaError  # takes longer to import than all else of data preparation
@@ -291,19 +354,31 @@ def schema_validator(schema: Mapping[str, Any]) -> "Draft202012Validator":
     try:
         Draft202012Validator.check_schema(schema)
     except SchemaError as error:
-        raise UserError(f"not a JSON Schema: {error.message[:200]}", where="schema", fix="see json-schema.org; for instance type, properties, required") from None
+        raise UserError(
+            f"not a JSON Schema: {error.message[:200]}",
+            where="schema",
+            fix="see json-schema.org; for instance type, properties, required",
+        ) from None
     return Draft202012Validator(schema, registry=referencing.Registry())
 
-
+# %% ../nbs/02_endpoint.ipynb #3abc7569
 def _unfenced(text: str) -> str:
-    """What stands between a line of three backticks, which may say json, and another; the text itself where it is not fenced."""
+    """What stands between a line of three backticks, which may say json, and another; the text itself where it is
+    not fenced.
+    """
     fence = "`" * 3
     head, line_break, body = text.removeprefix(fence).partition("\n")
     inside, closing_line_break, rest = body.rpartition("\n")
-    fenced = text.startswith(fence) and head.rstrip() in ("", "json") and line_break and closing_line_break and rest.strip() == fence
+    fenced = (
+        text.startswith(fence)
+        and head.rstrip() in ("", "json")
+        and line_break
+        and closing_line_break
+        and rest.strip() == fence
+    )
     return inside if fenced else text
 
-
+# %% ../nbs/02_endpoint.ipynb #dbe64f89
 def checked_value(
     text: str,  # what the model said
     schema: Mapping[str, Any],
@@ -318,25 +393,40 @@ def checked_value(
     try:
         wrong = min(schema_validator(schema).iter_errors(value), key=lambda e: e.json_path, default=None)
     except referencing.exceptions.Unresolvable as error:
-        raise UserError(f"it refers to {str(error.ref)[:200]!r}", where="schema", why="addresses in a schema are not opened", fix="put that part into $defs") from None
-    complaints = [f"At {wrong.json_path}: {wrong.message[:300]}"] if wrong else [c for v in validators if (c := v(value))]
+        raise UserError(
+            f"it refers to {str(error.ref)[:200]!r}",
+            where="schema",
+            why="addresses in a schema are not opened",
+            fix="put that part into $defs",
+        ) from None
+    complaints = (
+        [f"At {wrong.json_path}: {wrong.message[:300]}"] if wrong else [c for v in validators if (c := v(value))]
+    )
     if complaints:
         raise ValueError(complaints[0])
     return value
 
 # %% ../nbs/02_endpoint.ipynb #8f2c51fe
-def _question(endpoint: Endpoint, messages: Sequence[Mapping[str, Any]], schema: Mapping[str, Any] | None) -> dict[str, Any]:
+def _question(
+    endpoint: Endpoint, messages: Sequence[Mapping[str, Any]], schema: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """The body of a request."""
     shape = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
-    return {"model": endpoint.model, "messages": list(messages), **endpoint.options} | ({"response_format": shape} if schema is not None and endpoint.structured else {})
+    return {"model": endpoint.model, "messages": list(messages), **endpoint.options} | (
+        {"response_format": shape} if schema is not None and endpoint.structured else {}
+    )
 
-
-def _cache_path(endpoint: Endpoint, messages: Sequence[Mapping[str, Any]], schema: Mapping[str, Any] | None) -> Path | None:
+# %% ../nbs/02_endpoint.ipynb #48337566
+def _cache_path(
+    endpoint: Endpoint, messages: Sequence[Mapping[str, Any]], schema: Mapping[str, Any] | None
+) -> Path | None:
     """Where the answer to a question lies on disk."""
-    name = digest({"url": endpoint.base_url.rstrip("/"), "question": _question(endpoint, messages, schema), "schema": schema}, 40)
+    name = digest(
+        {"url": endpoint.base_url.rstrip("/"), "question": _question(endpoint, messages, schema), "schema": schema}, 40
+    )
     return Path(endpoint.cache_dir) / name[:2] / f"{name}.json" if endpoint.cache_dir else None
 
-
+# %% ../nbs/02_endpoint.ipynb #e04d76e1
 def _from_cache(path: Path | None, check: Callable[[str], Any]) -> Answer | None:
     """The answer on disk, if it is there and still passes."""
     try:
@@ -347,7 +437,7 @@ def _from_cache(path: Path | None, check: Callable[[str], Any]) -> Answer | None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
-
+# %% ../nbs/02_endpoint.ipynb #63d2ebe2
 def _keep(path: Path | None, answer: Answer) -> None:
     """Write an answer to disk. Each thread has a temporary name of its own, and the last one to rename wins."""
     if not path:
@@ -357,16 +447,25 @@ def _keep(path: Path | None, answer: Answer) -> None:
         write_atomic(own, json.dumps({"text": answer.text, "finish_reason": answer.finish_reason}))
         os.replace(own, path)
     except OSError as error:
-        raise UserError(f"an answer cannot be written: {error.strerror}", where=f"cache_dir {path.parent.parent}", fix="give a folder that you may write to, with room in it") from None
+        raise UserError(
+            f"an answer cannot be written: {error.strerror}",
+            where=f"cache_dir {path.parent.parent}",
+            fix="give a folder that you may write to, with room in it",
+        ) from None
 
-
+# %% ../nbs/02_endpoint.ipynb #408532cd
 def _wait(endpoint: Endpoint, failure: _Failure, attempt: int) -> float:
     """Seconds to wait after a failed attempt; `EndpointError` if the server asks for more than is allowed."""
     if failure.wait is not None and failure.wait > endpoint.max_wait:
-        raise EndpointError("unavailable", f"the server asks to wait {failure.wait:.0f} s", where=f"{endpoint.model} at {endpoint.base_url}", fix=f"come back later, or raise max_wait, which is {endpoint.max_wait:g} s")
+        raise EndpointError(
+            "unavailable",
+            f"the server asks to wait {failure.wait:.0f} s",
+            where=f"{endpoint.model} at {endpoint.base_url}",
+            fix=f"come back later, or raise max_wait, which is {endpoint.max_wait:g} s",
+        )
     return max(failure.wait or 0.0, min(endpoint.max_wait, endpoint.backoff * 2.0**attempt))
 
-
+# %% ../nbs/02_endpoint.ipynb #14a64fd4
 def _gave_up(endpoint: Endpoint, failure: _Failure, attempts: int) -> EndpointError:
     """The error for a question without an answer."""
     fixes = {
@@ -374,21 +473,36 @@ def _gave_up(endpoint: Endpoint, failure: _Failure, attempts: int) -> EndpointEr
         "refused": "see model, base_url and the key; the server will not say otherwise next time",
         "invalid": "see the answers: another prompt, a simpler schema, or a model that can follow one",
     }
-    return EndpointError(failure.kind, f"no usable answer in {attempts} attempts; the last: {failure.what}", where=f"{endpoint.model} at {endpoint.base_url}", fix=fixes[failure.kind])
+    return EndpointError(
+        failure.kind,
+        f"no usable answer in {attempts} attempts; the last: {failure.what}",
+        where=f"{endpoint.model} at {endpoint.base_url}",
+        fix=fixes[failure.kind],
+    )
 
-
+# %% ../nbs/02_endpoint.ipynb #8080b7a4
 def _told(messages: Sequence[Mapping[str, Any]], failure: _Failure) -> list[Mapping[str, Any]]:
     """The question, the answer that failed, and what is wrong with it."""
-    return [*messages, {"role": "assistant", "content": failure.answer}, {"role": "user", "content": f"{failure.what}\nAnswer again, with one JSON value that fits the schema and nothing else."}]
+    return [
+        *messages,
+        {"role": "assistant", "content": failure.answer},
+        {
+            "role": "user",
+            "content": f"{failure.what}\nAnswer again, with one JSON value that fits the schema and nothing else.",
+        },
+    ]
 
-
+# %% ../nbs/02_endpoint.ipynb #9ebeb204
 def ask(
     endpoint: Endpoint,
     messages: Sequence[Mapping[str, Any]],  # role and content
     schema: Mapping[str, Any] | None = None,  # JSON Schema of the answer; None takes any text
     validators: Sequence[Validator] = (),  # further conditions on the value; they need a schema
 ) -> Answer:
-    """The model's answer, from disk if it was asked before. `EndpointError` if there is no usable one after all attempts."""
+    """The model's answer, from disk if it was asked before.
+
+    `EndpointError` if there is no usable one after all attempts.
+    """
 
     def check(text: str) -> Any:
         """The value of an answer, or nothing where no schema asks for one."""
@@ -397,7 +511,12 @@ def ask(
     if schema is not None:
         schema_validator(schema)
     elif validators:
-        raise UserError("validators are given and no schema", where="ask", why="text without a schema is not parsed, and they would never be called", fix="give a schema; {} takes any JSON")
+        raise UserError(
+            "validators are given and no schema",
+            where="ask",
+            why="text without a schema is not parsed, and they would never be called",
+            fix="give a schema; {} takes any JSON",
+        )
     path = _cache_path(endpoint, messages, schema)
     if kept := _from_cache(path, check):
         return kept
@@ -418,7 +537,7 @@ def ask(
         return answer
     raise AssertionError("the last attempt returns or raises")
 
-
+# %% ../nbs/02_endpoint.ipynb #60ef5d53
 def _attempt(endpoint: Endpoint, question: Mapping[str, Any], check: Callable[[str], Any]) -> Answer:
     """One request and the check of its answer."""
     text, finish_reason = _post(endpoint, json.dumps(question, ensure_ascii=True, allow_nan=False).encode())
@@ -439,7 +558,7 @@ class Request:
     schema: Mapping[str, Any] | None = None
     validators: Sequence[Validator] = ()
 
-
+# %% ../nbs/02_endpoint.ipynb #02f9e2b3
 def _try(endpoint: Endpoint, request: Request) -> Answer | EndpointError:
     """The answer to a request, or the error in its place."""
     try:
@@ -447,7 +566,7 @@ def _try(endpoint: Endpoint, request: Request) -> Answer | EndpointError:
     except EndpointError as error:
         return error
 
-
+# %% ../nbs/02_endpoint.ipynb #b05247a1
 def ask_all(
     endpoint: Endpoint,
     requests: Iterable[Request],

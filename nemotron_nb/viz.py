@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+# %% ../nbs/01_viz.ipynb #991eae6a
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -38,7 +39,7 @@ def escape(
     safe = html.escape(visible(text)).replace("\t", "&nbsp;&nbsp;&nbsp;&nbsp;")
     return safe.replace("  ", " &nbsp;").replace("\n ", "\n&nbsp;").replace("\n", "&#8629;<br>")
 
-
+# %% ../nbs/01_viz.ipynb #aaebf92f
 def clipped(
     text: str,
     limit: int,  # characters
@@ -53,9 +54,12 @@ def _label(text: str) -> str:
 
 # %% ../nbs/01_viz.ipynb #940a6ad7
 LONGEST_TEXT = 200_000  # characters of a text form
-_OTHER_TAG = re.compile(r'<(?!/?(?:b|br|code|details|div|h[1-6]|i|p|pre|span|summary|table|td|th|tr)[ >]|img alt="[^"<>]*" src="data:image/png;base64,)')
+_OTHER_TAG = re.compile(
+    r'<(?!/?(?:b|br|code|details|div|h[1-6]|i|p|pre|span|summary|table|td|th|tr)[ >]|img alt="[^"<>]*" '
+    r'src="data:image/png;base64,)'
+)
 
-
+# %% ../nbs/01_viz.ipynb #502a752c
 @dataclass(frozen=True)
 class Picture:
     """Something to look at, in up to three forms. `html` is safe to embed; `text` is for logs; `png` is raw bytes."""
@@ -76,7 +80,9 @@ class Picture:
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
         if self.png:
-            return {"text/plain": self.text, "image/png": base64.b64encode(self.png).decode()}, {"image/png": {"alt": self.text}}
+            return {"text/plain": self.text, "image/png": base64.b64encode(self.png).decode()}, {
+                "image/png": {"alt": self.text}
+            }
         return {"text/plain": self.text, "text/html": self.html}, {}
 
 # %% ../nbs/01_viz.ipynb #6a8eb3eb
@@ -90,7 +96,7 @@ ROLE_COLOURS: Mapping[str, str] = {
 PAGE = "background:#ffffff;color:#111111"  # every picture brings its own light
 MOST_HTML = 120_000  # characters of HTML in one picture
 
-
+# %% ../nbs/01_viz.ipynb #622b41ab
 def _line(trained: bool) -> str:
     """The underline of a trained token; the others have a white one, which keeps all of one height."""
     return f"border-bottom:3px solid {'#0a7a2f' if trained else '#ffffff'}"
@@ -98,17 +104,22 @@ def _line(trained: bool) -> str:
 
 def _chip(role: str) -> str:
     """The letter of a speaker."""
-    return f'<b title="{_label(role)}" style="background:#111111;color:{ROLE_COLOURS.get(role, "#eeeeee")};padding:0 3px;font-size:10px">{escape(role[:1].upper())}</b>'
+    return (
+        f'<b title="{_label(role)}" style="background:#111111;color:{ROLE_COLOURS.get(role, "#eeeeee")};padding:0 '
+        f'3px;font-size:10px">{escape(role[:1].upper())}</b>'
+    )
 
-
+# %% ../nbs/01_viz.ipynb #313b0a67
 def _shade(value: float | None, top: float) -> str:
     """Background for a number between 0 and `top`: white to deep orange, dark text throughout."""
     if value is None:
         return "background:#f2f2f2;color:#666666"
     depth = max(0.0, min(1.0, value / top)) if top > 0 else 0.0
-    return f"background:#{255 - int(22 * depth):02x}{255 - int(125 * depth):02x}{255 - int(195 * depth):02x};color:#111111"
+    return (
+        f"background:#{255 - int(22 * depth):02x}{255 - int(125 * depth):02x}{255 - int(195 * depth):02x};color:#111111"
+    )
 
-
+# %% ../nbs/01_viz.ipynb #d715c22f
 def _runs(roles: Sequence[str], trained: Sequence[int]) -> Iterator[tuple[tuple[str, bool], list[int]]]:
     """Positions grouped by (role, trained), in order."""
     keys = zip(roles, map(bool, trained), strict=True)
@@ -116,7 +127,9 @@ def _runs(roles: Sequence[str], trained: Sequence[int]) -> Iterator[tuple[tuple[
         yield key, [position for position, _ in group]
 
 # %% ../nbs/01_viz.ipynb #5650bb60
-def _spans_of_runs(pieces: Sequence[str], trained: Sequence[int], roles: Sequence[str], special: Sequence[bool], most: int = MOST_HTML) -> Iterator[tuple[int, str]]:
+def _spans_of_runs(
+    pieces: Sequence[str], trained: Sequence[int], roles: Sequence[str], special: Sequence[bool], most: int = MOST_HTML
+) -> Iterator[tuple[int, str]]:
     """(tokens, HTML) of each run of one speaker and one fate; special tokens are chips of their own."""
     last = None
     for (role, on), where in _runs(roles, trained):
@@ -126,18 +139,33 @@ def _spans_of_runs(pieces: Sequence[str], trained: Sequence[int], roles: Sequenc
         last = role
         for is_special, group in itertools.groupby(where, key=special.__getitem__):
             run = list(group)
-            look = "background:#444444;color:#ffffff" if is_special else f"background:{ROLE_COLOURS.get(role, '#eeeeee')};color:#111111"
+            look = (
+                "background:#444444;color:#ffffff"
+                if is_special
+                else f"background:{ROLE_COLOURS.get(role, '#eeeeee')};color:#111111"
+            )
             text = clipped("".join(pieces[i] for i in run), most // 8)
             yield len(run), f'<span style="{look};{_line(on)};padding:0 1px" {note}>{escape(text)}</span>'
 
-
-def _spans_of_values(pieces: Sequence[str], trained: Sequence[int], roles: Sequence[str], values: Sequence[float | None], name: str, top: float) -> Iterator[tuple[int, str]]:
+# %% ../nbs/01_viz.ipynb #bb05bf62
+def _spans_of_values(
+    pieces: Sequence[str],
+    trained: Sequence[int],
+    roles: Sequence[str],
+    values: Sequence[float | None],
+    name: str,
+    top: float,
+) -> Iterator[tuple[int, str]]:
     """(1, HTML) of each token, with its number as a shade and in the hover."""
     for i, (piece, on, role, value) in enumerate(zip(pieces, trained, roles, values, strict=True)):
         number = "" if value is None else f": {_label(name)} {value:.3g}"
-        yield 1, f'<span style="{_shade(value, top)};{_line(on)}" title="{i} {_label(role)}{number}">{escape(clipped(piece, 400))}</span>'
+        yield (
+            1,
+            f'<span style="{_shade(value, top)};{_line(on)}" title="{i} '
+            f'{_label(role)}{number}">{escape(clipped(piece, 400))}</span>',
+        )
 
-
+# %% ../nbs/01_viz.ipynb #f4610073
 def fitting(
     spans: Iterable[tuple[int, str]],  # (what it counts for, HTML) of each part
     most: int = MOST_HTML,  # characters
@@ -152,7 +180,7 @@ def fitting(
         kept.append(span)
     return shown, "".join(kept)
 
-
+# %% ../nbs/01_viz.ipynb #86ca6f36
 def _strip_text(pieces: Sequence[str], trained: Sequence[int], roles: Sequence[str]) -> str:
     """The strip for a log: `role| text`, trained text between guillemets."""
     lines, last = [], None
@@ -192,10 +220,14 @@ class _Strip:
         rows, kept = self.rows(), []
         for shown, group in itertools.groupby(range(length), key=near.__getitem__):
             where = list(group)
-            kept += [rows[i] for i in where] if shown else [(f"[... {len(where):,} tokens ...]\n", 0, self.roles[where[-1]], None, False)]
+            kept += (
+                [rows[i] for i in where]
+                if shown
+                else [(f"[... {len(where):,} tokens ...]\n", 0, self.roles[where[-1]], None, False)]
+            )
         return _Strip.of(kept)
 
-
+# %% ../nbs/01_viz.ipynb #d6da854f
 def token_strip(
     pieces: Sequence[str],  # [L] text of each token
     trained: Sequence[int],  # [L] 1 where the model must produce the token
@@ -214,27 +246,50 @@ def token_strip(
     count = f"{sum(map(bool, trained))} of {len(pieces)} tokens trained (underlined)"
     roles = roles if roles is not None else ["assistant"] * len(pieces)
     nothing, plain = [None] * len(pieces), [False] * len(pieces)
-    strip = _Strip(list(pieces), list(trained), list(roles), list(values if values is not None else nothing), list(special if special is not None else plain))
+    strip = _Strip(
+        list(pieces),
+        list(trained),
+        list(roles),
+        list(values if values is not None else nothing),
+        list(special if special is not None else plain),
+    )
     strip = strip.folded(fold) if fold is not None else strip
     shown = _Strip.of(strip.rows()[:window])
     darkest = top if top is not None else max((v for v in values or [] if v is not None), default=1.0)
     columns = shown.pieces, shown.trained, shown.roles
-    spans = _spans_of_runs(*columns, shown.special, most) if values is None else _spans_of_values(*columns, shown.values, value_name, darkest)
+    spans = (
+        _spans_of_runs(*columns, shown.special, most)
+        if values is None
+        else _spans_of_values(*columns, shown.values, value_name, darkest)
+    )
     drawn, body = fitting(spans, most)
-    tail, text_tail = (f" ... and {rest} more tokens" if (rest := len(strip.pieces) - there) else "" for there in (drawn, len(shown.pieces)))
+    tail, text_tail = (
+        f" ... and {rest} more tokens" if (rest := len(strip.pieces) - there) else ""
+        for there in (drawn, len(shown.pieces))
+    )
     head = f"<b>{_label(title)}</b> " if title else ""
-    page = f'<div style="font-family:monospace;font-size:13px;line-height:1.7;{PAGE};padding:6px"><div>{head}{_legend(roles, values, value_name, darkest)} {count}</div><div>{body}{tail}</div></div>'
+    page = (
+        '<div '
+        f'style="font-family:monospace;font-size:13px;line-height:1.7;{PAGE};padding:6px">'
+        f'<div>{head}{_legend(roles, values, value_name, darkest)} {count}</div><div>{body}{tail}</div></div>'
+    )
     heading = f"{title}: {count}" if title else count
     return Picture(page, f"{heading}\n{_strip_text(*columns)}{text_tail}")
 
-
+# %% ../nbs/01_viz.ipynb #b6206e7a
 def _legend(roles: Sequence[str], values: Sequence[float | None] | None, value_name: str, top: float) -> str:
     """What the colours mean: speakers, or numbers."""
     if values is not None:
-        marks = "".join(f'<span style="{_shade(top * i / 4, top)}">&nbsp;{top * i / 4:.2g}&nbsp;</span>' for i in range(5))
+        marks = "".join(
+            f'<span style="{_shade(top * i / 4, top)}">&nbsp;{top * i / 4:.2g}&nbsp;</span>' for i in range(5)
+        )
         return f"{_label(value_name)}: {marks}"
     speakers = list(dict.fromkeys(roles))[:8]
-    return " ".join(f'{_chip(r)}<span style="background:{ROLE_COLOURS.get(r, "#eeeeee")};color:#111111">&nbsp;{_label(r)}&nbsp;</span>' for r in speakers)
+    return " ".join(
+        f'{_chip(r)}<span '
+        f'style="background:{ROLE_COLOURS.get(r, "#eeeeee")};color:#111111">&nbsp;{_label(r)}&nbsp;</span>'
+        for r in speakers
+    )
 
 # %% ../nbs/01_viz.ipynb #8ed57d96
 def png(
@@ -249,7 +304,10 @@ def png(
     figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", facecolor="white", metadata={"Software": None})
     plt.close(figure)
     data = buffer.getvalue()
-    page = f'<img alt="{escape(clipped(alt, 2000))}" src="data:image/png;base64,{base64.b64encode(data).decode()}" style="max-width:100%">'
+    page = (
+        f'<img alt="{escape(clipped(alt, 2000))}" src="data:image/png;base64,{base64.b64encode(data).decode()}" '
+        'style="max-width:100%">'
+    )
     return Picture(page, alt, data)
 
 # %% ../nbs/01_viz.ipynb #81ddb42b
@@ -258,41 +316,58 @@ LONGEST_CELL = 4000  # characters of one value in a table
 
 def _cell_text(value: Any) -> str:
     """A value as a table shows it."""
-    text = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    text = (
+        f"{value:,.4g}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int) and not isinstance(value, bool)
+        else str(value)
+    )
     return clipped(text, LONGEST_CELL)
 
-
+# %% ../nbs/01_viz.ipynb #c70e296a
 def _cell(value: Any) -> str:
     """A value as a cell, numbers on the right."""
     align = "right" if isinstance(value, (int, float)) else "left"
-    return f'<td style="padding:2px 10px;text-align:{align};border-bottom:1px solid #cccccc;{PAGE}">{escape(_cell_text(value))}</td>'
+    return (
+        f'<td style="padding:2px 10px;text-align:{align};border-bottom:1px solid '
+        f'#cccccc;{PAGE}">{escape(_cell_text(value))}</td>'
+    )
 
-
+# %% ../nbs/01_viz.ipynb #bf824dc4
 def table(
     rows: Sequence[Mapping[str, Any]] | Sequence[Sequence[Any]],  # dicts with the same keys, or lists with `header`
     header: Sequence[str] | None = None,
     title: str = "",
 ) -> Picture:
-    """Rows as an HTML table and as aligned text. Numbers are set right, everything is escaped, rows that do not fit are counted."""
+    """Rows as an HTML table and as aligned text.
+
+    Numbers are set right, everything is escaped, rows that do not fit are counted.
+    """
     if header is None:
         header = list(rows[0]) if rows and isinstance(rows[0], Mapping) else []
     values = [[row.get(k, "") for k in header] if isinstance(row, Mapping) else list(row) for row in rows]
     drawn, body = fitting(((1, "<tr>" + "".join(map(_cell, row)) + "</tr>") for row in values), MOST_HTML)
-    top = "".join(f'<th style="padding:2px 10px;text-align:left;border-bottom:2px solid #888888;{PAGE}">{_label(str(h))}</th>' for h in header)
+    top = "".join(
+        f'<th style="padding:2px 10px;text-align:left;border-bottom:2px solid #888888;{PAGE}">{_label(str(h))}</th>'
+        for h in header
+    )
     caption = f'<div style="{PAGE}"><b>{_label(title)}</b></div>' if title else ""
     more = f'<div style="{PAGE}">... and {len(values) - drawn:,} more rows</div>' if drawn < len(values) else ""
     page = f'{caption}<table style="border-collapse:collapse;{PAGE}"><tr>{top}</tr>{body}</table>{more}'
     return Picture(page, _table_text(header, values, title))
 
-
+# %% ../nbs/01_viz.ipynb #ce5de270
 def _table_text(header: Sequence[str], values: Sequence[Sequence[Any]], title: str) -> str:
     """The rows in columns of equal width."""
-    lines = [[str(h) for h in header]] + [[visible(_cell_text(v)).replace("\n", "\u21b5") for v in row] for row in values]
+    lines = [[str(h) for h in header]] + [
+        [visible(_cell_text(v)).replace("\n", "\u21b5") for v in row] for row in values
+    ]
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = ["  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in lines]
     return "\n".join(([title] if title else []) + text)
 
-
+# %% ../nbs/01_viz.ipynb #733fd0d3
 def joined(
     pictures: Iterable[Picture],
     most: int = 1_000_000,  # characters of HTML
@@ -312,17 +387,27 @@ def bars(
     """One bar a label, with its count. The text form uses block characters."""
     top = max([1, *counts.values()])
     cell = f"padding:1px 8px;text-align:right;{PAGE}"
-    row = '<tr><td style="{cell}">{label}</td><td style="width:320px;{page}"><div style="background:#3182bd;height:12px;width:{share:.1f}%"></div></td><td style="{cell}">{count:,}</td></tr>'
-    drawn, body = fitting((1, row.format(cell=cell, page=PAGE, label=_label(label), share=100 * n / top, count=n)) for label, n in counts.items())
+    row = (
+        '<tr><td style="{cell}">{label}</td><td style="width:320px;{page}"><div '
+        'style="background:#3182bd;height:12px;width:{share:.1f}%"></div></td><td style="{cell}">{count:,}</td></tr>'
+    )
+    drawn, body = fitting(
+        (1, row.format(cell=cell, page=PAGE, label=_label(label), share=100 * n / top, count=n))
+        for label, n in counts.items()
+    )
     more = f'<div style="{PAGE}">... and {len(counts) - drawn:,} more</div>' if drawn < len(counts) else ""
     caption = f'<div style="{PAGE}"><b>{_label(title)}</b></div>' if title else ""
     wide = max([0, *(len(visible(label)) for label in counts)])
     lines = [f"{visible(label):>{wide}} {chr(0x2588) * round(width * n / top)} {n:,}" for label, n in counts.items()]
-    return Picture(f'{caption}<table style="border-collapse:collapse;{PAGE}">{body}</table>{more}', "\n".join(([title] if title else []) + lines))
+    return Picture(
+        f'{caption}<table style="border-collapse:collapse;{PAGE}">{body}</table>{more}',
+        "\n".join(([title] if title else []) + lines),
+    )
 
 # %% ../nbs/01_viz.ipynb #ff726217
 def share_bars(
-    bars: Mapping[str, Sequence[float]],  # name of a bar -> [N] parts, not negative; each bar is drawn as shares of its own sum
+    # name of a bar -> [N] parts, not negative; each bar is drawn as shares of its own sum
+    bars: Mapping[str, Sequence[float]],
     names: Sequence[str],  # [N] of the parts
     xlabel: str = "share",
     most: int = 24,  # parts drawn; the others are one part
@@ -331,16 +416,40 @@ def share_bars(
     from matplotlib.figure import Figure
 
     names = [clipped(visible(name), 24) for name in names[:most]] + (["all others"] if len(names) > most else [])
-    parts = {bar: [*values[:most], *([sum(values[most:])] if len(values) > most else [])] for bar, values in bars.items()}
+    parts = {
+        bar: [*values[:most], *([sum(values[most:])] if len(values) > most else [])] for bar, values in bars.items()
+    }
     shares = {bar: [v / (sum(values) or 1) for v in values] for bar, values in parts.items()}
     figure = Figure(figsize=(7.6, 0.9 + 0.55 * len(bars)), layout="constrained")
     axes = figure.subplots()
     for y, values in enumerate(shares.values()):
         for k, (share, left) in enumerate(zip(values, itertools.accumulate(values, initial=0.0))):
-            axes.barh(y, share, left=left, height=0.7, color=("#9ecae1", "#fdd0a2")[k % 2], hatch=("", "///")[k % 2], edgecolor="#555555", linewidth=0.6)
+            axes.barh(
+                y,
+                share,
+                left=left,
+                height=0.7,
+                color=("#9ecae1", "#fdd0a2")[k % 2],
+                hatch=("", "///")[k % 2],
+                edgecolor="#555555",
+                linewidth=0.6,
+            )
             if share > 0.06:
-                axes.text(left + share / 2, y, f"{names[k]}\n{share:.0%}", ha="center", va="center", fontsize=8, color="#111111", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8}, parse_math=False)
+                axes.text(
+                    left + share / 2,
+                    y,
+                    f"{names[k]}\n{share:.0%}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="#111111",
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
+                    parse_math=False,
+                )
     axes.set(xlim=(0, 1), yticks=range(len(bars)), yticklabels=list(bars), xlabel=xlabel)
     axes.invert_yaxis()
-    said = "; ".join(f"{bar}: " + ", ".join(f"{name} {share:.0%}" for name, share in zip(names, values)) for bar, values in shares.items())
+    said = "; ".join(
+        f"{bar}: " + ", ".join(f"{name} {share:.0%}" for name, share in zip(names, values))
+        for bar, values in shares.items()
+    )
     return png(figure, f"{xlabel}. {said}.")

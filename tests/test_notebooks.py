@@ -1,6 +1,9 @@
 """The notebooks as files: each asks one question, no cell stands twice, and none is too heavy to open."""
 
+import ast
 import json
+import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -27,3 +30,63 @@ def test_stored_pictures_have_words(path):
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
                 assert output["metadata"].get("image/png", {}).get("alt", "").strip(), "".join(cell["source"])[:80]
+
+
+# A notebook whose cells are a lesson -> the lines of an export cell in the median. A new one is added, none is taken out.
+LESSONS = {
+    "data/01_files": 11, "data/02_levels": 13, "data/03_records": 10, "data/08_mask": 12, "data/09_sandbox": 12,
+    "data/10_jinja_template": 12, "data/11_nvidia_prep": 14, "data/14_judge": 14, "data/15_blend": 16,
+    "data/16_sources": 13, "data/17_pack": 13, "data/18_pack_fast": 16, "data/19_shards": 12,
+    "data/20_tokenized": 14, "data/21_manifest": 15, "data/22_prep": 12, "data/23_inspect": 16,
+    "ops/04_artifacts": 12, "ops/05_tracking": 15, "train/09_checkpoint": 12,
+}  # fmt: skip
+LONGEST_CELL, LONGEST_LINE = 40, 120
+
+
+def cells_of(name):
+    """(source, is it exported) of every code cell."""
+    cells = json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    return [(s, s.startswith("#| export")) for s in sources]
+
+
+def defined(source):
+    """Names that a cell defines at its top; a `TypeVar` is a word of the type checker, not a part of the module."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and not re.match(r"TypeVar\(", ast.unparse(node.value or node)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name))
+
+
+def used(source):
+    """Names that a cell uses; cells that are hidden show nothing to a reader."""
+    if re.match(r"#\|\s*hide", source):
+        return set()
+    tree = ast.parse(re.sub(r"^[%!].*", "", source, flags=re.MULTILINE))
+    return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_a_lesson_shows_what_it_exports(name):
+    """Small cells, lines that fit, and every public name in use where a reader sees it."""
+    cells = cells_of(name)
+    exported = [source for source, is_exported in cells if is_exported]
+    sizes = {tuple(names): len(s.splitlines()) - 1 for s in exported if (names := list(defined(s)))}
+    assert max(sizes.values()) <= LONGEST_CELL, max(sizes, key=sizes.get)
+    assert statistics.median(sizes.values()) <= LESSONS[name]
+    assert not [line for s in exported for line in s.splitlines() if len(line) > LONGEST_LINE]
+    seen = set().union(*(used(source) for source, is_exported in cells if not is_exported))
+    assert not {n for names in sizes for n in names if not n.startswith("_")} - seen, "public names that are never shown"
+
+
+def test_the_map_knows_every_module():
+    """The map is drawn when it is executed, so it can be older than the house."""
+    cells = json.loads((ROOT / "nbs" / "map.ipynb").read_text(encoding="utf-8"))["cells"]
+    outputs = [o["data"]["text/plain"] for c in cells for o in c.get("outputs", []) if "data" in o]
+    shown = "\n".join("".join(text) for text in outputs)
+    files = [p.relative_to(ROOT / "nemotron_nb").with_suffix("") for p in (ROOT / "nemotron_nb").rglob("*.py")]
+    modules = {".".join(p.parts) for p in files if p.name not in ("__init__", "_modidx")}
+    drawn = {line.split()[0] for line in shown.splitlines() if line.strip()}
+    assert not modules - drawn, "run: jupyter nbconvert --to notebook --execute --inplace nbs/map.ipynb && nbdev-clean"

@@ -27,7 +27,7 @@ from ..viz import Picture, table
 # %% ../../nbs/data/15_blend.ipynb #11b95ea7
 SPLITS = ("train", "valid", "test")
 
-
+# %% ../../nbs/data/15_blend.ipynb #4c654aeb
 @dataclass(frozen=True)
 class Dataset:
     """One entry of a blend."""
@@ -45,11 +45,21 @@ class Dataset:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]+", self.name):
-            raise UserError(f"bad dataset name {self.name!r}", where="blend", why="it becomes the name of a folder", fix="use letters, digits, dots, dashes and underscores")
+            raise UserError(
+                f"bad dataset name {self.name!r}",
+                where="blend",
+                why="it becomes the name of a folder",
+                fix="use letters, digits, dots, dashes and underscores",
+            )
         if not (math.isfinite(self.weight) and self.weight > 0):
-            raise UserError(f"weight {self.weight} of {self.name!r}", where="blend", why="a share must be a positive number", fix="leave the entry out if it should not be used")
+            raise UserError(
+                f"weight {self.weight} of {self.name!r}",
+                where="blend",
+                why="a share must be a positive number",
+                fix="leave the entry out if it should not be used",
+            )
 
-
+# %% ../../nbs/data/15_blend.ipynb #4fe48b17
 @dataclass(frozen=True)
 class Blend:
     """Datasets by split. The key "all" stands for one list that is split by ratio."""
@@ -71,19 +81,24 @@ class Blend:
 _MOST_VALUES = 100_000  # in a YAML file, everything that is named counted as often as it is met
 _MOST_LEVELS = 50
 
-
+# %% ../../nbs/data/15_blend.ipynb #a070bacc
 def _count(value: Any, seen: dict[int, int], level: int = 0) -> int:
-    """How many values there are when every name is unfolded. Each object is walked once; one inside itself is without end."""
+    """How many values there are when every name is unfolded.
+
+    Each object is walked once; one inside itself is without end.
+    """
     if not isinstance(value, (Mapping, list)):
         return 1
     if level > _MOST_LEVELS:
         return _MOST_VALUES + 1
     if id(value) not in seen:
         seen[id(value)] = _MOST_VALUES + 1  # met again on the way down: it holds itself
-        seen[id(value)] = 1 + sum(_count(v, seen, level + 1) for v in (value.values() if isinstance(value, Mapping) else value))
+        seen[id(value)] = 1 + sum(
+            _count(v, seen, level + 1) for v in (value.values() if isinstance(value, Mapping) else value)
+        )
     return seen[id(value)]
 
-
+# %% ../../nbs/data/15_blend.ipynb #21884b35
 def read_yaml(
     text: str,
     where: str,  # the file, for errors
@@ -99,21 +114,42 @@ def read_yaml(
         content = [None] * _MOST_VALUES
     if _count(content, {}) > _MOST_VALUES:
         why = "unfolding it would fill the memory"
-        raise UserError(f"holds more than {_MOST_VALUES:,} values or {_MOST_LEVELS} levels", where=where, why=why, fix="write out what is meant, without names for lists of names")
+        raise UserError(
+            f"holds more than {_MOST_VALUES:,} values or {_MOST_LEVELS} levels",
+            where=where,
+            why=why,
+            fix="write out what is meant, without names for lists of names",
+        )
     return content
 
 # %% ../../nbs/data/15_blend.ipynb #40a34a1e
 def _entries(part: Any, where: str) -> tuple[Dataset, ...]:
     """One list of a blend file, checked."""
     if not isinstance(part, list) or not part:
-        raise UserError("is not a list with at least one dataset", where=where, fix='write [{"name": ..., "path": ..., "weight": 1.0}]')
-    entries = tuple(from_mapping(Dataset, {k: v for k, v in e.items() if v is not None} if isinstance(e, Mapping) else {"": e}, f"{where}[{i}]") for i, e in enumerate(part))
+        raise UserError(
+            "is not a list with at least one dataset",
+            where=where,
+            fix='write [{"name": ..., "path": ..., "weight": 1.0}]',
+        )
+    entries = tuple(
+        from_mapping(
+            Dataset,
+            {k: v for k, v in e.items() if v is not None} if isinstance(e, Mapping) else {"": e},
+            f"{where}[{i}]",
+        )
+        for i, e in enumerate(part)
+    )
     names = [e.name for e in entries]
     if twice := [n for n in dict.fromkeys(names) if names.count(n) > 1]:
-        raise UserError(f"two datasets are called {twice[0]!r}", where=where, why="counts and caches go by name", fix="give each a name of its own")
+        raise UserError(
+            f"two datasets are called {twice[0]!r}",
+            where=where,
+            why="counts and caches go by name",
+            fix="give each a name of its own",
+        )
     return entries
 
-
+# %% ../../nbs/data/15_blend.ipynb #2b1412b9
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of which each key stands once."""
     names = [key for key, _ in pairs]
@@ -121,18 +157,25 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         raise ValueError(f"the key {twice[0]!r} stands twice in one object")
     return dict(pairs)
 
-
+# %% ../../nbs/data/15_blend.ipynb #91e08b1b
 def load_blend(
     path: str | Path,  # a JSON file
 ) -> Blend:
     """Read a blend file; `UserError` names the entry that is wrong."""
     path = Path(path)
     if not path.is_file():
-        raise UserError("no such file", where=str(path), why="it should say which chats to use", fix="give blend_path a JSON file, or give path a file of chats")
+        raise UserError(
+            "no such file",
+            where=str(path),
+            why="it should say which chats to use",
+            fix="give blend_path a JSON file, or give path a file of chats",
+        )
     try:
         content = json.loads(path.read_bytes(), object_pairs_hook=_once)
     except (ValueError, RecursionError) as e:
-        raise UserError(f"is not JSON: {e}", where=str(path), fix='write {"datasets": [{"name": ..., "path": ..., "weight": 1.0}]}') from None
+        raise UserError(
+            f"is not JSON: {e}", where=str(path), fix='write {"datasets": [{"name": ..., "path": ..., "weight": 1.0}]}'
+        ) from None
     known = ("datasets", *SPLITS)
     if not isinstance(content, Mapping) or not content:
         raise UserError("is not an object with datasets", where=str(path), fix='write {"datasets": [...]}')
@@ -140,11 +183,16 @@ def load_blend(
         raise UserError(f"unknown key {unknown[0]!r}", where=str(path), fix=nearest(unknown[0], known))
     content = {k: v for k, v in content.items() if v is not None}
     if "datasets" in content and len(content) > 1:
-        raise UserError("has datasets and also lists for single splits", where=str(path), why="it would be split twice", fix="keep one of the two forms")
+        raise UserError(
+            "has datasets and also lists for single splits",
+            where=str(path),
+            why="it would be split twice",
+            fix="keep one of the two forms",
+        )
     parts = {"all" if k == "datasets" else k: _entries(v, f"{path}: {k}") for k, v in content.items()}
     return Blend(parts, str(path))
 
-
+# %% ../../nbs/data/15_blend.ipynb #b506f6ab
 def folder_name(
     text: str,
 ) -> str:
@@ -158,27 +206,35 @@ def single(
     """The blend of one file."""
     return Blend({"all": (Dataset(folder_name(Path(path).name.split(".")[0]), str(path)),)})
 
-
+# %% ../../nbs/data/15_blend.ipynb #71167bcc
 def blend_of_path(
     path: str,  # a file, a folder, a glob, or an address such as hf://owner/name
 ) -> Blend:
     """The blend of all that a path means. A file wins over a glob, whatever characters its name has."""
     if path == "-":
         why = "chats are cut and digested before they are read, in several processes"
-        raise UserError("standard input can be read only once", where="path=-", why=why, fix="write it to a file first: ... > chats.jsonl, and give path=chats.jsonl")
+        raise UserError(
+            "standard input can be read only once",
+            where="path=-",
+            why=why,
+            fix="write it to a file first: ... > chats.jsonl, and give path=chats.jsonl",
+        )
     local = Path(path).expanduser()
     if not path or local.is_file() or not (local.is_dir() or "://" in path or any(c in path for c in "*?[")):
         return single(open_chats(local))
-    steps = [s for s in (path.partition("://")[2] or str(local.absolute())).split("/") if s and not any(c in s for c in "*?[")]
+    steps = [
+        s
+        for s in (path.partition("://")[2] or str(local.absolute())).split("/")
+        if s and not any(c in s for c in "*?[")
+    ]
     return Blend({"all": (Dataset(folder_name(steps[-1] if steps else ""), path if "://" in path else str(local)),)})
 
 # %% ../../nbs/data/15_blend.ipynb #7d02d2c3
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
+# what `datasets` writes beside the rows
+_ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
-
-_ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # what `datasets` writes beside the rows
-
-
+# %% ../../nbs/data/15_blend.ipynb #33de721d
 def _declared(readme: str, where: str) -> list[dict[str, Any]]:
     """The `configs` in the header of a dataset's README, or an empty list."""
     header = re.match(r"^---\n(.*?)\n---", readme, re.DOTALL)
@@ -186,7 +242,7 @@ def _declared(readme: str, where: str) -> list[dict[str, Any]]:
     configs = content.get("configs") if isinstance(content, Mapping) else None
     return [c for c in configs if isinstance(c, Mapping)] if isinstance(configs, list) else []
 
-
+# %% ../../nbs/data/15_blend.ipynb #33152f31
 def _patterns(config: Mapping[str, Any], split: str, where: str) -> list[str]:
     """The patterns of files that a configuration gives for a split."""
     files = config.get("data_files") or []
@@ -198,13 +254,13 @@ def _patterns(config: Mapping[str, Any], split: str, where: str) -> list[str]:
     chosen = [splits[split]] if split else list(splits.values())
     return [p for c in chosen for p in ([c] if isinstance(c, str) else c or [])]
 
-
+# %% ../../nbs/data/15_blend.ipynb #fb66768a
 def _named_like(name: str, split: str) -> bool:
     """Does a file's name, or a folder above it, say that it belongs to a split?"""
     path = PurePosixPath(name)
     return split in path.parts[:-1] or path.name == split or path.name.startswith((f"{split}.", f"{split}-"))
 
-
+# %% ../../nbs/data/15_blend.ipynb #c2642e1f
 def files_of_split(
     names: Sequence[str],  # every file of the dataset, relative to its root
     readme: str,  # text of its README.md, or empty
@@ -213,19 +269,35 @@ def files_of_split(
     where: str,  # for errors
 ) -> list[str]:
     """The data files of one split of a dataset in the form of the hub, sorted."""
-    data = sorted(n for n in names if n.endswith(DATA_SUFFIXES) and not PurePosixPath(n).name.startswith(".") and PurePosixPath(n).name not in _ABOUT_DATA)
+    data = sorted(
+        n
+        for n in names
+        if n.endswith(DATA_SUFFIXES)
+        and not PurePosixPath(n).name.startswith(".")
+        and PurePosixPath(n).name not in _ABOUT_DATA
+    )
     configs = _declared(readme, f"{where}/README.md")
     if subset or configs:
         known = [str(c.get("config_name", "default")) for c in configs]
         if subset and subset not in known:
-            raise UserError(f"there is no subset {subset!r}", where=where, fix=nearest(subset, known) if known else "leave subset out: this dataset declares none")
-        config = next((c for c in configs if str(c.get("config_name", "default")) == subset), None) or next((c for c in configs if c.get("default") or c.get("config_name") == "default"), configs[0])
+            raise UserError(
+                f"there is no subset {subset!r}",
+                where=where,
+                fix=nearest(subset, known) if known else "leave subset out: this dataset declares none",
+            )
+        config = next((c for c in configs if str(c.get("config_name", "default")) == subset), None) or next(
+            (c for c in configs if c.get("default") or c.get("config_name") == "default"), configs[0]
+        )
         patterns = _patterns(config, split, where)
         if patterns:
             return [n for n in data if any(fnmatch(n, p) or fnmatch(n, p.replace("**/", "")) for p in patterns)]
     chosen = [n for n in data if _named_like(n, split)] if split else data
     if not chosen:
-        raise UserError(f"no file belongs to split {split!r}" if split else "no data files", where=where, fix=f"it has: {', '.join(data[:10]) or 'no data at all'}")
+        raise UserError(
+            f"no file belongs to split {split!r}" if split else "no data files",
+            where=where,
+            fix=f"it has: {', '.join(data[:10]) or 'no data at all'}",
+        )
     return chosen
 
 # %% ../../nbs/data/15_blend.ipynb #c19cea90
@@ -240,32 +312,54 @@ def _saved_files(folder: Path) -> set[str] | None:
     except (OSError, BadJson, TypeError, KeyError):
         return None
 
-
+# %% ../../nbs/data/15_blend.ipynb #64f26ec7
 def _data_names(root: Path) -> list[str]:
     """Every file below a folder, relative to it, except those that `datasets` writes about its data."""
     names = sorted(p.relative_to(root) for p in root.rglob("*") if p.is_file())
     saved = {folder: _saved_files(root / folder) for folder in {n.parent for n in names if n.name == "state.json"}}
-    kept = [n for n in names if n.name not in _ABOUT_DATA and (saved.get(n.parent) is None or n.name in saved[n.parent])]
+    kept = [
+        n for n in names if n.name not in _ABOUT_DATA and (saved.get(n.parent) is None or n.name in saved[n.parent])
+    ]
     return [n.as_posix() for n in kept]
 
-
+# %% ../../nbs/data/15_blend.ipynb #ac5e9e89
 def _local(entry: Dataset) -> list[Path]:
     """The files of a path on this machine."""
     path = Path(entry.path).expanduser()
     if path.is_dir():
         readme = path / "README.md"
-        return [path / n for n in files_of_split(_data_names(path), readme.read_text(errors="replace") if readme.is_file() else "", entry.subset, entry.split, entry.path)]
+        return [
+            path / n
+            for n in files_of_split(
+                _data_names(path),
+                readme.read_text(errors="replace") if readme.is_file() else "",
+                entry.subset,
+                entry.split,
+                entry.path,
+            )
+        ]
     if entry.split or entry.subset:
-        raise UserError(f"{entry.name!r} asks for a split or subset of a single file", where=entry.path, why="only a folder in the form of the hub has those", fix="leave split and subset out, or give the folder")
+        raise UserError(
+            f"{entry.name!r} asks for a split or subset of a single file",
+            where=entry.path,
+            why="only a folder in the form of the hub has those",
+            fix="leave split and subset out, or give the folder",
+        )
     if path.is_file():
         return [path]
-    found = sorted(p for p in path.parent.glob(path.name) if p.is_file()) if any(c in path.name for c in "*?[") and path.parent.is_dir() else []
+    found = (
+        sorted(p for p in path.parent.glob(path.name) if p.is_file())
+        if any(c in path.name for c in "*?[") and path.parent.is_dir()
+        else []
+    )
     if not found and any(c in str(path.parent) for c in "*?["):
         anchor = Path(path.anchor or ".")
-        found = sorted(p for p in anchor.glob(str(path.relative_to(path.anchor) if path.anchor else path)) if p.is_file())
+        found = sorted(
+            p for p in anchor.glob(str(path.relative_to(path.anchor) if path.anchor else path)) if p.is_file()
+        )
     return found
 
-
+# %% ../../nbs/data/15_blend.ipynb #a257f1eb
 def _remote(entry: Dataset, folder: Path) -> list[Path]:
     """Files of an fsspec address, copied under `folder` once."""
     import fsspec
@@ -276,11 +370,19 @@ def _remote(entry: Dataset, folder: Path) -> list[Path]:
         found = [p for p in found if p.endswith(DATA_SUFFIXES)]
         facts = {p: system.info(p) for p in found}
     except (ImportError, OSError, ValueError) as e:
-        raise UserError(f"{entry.name!r} cannot be read: {e}", where=entry.path, fix="install the file system's package (s3fs, gcsfs), or copy the files here first") from None
+        raise UserError(
+            f"{entry.name!r} cannot be read: {e}",
+            where=entry.path,
+            fix="install the file system's package (s3fs, gcsfs), or copy the files here first",
+        ) from None
     local = []
     for path in found:
         stamp = {k: str(facts[path].get(k)) for k in ("size", "ETag", "etag", "mtime", "generation", "created")}
-        target = folder / hashlib.sha256(json.dumps([path, stamp], sort_keys=True).encode()).hexdigest()[:16] / PurePosixPath(path).name
+        target = (
+            folder
+            / hashlib.sha256(json.dumps([path, stamp], sort_keys=True).encode()).hexdigest()[:16]
+            / PurePosixPath(path).name
+        )
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = temporary_name(target)
@@ -289,7 +391,7 @@ def _remote(entry: Dataset, folder: Path) -> list[Path]:
         local.append(target)
     return local
 
-
+# %% ../../nbs/data/15_blend.ipynb #fbed070d
 def _hub(entry: Dataset) -> list[Path]:
     """Files of hf://owner/name, from the hub's cache on this machine or from the hub."""
     from huggingface_hub import HfApi, hf_hub_download
@@ -298,8 +400,13 @@ def _hub(entry: Dataset) -> list[Path]:
     name = entry.path.removeprefix("hf://").removeprefix("datasets/").strip("/")
     try:
         names = HfApi().list_repo_files(name, repo_type="dataset")
-        readme = Path(hf_hub_download(name, "README.md", repo_type="dataset")).read_text() if "README.md" in names else ""
-        return [Path(hf_hub_download(name, n, repo_type="dataset")) for n in files_of_split(names, readme, entry.subset, entry.split, entry.path)]
+        readme = (
+            Path(hf_hub_download(name, "README.md", repo_type="dataset")).read_text() if "README.md" in names else ""
+        )
+        return [
+            Path(hf_hub_download(name, n, repo_type="dataset"))
+            for n in files_of_split(names, readme, entry.subset, entry.split, entry.path)
+        ]
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         if isinstance(e, UserError):
             raise
@@ -310,7 +417,7 @@ def _hub(entry: Dataset) -> list[Path]:
             fix="download it where there is one (`hf download --repo-type dataset ...`) and give the folder as path",
         ) from e
 
-
+# %% ../../nbs/data/15_blend.ipynb #f874431a
 def resolve(
     entry: Dataset,
     downloads: str | Path,  # folder for files of other file systems
@@ -320,8 +427,17 @@ def resolve(
     found = _hub(entry) if scheme == "hf" else _remote(entry, Path(downloads)) if scheme else _local(entry)
     if not found:
         parent = Path(entry.path).expanduser().parent
-        beside = sorted(p.name for p in parent.iterdir() if p.name.endswith(DATA_SUFFIXES))[:10] if not scheme and parent.is_dir() else []
-        raise UserError(f"dataset {entry.name!r} matches no file", where=entry.path, why="its share of the blend would be empty", fix=f"in that folder: {', '.join(beside)}" if beside else "give a file, a folder, or a glob")
+        beside = (
+            sorted(p.name for p in parent.iterdir() if p.name.endswith(DATA_SUFFIXES))[:10]
+            if not scheme and parent.is_dir()
+            else []
+        )
+        raise UserError(
+            f"dataset {entry.name!r} matches no file",
+            where=entry.path,
+            why="its share of the blend would be empty",
+            fix=f"in that folder: {', '.join(beside)}" if beside else "give a file, a folder, or a glob",
+        )
     return found
 
 # %% ../../nbs/data/15_blend.ipynb #af7f9972
@@ -338,7 +454,7 @@ def _seeded(seed: int, name: str) -> np.random.Generator:
     """Random numbers that belong to a dataset, whatever stands beside it."""
     return np.random.default_rng(int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8]))
 
-
+# %% ../../nbs/data/15_blend.ipynb #dc295564
 def _draw_one(lengths: np.ndarray, wanted: float, rng: np.random.Generator) -> Draw:
     """Whole epochs, then the random prefix that comes nearest to the rest."""
     total = int(lengths.sum())
@@ -350,7 +466,7 @@ def _draw_one(lengths: np.ndarray, wanted: float, rng: np.random.Generator) -> D
     tokens = int(lengths[chats].sum())
     return Draw(chats, tokens, tokens / total)
 
-
+# %% ../../nbs/data/15_blend.ipynb #f2e1a246
 def draw(
     lengths: Mapping[str, np.ndarray],  # tokens of each chat, by dataset
     weights: Mapping[str, float],
@@ -359,12 +475,20 @@ def draw(
 ) -> dict[str, Draw]:
     """Which chats make up the blend. Depends on each dataset's own chats, its share, and the seed."""
     if empty := [d for d, n in lengths.items() if not n.sum()]:
-        raise UserError(f"dataset {empty[0]!r} has no token to give", where="blend", why="it cannot have a share", fix="look at its rejects, or leave it out")
+        raise UserError(
+            f"dataset {empty[0]!r} has no token to give",
+            where="blend",
+            why="it cannot have a share",
+            fix="look at its rejects, or leave it out",
+        )
     if len(set(weights[d] for d in lengths)) == 1 and not total:
         return {d: Draw(np.arange(len(n)), int(n.sum()), 1.0) for d, n in lengths.items()}
     total = total or int(sum(n.sum() for n in lengths.values()))
     sum_of_weights = sum(weights[d] for d in lengths)
-    return {d: _draw_one(np.asarray(n, np.int64), total * weights[d] / sum_of_weights, _seeded(seed, d)) for d, n in lengths.items()}
+    return {
+        d: _draw_one(np.asarray(n, np.int64), total * weights[d] / sum_of_weights, _seeded(seed, d))
+        for d, n in lengths.items()
+    }
 
 # %% ../../nbs/data/15_blend.ipynb #68caf88b
 def blend_table(

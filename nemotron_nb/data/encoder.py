@@ -35,7 +35,10 @@ def merge_steps(
     word: bytes,
     rank: Mapping[tuple[bytes, bytes], int],  # place of each pair in the list of merges
 ) -> list[list[bytes]]:
-    """Byte-pair encoding of one word, as a list of states: its bytes first, its final pieces last. Sennrich et al. 2016, section 3.2."""
+    """Byte-pair encoding of one word, as a list of states: its bytes first, its final pieces last.
+
+    Sennrich et al. 2016, section 3.2.
+    """
     parts = [word[i : i + 1] for i in range(len(word))]
     steps = [list(parts)]
     while found := [(rank[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in rank]:
@@ -48,16 +51,21 @@ def merge_steps(
 def vocabulary(
     tokenizer: ChatTokenizer,
 ) -> tuple[dict[bytes, int], list[tuple[bytes, bytes]]]:
-    """The id of each byte string, and the merges in their order. Entries that no byte string can spell are never met, and left out."""
+    """The id of each byte string, and the merges in their order.
+
+    Entries that no byte string can spell are never met, and left out.
+    """
     model = json.loads(tokenizer.full.to_str())["model"]
     spelt = {token: bytes(map(BYTE_OF.__getitem__, token)) for token in model["vocab"] if BYTE_OF.keys() >= set(token)}
-    ids = {spelt[token]: i for token, i in model["vocab"].items() if token in spelt and token not in tokenizer.special_ids}
+    ids = {
+        spelt[token]: i for token, i in model["vocab"].items() if token in spelt and token not in tokenizer.special_ids
+    }
     pairs = (pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"])
     return ids, [(spelt[left], spelt[right]) for left, right in pairs]
 
 # %% ../../nbs/data/06_encoder.ipynb #4ec97272
-CAPITAL, SMALL, NUMBER, BREAK, SPACE, SIGN, BEFORE = (1 << i for i in range(7))  # bits of a class; a character may have several
-
+# bits of a class; a character may have several
+CAPITAL, SMALL, NUMBER, BREAK, SPACE, SIGN, BEFORE = (1 << i for i in range(7))
 _BRACKETS: Mapping[int, str] = {
     CAPITAL: r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]",
     SMALL: r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]",
@@ -70,7 +78,7 @@ _BRACKETS: Mapping[int, str] = {
 _CODE_POINTS = 0x110000
 _BLOCK = 4096  # characters asked about at a time
 
-
+# %% ../../nbs/data/06_encoder.ipynb #6f9767de
 def _asked(bracket: str, characters: str) -> np.ndarray:
     """Which characters the engine finds in a bracket of the pattern."""
     inside = np.ones(len(characters), bool)
@@ -78,9 +86,11 @@ def _asked(bracket: str, characters: str) -> np.ndarray:
         inside[start:end] = False
     return inside
 
-
+# %% ../../nbs/data/06_encoder.ipynb #bf4b0168
 def character_classes() -> np.ndarray:
-    """uint8 [0x110000]: the class bits of each character, as the regular expressions of the package `tokenizers` see it. Surrogates have none."""
+    """uint8 [0x110000]: the class bits of each character, as the regular expressions of the package `tokenizers`
+    see it. Surrogates have none.
+    """
     classes = np.zeros(_CODE_POINTS, np.uint8)
     for first in (block for block in range(0, _CODE_POINTS, _BLOCK) if not 0xD800 <= block < 0xE000):
         points = np.arange(first, min(first + _BLOCK, _CODE_POINTS))
@@ -104,7 +114,7 @@ def _class_at(text: np.ndarray, i: int, classes: np.ndarray) -> tuple[int, int]:
         return int(classes[(a & 0x0F) << 12 | b << 6 | c]), 3
     return int(classes[(a & 0x07) << 18 | b << 12 | c << 6 | int(text[i + 3]) & 0x3F]), 4
 
-
+# %% ../../nbs/data/06_encoder.ipynb #64d133da
 def _run(text: np.ndarray, i: int, end: int, classes: np.ndarray, bit: int) -> int:
     """Where the run of characters of one class ends that begins at `i`."""
     while i < end:
@@ -114,7 +124,7 @@ def _run(text: np.ndarray, i: int, end: int, classes: np.ndarray, bit: int) -> i
         i += width
     return i
 
-
+# %% ../../nbs/data/06_encoder.ipynb #987ac8e1
 def _letters(text: np.ndarray, i: int, end: int, classes: np.ndarray) -> tuple[int, int]:
     """From `i` on: where `Capital* Small+` ends, or -1 if it does not match; and where the run of capitals ends."""
     both = -1
@@ -128,9 +138,11 @@ def _letters(text: np.ndarray, i: int, end: int, classes: np.ndarray) -> tuple[i
     stop = _run(text, i, end, classes, SMALL)
     return (stop if stop > i else both), i
 
-
+# %% ../../nbs/data/06_encoder.ipynb #12efb2c6
 def _spaces(text: np.ndarray, start: int, end: int, classes: np.ndarray) -> int:
-    """White space: up to its last line break; else all but the last one, which belongs to the word behind, if there are several."""
+    """White space: up to its last line break; else all but the last one, which belongs to the word behind, if there
+    are several.
+    """
     i, last, line_break = start, start, -1
     while i < end:
         kind, width = _class_at(text, i, classes)
@@ -143,7 +155,7 @@ def _spaces(text: np.ndarray, start: int, end: int, classes: np.ndarray) -> int:
         return line_break
     return i if i == end or last == start else last
 
-
+# %% ../../nbs/data/06_encoder.ipynb #77cef519
 def next_word(
     text: np.ndarray,  # uint8 UTF-8
     start: int,  # first byte of the word
@@ -183,7 +195,7 @@ class Tables:
     ids: np.ndarray  # int32 [V], the id of each
     merges: np.ndarray  # int32 [M, 3], ids of left, right and union, first merge first
 
-
+# %% ../../nbs/data/06_encoder.ipynb #8ad65886
 def derive_tables(tokenizer: ChatTokenizer) -> Tables:
     """The tables of a tokenizer, from its description and from the engine it uses."""
     ids, merges = vocabulary(tokenizer)
@@ -198,11 +210,12 @@ def derive_tables(tokenizer: ChatTokenizer) -> Tables:
 
 # %% ../../nbs/data/06_encoder.ipynb #f78f5203
 _EMPTY = np.int64(-1)
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio: its product spreads neighbouring keys (Knuth, vol. 3, 6.4)
+# 2^64 over the golden ratio: its product spreads neighbouring keys (Knuth, vol. 3, 6.4)
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _HALF = np.uint64(32)
 _LOW = 0xFFFFFFFF
 
-
+# %% ../../nbs/data/06_encoder.ipynb #8ad4069b
 class Pairs(NamedTuple):
     """The merges as a hash table of pairs of ids."""
 
@@ -210,7 +223,7 @@ class Pairs(NamedTuple):
     ranks: np.ndarray  # int32 [slots]
     unions: np.ndarray  # int32 [M], the id that each merge makes
 
-
+# %% ../../nbs/data/06_encoder.ipynb #a3e856a6
 class Scratch(NamedTuple):
     """Working space for one word; its length bounds the length of a word."""
 
@@ -220,7 +233,7 @@ class Scratch(NamedTuple):
     ranks: np.ndarray  # int32 [W], place in the list of the pair that begins here, or -1
     heap: np.ndarray  # int64 [3W], rank << 32 | start
 
-
+# %% ../../nbs/data/06_encoder.ipynb #bf00d117
 def _pair_slot(keys: np.ndarray, left: int, right: int) -> int:
     """The slot of a pair, or the empty slot where it would be."""
     key = np.int64(left) << np.int64(32) | np.int64(right)
@@ -230,7 +243,7 @@ def _pair_slot(keys: np.ndarray, left: int, right: int) -> int:
         slot = (slot + 1) & last
     return slot
 
-
+# %% ../../nbs/data/06_encoder.ipynb #80db05ed
 def _fill_pairs(merges: np.ndarray, keys: np.ndarray, ranks: np.ndarray) -> None:
     """Put all merges into an empty table."""
     for rank in range(merges.shape[0]):
@@ -238,7 +251,7 @@ def _fill_pairs(merges: np.ndarray, keys: np.ndarray, ranks: np.ndarray) -> None
         keys[slot] = np.int64(merges[rank, 0]) << np.int64(32) | np.int64(merges[rank, 1])
         ranks[slot] = rank
 
-
+# %% ../../nbs/data/06_encoder.ipynb #36db73df
 def _push(heap: np.ndarray, size: int, value: int) -> None:
     """Put a value into a heap of `size` values, smallest first."""
     i = size
@@ -247,7 +260,7 @@ def _push(heap: np.ndarray, size: int, value: int) -> None:
         i = (i - 1) >> 1
     heap[i] = value
 
-
+# %% ../../nbs/data/06_encoder.ipynb #ab293eb7
 def _pop(heap: np.ndarray, size: int) -> int:
     """Take the smallest value out of a heap of `size` values."""
     top, value, i, child = heap[0], heap[size - 1], 0, 1
@@ -261,7 +274,7 @@ def _pop(heap: np.ndarray, size: int) -> int:
     heap[i] = value
     return top
 
-
+# %% ../../nbs/data/06_encoder.ipynb #b1b7e075
 def _offer(i: int, length: int, pairs: Pairs, scratch: Scratch, size: int) -> int:
     """Put the pair that begins at `i` into the heap if it may be merged. The size of the heap after."""
     scratch.ranks[i] = -1
@@ -274,7 +287,7 @@ def _offer(i: int, length: int, pairs: Pairs, scratch: Scratch, size: int) -> in
     _push(scratch.heap, size, np.int64(pairs.ranks[slot]) << np.int64(32) | np.int64(i))
     return size + 1
 
-
+# %% ../../nbs/data/06_encoder.ipynb #f093391b
 def _gather(length: int, scratch: Scratch) -> int:
     """Move the pieces that are left to the front of `scratch.ids`. How many there are."""
     count, i = 0, 0
@@ -283,7 +296,7 @@ def _gather(length: int, scratch: Scratch) -> int:
         count, i = count + 1, scratch.after[i]
     return count
 
-
+# %% ../../nbs/data/06_encoder.ipynb #d06faf30
 def _merge_word(text: np.ndarray, start: int, stop: int, byte_ids: np.ndarray, pairs: Pairs, scratch: Scratch) -> int:
     """Byte-pair encoding of one word into the front of `scratch.ids`. How many ids it has."""
     length, size = stop - start, 0
@@ -312,7 +325,7 @@ _KEPT_BYTES = 64  # longer words are rare, and not worth their place in the memo
 _FNV = np.uint64(0x100000001B3)  # the prime of the FNV hash
 _FOLD = np.uint64(29)
 
-
+# %% ../../nbs/data/06_encoder.ipynb #a9882798
 class Memo(NamedTuple):
     """Words met before and their ids."""
 
@@ -325,7 +338,7 @@ class Memo(NamedTuple):
     ids: np.ndarray  # int32, their ids end to end
     used: np.ndarray  # int64 [3], how many slots, bytes and ids are taken
 
-
+# %% ../../nbs/data/06_encoder.ipynb #4fc9d14e
 def _hash(text: np.ndarray, start: int, stop: int) -> int:
     """A 64-bit hash of some bytes."""
     value = _GOLDEN ^ np.uint64(stop - start)
@@ -334,7 +347,7 @@ def _hash(text: np.ndarray, start: int, stop: int) -> int:
         value ^= value >> _FOLD
     return value ^ (value >> _HALF)
 
-
+# %% ../../nbs/data/06_encoder.ipynb #19218030
 def _memo_slot(memo: Memo, key: int, text: np.ndarray, start: int, stop: int) -> int:
     """The slot of a word, or the empty slot where it would be."""
     last = np.int64(memo.counts.size - 1)
@@ -349,8 +362,10 @@ def _memo_slot(memo: Memo, key: int, text: np.ndarray, start: int, stop: int) ->
         slot = (slot + 1) & last
     return slot
 
-
-def _keep(memo: Memo, slot: int, key: int, text: np.ndarray, start: int, stop: int, ids: np.ndarray, first: int, count: int) -> None:
+# %% ../../nbs/data/06_encoder.ipynb #00b4ab2a
+def _keep(
+    memo: Memo, slot: int, key: int, text: np.ndarray, start: int, stop: int, ids: np.ndarray, first: int, count: int
+) -> None:
     """Write a word and its ids into an empty slot."""
     memo.hashes[slot], memo.starts[slot], memo.lengths[slot] = key, memo.used[1], stop - start
     memo.firsts[slot], memo.counts[slot] = memo.used[2], count
@@ -362,15 +377,18 @@ def _keep(memo: Memo, slot: int, key: int, text: np.ndarray, start: int, stop: i
     memo.used[1] += stop - start
     memo.used[2] += count
 
-
+# %% ../../nbs/data/06_encoder.ipynb #aa9839d4
 def _has_room(memo: Memo, length: int, count: int) -> bool:
     """May one more word of this length be kept? A third of the slots stays empty, so that every search ends soon."""
     slots = memo.used[0] * 3 < memo.counts.size * 2
     return slots and memo.used[1] + length <= memo.text.size and memo.used[2] + count <= memo.ids.size
 
-
+# %% ../../nbs/data/06_encoder.ipynb #b65d34f3
 def _begin_memo(memo: Memo, text: np.ndarray, offsets: np.ndarray, ids: np.ndarray) -> None:
-    """Forget all words, and begin with some entries of a vocabulary: each is a word with one id. One call, so that no other thread sees half of it."""
+    """Forget all words, and begin with some entries of a vocabulary: each is a word with one id.
+
+    One call, so that no other thread sees half of it.
+    """
     memo.counts[:] = 0
     memo.used[:] = 0
     for i in range(ids.size):
@@ -381,9 +399,19 @@ def _begin_memo(memo: Memo, text: np.ndarray, offsets: np.ndarray, ids: np.ndarr
 # %% ../../nbs/data/06_encoder.ipynb #310101fd
 LONGEST_WORD = 1 << 16  # bytes of the longest word that the compiled code merges itself
 
-
+# %% ../../nbs/data/06_encoder.ipynb #5fdd972c
 def _new_word(
-    text: np.ndarray, start: int, stop: int, byte_ids: np.ndarray, pairs: Pairs, memo: Memo, scratch: Scratch, slot: int, key: int, out: np.ndarray, size: int
+    text: np.ndarray,
+    start: int,
+    stop: int,
+    byte_ids: np.ndarray,
+    pairs: Pairs,
+    memo: Memo,
+    scratch: Scratch,
+    slot: int,
+    key: int,
+    out: np.ndarray,
+    size: int,
 ) -> int:
     """Write the ids of a word that the memo does not know, and keep them if there is room. How many there are."""
     count = _merge_word(text, start, stop, byte_ids, pairs, scratch)
@@ -393,7 +421,7 @@ def _new_word(
         _keep(memo, slot, key, text, start, stop, scratch.ids, 0, count)
     return count
 
-
+# %% ../../nbs/data/06_encoder.ipynb #e444323d
 def _encode_segments(
     text: np.ndarray,  # uint8, UTF-8 of all segments end to end
     offsets: np.ndarray,  # int64 [S+1]
@@ -436,18 +464,23 @@ class _Refused(Exception):
         self.fix = fix
         super().__init__(why)
 
+# %% ../../nbs/data/06_encoder.ipynb #a43e6975
+_PARTS = (
+    _class_at, _run, _letters, _spaces, next_word, _pair_slot, _push, _pop, _offer, _gather, _merge_word, _hash,
+    _memo_slot, _keep, _has_room, _new_word,
+)
 
-_PARTS = (_class_at, _run, _letters, _spaces, next_word, _pair_slot, _push, _pop, _offer, _gather, _merge_word, _hash, _memo_slot, _keep, _has_room, _new_word)
-
-
+# %% ../../nbs/data/06_encoder.ipynb #ddd9c3b3
 def _optional(package: str) -> ModuleType:
     """An optional package, or a refusal that names the extra to install."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise _Refused(f"the package {package} cannot be imported ({error})", "pip install 'nemotron_nb[fast]'") from error
+        raise _Refused(
+            f"the package {package} cannot be imported ({error})", "pip install 'nemotron_nb[fast]'"
+        ) from error
 
-
+# %% ../../nbs/data/06_encoder.ipynb #06b6b7f9
 def _compile(function: Callable) -> Callable:
     """A compiled function, kept on disk where there is a folder that may be written to."""
     njit = functools.partial(_optional("numba").njit, _nrt=False)  # no counting of references
@@ -456,7 +489,7 @@ def _compile(function: Callable) -> Callable:
     except RuntimeError:  # no such folder: it is compiled anew in each process
         return njit()(function)
 
-
+# %% ../../nbs/data/06_encoder.ipynb #d1d59d91
 @functools.cache
 def _kernels() -> tuple[Callable, Callable, Callable]:
     """`_encode_segments`, `_fill_pairs` and `_begin_memo`, ready to be compiled at their first call."""
@@ -466,7 +499,8 @@ def _kernels() -> tuple[Callable, Callable, Callable]:
     return _compile(_encode_segments), _compile(_fill_pairs), _compile(_begin_memo)
 
 # %% ../../nbs/data/06_encoder.ipynb #69509782
-Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids int32 [N], offsets int64 [S+1], indices of the segments left out
+# ids int32 [N], offsets int64 [S+1], indices of the segments left out
+Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]
 Backend = Callable[[Sequence[str], Sequence[bytes]], Encoded]
 
 
@@ -476,7 +510,7 @@ def _offsets(lengths: Iterable[int], count: int) -> np.ndarray:
     np.cumsum(np.fromiter(lengths, np.int64, count), out=offsets[1:])
     return offsets
 
-
+# %% ../../nbs/data/06_encoder.ipynb #f01e9f61
 def _new_pairs(merges: np.ndarray, fill: Callable) -> Pairs:
     """The hash table of the merges, at most half full."""
     slots = max(16, 1 << (2 * len(merges) - 1).bit_length())
@@ -484,22 +518,27 @@ def _new_pairs(merges: np.ndarray, fill: Callable) -> Pairs:
     fill(merges, pairs.keys, pairs.ranks)
     return pairs
 
-
+# %% ../../nbs/data/06_encoder.ipynb #dae75455
 def _new_memo(tables: Tables) -> Memo:
-    """An empty memo of at least 131 072 slots, at least eight for each entry of the vocabulary; 60 bytes a slot, all in all."""
+    """An empty memo of at least 131 072 slots, at least eight for each entry of the vocabulary; 60 bytes a slot,
+    all in all.
+    """
     slots = max(1 << 17, 1 << (8 * len(tables.ids) - 1).bit_length())
     numbers = (np.zeros(slots, np.int32) for _ in range(4))
     text, ids = np.zeros(16 * slots + len(tables.text), np.uint8), np.zeros(4 * slots + len(tables.ids), np.int32)
     return Memo(np.zeros(slots, np.uint64), *numbers, text, ids, np.zeros(3, np.int64))
 
-
+# %% ../../nbs/data/06_encoder.ipynb #3ce68e10
 def _new_scratch(longest: int) -> Scratch:
     """Working space for words of up to so many bytes."""
     return Scratch(*(np.zeros(longest, np.int32) for _ in range(4)), np.zeros(3 * longest, np.int64))
 
-
+# %% ../../nbs/data/06_encoder.ipynb #87b9673b
 class _Compiled:
-    """The compiled backend with its tables. Each compiled call holds Python's lock from begin to end, so threads may share it."""
+    """The compiled backend with its tables.
+
+    Each compiled call holds Python's lock from begin to end, so threads may share it.
+    """
 
     def __init__(self, tables: Tables, whole_words: bool, longest: int = LONGEST_WORD):
         """`whole_words`: a word that is an entry of the vocabulary becomes that entry, whatever the merges say."""
@@ -514,16 +553,28 @@ class _Compiled:
 
     def _begin(self) -> None:
         """Empty the memo, but for the vocabulary where its entries are words."""
-        self._begin_memo(self._memo, self._tables.text, self._tables.offsets, self._tables.ids if self._whole_words else self._tables.ids[:0])
+        self._begin_memo(
+            self._memo,
+            self._tables.text,
+            self._tables.offsets,
+            self._tables.ids if self._whole_words else self._tables.ids[:0],
+        )
 
     def __call__(self, texts: Sequence[str], raw: Sequence[bytes]) -> Encoded:
         """The ids of some texts."""
         if not _has_room(self._memo, _KEPT_BYTES, _KEPT_BYTES):
             self._begin()
         offsets = _offsets(map(len, raw), len(raw))
-        out, ends, outside = np.empty(offsets[-1], np.int32), np.empty(len(raw) + 1, np.int64), np.empty(len(raw), np.uint8)
+        out, ends, outside = (
+            np.empty(offsets[-1], np.int32),
+            np.empty(len(raw) + 1, np.int64),
+            np.empty(len(raw), np.uint8),
+        )
         text = np.frombuffer(b"".join(raw), np.uint8)
-        size = self._encode(text, offsets, self._tables.classes, self._byte_ids, self._pairs, self._memo, self._scratch, out, ends, outside)
+        size = self._encode(
+            text, offsets, self._tables.classes, self._byte_ids, self._pairs, self._memo, self._scratch, out, ends,
+            outside,
+        )
         return out[:size].copy(), ends, np.flatnonzero(outside)
 
 # %% ../../nbs/data/06_encoder.ipynb #ccfff036
@@ -532,14 +583,16 @@ def _joined(lists: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     offsets = _offsets(map(len, lists), len(lists))
     return np.fromiter(itertools.chain.from_iterable(lists), np.int32, offsets[-1]), offsets
 
-
+# %% ../../nbs/data/06_encoder.ipynb #f160481b
 def _by_tokenizers(tokenizer: ChatTokenizer) -> Backend:
     """The package `tokenizers`: slow, and right by definition."""
 
     def encode(texts: Sequence[str], raw: Sequence[bytes]) -> Encoded:
         """The ids of some texts; padding, if the tokenizer does any, must not depend on the neighbours."""
         if tokenizer.plain.padding is None:
-            lists = [encoding.ids for encoding in tokenizer.plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+            lists = [
+                encoding.ids for encoding in tokenizer.plain.encode_batch_fast(list(texts), add_special_tokens=False)
+            ]
         else:
             lists = [tokenizer.encode(text, special=False) for text in texts]
         return *_joined(lists), np.empty(0, np.int64)
@@ -567,7 +620,7 @@ def _bracket(members: np.ndarray) -> str:
     ends = zip(points[np.r_[0, breaks + 1]], points[np.r_[breaks, len(points) - 1]])
     return "[" + "".join(rf"\x{{{a:x}}}-\x{{{b:x}}}" for a, b in ends) + "]"
 
-
+# %% ../../nbs/data/06_encoder.ipynb #1b06eefc
 def _spelt_out(classes: np.ndarray) -> str:
     """`WORDS_PATTERN` without a single name of a Unicode class."""
     capital, small, number, _, space, sign, before = (_bracket(classes & bit) for bit in _BRACKETS)
@@ -575,17 +628,21 @@ def _spelt_out(classes: np.ndarray) -> str:
     letters = f"{before}?{capital}*{small}+|{before}?{capital}+{small}*"
     return rf"{letters}|{number}| ?{sign}+[\r\n/]*|{space}*[\r\n]+|{space}+(?!{no_space})|{space}+"
 
-
+# %% ../../nbs/data/06_encoder.ipynb #0102d097
 def _by_tiktoken(tables: Tables) -> Backend:
     """The package `tiktoken`, with our classes and our ids."""
     data, starts = tables.text.tobytes(), tables.offsets.tolist()
     ranks = {data[a:b]: i for a, b, i in zip(starts, starts[1:], tables.ids.tolist())}
-    engine = _optional("tiktoken").Encoding("nemotron_nb", pat_str=_spelt_out(tables.classes), mergeable_ranks=ranks, special_tokens={})
+    engine = _optional("tiktoken").Encoding(
+        "nemotron_nb", pat_str=_spelt_out(tables.classes), mergeable_ranks=ranks, special_tokens={}
+    )
     runs = re.compile(r"\s+|\S+")
 
     def inside(text: str) -> bool:
         """Has the text no run that is too long for the engine?"""
-        return len(text) <= _LONGEST_RUN or all(match.end() - match.start() <= _LONGEST_RUN for match in runs.finditer(text))
+        return len(text) <= _LONGEST_RUN or all(
+            match.end() - match.start() <= _LONGEST_RUN for match in runs.finditer(text)
+        )
 
     def encode(texts: Sequence[str], raw: Sequence[bytes]) -> Encoded:
         """The ids of some texts."""
@@ -601,7 +658,12 @@ def unknown_in(
 ) -> str:
     """What in this tokenizer the fast tiers do not know, as a clause; empty if they know all of it."""
     plain, model = tokenizer.plain, tokenizer.plain.model
-    if plain.normalizer is not None or plain.truncation is not None or plain.padding is not None or plain.get_added_tokens_decoder():
+    if (
+        plain.normalizer is not None
+        or plain.truncation is not None
+        or plain.padding is not None
+        or plain.get_added_tokens_decoder()
+    ):
         return "the tokenizer changes the text or the length of the result"
     steps = json.loads(plain.pre_tokenizer.__getstate__()).get("pretokenizers", [])
     known = [{"type": "Split", "pattern": {"Regex": WORDS_PATTERN}, "behavior": "Isolated", "invert": False}]
@@ -613,32 +675,40 @@ def unknown_in(
         return f"the tokenizer's model sets {strange[0]}"
     return ""
 
-
+# %% ../../nbs/data/06_encoder.ipynb #ec2b2bd7
 def _spelling(tables: Tables) -> dict[int, bytes]:
     """The byte string of each id."""
     data, starts = tables.text.tobytes(), tables.offsets.tolist()
     return {i: data[a:b] for a, b, i in zip(starts, starts[1:], tables.ids.tolist())}
 
-
+# %% ../../nbs/data/06_encoder.ipynb #4a760bf7
 def wrong_in(
     tables: Tables,
 ) -> str:
-    """What cannot be right in some tables, as a clause; empty if each byte has an id, no merge stands twice, and each makes the union of its halves."""
+    """What cannot be right in some tables, as a clause; empty if each byte has an id, no merge stands twice, and
+    each makes the union of its halves.
+    """
     spelt, merges = _spelling(tables), tables.merges.tolist()
     if len({token for token in spelt.values() if len(token) == 1}) < 256:
         return "a byte has no entry in the vocabulary"
     if len({(left, right) for left, right, _ in merges}) < len(merges):
         return "a merge is listed twice"
     broken = (merge for merge in merges if spelt[merge[0]] + spelt[merge[1]] != spelt[merge[2]])
-    return "".join(f"the merge of {spelt[left]!r} and {spelt[right]!r} makes {spelt[union]!r}" for left, right, union in itertools.islice(broken, 1))
+    return "".join(
+        f"the merge of {spelt[left]!r} and {spelt[right]!r} makes {spelt[union]!r}"
+        for left, right, union in itertools.islice(broken, 1)
+    )
 
-
+# %% ../../nbs/data/06_encoder.ipynb #58ab6d82
 def _merges_follow_ids(tables: Tables) -> bool:
     """`merges_follow_ids` of tables."""
     spelt = _spelling(tables)
-    return merges_follow_ids({token: i for i, token in spelt.items()}, [(spelt[left], spelt[right]) for left, right, _ in tables.merges.tolist()])
+    return merges_follow_ids(
+        {token: i for i, token in spelt.items()},
+        [(spelt[left], spelt[right]) for left, right, _ in tables.merges.tolist()],
+    )
 
-
+# %% ../../nbs/data/06_encoder.ipynb #ce35bff2
 def _backend(tier: str, tables: Tables, whole_words: bool) -> Backend:
     """The backend of a fast tier, not yet tried; refused if it cannot be right."""
     if wrong := wrong_in(tables):
@@ -646,21 +716,58 @@ def _backend(tier: str, tables: Tables, whole_words: bool) -> Backend:
     if tier == "numba":
         return _Compiled(tables, whole_words)
     if not whole_words or not _merges_follow_ids(tables):
-        raise _Refused("the merges are not those that tiktoken would make of the ids", "use the tier 'numba' or 'tokenizers'")
+        raise _Refused(
+            "the merges are not those that tiktoken would make of the ids", "use the tier 'numba' or 'tokenizers'"
+        )
     return _by_tiktoken(tables)
 
 # %% ../../nbs/data/06_encoder.ipynb #91e34bff
 _NASTY = (
-    *("", " ", "  ", "   a", "a   ", "\n", "\r\n", " \n \n", "\n\n\n  x", "\t\t\ty", " \u3000\u00a0x", "a \r\r b", "x\u2028y\u2029z", "\x0b\x0c\x1c\x1d\x1e\x1f\x85"),
-    *("".join(map(chr, range(32))), "\x7f\ufeff\u200b\ufffe\uffff", "\u0301", "e\u0301\u0302 \u0301A\u0301b", "\u05b0\u0591a", "1234567890", "a1B2", "٣٤ ½ Ⅻ ²"),
-    *("👩‍🚀👨‍👩‍👧‍👦🏳️‍🌈", "🇩🇪🇯🇵 ☃️", "aAaAAAaaa", "HTTPServer", "iPhone's", "DŽDžǅ", "ʰʱA", "日本語テキストをbpeで", "ภาษาไทย ไม่มีช่องว่าง", "नमस्ते", "ﬁﬂ"),
-    *("a//\n//b", "!/\r\n/!", " !!\n\n", "...///\n", "foo_bar(baz);\n\n\treturn", "https://a.b/c?d=e&f", "<|im_end|>\n<|im_start|>system", "<think></think>"),
-    *("</tool_call><tool_response>", "<unk><s></s>[INST]", "<SPECIAL_20>", " " * 5000, "\n" * 5000, "\t \n" * 2000, "a" * 5000, "Ab" * 3000, "=" * 5000, "ラ" * 3000),
+    *(
+        "", " ", "  ", "   a", "a   ", "\n", "\r\n", " \n \n", "\n\n\n  x", "\t\t\ty", " \u3000\u00a0x", "a \r\r b",
+        "x\u2028y\u2029z", "\x0b\x0c\x1c\x1d\x1e\x1f\x85",
+    ),
+    *(
+        "".join(map(chr, range(32))),
+        "\x7f\ufeff\u200b\ufffe\uffff",
+        "\u0301",
+        "e\u0301\u0302 \u0301A\u0301b",
+        "\u05b0\u0591a",
+        "1234567890",
+        "a1B2",
+        "٣٤ ½ Ⅻ ²",
+    ),
+    *(
+        "👩‍🚀👨‍👩‍👧‍👦🏳️‍🌈", "🇩🇪🇯🇵 ☃️", "aAaAAAaaa", "HTTPServer", "iPhone's", "DŽDžǅ", "ʰʱA", "日本語テキストをbpeで",
+        "ภาษาไทย ไม่มีช่องว่าง", "नमस्ते", "ﬁﬂ",
+    ),
+    *(
+        "a//\n//b", "!/\r\n/!", " !!\n\n", "...///\n", "foo_bar(baz);\n\n\treturn", "https://a.b/c?d=e&f",
+        "<|im_end|>\n<|im_start|>system", "<think></think>",
+    ),
+    *(
+        "</tool_call><tool_response>",
+        "<unk><s></s>[INST]",
+        "<SPECIAL_20>",
+        " " * 5000,
+        "\n" * 5000,
+        "\t \n" * 2000,
+        "a" * 5000,
+        "Ab" * 3000,
+        "=" * 5000,
+        "ラ" * 3000,
+    ),
 )
-_AROUND = "_the1_The1THE_1the_THE1Ab_Ab1 _.com1  _/the1!!_The1 !_!\n\n1_\n/\n1_/\n1_  the1_ \n1\n_1 _ 1_=A1_ThE_1_\n  \n1!!_\n  \n"  # a digit ends each trial
+
+# %% ../../nbs/data/06_encoder.ipynb #947ef1f1
+# a digit ends each trial
+_AROUND = (
+    "_the1_The1THE_1the_THE1Ab_Ab1 _.com1  _/the1!!_The1 !_!\n\n1_\n/\n1_/\n1_  the1_ \n1\n_1 _ 1_=A1_ThE_1_\n  "
+    "\n1!!_\n  \n"
+)
 _TRIED_ENTRIES = 6000  # entries of the vocabulary that the trial uses, evenly spread
 
-
+# %% ../../nbs/data/06_encoder.ipynb #3c16c9cd
 def _border_characters(classes: np.ndarray) -> list[str]:
     """The characters on both sides of each change of class, in our table or in Python's own."""
     category = np.array([unicodedata.category(chr(point)) for point in range(_CODE_POINTS)])
@@ -668,7 +775,7 @@ def _border_characters(classes: np.ndarray) -> list[str]:
     points = np.union1d(changes, changes + 1)
     return [chr(point) for point in points if not 0xD800 <= point < 0xE000]
 
-
+# %% ../../nbs/data/06_encoder.ipynb #6eeb5362
 def trial_texts(
     tables: Tables,
 ) -> list[str]:
@@ -676,16 +783,22 @@ def trial_texts(
     around = [_AROUND.replace("_", c) for c in _border_characters(tables.classes)]
     starts = tables.offsets.tolist()
     step = max(1, len(tables.ids) // _TRIED_ENTRIES)
-    entries = [tables.text[starts[i] : starts[i + 1]].tobytes().decode(errors="ignore") for i in range(0, len(tables.ids), step)]
+    entries = [
+        tables.text[starts[i] : starts[i + 1]].tobytes().decode(errors="ignore")
+        for i in range(0, len(tables.ids), step)
+    ]
     stuck = [a.strip() + b.strip() + a for a, b in zip(entries, entries[1:])]
     return [*_NASTY, *("".join(around[i : i + 16]) for i in range(0, len(around), 16)), *entries, *stuck]
 
-
+# %% ../../nbs/data/06_encoder.ipynb #db76122d
 def first_difference(
     encoder: "SegmentEncoder",
     texts: Sequence[str],
 ) -> str:
-    """Where an encoder's ids differ from the reference, as a clause; empty if nowhere. Each text is encoded twice, so that kept answers are tried too."""
+    """Where an encoder's ids differ from the reference, as a clause; empty if nowhere.
+
+    Each text is encoded twice, so that kept answers are tried too.
+    """
     expected = [encoder.tokenizer.encode(text, special=False) for text in texts]
     for _ in range(2):
         ids, offsets = encoder.encode(texts)
@@ -698,7 +811,9 @@ def first_difference(
 class SegmentEncoder:
     """Texts to ids, many at once: exactly `tokenizer.encode(text, special=False)` of each. Made by `make_encoder`."""
 
-    def __init__(self, tokenizer: ChatTokenizer, tier: str, note: str, backend: Backend, cache_dir: str | os.PathLike | None):
+    def __init__(
+        self, tokenizer: ChatTokenizer, tier: str, note: str, backend: Backend, cache_dir: str | os.PathLike | None
+    ):
         """Nothing is tried here; that is done by `make_encoder`."""
         self.tokenizer = tokenizer
         self.tier = tier  # "numba", "tiktoken" or "tokenizers"
@@ -710,11 +825,16 @@ class SegmentEncoder:
         self,
         texts: Sequence[str],
     ) -> tuple[np.ndarray, np.ndarray]:
-        """ids int32 [N] of all texts end to end, and offsets int64 [len(texts)+1]. A text with a lone surrogate, which is no Unicode, is a UserError."""
+        """ids int32 [N] of all texts end to end, and offsets int64 [len(texts)+1].
+
+        A text with a lone surrogate, which is no Unicode, is a UserError.
+        """
         ids, offsets, outside = self._backend(texts, [_utf8(text, i) for i, text in enumerate(texts)])
         return (ids, offsets) if len(outside) == 0 else self._completed(texts, ids, offsets, outside)
 
-    def _completed(self, texts: Sequence[str], ids: np.ndarray, offsets: np.ndarray, outside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _completed(
+        self, texts: Sequence[str], ids: np.ndarray, offsets: np.ndarray, outside: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The same with the segments that were left out, put in by the reference."""
         self.left_over += len(outside)
         left, begins, _ = self._reference([texts[i] for i in outside], [])
@@ -731,7 +851,7 @@ class SegmentEncoder:
     def __repr__(self) -> str:
         return f"SegmentEncoder of {self.tokenizer.name!r} by {self.tier}: {self.note}"
 
-
+# %% ../../nbs/data/06_encoder.ipynb #b088d2ea
 def _utf8(text: str, i: int) -> bytes:
     """The bytes of a text."""
     try:
@@ -750,16 +870,19 @@ _TABLES_VERSION = 1  # of the meaning of the arrays; to be raised when it change
 
 def _tables_path(tokenizer: ChatTokenizer, cache_dir: str | os.PathLike) -> Path:
     """Where the tables of a tokenizer are kept."""
-    return Path(cache_dir) / f"encoder-{digest([tokenizer.digest, tokenizers.__version__, WORDS_PATTERN, _TABLES_VERSION])}.npz"
+    return (
+        Path(cache_dir)
+        / f"encoder-{digest([tokenizer.digest, tokenizers.__version__, WORDS_PATTERN, _TABLES_VERSION])}.npz"
+    )
 
-
+# %% ../../nbs/data/06_encoder.ipynb #914f28cd
 def _write_tables(path: Path, tables: Tables) -> None:
     """All arrays in one file, behind their digest."""
     buffer = io.BytesIO()
     np.savez(buffer, **{f.name: getattr(tables, f.name) for f in fields(Tables)})
     write_atomic(path, digest(buffer.getvalue(), 64).encode() + buffer.getvalue())
 
-
+# %% ../../nbs/data/06_encoder.ipynb #3b23668b
 def _read_tables(path: Path) -> Tables:
     """The arrays of such a file. ValueError if a bit of it has changed."""
     data = path.read_bytes()
@@ -768,7 +891,7 @@ def _read_tables(path: Path) -> Tables:
     with np.load(io.BytesIO(data[64:]), allow_pickle=False) as arrays:
         return Tables(*(arrays[f.name] for f in fields(Tables)))
 
-
+# %% ../../nbs/data/06_encoder.ipynb #5d1609b3
 def _tables(tokenizer: ChatTokenizer, cache_dir: str | os.PathLike | None) -> tuple[Tables, str]:
     """The tables of a tokenizer, kept or derived, and what happened to the file, as a clause."""
     if cache_dir is None:
@@ -789,9 +912,10 @@ def _tables(tokenizer: ChatTokenizer, cache_dir: str | os.PathLike | None) -> tu
 
 # %% ../../nbs/data/06_encoder.ipynb #78a4f3a8
 TIERS = ("numba", "tiktoken", "tokenizers")
-AUTO_BYTES = 16 << 20  # below this, "auto" stays with the package tokenizers: getting ready would take longer than the work
+# below this, "auto" stays with the package tokenizers: getting ready would take longer than the work
+AUTO_BYTES = 16 << 20
 
-
+# %% ../../nbs/data/06_encoder.ipynb #4158f793
 def _proven(tokenizer: ChatTokenizer, tier: str, cache_dir: str | os.PathLike | None) -> SegmentEncoder:
     """An encoder of a fast tier that has passed the trial."""
     if unknown := unknown_in(tokenizer):
@@ -800,7 +924,9 @@ def _proven(tokenizer: ChatTokenizer, tier: str, cache_dir: str | os.PathLike | 
     tables, said = _tables(tokenizer, cache_dir)
     note = f"same ids as the package tokenizers on all trial texts{said}"
     try:
-        encoder = SegmentEncoder(tokenizer, tier, note, _backend(tier, tables, tokenizer.plain.model.ignore_merges), cache_dir)
+        encoder = SegmentEncoder(
+            tokenizer, tier, note, _backend(tier, tables, tokenizer.plain.model.ignore_merges), cache_dir
+        )
         difference = first_difference(encoder, trial_texts(tables))
     except _Refused:
         raise
@@ -811,16 +937,21 @@ def _proven(tokenizer: ChatTokenizer, tier: str, cache_dir: str | os.PathLike | 
     encoder.left_over = 0
     return encoder
 
-
+# %% ../../nbs/data/06_encoder.ipynb #f4920076
 def _by_name(tokenizer: ChatTokenizer, tier: str, cache_dir: str | os.PathLike | None) -> SegmentEncoder:
     """A fast tier that was asked for."""
     try:
         return _proven(tokenizer, tier, cache_dir)
     except _Refused as refusal:
         why = "a tier that was asked for by name is never replaced without a word"
-        raise UserError(f"cannot run: {refusal}", where=f"encoder tier {tier!r}, tokenizer {tokenizer.name!r}", why=why, fix=refusal.fix) from refusal
+        raise UserError(
+            f"cannot run: {refusal}",
+            where=f"encoder tier {tier!r}, tokenizer {tokenizer.name!r}",
+            why=why,
+            fix=refusal.fix,
+        ) from refusal
 
-
+# %% ../../nbs/data/06_encoder.ipynb #0ad9b2e7
 def table_folder() -> str | None:
     """Where encoders keep their tables: in the user's cache folder, if it can be written."""
     folder = cache_folder() / "tables"
@@ -830,7 +961,7 @@ def table_folder() -> str | None:
         return None
     return str(folder) if os.access(folder, os.W_OK) else None
 
-
+# %% ../../nbs/data/06_encoder.ipynb #f083463c
 def make_encoder(
     tokenizer: ChatTokenizer,
     tier: str = "auto",  # one of `TIERS`, or "auto": the fastest that is exact, if the job is large enough
@@ -839,7 +970,9 @@ def make_encoder(
 ) -> SegmentEncoder:
     """An encoder of many texts at once, whose ids are those of `tokenizer.encode(text, special=False)`."""
     if tier not in ("auto", *TIERS):
-        raise UserError(f"no such tier {tier!r}", where="encoder", why="text cannot be encoded", fix=nearest(tier, ("auto", *TIERS)))
+        raise UserError(
+            f"no such tier {tier!r}", where="encoder", why="text cannot be encoded", fix=nearest(tier, ("auto", *TIERS))
+        )
     reasons = ["asked for"] if tier == "tokenizers" else []
     if tier == "auto" and num_bytes < AUTO_BYTES:
         reasons = [f"{num_bytes} bytes to come: a faster tier would take longer to get ready"]

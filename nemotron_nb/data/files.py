@@ -35,21 +35,39 @@ class Reason(NamedTuple):
     meaning: str
     fix: str
 
-
+# %% ../../nbs/data/01_files.ipynb #7bbd7e08
 FILE_REJECTS: Mapping[str, Reason] = {
-    "not_json": Reason("the row is not JSON, or a column holds what JSON cannot say: NaN, Infinity, a number too large for a float", "write the row with a JSON library; for a missing number write null"),
+    "not_json": Reason(
+        "the row is not JSON, or a column holds what JSON cannot say: NaN, Infinity, a number too large for a float",
+        "write the row with a JSON library; for a missing number write null",
+    ),
     "not_utf8": Reason("the row holds bytes that are not UTF-8", "convert the file to UTF-8"),
-    "not_unicode": Reason("the text holds half of a surrogate pair, which no file can store", "repair the text at its origin"),
+    "not_unicode": Reason(
+        "the text holds half of a surrogate pair, which no file can store", "repair the text at its origin"
+    ),
     "duplicate_key": Reason("an object names a key twice, so one of the two values would be lost", "keep one of them"),
     "too_deep": Reason("objects and lists are nested too deeply", "flatten the row, or remove it"),
-    "line_too_long": Reason("the row is longer than any chat; it is passed over without being held in memory", "remove the row, or raise max_line_bytes"),
-    "blank_lines": Reason("blank lines follow each other as if without end; what would follow is lost", "remove the blank lines, or fetch the file again"),
-    "bad_value": Reason("a column holds a value that cannot be read, such as a time out of range", "repair the value, or leave the column out"),
-    "truncated_file": Reason("the file ends in the middle of this row; what would follow is lost", "fetch the file again"),
-    "damaged_file": Reason("the file cannot be read from this row on; what would follow is lost", "fetch the file again"),
+    "line_too_long": Reason(
+        "the row is longer than any chat; it is passed over without being held in memory",
+        "remove the row, or raise max_line_bytes",
+    ),
+    "blank_lines": Reason(
+        "blank lines follow each other as if without end; what would follow is lost",
+        "remove the blank lines, or fetch the file again",
+    ),
+    "bad_value": Reason(
+        "a column holds a value that cannot be read, such as a time out of range",
+        "repair the value, or leave the column out",
+    ),
+    "truncated_file": Reason(
+        "the file ends in the middle of this row; what would follow is lost", "fetch the file again"
+    ),
+    "damaged_file": Reason(
+        "the file cannot be read from this row on; what would follow is lost", "fetch the file again"
+    ),
 }
 
-
+# %% ../../nbs/data/01_files.ipynb #5e68f89c
 @dataclass(frozen=True)
 class Reject:
     """A row that cannot be trained on, and why. `reason` is a short fixed word, `detail` a sentence."""
@@ -59,7 +77,7 @@ class Reject:
     reason: str
     detail: str
 
-
+# %% ../../nbs/data/01_files.ipynb #7df13037
 class BadJson(Exception):
     """Text that is refused. `reason` is one of `FILE_REJECTS`, so a word nobody has explained cannot be counted."""
 
@@ -77,10 +95,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) != len(pairs):
         names = [key for key, _ in pairs]
-        raise BadJson("duplicate_key", f"the key {next(k for k in names if names.count(k) > 1)!r} stands twice in one object")
+        raise BadJson(
+            "duplicate_key", f"the key {next(k for k in names if names.count(k) > 1)!r} stands twice in one object"
+        )
     return members
 
-
+# %% ../../nbs/data/01_files.ipynb #dbc8b6ab
 def _number(text: str) -> float:
     """A number with a fraction or an exponent."""
     value = float(text)
@@ -93,7 +113,7 @@ def _no_number(text: str) -> Any:
     """`NaN` and its kind, which only some programs write."""
     raise BadJson("not_json", f"{text} is not a JSON number")
 
-
+# %% ../../nbs/data/01_files.ipynb #28c27131
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_number, parse_constant=_no_number)
 
 # %% ../../nbs/data/01_files.ipynb #2ead81ee
@@ -104,7 +124,7 @@ def _deeper_than(value: Any, levels: int) -> bool:
     inner = value.values() if isinstance(value, dict) else value
     return levels == 0 or any(_deeper_than(v, levels - 1) for v in inner)
 
-
+# %% ../../nbs/data/01_files.ipynb #cfb433bf
 def _decoded(text: str) -> Any:
     """The value of JSON text, with the decoder's errors in our words."""
     try:
@@ -117,7 +137,7 @@ def _decoded(text: str) -> Any:
     except ValueError:
         raise BadJson("not_json", "a whole number has thousands of digits") from None
 
-
+# %% ../../nbs/data/01_files.ipynb #f92cbf07
 def parse_json(
     data: bytes | str,  # one JSON value
 ) -> Any:
@@ -133,7 +153,7 @@ def parse_json(
         _check_unicode(value)
     return value
 
-
+# %% ../../nbs/data/01_files.ipynb #864a7d97
 def _check_unicode(value: Any) -> None:
     """Refuse text with half of a surrogate pair, wherever it stands in the value."""
     try:
@@ -147,7 +167,7 @@ MAX_LINE_BYTES = 64 << 20
 MAX_BLANK_LINES = 1 << 20  # that follow each other; a compressed file of one megabyte can hold a billion of them
 _BLOCK = 1 << 18
 
-
+# %% ../../nbs/data/01_files.ipynb #9746446f
 @dataclass(frozen=True)
 class Unit:
     """A piece of one file that one worker reads alone. It depends on the bytes of the file and on nothing else."""
@@ -183,16 +203,22 @@ def _line_units(file: BinaryIO, path: str, unit_bytes: int) -> Iterator[Unit]:
 
 # %% ../../nbs/data/01_files.ipynb #a6be2a5b
 # What reading a damaged file can raise: Arrow's own errors, and Python's where a length or a time makes no sense.
-_BROKEN = (pa.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError, SystemError, MemoryError, NotImplementedError)
+_BROKEN = (
+    pa.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError, SystemError, MemoryError,
+    NotImplementedError,
+)
 
 
 def _first_line(error: Exception) -> str:
     """What an error says, in one line."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
-
+# %% ../../nbs/data/01_files.ipynb #22751bbb
 def _readable(groups: pq.ParquetFile, start: int, end: int) -> bool:
-    """Can these row groups be begun? Asked for a damaged entry of the footer directly, Arrow ends the process; its reader raises."""
+    """Can these row groups be begun?
+
+    Asked for a damaged entry of the footer directly, Arrow ends the process; its reader raises.
+    """
     try:
         for group in range(start, end):
             next(groups.iter_batches(1, row_groups=[group], use_threads=False), None)
@@ -200,7 +226,7 @@ def _readable(groups: pq.ParquetFile, start: int, end: int) -> bool:
         return False
     return True
 
-
+# %% ../../nbs/data/01_files.ipynb #52e7ed6c
 def _group_digest(file: BinaryIO, start: int, end: int) -> str:
     """SHA-256 of the row groups `start` to `end` and of the footer; of the whole file where it is damaged there."""
     reader = pq.ParquetFile(file)
@@ -223,7 +249,7 @@ def _group_digest(file: BinaryIO, start: int, end: int) -> str:
             length -= len(block)
     return content.hexdigest()
 
-
+# %% ../../nbs/data/01_files.ipynb #014e56b6
 def _parquet_units(file: BinaryIO, path: str, unit_bytes: int) -> Iterator[Unit]:
     """Ranges of row groups of at least `unit_bytes` bytes before compression."""
     groups, size = pq.read_metadata(file), os.fstat(file.fileno()).st_size
@@ -238,20 +264,31 @@ def _parquet_units(file: BinaryIO, path: str, unit_bytes: int) -> Iterator[Unit]
             start, held = end, 0
 
 # %% ../../nbs/data/01_files.ipynb #f99d5abb
-_MAGIC: Mapping[bytes, str] = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow"}
-_ENDINGS: Mapping[str, str] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".gz": "gz", ".zst": "zst", ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow"}
+_MAGIC: Mapping[bytes, str] = {
+    b"\x1f\x8b": "gz",
+    b"\x28\xb5\x2f\xfd": "zst",
+    b"PAR1": "parquet",
+    b"ARROW1": "arrow",
+    b"\xff\xff\xff\xff": "arrow",
+}
+_ENDINGS: Mapping[str, str] = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".gz": "gz", ".zst": "zst", ".parquet": "parquet",
+    ".arrow": "arrow", ".feather": "arrow",
+}
 _BOM = b"\xef\xbb\xbf"
-
-
 _BEGUN = ("true", "false", "null", "NaN", "Infinity", "-Infinity", ".", "e+", "e-", "E+", "E-")
 
-
+# %% ../../nbs/data/01_files.ipynb #f6902fce
 def _unfinished(error: json.JSONDecodeError) -> bool:
     """Did the decoder run out of text? Then it stopped inside a string, or before something that only began."""
     rest = error.doc[error.pos : error.pos + 10]
-    return error.msg.startswith("Unterminated string") or any(word.startswith(rest) for word in _BEGUN) or (error.msg.startswith("Invalid \\u") and len(rest) < 6)
+    return (
+        error.msg.startswith("Unterminated string")
+        or any(word.startswith(rest) for word in _BEGUN)
+        or (error.msg.startswith("Invalid \\u") and len(rest) < 6)
+    )
 
-
+# %% ../../nbs/data/01_files.ipynb #106aac16
 def _text_format(stream: BinaryIO) -> str:
     """"jsonl" or "json", from the first line; "" if it looks like neither."""
     first = stream.readline(MAX_LINE_BYTES).removeprefix(_BOM)
@@ -269,17 +306,23 @@ def _text_format(stream: BinaryIO) -> str:
         return "jsonl"
     return "json" if first.lstrip()[:1] == b"[" else "jsonl"
 
-
+# %% ../../nbs/data/01_files.ipynb #1afa5acb
 def _mismatch(path: Path, named: str, found: str) -> UserError:
     """The error for a file whose name and content disagree."""
     what = f"named as {named}, but begins as {found or 'something else'}"
-    return UserError(what, where=str(path), fix=f"rename it to end in .{found}" if found else "fetch the file again, or give it the ending of what it is")
+    return UserError(
+        what,
+        where=str(path),
+        fix=f"rename it to end in .{found}" if found else "fetch the file again, or give it the ending of what it is",
+    )
 
 # %% ../../nbs/data/01_files.ipynb #48f24657
 def file_format(
     path: str | Path,
 ) -> str:
-    """The format of a file, as in `Unit.format`; `UserError` if name and content disagree, or if it is none that is known."""
+    """The format of a file, as in `Unit.format`; `UserError` if name and content disagree, or if it is none that is
+    known.
+    """
     path = Path(path)
     named = _ENDINGS.get(path.suffix.lower(), "")
     with _opened(path) as file:
@@ -293,10 +336,12 @@ def file_format(
         inner = _ENDINGS.get(path.with_suffix("").suffix.lower(), "") if found else named
         text = "jsonl" if inner == "jsonl" else _first_line_format(file, found) or inner
     if not text and not found:
-        raise UserError("not a format that is known", where=str(path), fix=f"give JSON or Parquet: {', '.join(_ENDINGS)}")
+        raise UserError(
+            "not a format that is known", where=str(path), fix=f"give JSON or Parquet: {', '.join(_ENDINGS)}"
+        )
     return f"{text or 'jsonl'}.{found}".rstrip(".")
 
-
+# %% ../../nbs/data/01_files.ipynb #fbca112d
 def _first_line_format(file: BinaryIO, packed: str) -> str:
     """The text format of a file that may be compressed; "" if its first line cannot be read."""
     try:
@@ -308,10 +353,10 @@ def _first_line_format(file: BinaryIO, packed: str) -> str:
 class _Damage(Exception):
     """A compressed stream whose bytes make no sense."""
 
-
+# %% ../../nbs/data/01_files.ipynb #635a7792
 _DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, _Damage)
 
-
+# %% ../../nbs/data/01_files.ipynb #79430282
 class _Blocks(io.RawIOBase):
     """Blocks of bytes from an iterator, as a file."""
 
@@ -333,19 +378,28 @@ class _Blocks(io.RawIOBase):
         buffer[:size], self._rest = self._rest[:size], self._rest[size:]
         return size
 
-
+# %% ../../nbs/data/01_files.ipynb #22d19915
 def _wide_window(path: str) -> UserError:
     """The error for a frame that can only be unpacked with hundreds of megabytes for each reader."""
     what = "is compressed with a window of more than 128 MiB (zstd --long, --ultra)"
-    return UserError(what, where=path, why="each worker would need that much memory to read it", fix="unpack it with zstd -d --long=31, or compress it again without --long")
+    return UserError(
+        what,
+        where=path,
+        why="each worker would need that much memory to read it",
+        fix="unpack it with zstd -d --long=31, or compress it again without --long",
+    )
 
-
+# %% ../../nbs/data/01_files.ipynb #1b73fbce
 def _zst_blocks(packed: BinaryIO) -> Iterator[bytes]:
-    """What the frames of a Zstandard file hold, from small pieces of it, since a piece may unpack to a thousand times its size."""
+    """What the frames of a Zstandard file hold, from small pieces of it, since a piece may unpack to a thousand
+    times its size.
+    """
     try:
         import zstandard
     except ImportError:
-        raise UserError("reading .zst needs the package zstandard", where=str(packed.name), fix="pip install 'nemotron_nb[fast]'") from None
+        raise UserError(
+            "reading .zst needs the package zstandard", where=str(packed.name), fix="pip install 'nemotron_nb[fast]'"
+        ) from None
     data, frame = packed.read(4096), None
     while data:
         frame = frame or zstandard.ZstdDecompressor().decompressobj()
@@ -360,7 +414,7 @@ def _zst_blocks(packed: BinaryIO) -> Iterator[bytes]:
     if frame:
         raise EOFError
 
-
+# %% ../../nbs/data/01_files.ipynb #90567d8c
 def _unpacked(packed: BinaryIO, packing: str) -> BinaryIO:
     """A stream of text from a stream that may be compressed."""
     if packing == "gz":
@@ -376,15 +430,24 @@ def open_chats(
     if not path.is_file():
         beside = sorted(p.name for p in (path if path.is_dir() else path.parent).glob("*") if p.suffix in _ENDINGS)[:8]
         raise UserError(
-            "is a folder, not a file" if path.is_dir() else "is not a regular file" if path.exists() else "no such file",
+            "is a folder, not a file"
+            if path.is_dir()
+            else "is not a regular file"
+            if path.exists()
+            else "no such file",
             where=str(path),
             fix=f"in that folder: {', '.join(beside)}" if beside else "give a file with one chat a line (JSONL)",
         )
     if path.stat().st_size == 0:
-        raise UserError("the file is empty", where=str(path), why="there is nothing to train on", fix="give a file with one chat a line (JSONL)")
+        raise UserError(
+            "the file is empty",
+            where=str(path),
+            why="there is nothing to train on",
+            fix="give a file with one chat a line (JSONL)",
+        )
     return path
 
-
+# %% ../../nbs/data/01_files.ipynb #9dd52d49
 @contextmanager
 def _opened(path: str | Path) -> Iterator[BinaryIO]:
     """A file opened for reading; `UserError` if that is not allowed."""
@@ -392,17 +455,26 @@ def _opened(path: str | Path) -> Iterator[BinaryIO]:
         file = open(path, "rb", buffering=_BLOCK)
     except OSError as e:
         few = e.errno in (errno.EMFILE, errno.ENFILE)
-        fix = "raise the limit of open files (ulimit -n)" if few else "check that the file is there and that you may read it"
+        fix = (
+            "raise the limit of open files (ulimit -n)"
+            if few
+            else "check that the file is there and that you may read it"
+        )
         raise UserError(f"cannot be read: {e.strerror}", where=str(path), fix=fix) from None
     with file:
         yield file
 
-
+# %% ../../nbs/data/01_files.ipynb #0530ff86
 def _changed(path: str) -> UserError:
     """The error for a file that is not what it was when it was cut."""
-    return UserError("the file changed while it was being read", where=path, why="rows would be lost or read twice", fix="wait until it is written, then start again")
+    return UserError(
+        "the file changed while it was being read",
+        where=path,
+        why="rows would be lost or read twice",
+        fix="wait until it is written, then start again",
+    )
 
-
+# %% ../../nbs/data/01_files.ipynb #6f74f2ae
 def _cut(file: BinaryIO, path: str, kind: str, unit_bytes: int) -> list[Unit]:
     """The units of an open file of a known format."""
     if kind == "jsonl":
@@ -411,13 +483,20 @@ def _cut(file: BinaryIO, path: str, kind: str, unit_bytes: int) -> list[Unit]:
         try:
             pieces = list(_parquet_units(file, path, unit_bytes))
         except _BROKEN as e:
-            raise UserError(f"not a readable Parquet file: {_first_line(e)}", where=path, fix="fetch the file again") from None
+            raise UserError(
+                f"not a readable Parquet file: {_first_line(e)}", where=path, fix="fetch the file again"
+            ) from None
         if not pieces:
-            raise UserError("the file holds no rows", where=path, why="there is nothing to train on", fix="give a file with chats, or remove this one")
+            raise UserError(
+                "the file holds no rows",
+                where=path,
+                why="there is nothing to train on",
+                fix="give a file with chats, or remove this one",
+            )
         return pieces
     return [Unit(path, kind, 0, 0, 1, hashlib.file_digest(file, "sha256").hexdigest(), os.fstat(file.fileno()).st_size)]
 
-
+# %% ../../nbs/data/01_files.ipynb #bf35437d
 def holds_nothing(
     path: str | Path,
 ) -> bool:
@@ -427,12 +506,15 @@ def holds_nothing(
     except _BROKEN:
         return False
 
-
+# %% ../../nbs/data/01_files.ipynb #e1760c46
 def units(
     path: str | Path,
     unit_bytes: int = UNIT_BYTES,  # least size of a unit in bytes, except the last
 ) -> list[Unit]:
-    """The pieces of a file that can be read apart, in order, from one pass over it. `UserError` if it cannot be read."""
+    """The pieces of a file that can be read apart, in order, from one pass over it.
+
+    `UserError` if it cannot be read.
+    """
     path = open_chats(path)
     kind = file_format(path)
     with _opened(path) as file:
@@ -468,7 +550,7 @@ class _Span(io.RawIOBase):
         """SHA-256 of the bytes read so far."""
         return self._content.hexdigest()
 
-
+# %% ../../nbs/data/01_files.ipynb #7152c4bd
 def _reject(source: str, line: int, reason: str, detail: str) -> Reject:
     """A `Reject` with one of the words of this notebook."""
     FILE_REJECTS[reason]
@@ -478,10 +560,12 @@ def _reject(source: str, line: int, reason: str, detail: str) -> Reject:
 def _damage(source: str, line: int, error: Exception) -> Reject:
     """The row at which a compressed file ends too early or stops making sense."""
     if isinstance(error, EOFError):
-        return _reject(source, line, "truncated_file", "the file ends in the middle of this row; no row from here on can be read")
+        return _reject(
+            source, line, "truncated_file", "the file ends in the middle of this row; no row from here on can be read"
+        )
     return _reject(source, line, "damaged_file", f"{error}; no row from here on can be read")
 
-
+# %% ../../nbs/data/01_files.ipynb #deb7cf0a
 def _rest_of_line(stream: BinaryIO) -> int:
     """Pass over the rest of a line; how many bytes it had."""
     passed = 0
@@ -491,7 +575,7 @@ def _rest_of_line(stream: BinaryIO) -> int:
             break
     return passed
 
-
+# %% ../../nbs/data/01_files.ipynb #1bd8ae46
 def _lines(stream: BinaryIO, source: str, line: int, limit: int) -> Iterator[tuple[int, bytes | Reject]]:
     """The lines of a stream with their numbers; blank ones are passed over, but not without end."""
     blank = 0
@@ -504,7 +588,15 @@ def _lines(stream: BinaryIO, source: str, line: int, limit: int) -> Iterator[tup
                 yield line, _reject(source, line, "line_too_long", f"{length:,} bytes; {limit:,} are read at most")
             blank = blank + 1 if not data or data.isspace() else 0
             if blank > MAX_BLANK_LINES:
-                yield line, _reject(source, line, "blank_lines", f"{blank:,} blank lines follow each other; no row from here on is read")
+                yield (
+                    line,
+                    _reject(
+                        source,
+                        line,
+                        "blank_lines",
+                        f"{blank:,} blank lines follow each other; no row from here on is read",
+                    ),
+                )
                 return
             if not blank and (len(data) <= limit or data.endswith(b"\n")):
                 yield line, data.rstrip(b"\r\n")
@@ -516,9 +608,9 @@ def _lines(stream: BinaryIO, source: str, line: int, limit: int) -> Iterator[tup
 _SCANNER = json.JSONDecoder(parse_int=float)
 _SPACE = re.compile(r"[ \t\r\n]*")
 
-
-class _Values:
-    """A cursor over JSON text in a stream: it looks at the next character and takes the next value."""
+# %% ../../nbs/data/01_files.ipynb #af5b7185
+class _Window:
+    """The text of a stream that is at hand, and more of it on demand."""
 
     def __init__(self, stream: BinaryIO, limit: int):
         self._stream, self._limit, self._text, self._at = stream, limit, "", 0
@@ -541,6 +633,10 @@ class _Values:
             self._ended, self._damage, self._torn = True, e, True
         self._text += self._decoder.decode(b"".join(parts), final=self._ended)
 
+# %% ../../nbs/data/01_files.ipynb #8576b95f
+class _Text(_Window):
+    """A cursor over text in a stream: it looks at the next character that is not white space."""
+
     def peek(self) -> str:
         """The next character that is not white space; "" at the end."""
         passed = 0
@@ -560,6 +656,10 @@ class _Values:
     def skip(self) -> None:
         """Pass over one character."""
         self._at += 1
+
+# %% ../../nbs/data/01_files.ipynb #5836c2e7
+class _Values(_Text):
+    """A cursor over JSON text in a stream: it looks at the next character and takes the next value."""
 
     def take(self) -> bytes:
         """The text of the next value. `BadJson` if there is none, `EOFError` if it is cut off."""
@@ -611,7 +711,7 @@ def _separated(values: _Values) -> Iterator[bytes]:
         if values.peek():
             raise BadJson("not_json", "text behind the end of the array")
 
-
+# %% ../../nbs/data/01_files.ipynb #eba8eb69
 def _json_rows(stream: BinaryIO, source: str, row: int, limit: int) -> Iterator[tuple[int, bytes | Reject]]:
     """The text of each row of a `.json` file, counted from 1."""
     try:
@@ -630,9 +730,12 @@ def _finite(value: Any) -> Any:
         raise BadJson("not_json", f"a column holds {value}, which is not a JSON number; a missing number is null")
     return value
 
-
+# %% ../../nbs/data/01_files.ipynb #801ac28c
 def _plain(kind: pa.DataType, strict: bool = True) -> Callable[[Any], Any] | None:
-    """How to bring a Python value of an Arrow type to the form JSON would have given; None where it has that form. `strict` refuses NaN."""
+    """How to bring a Python value of an Arrow type to the form JSON would have given; None where it has that form.
+
+    `strict` refuses NaN.
+    """
     if pa.types.is_struct(kind):
         inner = {field.name: _plain(field.type, strict) for field in kind}
         return lambda value: value and {k: (inner[k] or _same)(v) for k, v in value.items() if v is not None}
@@ -644,7 +747,7 @@ def _plain(kind: pa.DataType, strict: bool = True) -> Callable[[Any], Any] | Non
         return (lambda value: value and [element(v) for v in value]) if element else None
     return _finite if strict and pa.types.is_floating(kind) else None
 
-
+# %% ../../nbs/data/01_files.ipynb #474c8dce
 def _same(value: Any) -> Any:
     """The value itself."""
     return value
@@ -656,11 +759,10 @@ def _doubled(kind: pa.DataType) -> str:
     inner = [kind.field(i).type for i in range(kind.num_fields)]
     return next((name for name in names if names.count(name) > 1), "") or next(filter(None, map(_doubled, inner)), "")
 
-
 # %% ../../nbs/data/01_files.ipynb #c6bd9f05
 _BATCH = 256  # rows turned into Python objects at a time
 
-
+# %% ../../nbs/data/01_files.ipynb #15f59306
 def _as_bytes(kind: pa.DataType) -> pa.DataType:
     """The same type with bytes in place of text, which lie in memory the same way."""
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
@@ -672,14 +774,14 @@ def _as_bytes(kind: pa.DataType) -> pa.DataType:
         return pa.list_(inner) if pa.types.is_list(kind) else pa.large_list(inner)
     return kind
 
-
+# %% ../../nbs/data/01_files.ipynb #d98a9bcb
 def _validated(batch: pa.RecordBatch) -> pa.RecordBatch:
     """A batch of which every value may be read; an error of Arrow where lengths or offsets lead outside."""
     batch.validate()
     batch.cast(pa.schema([f.with_type(_as_bytes(f.type)) for f in batch.schema])).validate(full=True)
     return batch
 
-
+# %% ../../nbs/data/01_files.ipynb #45d281c6
 def _arrow_batches(unit: Unit, told: Callable[[int], None]) -> Iterator[pa.RecordBatch]:
     """The record batches of an Arrow file."""
     with pa.memory_map(unit.path) as file:
@@ -687,13 +789,15 @@ def _arrow_batches(unit: Unit, told: Callable[[int], None]) -> Iterator[pa.Recor
         file.seek(0)
         reader = pa.ipc.open_file(file) if as_file else pa.ipc.open_stream(file)
         before = 0
-        for number, batch in enumerate(map(reader.get_batch, range(reader.num_record_batches)) if as_file else reader, 1):
+        for number, batch in enumerate(
+            map(reader.get_batch, range(reader.num_record_batches)) if as_file else reader, 1
+        ):
             yield batch
             here = unit.size * number // reader.num_record_batches if as_file else file.tell()
             told(here - before)
             before = here
 
-
+# %% ../../nbs/data/01_files.ipynb #a55bd1a4
 def _batches(unit: Unit, told: Callable[[int], None]) -> Iterator[pa.RecordBatch]:
     """The batches of a columnar unit as they are stored: record batches, or pieces of row groups."""
     if unit.format == "arrow":
@@ -705,7 +809,7 @@ def _batches(unit: Unit, told: Callable[[int], None]) -> Iterator[pa.RecordBatch
             yield from file.iter_batches(_BATCH, row_groups=[group])
             told(share)
 
-
+# %% ../../nbs/data/01_files.ipynb #75262f1f
 def _batch_rows(batch: pa.RecordBatch, source: str, row: int, plain: Callable[[Any], Any]) -> Iterator[Any]:
     """The rows of a batch as JSON would have given them; of one row, what is wrong with it is a `Reject`."""
     try:
@@ -717,18 +821,23 @@ def _batch_rows(batch: pa.RecordBatch, source: str, row: int, plain: Callable[[A
         reason = e.reason if isinstance(e, BadJson) else "not_utf8" if text else "bad_value"
         yield _reject(source, row, reason, f"byte {e.start} of a text is not UTF-8" if text else _first_line(e))
 
-
+# %% ../../nbs/data/01_files.ipynb #ab0640f0
 def _rows_of_batch(batch: pa.RecordBatch, source: str, row: int, strict: bool) -> list[Any]:
     """The rows of a batch, one by one only where one of them spoils the others."""
     if twice := _doubled(pa.struct(batch.schema)):
-        return [_reject(source, row + i, "duplicate_key", f"the name {twice!r} stands twice among the columns") for i in range(batch.num_rows)]
+        return [
+            _reject(source, row + i, "duplicate_key", f"the name {twice!r} stands twice among the columns")
+            for i in range(batch.num_rows)
+        ]
     plain = _plain(pa.struct(batch.schema), strict)
     try:
         return list(_batch_rows(batch, source, row, plain))
     except (BadJson, *_BROKEN):
-        return [value for i in range(batch.num_rows) for value in _batch_rows(batch.slice(i, 1), source, row + i, plain)]
+        return [
+            value for i in range(batch.num_rows) for value in _batch_rows(batch.slice(i, 1), source, row + i, plain)
+        ]
 
-
+# %% ../../nbs/data/01_files.ipynb #1dc205ef
 def _column_rows(unit: Unit, told: Callable[[int], None], strict: bool) -> Iterator[tuple[int, Any]]:
     """The rows of a columnar unit with their numbers; `strict` refuses what JSON cannot say."""
     _check_content(unit)
@@ -741,23 +850,34 @@ def _column_rows(unit: Unit, told: Callable[[int], None], strict: bool) -> Itera
                     yield row, value
                     row += 1
     except _BROKEN as e:
-        yield row, _reject(unit.path, row, "damaged_file", f"behind {kind} {number}: {_first_line(e)}; no row from here on can be read")
+        yield (
+            row,
+            _reject(
+                unit.path,
+                row,
+                "damaged_file",
+                f"behind {kind} {number}: {_first_line(e)}; no row from here on can be read",
+            ),
+        )
 
-
+# %% ../../nbs/data/01_files.ipynb #4fdfa6ed
 def _check_content(unit: Unit) -> None:
     """Raise `UserError` if a columnar unit is not what it was when it was cut."""
     with _opened(unit.path) as file:
         try:
             whole = unit.format == "arrow"
-            same = hashlib.file_digest(file, "sha256").hexdigest() if whole else _group_digest(file, unit.start, unit.end)
+            same = (
+                hashlib.file_digest(file, "sha256").hexdigest() if whole else _group_digest(file, unit.start, unit.end)
+            )
         except _BROKEN:
             same = ""
     if same != unit.digest:
         raise _changed(unit.path)
 
-
 # %% ../../nbs/data/01_files.ipynb #704ed598
-def _text_rows(unit: Unit, limit: int, parse: Callable[[bytes], Any], told: Callable[[int], None]) -> Iterator[tuple[int, Any]]:
+def _text_rows(
+    unit: Unit, limit: int, parse: Callable[[bytes], Any], told: Callable[[int], None]
+) -> Iterator[tuple[int, Any]]:
     """The parsed rows of a unit of text, and at the end the check that it is the text that was cut."""
     text, _, packing = unit.format.partition(".")
     with _opened(unit.path) as file:
@@ -775,7 +895,7 @@ def _text_rows(unit: Unit, limit: int, parse: Callable[[bytes], Any], told: Call
     if span.digest != unit.digest:
         raise _changed(unit.path)
 
-
+# %% ../../nbs/data/01_files.ipynb #b5bee508
 def _parsed(source: str, line: int, data: bytes, parse: Callable[[bytes], Any]) -> Any:
     """The value of one row, or its `Reject`."""
     try:
@@ -783,15 +903,22 @@ def _parsed(source: str, line: int, data: bytes, parse: Callable[[bytes], Any]) 
     except BadJson as e:
         return _reject(source, line, e.reason, e.detail)
 
-
+# %% ../../nbs/data/01_files.ipynb #2fdd6ef0
 def read_unit(
     unit: Unit,
     max_line_bytes: int = MAX_LINE_BYTES,  # a longer row of text is rejected without being held in memory
-    parse: Callable[[bytes], Any] = parse_json,  # what makes a value of a row of text; raises BadJson. One of your own takes NaN in columns, too
+    # what makes a value of a row of text; raises BadJson. One of your own takes NaN in columns, too
+    parse: Callable[[bytes], Any] = parse_json,
     told: Callable[[int], None] = lambda size: None,  # told how many more bytes of the file have been read
 ) -> Iterator[tuple[int, Any | Reject]]:
     """(line, value) of each row of a unit, in order; the value is a `Reject` where a row cannot be read.
 
-    Lines count from 1 in the file; in a JSON array and in columnar files it is the row that is counted. Blank lines are passed over.
-    `UserError` if the file changed since it was cut: before the first row where its size tells, else behind the last."""
-    yield from _column_rows(unit, told, parse is parse_json) if unit.format in ("parquet", "arrow") else _text_rows(unit, max_line_bytes, parse, told)
+    Lines count from 1 in the file; in a JSON array and in columnar files it is the row that is counted. Blank lines are
+    passed over.
+    `UserError` if the file changed since it was cut: before the first row where its size tells, else behind the
+    last."""
+    yield from (
+        _column_rows(unit, told, parse is parse_json)
+        if unit.format in ("parquet", "arrow")
+        else _text_rows(unit, max_line_bytes, parse, told)
+    )

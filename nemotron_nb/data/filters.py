@@ -30,8 +30,14 @@ from ..viz import Picture, joined, png, table
 
 # %% ../../nbs/data/13_filters.ipynb #ac815fd2
 STRUCTURE_REASONS = (
-    *("last_message_not_assistant", "second_system", "empty_answer", "unbalanced_think", "calls_without_definitions", "undeclared_tool"),
-    *("missing_argument", "wrong_argument_type", "argument_not_allowed", "result_without_call", "too_many_results", "call_without_result"),
+    *(
+        "last_message_not_assistant", "second_system", "empty_answer", "unbalanced_think",
+        "calls_without_definitions", "undeclared_tool",
+    ),
+    *(
+        "missing_argument", "wrong_argument_type", "argument_not_allowed", "result_without_call",
+        "too_many_results", "call_without_result",
+    ),
 )
 REPETITION_REASONS = ("repetition_in_window", "repetition_in_trajectory", "repetition_in_code")
 LICENCE_REASONS = ("licence_missing", "licence_unknown", "licence_not_allowed")
@@ -41,7 +47,7 @@ OPEN_LICENCES = (
     *("CC0-1.0", "CC-BY-3.0", "CC-BY-4.0", "ODC-By-1.0", "PDDL-1.0", "CDLA-Permissive-1.0", "CDLA-Permissive-2.0"),
 )
 
-
+# %% ../../nbs/data/13_filters.ipynb #e8d92964
 @dataclass(frozen=True)
 class FilterPolicy:
     """What a chat must not do, and where the line is drawn."""
@@ -50,7 +56,8 @@ class FilterPolicy:
     require_answer: bool = False  # reject chats whose last message is not the assistant's?
     ngram: int = 8  # words in a row that count as "the same"
     window: int = 256  # words that are looked at together
-    window_repeats: float = 0.6  # share of the n-grams of a window that stood in it before, from which on a text is rejected
+    # share of the n-grams of a window that stood in it before, from which on a text is rejected
+    window_repeats: float = 0.6
     min_words: int = 64  # shorter texts cannot be judged
     trajectory_repeats: float = 0.75  # the same share over all that the assistant says and thinks
     trajectory_words: int = 512  # below which the trajectory is not judged
@@ -63,29 +70,55 @@ class FilterPolicy:
 
     def __post_init__(self) -> None:
         if unknown := [r for r in self.allow if r not in REASONS]:
-            raise UserError(f"unknown reason {unknown[0]!r}", where="filter policy: allow", fix=nearest(unknown[0], REASONS))
+            raise UserError(
+                f"unknown reason {unknown[0]!r}", where="filter policy: allow", fix=nearest(unknown[0], REASONS)
+            )
         shares = (self.window_repeats, self.trajectory_repeats, self.code_repeats)
         if not all(0 < s <= 1 for s in shares):
-            raise UserError(f"repeated shares are {shares}", where="filter policy", fix="each lies above 0 and at most at 1")
-        if self.ngram < 2 or min(self.window, self.code_window, self.min_words) < 2 * self.ngram or self.trajectory_words < self.min_words:
             raise UserError(
-                f"ngram={self.ngram}, window={self.window}, code_window={self.code_window}, min_words={self.min_words}, trajectory_words={self.trajectory_words}",
+                f"repeated shares are {shares}", where="filter policy", fix="each lies above 0 and at most at 1"
+            )
+        if (
+            self.ngram < 2
+            or min(self.window, self.code_window, self.min_words) < 2 * self.ngram
+            or self.trajectory_words < self.min_words
+        ):
+            raise UserError(
+                f"ngram={self.ngram}, window={self.window}, code_window={self.code_window}, "
+                f"min_words={self.min_words}, trajectory_words={self.trajectory_words}",
                 where="filter policy",
-                fix="ngram is at least 2, windows and min_words at least twice as long, trajectory_words at least min_words",
+                fix="ngram is at least 2, windows and min_words at least twice as long, trajectory_words at least "
+                    "min_words",
             )
         if unknown := [x for x in self.licences if x not in SPDX]:
-            raise UserError(f"{unknown[0]!r} is no SPDX name known here", where="filter policy: licences", fix=nearest(unknown[0], SPDX))
+            raise UserError(
+                f"{unknown[0]!r} is no SPDX name known here",
+                where="filter policy: licences",
+                fix=nearest(unknown[0], SPDX),
+            )
 
-
+# %% ../../nbs/data/13_filters.ipynb #09b333a0
 Finding = tuple[str, str]  # (reason, what was found and where)
 
 # %% ../../nbs/data/13_filters.ipynb #64fad58c
 SPDX = (
     *OPEN_LICENCES,
-    *("CC-BY-2.0", "CC-BY-2.5", "CC-BY-SA-3.0", "CC-BY-SA-4.0", "CC-BY-NC-2.0", "CC-BY-NC-3.0", "CC-BY-NC-4.0", "CC-BY-NC-SA-3.0", "CC-BY-NC-SA-4.0"),
-    *("CC-BY-ND-4.0", "CC-BY-NC-ND-3.0", "CC-BY-NC-ND-4.0", "ODbL-1.0", "CDLA-Sharing-1.0", "C-UDA-1.0", "GFDL-1.3-or-later"),
-    *("GPL-2.0-only", "GPL-2.0-or-later", "GPL-3.0-only", "GPL-3.0-or-later", "LGPL-2.1-only", "LGPL-2.1-or-later", "LGPL-3.0-only", "LGPL-3.0-or-later"),
-    *("AGPL-3.0-only", "AGPL-3.0-or-later", "MPL-2.0", "EPL-2.0", "EUPL-1.2", "Artistic-2.0", "WTFPL", "OpenRAIL", "MS-PL", "PostgreSQL", "Python-2.0"),
+    *(
+        "CC-BY-2.0", "CC-BY-2.5", "CC-BY-SA-3.0", "CC-BY-SA-4.0", "CC-BY-NC-2.0", "CC-BY-NC-3.0", "CC-BY-NC-4.0",
+        "CC-BY-NC-SA-3.0", "CC-BY-NC-SA-4.0",
+    ),
+    *(
+        "CC-BY-ND-4.0", "CC-BY-NC-ND-3.0", "CC-BY-NC-ND-4.0", "ODbL-1.0", "CDLA-Sharing-1.0", "C-UDA-1.0",
+        "GFDL-1.3-or-later",
+    ),
+    *(
+        "GPL-2.0-only", "GPL-2.0-or-later", "GPL-3.0-only", "GPL-3.0-or-later", "LGPL-2.1-only",
+        "LGPL-2.1-or-later", "LGPL-3.0-only", "LGPL-3.0-or-later",
+    ),
+    *(
+        "AGPL-3.0-only", "AGPL-3.0-or-later", "MPL-2.0", "EPL-2.0", "EUPL-1.2", "Artistic-2.0", "WTFPL", "OpenRAIL",
+        "MS-PL", "PostgreSQL", "Python-2.0",
+    ),
 )
 
 # %% ../../nbs/data/13_filters.ipynb #e567836d
@@ -93,7 +126,10 @@ def _turn_findings(conversation: Conversation, require_answer: bool) -> Iterator
     """What is wrong with single turns and their order."""
     messages = conversation.messages
     if require_answer and (not messages or messages[-1]["role"] != "assistant"):
-        yield "last_message_not_assistant", f"the last message is of role {messages[-1]['role'] if messages else 'nobody'}: nobody answers it"
+        yield (
+            "last_message_not_assistant",
+            f"the last message is of role {messages[-1]['role'] if messages else 'nobody'}: nobody answers it",
+        )
     for i, message in enumerate(messages):
         if message["role"] == "system" and i:
             yield "second_system", f"message {i}: a system message that is not the first message"
@@ -115,13 +151,13 @@ _JSON_TYPES: Mapping[str, Callable[[Any], bool]] = {
     "null": lambda v: v is None,
 }
 
-
+# %% ../../nbs/data/13_filters.ipynb #d93f7359
 def _is_of_type(value: Any, kind: Any) -> bool:
     """Is a JSON value of a type of JSON Schema, or of one of a list of types? Unknown types fit everything."""
     kinds = kind if isinstance(kind, list) else [kind]
     return any(not isinstance(k, str) or k not in _JSON_TYPES or _JSON_TYPES[k](value) for k in kinds) or not kinds
 
-
+# %% ../../nbs/data/13_filters.ipynb #d8826728
 def _argument_findings(arguments: Mapping[str, Any], schema: Any) -> Iterator[Finding]:
     """Where arguments differ from the `parameters` of a declaration."""
     properties = schema.get("properties") if isinstance(schema, Mapping) else None
@@ -142,10 +178,14 @@ def _argument_findings(arguments: Mapping[str, Any], schema: Any) -> Iterator[Fi
         elif isinstance(fields.get("enum"), list) and value not in fields["enum"]:
             yield "argument_not_allowed", f"{name} is {str(value)[:40]!r}, which is not among the declared values"
 
-
+# %% ../../nbs/data/13_filters.ipynb #34255278
 def _named(value: Any) -> str:
     """The type of a JSON value, in the words of JSON Schema."""
-    return next(name for name in ("null", "boolean", "string", "array", "object", "integer", "number") if _JSON_TYPES[name](value))
+    return next(
+        name
+        for name in ("null", "boolean", "string", "array", "object", "integer", "number")
+        if _JSON_TYPES[name](value)
+    )
 
 # %% ../../nbs/data/13_filters.ipynb #c4806419
 def _call_findings(conversation: Conversation) -> Iterator[Finding]:
@@ -158,9 +198,12 @@ def _call_findings(conversation: Conversation) -> Iterator[Finding]:
             elif call["name"] not in declared:
                 yield "undeclared_tool", f"message {i}: {call['name']} is called and not declared"
             else:
-                yield from ((reason, f"message {i}: {call['name']}: {what}") for reason, what in _argument_findings(call["arguments"], declared[call["name"]]))
+                yield from (
+                    (reason, f"message {i}: {call['name']}: {what}")
+                    for reason, what in _argument_findings(call["arguments"], declared[call["name"]])
+                )
 
-
+# %% ../../nbs/data/13_filters.ipynb #c68a516d
 def _result_findings(conversation: Conversation) -> Iterator[Finding]:
     """Where the number of results differs from the number of calls before them."""
     messages = conversation.messages
@@ -169,13 +212,16 @@ def _result_findings(conversation: Conversation) -> Iterator[Finding]:
         if message["role"] == "tool":
             results += 1
             if results == calls + 1:
-                yield ("too_many_results" if calls else "result_without_call"), f"message {i}: result {results} of {calls} calls"
+                yield (
+                    ("too_many_results" if calls else "result_without_call"),
+                    f"message {i}: result {results} of {calls} calls",
+                )
             continue
         if results < calls and (message["role"] != "end" or results):
             yield "call_without_result", f"message {i - 1}: {calls} calls and {results} results before the next turn"
         calls, results = len(message.get("tool_calls", ())), 0
 
-
+# %% ../../nbs/data/13_filters.ipynb #c225eabd
 def structure_findings(
     conversation: Conversation,
     require_answer: bool = False,  # must the last message be the assistant's?
@@ -186,7 +232,10 @@ def structure_findings(
     yield from _result_findings(conversation)
 
 # %% ../../nbs/data/13_filters.ipynb #b84c109b
-_WORD = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]|[^\W_\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]+")
+_WORD = re.compile(
+    r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]"
+    r"|[^\W_\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]+"
+)
 
 
 def words(
@@ -208,7 +257,9 @@ def repeats_by_hand(
 
 # %% ../../nbs/data/13_filters.ipynb #320ffac3
 def _gram_numbers(tokens: Sequence[str], ngram: int) -> np.ndarray:
-    """uint64 [N - ngram + 1]: equal numbers for equal n-grams, different ones for different n-grams but for a chance of about 2^-64 a pair."""
+    """uint64 [N - ngram + 1]: equal numbers for equal n-grams, different ones for different n-grams but for a
+    chance of about 2^-64 a pair.
+    """
     index: dict[str, int] = {}
     ids = np.array([index.setdefault(t, len(index)) for t in tokens], dtype=np.uint64)
     mixed = (ids + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
@@ -221,7 +272,7 @@ def _gram_numbers(tokens: Sequence[str], ngram: int) -> np.ndarray:
         numbers = numbers * np.uint64(0xD6E8FEB86659FD93) + mixed[j : j + count]
     return numbers
 
-
+# %% ../../nbs/data/13_filters.ipynb #ee2bd5fc
 def _last_place(numbers: np.ndarray) -> np.ndarray:
     """int64 [G]: for each place the last place before it with the same number, or -1."""
     order = np.argsort(numbers, kind="stable")
@@ -230,7 +281,7 @@ def _last_place(numbers: np.ndarray) -> np.ndarray:
     before[order[1:][same]] = order[:-1][same]
     return before
 
-
+# %% ../../nbs/data/13_filters.ipynb #e53c5410
 def repeats(
     tokens: Sequence[str],
     ngram: int,  # words in an n-gram
@@ -252,7 +303,9 @@ def repetition_curve(
     texts: Mapping[str, str],  # a name for each text
     policy: FilterPolicy = FilterPolicy(),
 ) -> Picture:
-    """The share of repeated n-grams in a window that moves along each text, and the share at which a text is rejected."""
+    """The share of repeated n-grams in a window that moves along each text, and the share at which a text is
+    rejected.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 2.4))
@@ -265,13 +318,20 @@ def repetition_curve(
     axes.axhline(policy.window_repeats, color="#111111", linestyle="--", linewidth=1)
     axes.set(xlabel="first word of the window", ylabel="share repeated", ylim=(-0.02, 1.02))
     axes.legend(frameon=False, loc="upper left")
-    return png(figure, f"largest share of repeated {policy.ngram}-word runs in {policy.window} words: {', '.join(worst.values())}; rejected from {policy.window_repeats:.0%}")
+    return png(
+        figure,
+        f"largest share of repeated {policy.ngram}-word runs in {policy.window} words: {', '.join(worst.values())}; "
+        f"rejected from {policy.window_repeats:.0%}",
+    )
 
 # %% ../../nbs/data/13_filters.ipynb #ef38f2ff
 def split_code(
     text: str,
 ) -> tuple[str, str]:
-    """(prose, code): lines inside of code fences, and lines of tables, are code. A fence that is never closed ends with the text."""
+    """(prose, code): lines inside of code fences, and lines of tables, are code.
+
+    A fence that is never closed ends with the text.
+    """
     kept: tuple[list[str], list[str]] = ([], [])
     fence = ""
     for line in text.split("\n"):
@@ -290,17 +350,23 @@ def _quote(tokens: Sequence[str], start: int, ngram: int, window: int) -> str:
     gram, times = grams.most_common(1)[0]
     return f"{times} times '{' '.join(gram)[:80]}'"
 
-
-def _measure(reason: str, where: str, tokens: Sequence[str], policy: FilterPolicy, window: int, limit: float) -> Iterator[Finding]:
+# %% ../../nbs/data/13_filters.ipynb #eb5cf799
+def _measure(
+    reason: str, where: str, tokens: Sequence[str], policy: FilterPolicy, window: int, limit: float
+) -> Iterator[Finding]:
     """A finding if some window of a text repeats too much."""
     if len(tokens) < policy.min_words:
         return
     shares = repeats(tokens, policy.ngram, window)
     worst = int(np.argmax(shares))
     if shares[worst] >= limit:
-        yield reason, f"{where}, from word {worst}: {shares[worst]:.0%} of the {policy.ngram}-word runs within {min(window, len(tokens))} words stood there before; {_quote(tokens, worst, policy.ngram, window)}"
+        yield (
+            reason,
+            f"{where}, from word {worst}: {shares[worst]:.0%} of the {policy.ngram}-word runs within "
+            f"{min(window, len(tokens))} words stood there before; {_quote(tokens, worst, policy.ngram, window)}",
+        )
 
-
+# %% ../../nbs/data/13_filters.ipynb #2a9fb82a
 def spoken(
     conversation: Conversation,
 ) -> Iterator[tuple[str, str]]:
@@ -310,7 +376,7 @@ def spoken(
             if message["role"] == "assistant" and message.get(field, "").strip():
                 yield f"message {i}, {name}", message[field]
 
-
+# %% ../../nbs/data/13_filters.ipynb #7af15c24
 def repetition_findings(
     conversation: Conversation,
     policy: FilterPolicy,
@@ -324,17 +390,24 @@ def repetition_findings(
             yield from _measure("repetition_in_code", where, code, policy, policy.code_window, policy.code_repeats)
         trajectory += [*prose, f"<{number}>"]  # no n-gram across two texts is the same as another
     if len(trajectory) >= policy.trajectory_words:
-        yield from _measure("repetition_in_trajectory", "all messages", trajectory, policy, len(trajectory), policy.trajectory_repeats)
+        yield from _measure(
+            "repetition_in_trajectory", "all messages", trajectory, policy, len(trajectory), policy.trajectory_repeats
+        )
 
 # %% ../../nbs/data/13_filters.ipynb #a914d6cb
-_QUOTES = re.compile(r'"[^"\n]{1,600}"|\u201c[^\u201d\n]{1,600}\u201d|\u201e[^\u201c\u201d\n]{1,600}[\u201c\u201d]|\u00ab[^\u00bb\n]{1,600}\u00bb|\u300c[^\u300d\n]{1,600}\u300d')
+_QUOTES = re.compile(
+    r'"[^"\n]{1,600}"|\u201c[^\u201d\n]{1,600}\u201d|\u201e'
+    r'[^\u201c\u201d\n]{1,600}[\u201c\u201d]|\u00ab[^\u00bb\n]{1,600}\u00bb|\u300c[^\u300d\n]{1,600}\u300d'
+)
 
-
+# %% ../../nbs/data/13_filters.ipynb #9d8af422
 def plain_form(
     text: str,
     quotes: bool = False,  # keep quotations?
 ) -> str:
-    """Text for the search of patterns: compatible forms are one (NFKC), invisible characters gone, white space single."""
+    """Text for the search of patterns: compatible forms are one (NFKC), invisible characters gone, white space
+    single.
+    """
     if not quotes:
         text = "\n".join(line for line in text.split("\n") if not line.lstrip().startswith(">"))
         text = _QUOTES.sub('""', text)
@@ -344,9 +417,11 @@ def plain_form(
 # %% ../../nbs/data/13_filters.ipynb #7450481b
 MAX_WAYS = 10_000
 
-
+# %% ../../nbs/data/13_filters.ipynb #8928507c
 def _ways(parts: Iterable[tuple[Any, Any]]) -> int:
-    """An upper bound on the number of ways in which a parsed pattern can match at one place; `ValueError` where there is none."""
+    """An upper bound on the number of ways in which a parsed pattern can match at one place; `ValueError` where
+    there is none.
+    """
     total = 1
     for operation, value in parts:
         match str(operation):
@@ -364,18 +439,20 @@ def _ways(parts: Iterable[tuple[Any, Any]]) -> int:
                 raise ValueError(f"it uses {operation}, for whose time there is no bound")
     return total
 
-
+# %% ../../nbs/data/13_filters.ipynb #69ad07e1
 def _repeat_ways(low: int, high: int, body: Any) -> int:
     """The ways of one repetition. Without an upper bound the parser writes a huge one."""
     if high == 1:
         return 1 - low + _ways(body)
     if high > 1000:
-        raise ValueError("it repeats without an upper bound, or up to more than 1000 times; write {0,20} rather than * or +")
+        raise ValueError(
+            "it repeats without an upper bound, or up to more than 1000 times; write {0,20} rather than * or +"
+        )
     if len(body) != 1 or str(body[0][0]) not in ("LITERAL", "NOT_LITERAL", "ANY", "IN"):
         raise ValueError("it repeats more than a single character")
     return high - low + 1
 
-
+# %% ../../nbs/data/13_filters.ipynb #d5daa4b2
 def safe_pattern(
     pattern: str,
     where: str,  # for the error: which list and family
@@ -390,7 +467,12 @@ def safe_pattern(
             raise ValueError("it matches the empty text, and so every chat")
         return compiled
     except (re.error, ValueError, OverflowError, RecursionError) as error:
-        raise UserError(f"the pattern {pattern!r} cannot be used: {error}", where=where, why="one text could stop the preparation, or every text be rejected", fix="see the head of the shipped list") from error
+        raise UserError(
+            f"the pattern {pattern!r} cannot be used: {error}",
+            where=where,
+            why="one text could stop the preparation, or every text be rejected",
+            fix="see the head of the shipped list",
+        ) from error
 
 # %% ../../nbs/data/13_filters.ipynb #ccddb7fa
 @dataclass(frozen=True)
@@ -403,7 +485,7 @@ class Family:
     unless: tuple[re.Pattern[str], ...] = ()
     min_hits: int = 1
 
-
+# %% ../../nbs/data/13_filters.ipynb #3c55286e
 _SPACELESS = re.compile(_WORD.pattern.split("|")[0])
 
 
@@ -413,7 +495,7 @@ def _keyword(phrase: str) -> str:
     edges = ["" if _SPACELESS.match(c) or not c.isalnum() else r"\b" for c in (phrase[:1], phrase[-1:])]
     return edges[0] + re.escape(phrase) + edges[1]
 
-
+# %% ../../nbs/data/13_filters.ipynb #d58011b1
 def _family(entry: Any, where: str) -> Family:
     """One checked entry of a list."""
     known = ("name", "why", "keywords", "patterns", "unless", "min_hits")
@@ -423,15 +505,27 @@ def _family(entry: Any, where: str) -> Family:
     if wrong := [k for k in entry if k not in known]:
         raise UserError(f"unknown key {wrong[0]!r}", where=where, fix=nearest(wrong[0], known))
     lists = {k: entry.get(k, []) for k in ("keywords", "patterns", "unless")}
-    if bad := [k for k, v in lists.items() if not isinstance(v, list) or not all(isinstance(x, str) and x.strip() for x in v)]:
+    if bad := [
+        k for k, v in lists.items() if not isinstance(v, list) or not all(isinstance(x, str) and x.strip() for x in v)
+    ]:
         raise UserError(f"{bad[0]} is not a list of texts", where=where, fix=f'write {bad[0]} = ["...", "..."]')
     hits = entry.get("min_hits", 1)
     if not isinstance(hits, int) or isinstance(hits, bool) or hits < 1 or not (lists["keywords"] or lists["patterns"]):
-        raise UserError("it has neither keywords nor patterns, or min_hits below 1", where=where, fix="give one of them, or remove the family")
+        raise UserError(
+            "it has neither keywords nor patterns, or min_hits below 1",
+            where=where,
+            fix="give one of them, or remove the family",
+        )
     patterns = (*map(_keyword, lists["keywords"]), *lists["patterns"])
-    return Family(entry["name"], str(entry.get("why", "")), tuple(safe_pattern(p, where) for p in patterns), tuple(safe_pattern(p, where) for p in lists["unless"]), hits)
+    return Family(
+        entry["name"],
+        str(entry.get("why", "")),
+        tuple(safe_pattern(p, where) for p in patterns),
+        tuple(safe_pattern(p, where) for p in lists["unless"]),
+        hits,
+    )
 
-
+# %% ../../nbs/data/13_filters.ipynb #3a8cf5d3
 @functools.lru_cache(maxsize=32)
 def _parsed(text: str, where: str) -> tuple[Family, ...]:
     """The families of a list, from its text."""
@@ -440,10 +534,15 @@ def _parsed(text: str, where: str) -> tuple[Family, ...]:
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"is not TOML: {error}", where=where, fix="mend that line") from error
     if not isinstance(entries, list) or not entries:
-        raise UserError("holds no family", where=where, why="a filter with an empty list passes everything", fix="add [[family]], or allow the reason 'narrative'")
+        raise UserError(
+            "holds no family",
+            where=where,
+            why="a filter with an empty list passes everything",
+            fix="add [[family]], or allow the reason 'narrative'",
+        )
     return tuple(_family(entry, where) for entry in entries)
 
-
+# %% ../../nbs/data/13_filters.ipynb #ff125d61
 def list_path(
     name: str,  # a list that ships with the library, or the path of a .toml file
 ) -> Path:
@@ -451,10 +550,15 @@ def list_path(
     folder = Path(str(files("nemotron_nb"))) / "data" / "assets" / "filters"
     path = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
     if not path.is_file():
-        raise UserError("there is no such list", where=f"narrative_lists: {name}", fix=f"give the path of a .toml file; shipped lists: {nearest(name, [p.stem for p in folder.glob('*.toml')])}")
+        raise UserError(
+            "there is no such list",
+            where=f"narrative_lists: {name}",
+            fix="give the path of a .toml file; shipped lists: "
+                f"{nearest(name, [p.stem for p in folder.glob('*.toml')])}",
+        )
     return path
 
-
+# %% ../../nbs/data/13_filters.ipynb #3bf90d14
 def load_families(
     name: str,  # a list that ships with the library, or the path of a .toml file
 ) -> tuple[Family, ...]:
@@ -475,7 +579,7 @@ def family_hits(
         if not any(u.search(around) for u in family.unless):
             yield match.group()
 
-
+# %% ../../nbs/data/13_filters.ipynb #05942c90
 def narrative_findings(
     conversation: Conversation,
     policy: FilterPolicy,
@@ -487,7 +591,7 @@ def narrative_findings(
         if len(hits) >= family.min_hits:
             yield "narrative", f"{hits[0][0]}: {hits[0][1][:80]!r} ({family.name}: {family.why}; {len(hits)} hits)"
 
-
+# %% ../../nbs/data/13_filters.ipynb #9cc98e2f
 def _families(policy: FilterPolicy) -> list[tuple[Family, ...]]:
     """The lists of a policy."""
     return [load_families(name) for name in policy.narrative_lists]
@@ -495,12 +599,21 @@ def _families(policy: FilterPolicy) -> list[tuple[Family, ...]]:
 # %% ../../nbs/data/13_filters.ipynb #a8a6b416
 _LICENCE_SPELLINGS: Mapping[str, str] = {
     **{name.lower(): name for name in SPDX},
-    **{"apache 2.0": "Apache-2.0", "apache license 2.0": "Apache-2.0", "apache2": "Apache-2.0", "mit license": "MIT", "odc-by": "ODC-By-1.0", "odbl": "ODbL-1.0"},
-    **{"cc0": "CC0-1.0", "cc-by 4.0": "CC-BY-4.0", "cc by 4.0": "CC-BY-4.0", "cc by-nc 4.0": "CC-BY-NC-4.0", "pddl": "PDDL-1.0", "c-uda": "C-UDA-1.0"},
-    **{"gpl-3.0": "GPL-3.0-only", "gpl-2.0": "GPL-2.0-only", "agpl-3.0": "AGPL-3.0-only", "lgpl-3.0": "LGPL-3.0-only", "openrail": "OpenRAIL"},
+    **{
+        "apache 2.0": "Apache-2.0", "apache license 2.0": "Apache-2.0", "apache2": "Apache-2.0",
+        "mit license": "MIT", "odc-by": "ODC-By-1.0", "odbl": "ODbL-1.0",
+    },
+    **{
+        "cc0": "CC0-1.0", "cc-by 4.0": "CC-BY-4.0", "cc by 4.0": "CC-BY-4.0", "cc by-nc 4.0": "CC-BY-NC-4.0",
+        "pddl": "PDDL-1.0", "c-uda": "C-UDA-1.0",
+    },
+    **{
+        "gpl-3.0": "GPL-3.0-only", "gpl-2.0": "GPL-2.0-only", "agpl-3.0": "AGPL-3.0-only",
+        "lgpl-3.0": "LGPL-3.0-only", "openrail": "OpenRAIL",
+    },
 }
 
-
+# %% ../../nbs/data/13_filters.ipynb #5d818248
 def licence_findings(
     licence: Any,  # what the row says: a name or expression of SPDX, or None
     policy: FilterPolicy,
@@ -510,7 +623,10 @@ def licence_findings(
         if policy.require_licence:
             yield "licence_missing", "the row names no licence"
         return
-    choices = [[part.strip("() ") for part in re.split(r"\s+and\s+", c, flags=re.I)] for c in re.split(r"\s+or\s+", str(licence).strip(), flags=re.I)]
+    choices = [
+        [part.strip("() ") for part in re.split(r"\s+and\s+", c, flags=re.I)]
+        for c in re.split(r"\s+or\s+", str(licence).strip(), flags=re.I)
+    ]
     named = [[_LICENCE_SPELLINGS.get(part.lower(), "") for part in choice] for choice in choices]
     mixed = "(" in str(licence) and len(choices) > 1 and any(len(c) > 1 for c in choices)
     if not isinstance(licence, str) or mixed or not all(any(names) and "" not in names for names in named):
@@ -527,10 +643,10 @@ class Verdict:
     why: str = ""
     message: int = -1  # the first message that does not fit, or -1
 
-
+# %% ../../nbs/data/13_filters.ipynb #afced562
 Judge = Callable[[Iterable[Conversation]], Iterator[Verdict]]
 
-
+# %% ../../nbs/data/13_filters.ipynb #94c46b27
 def findings(
     conversation: Conversation,
     policy: FilterPolicy,
@@ -542,17 +658,20 @@ def findings(
     yield from narrative_findings(conversation, policy)
     yield from repetition_findings(conversation, policy)
 
-
+# %% ../../nbs/data/13_filters.ipynb #7477a2ab
 def check(
     conversation: Conversation,
     policy: FilterPolicy = FilterPolicy(),
     licence: Any = None,  # what the row says of its licence
 ) -> Reject | None:
     """The first reason against a chat that the policy does not allow, or None to keep it."""
-    found = next(((reason, detail) for reason, detail in findings(conversation, policy, licence) if reason not in policy.allow), None)
+    found = next(
+        ((reason, detail) for reason, detail in findings(conversation, policy, licence) if reason not in policy.allow),
+        None,
+    )
     return Reject(conversation.source, conversation.line, *found) if found else None
 
-
+# %% ../../nbs/data/13_filters.ipynb #4343dbed
 def apply_filters(
     conversations: Iterable[Conversation],
     policy: FilterPolicy = FilterPolicy(),
@@ -566,7 +685,7 @@ def apply_filters(
     else:
         yield from _judged(checked, judge)
 
-
+# %% ../../nbs/data/13_filters.ipynb #743b429d
 def _judged(checked: Iterable[tuple[Conversation, Reject | None]], judge: Judge) -> Iterator[Conversation | Reject]:
     """Chats that passed are shown to the judge, who may read ahead; the order is kept."""
     waiting: deque[tuple[Conversation, Reject | None]] = deque()
@@ -585,15 +704,24 @@ def _judged(checked: Iterable[tuple[Conversation, Reject | None]], judge: Judge)
         if not waiting:
             raise _bad_judge("gave more verdicts than there are chats")
         c, _ = waiting.popleft()
-        yield c if verdict.consistent else Reject(c.source, c.line, "inconsistent", f"message {verdict.message}: {verdict.why}")
+        yield (
+            c
+            if verdict.consistent
+            else Reject(c.source, c.line, "inconsistent", f"message {verdict.message}: {verdict.why}")
+        )
     if next(shown, None) is not None or any(reject is None for _, reject in waiting):
         raise _bad_judge("gave no verdict on some of the chats")
     yield from (reject for _, reject in waiting)
 
-
+# %% ../../nbs/data/13_filters.ipynb #04f73566
 def _bad_judge(what: str) -> UserError:
     """The error for a judge whose verdicts cannot be matched with the chats."""
-    return UserError(f"the judge {what}", where="filters", why="a chat that nobody has judged must not pass", fix="mend the judge, or allow the reason 'inconsistent'")
+    return UserError(
+        f"the judge {what}",
+        where="filters",
+        why="a chat that nobody has judged must not pass",
+        fix="mend the judge, or allow the reason 'inconsistent'",
+    )
 
 # %% ../../nbs/data/13_filters.ipynb #1019cc92
 @dataclass(frozen=True)
@@ -608,12 +736,23 @@ class FilterReport:
         """Counts by source, counts by reason, and an example of each reason."""
         sources = sorted({*self.kept, *(s for s, _ in self.rejected)})
         lost = {s: sum(n for (source, _), n in self.rejected.items() if source == s) for s in sources}
-        counts = [{"source": s, "chats": self.kept.get(s, 0) + lost[s], "kept": self.kept.get(s, 0), "rejected": lost[s]} for s in sources]
+        counts = [
+            {"source": s, "chats": self.kept.get(s, 0) + lost[s], "kept": self.kept.get(s, 0), "rejected": lost[s]}
+            for s in sources
+        ]
         by_reason = sorted(self.rejected.items(), key=lambda item: (item[0][0], REASONS.index(item[0][1])))
         parts = [table(counts, title=f"{sum(self.kept.values())} of {sum(c['chats'] for c in counts)} chats kept")]
         if by_reason:
-            parts.append(table([{"source": s, "reason": r, "chats": n} for (s, r), n in by_reason], title="rejected, by source and reason"))
-            shown = [{"reason": r, "example": f"{e.source}:{e.line}", "detail": e.detail} for r, e in sorted(self.examples.items(), key=lambda item: REASONS.index(item[0]))]
+            parts.append(
+                table(
+                    [{"source": s, "reason": r, "chats": n} for (s, r), n in by_reason],
+                    title="rejected, by source and reason",
+                )
+            )
+            shown = [
+                {"reason": r, "example": f"{e.source}:{e.line}", "detail": e.detail}
+                for r, e in sorted(self.examples.items(), key=lambda item: REASONS.index(item[0]))
+            ]
             parts.append(table(shown, title="one example of each reason"))
         return joined(parts)
 
@@ -623,7 +762,7 @@ class FilterReport:
     def _repr_html_(self) -> str:
         return self._pictures().html
 
-
+# %% ../../nbs/data/13_filters.ipynb #b3fea8ca
 def filter_report(
     conversations: Iterable[Conversation],
     policy: FilterPolicy = FilterPolicy(),

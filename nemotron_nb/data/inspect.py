@@ -24,14 +24,18 @@ import numpy as np
 from ..core import UserError, nearest, write_atomic
 from .files import Reject, read_unit, units
 from .jinja_template import Template, chat_template
-from .mask import LOSS_MODES, Draft, Parity, TrainingSequence, check_arguments, encode_chunks, inference_prompt, mask_rows
+from nemotron_nb.data.mask import (
+    LOSS_MODES, Draft, Parity, TrainingSequence, check_arguments, encode_chunks, inference_prompt, mask_rows,
+)
 from .blend import Dataset, folder_name
 from .reasoning import apply_reasoning
 from .records import REJECTS, REPAIRS, BadRecord, Conversation
 from .tokenized import Chat, RowSettings, chats_of_row, dataset_form
 from .template import Chunk
 from .tokenizer import ChatTokenizer, load_tokenizer
-from ..viz import MOST_HTML, PAGE, ROLE_COLOURS, Picture, clipped, escape, fitting, joined, table, token_strip, visible
+from nemotron_nb.viz import (
+    MOST_HTML, PAGE, ROLE_COLOURS, Picture, clipped, escape, fitting, joined, table, token_strip, visible,
+)
 
 # %% ../../nbs/data/23_inspect.ipynb #99b962f1
 def place_of(
@@ -56,17 +60,26 @@ def _value_at(path: str, line: int | None) -> tuple[int, Any]:
     if last < unit.first_line == 1:
         raise empty
     if last < unit.first_line or (line is not None and last != line):
-        fix = "lines are counted from 1" if line == 0 else f"the file ends with row {last}" if last < (line or 1) else "that line is blank"
+        fix = (
+            "lines are counted from 1"
+            if line == 0
+            else f"the file ends with row {last}"
+            if last < (line or 1)
+            else "that line is blank"
+        )
         raise UserError("no such row", where=f"{path}:{line}" if line is not None else path, fix=fix)
     return last, row
 
-
+# %% ../../nbs/data/23_inspect.ipynb #3f13b3f0
 def row_at(
     path: str | os.PathLike,  # a file of any format that data preparation reads
     line: int | None = None,  # counted from 1; None: the first row there is
     settings: RowSettings | None = None,  # how it is to be read; None: as by default
 ) -> list[Chat] | Reject:
-    """The chats of one row of a file, read as data preparation reads them, or the reason why there are none. `UserError` if there is no such row."""
+    """The chats of one row of a file, read as data preparation reads them, or the reason why there are none.
+
+    `UserError` if there is no such row.
+    """
     settings = settings or RowSettings(Dataset(folder_name(Path(path).name), str(path)), "tiny")
     found, value = _value_at(str(path), line)
     if isinstance(value, Reject):
@@ -77,15 +90,20 @@ def row_at(
         return Reject(str(path), found, error.reason, error.what)
     return chats or Reject(str(path), found, "no_messages", "the row gives no chat with the options of its format")
 
-
+# %% ../../nbs/data/23_inspect.ipynb #03861584
 def chat_at(
     path: str | os.PathLike,  # a file of any format that data preparation reads
     line: int | None = None,  # counted from 1; None: the first row there is
     messages_field: str = "messages",
     tools_field: str = "tools",
 ) -> Conversation | Reject:
-    """The chat of one row of a file, the first if it holds several, or the reason why it is none. `UserError` if there is no such row."""
-    settings = RowSettings(Dataset(folder_name(Path(path).name), str(path)), "tiny", messages_field=messages_field, tools_field=tools_field)
+    """The chat of one row of a file, the first if it holds several, or the reason why it is none.
+
+    `UserError` if there is no such row.
+    """
+    settings = RowSettings(
+        Dataset(folder_name(Path(path).name), str(path)), "tiny", messages_field=messages_field, tools_field=tools_field
+    )
     chats = row_at(path, line, settings)
     return chats if isinstance(chats, Reject) else chats[0].conversation
 
@@ -105,7 +123,7 @@ def parts_of(
                 parts.append(("special" if place % 2 else "format" if trusted else "chat", part))
     return parts
 
-
+# %% ../../nbs/data/23_inspect.ipynb #9cdc115c
 def _part_html(kind: str, text: str, role: str, trained: bool, most: int = MOST_HTML) -> str:
     """One part as a span."""
     look = {
@@ -115,19 +133,26 @@ def _part_html(kind: str, text: str, role: str, trained: bool, most: int = MOST_
     }[kind]
     line = f"border-bottom:3px solid {'#0a7a2f' if trained else '#ffffff'}"
     note = {"special": "special token", "format": "written by the format", "chat": "from the chat"}[kind]
-    return f'<span style="{look};{line}" title="{escape(role)}: {note}{", trained" if trained else ""}">{escape(clipped(text, most // 12))}</span>'
+    return (
+        f'<span style="{look};{line}" title="{escape(role)}: '
+        f'{note}{", trained" if trained else ""}">{escape(clipped(text, most // 12))}</span>'
+    )
 
-
+# %% ../../nbs/data/23_inspect.ipynb #c0163a3b
 def _sources(conversation: Conversation, index: int, first: bool) -> str:
-    """The JSON that a run of chunks came from: a message, the tool results behind it, and the tools where the chat opens."""
+    """The JSON that a run of chunks came from: a message, the tool results behind it, and the tools where the chat
+    opens.
+    """
     messages = conversation.messages
     shown: list[Any] = [{"tools": conversation.tools}] if first and conversation.tools else []
     shown += [messages[index]] if index >= 0 else []
     if index >= 0 and messages[index]["role"] == "tool":
         shown += takewhile(lambda m: m["role"] == "tool", messages[index + 1 :])
-    return "\n".join(json.dumps(part, indent=2, ensure_ascii=False) for part in shown) or "(the format adds this itself)"
+    return (
+        "\n".join(json.dumps(part, indent=2, ensure_ascii=False) for part in shown) or "(the format adds this itself)"
+    )
 
-
+# %% ../../nbs/data/23_inspect.ipynb #7372c6eb
 def template_x_ray(
     conversation: Conversation,
     draft: Draft,  # one training sequence of it
@@ -135,29 +160,42 @@ def template_x_ray(
     title: str = "",
     most: int = MOST_HTML,  # characters of HTML, and a message a part of them
 ) -> Picture:
-    """Each message as JSON beside the text it becomes: special tokens, the format's words, the chat's words; trained text underlined."""
+    """Each message as JSON beside the text it becomes: special tokens, the format's words, the chat's words;
+    trained text underlined.
+    """
     pairs = list(zip(draft.chunks, draft.trained, strict=True))
-    cell = f'<td style="vertical-align:top;text-align:left;padding:4px 8px;border-bottom:1px solid #bbbbbb;font-family:monospace;font-size:12px;line-height:1.6;{PAGE}">{{}}</td>'
+    cell = (
+        f'<td style="vertical-align:top;text-align:left;padding:4px 8px;border-bottom:1px solid '
+        f'#bbbbbb;font-family:monospace;font-size:12px;line-height:1.6;{PAGE}">{{}}</td>'
+    )
     rows, lines = [], []
     for index, group in groupby(pairs, key=lambda pair: pair[0].message):
         run, source = list(group), _sources(conversation, index, not rows)
-        right = "".join(_part_html(kind, text, c.role, on, most) for c, on in run for kind, text in parts_of(c, tokenizer))
+        right = "".join(
+            _part_html(kind, text, c.role, on, most) for c, on in run for kind, text in parts_of(c, tokenizer)
+        )
         left = escape(clipped(source, most // 40)).replace("&#8629;<br>", "<br>")
         rows.append((1, f"<tr>{cell.format(left)}{cell.format(right)}</tr>"))
         lines.append(f"{source}\n    becomes\n" + "".join(f"\u00ab{c.text}\u00bb" if on else c.text for c, on in run))
     drawn, body = fitting(rows, most)
     more = f"<div>... and {len(rows) - drawn} more messages</div>" if drawn < len(rows) else ""
-    key = "".join(_part_html(kind, name, "user", False) + " " for kind, name in (("special", "special token"), ("format", "the format's words"), ("chat", "the chat's words"))) + _part_html("chat", "trained", "assistant", True)
+    key = "".join(
+        _part_html(kind, name, "user", False) + " "
+        for kind, name in (("special", "special token"), ("format", "the format's words"), ("chat", "the chat's words"))
+    ) + _part_html("chat", "trained", "assistant", True)
     head = f'<div style="{PAGE};padding:4px 8px"><b>{escape(clipped(title, 200))}</b> {key}</div>'
-    return Picture(f'{head}<table style="border-collapse:collapse;{PAGE}">{body}</table>{more}', "\n\n".join([*([title] if title else []), *lines]))
+    return Picture(
+        f'{head}<table style="border-collapse:collapse;{PAGE}">{body}</table>{more}',
+        "\n\n".join([*([title] if title else []), *lines]),
+    )
 
 # %% ../../nbs/data/23_inspect.ipynb #6c9fa811
 MOST_TURNS = 24  # whose prefix is compared; each costs an encoding of all that is before it
 
-
+# %% ../../nbs/data/23_inspect.ipynb #79979c6e
 @dataclass(frozen=True)
-class Inspection:
-    """A chat, its training sequences, and the pictures of them."""
+class _Inspected:
+    """A chat and its training sequences."""
 
     conversation: Conversation
     template: Template
@@ -170,7 +208,9 @@ class Inspection:
         self,
         k: int = 0,  # which training sequence
     ) -> list[int]:
-        """The user turns whose answers are trained in it, counted from 1; 0 stands for what is said before any user speaks."""
+        """The user turns whose answers are trained in it, counted from 1; 0 stands for what is said before any user
+        speaks.
+        """
         asked = list(accumulate(m["role"] == "user" for m in self.conversation.messages))
         draft = self.drafts[k]
         return sorted({asked[c.message] for c, on in zip(draft.chunks, draft.trained, strict=True) if on})
@@ -185,6 +225,10 @@ class Inspection:
         in_a_row = turns == list(range(turns[0], turns[-1] + 1)) and turns[0]
         return f"user turns {turns[0]} to {turns[-1]}" if in_a_row else f"user turns {', '.join(map(str, turns))}"
 
+# %% ../../nbs/data/23_inspect.ipynb #8d82e127
+class _Drawn(_Inspected):
+    """A chat, and the pictures of its training sequences."""
+
     def strip(
         self,
         k: int = 0,  # which training sequence
@@ -195,26 +239,65 @@ class Inspection:
         """The tokens of a training sequence."""
         s, special = self.sequences[k], set(self.tokenizer.special_ids.values())
         ids = s.input_ids.tolist()
-        title = f"sequence {k}, which answers {self.answered(k)}"
-        return token_strip(self.tokenizer.pieces(ids), s.loss_mask.tolist(), roles=s.token_roles, title=title, special=[i in special for i in ids], fold=fold, window=window, most=most)
+        return token_strip(
+            self.tokenizer.pieces(ids),
+            s.loss_mask.tolist(),
+            roles=s.token_roles,
+            title=f"sequence {k}, which answers {self.answered(k)}",
+            special=[i in special for i in ids],
+            fold=fold,
+            window=window,
+            most=most,
+        )
 
     def x_ray(self, k: int = 0, most: int = MOST_HTML) -> Picture:
         """How the messages of a training sequence become its text."""
-        return template_x_ray(self.conversation, self.drafts[k], self.tokenizer, f"template {self.template.name}, sequence {k}", most)
+        title = f"template {self.template.name}, sequence {k}"
+        return template_x_ray(self.conversation, self.drafts[k], self.tokenizer, title, most)
 
     def diff(self, k: int = 0) -> Picture:
         """The mask of this recipe beside two others, from a little before the first trained token on."""
-        draft, s = self.drafts[k], self.sequences[k]
-        last = max((i for i, m in enumerate(self.conversation.messages) if m["role"] == "user"), default=-1)
-        ways = {
-            "this recipe": draft.trained,
-            "last turn only": [on and c.message > last for c, on in zip(draft.chunks, draft.trained, strict=True)],
-            "opening as well": [on or after for on, after in zip(draft.trained, [*draft.trained[1:], False], strict=True)],
-        }
-        masks = {name: np.repeat(np.array(trained, np.uint8), np.diff(s.chunk_ends, prepend=0)) for name, trained in ways.items()}
+        s, masks = self.sequences[k], _masks(self, k)
         first = max(0, int(np.argmax(np.any(list(masks.values()), axis=0))) - 16)
-        tokens, shown = self.tokenizer.pieces(s.input_ids[first:].tolist()), {name: mask[first:].tolist() for name, mask in masks.items()}
+        tokens = self.tokenizer.pieces(s.input_ids[first:].tolist())
+        shown = {name: mask[first:].tolist() for name, mask in masks.items()}
         return mask_rows(tokens, shown, roles=s.token_roles[first:], title=f"sequence {k}, from token {first} on")
+
+# %% ../../nbs/data/23_inspect.ipynb #e4dfcea7
+def _masks(found: _Inspected, k: int) -> dict[str, np.ndarray]:
+    """Three masks of a training sequence, by name, uint8 [L] each."""
+    draft, s = found.drafts[k], found.sequences[k]
+    last = max((i for i, m in enumerate(found.conversation.messages) if m["role"] == "user"), default=-1)
+    ways = {
+        "this recipe": draft.trained,
+        "last turn only": [on and c.message > last for c, on in zip(draft.chunks, draft.trained, strict=True)],
+        "opening as well": [on or after for on, after in zip(draft.trained, [*draft.trained[1:], False], strict=True)],
+    }
+    return {
+        name: np.repeat(np.array(trained, np.uint8), np.diff(s.chunk_ends, prepend=0)) for name, trained in ways.items()
+    }
+
+# %% ../../nbs/data/23_inspect.ipynb #7ba1d544
+class _Proved(_Drawn):
+    """A chat, its pictures, and the proof that inference sees what training saw."""
+
+    @cached_property
+    def parity(self) -> tuple[Parity, ...]:
+        """For each trained turn: is what stands before it in training what inference would feed?
+
+        Of a long chat, the first and last turns.
+        """
+        turns = [(d, k) for d in self.drafts for k, on in enumerate(d.trained) if on]
+        chosen = turns if len(turns) <= MOST_TURNS else turns[: MOST_TURNS // 2] + turns[-MOST_TURNS // 2 :]
+        return tuple(_parity(self, draft, k) for draft, k in chosen)
+
+    def parity_table(self) -> Picture:
+        """The same as a table."""
+        asked = list(accumulate(m["role"] == "user" for m in self.conversation.messages))
+        said = lambda p: "the same" if p.same else f"DIFFERENT from token {p.first_difference} on"
+        rows = [[f"{asked[p.message]}", p.message, p.prompt_tokens, said(p)] for p in self.parity]
+        header = ["user turn", "message", "tokens of the prompt", "training and inference"]
+        return table(rows, header=header, title=f"prefix of {len(rows)} trained turns")
 
     def statistics(self) -> Picture:
         """Tokens, trained tokens, and whether each trained turn ends with the end marker."""
@@ -223,20 +306,58 @@ class Inspection:
             turns = len({c.message for c, on in zip(draft.chunks, draft.trained, strict=True) if on})
             stops = int(((s.input_ids == end) & (s.loss_mask == 1)).sum())
             rows.append([f"{k}", len(s), s.num_trained, f"{s.num_trained / max(1, len(s)):.0%}", turns, stops])
-        return table(rows, header=["sequence", "tokens", "trained", "share", "trained turns", "trained end markers"], title="mask")
+        header = ["sequence", "tokens", "trained", "share", "trained turns", "trained end markers"]
+        return table(rows, header=header, title="mask")
 
-    @cached_property
-    def parity(self) -> tuple[Parity, ...]:
-        """For each trained turn: is what stands before it in training what inference would feed? Of a long chat, the first and last turns."""
-        turns = [(d, k) for d in self.drafts for k, on in enumerate(d.trained) if on]
-        chosen = turns if len(turns) <= MOST_TURNS else turns[: MOST_TURNS // 2] + turns[-MOST_TURNS // 2 :]
-        return tuple(_parity(self, draft, k) for draft, k in chosen)
+# %% ../../nbs/data/23_inspect.ipynb #396ac8bf
+def _parity(found: _Inspected, draft: Draft, place: int) -> Parity:
+    """Parity of one trained chunk.
 
-    def parity_table(self) -> Picture:
-        """The same as a table."""
-        asked = list(accumulate(m["role"] == "user" for m in self.conversation.messages))
-        rows = [[f"{asked[p.message]}", p.message, p.prompt_tokens, "the same" if p.same else f"DIFFERENT from token {p.first_difference} on"] for p in self.parity]
-        return table(rows, header=["user turn", "message", "tokens of the prompt", "training and inference"], title=f"prefix of {len(rows)} trained turns")
+    The native template is compared id for id; another one as the text that it renders itself.
+    """
+    chunk, before = draft.chunks[place], draft.chunks[:place]
+    if found.template.native:
+        trained = [i for c in before for i in found.tokenizer.encode_pieces(c.pieces)]
+        prompt = inference_prompt(found.conversation, chunk.message, found.tokenizer, loss_mode=found.loss_mode)
+    else:
+        rendered = "".join(c.text for c in before)
+        fed = found.template.prompt(found.conversation, chunk.message, found.loss_mode)
+        trained, prompt = (found.tokenizer.encode(text, special=True) for text in (rendered, fed))
+    same = trained == prompt
+    differ = next((i for i, (a, b) in enumerate(zip(trained, prompt)) if a != b), min(len(trained), len(prompt)))
+    return Parity(draft.turn, chunk.message, len(prompt), same, -1 if same else differ)
+
+# %% ../../nbs/data/23_inspect.ipynb #3b59be71
+def _as_json(found: _Proved) -> dict[str, Any]:
+    """What was read, what was noted, and each training sequence with its ids and mask."""
+    c = found.conversation
+    names = {"tokenizer": found.tokenizer.name, "template": found.template.name, "loss_mode": found.loss_mode}
+    said = {
+        "notes": list(c.repairs),
+        "reasoning_budget": c.reasoning_budget,
+        "low_effort_marker": c.low_effort_marker,
+        "messages": list(c.messages),
+        "tools": list(c.tools),
+    }
+    sequences = [
+        {
+            "user_turns": found.turns(k),
+            "tokens": len(s),
+            "trained": s.num_trained,
+            "text": "".join(x.text for x in d.chunks),
+            "input_ids": s.input_ids.tolist(),
+            "loss_mask": s.loss_mask.tolist(),
+        }
+        for k, (d, s) in enumerate(zip(found.drafts, found.sequences, strict=True))
+    ]
+    compared = ("message", "prompt_tokens", "same", "first_difference")
+    prefixes = [{name: getattr(p, name) for name in compared} for p in found.parity]
+    place = {"source": c.source, "line": c.line, "id": c.id}
+    return place | names | said | {"sequences": sequences, "prefixes": prefixes}
+
+# %% ../../nbs/data/23_inspect.ipynb #6f0d0e76
+class Inspection(_Proved):
+    """A chat, its training sequences, and the pictures of them."""
 
     def _told(self) -> list[str]:
         """Where the chat is from, and what was mended in it."""
@@ -244,7 +365,9 @@ class Inspection:
         mended = [f"noted: {name}: {REPAIRS[name.partition(':')[0]]}" for name in c.repairs]
         nothing = [] if self.sequences else ["no token of this chat would be trained; data preparation leaves it out"]
         users = sum(m["role"] == "user" for m in c.messages)
-        return [f"{c.source}:{c.line}  conversation {c.id}, {len(c.messages)} messages, {users} user turns, {len(c.tools)} tools, tokenizer {self.tokenizer.name}, template {self.template.name}", *mended, *nothing]
+        counts = f"{len(c.messages)} messages, {users} user turns, {len(c.tools)} tools"
+        names = f"tokenizer {self.tokenizer.name}, template {self.template.name}"
+        return [f"{c.source}:{c.line}  conversation {c.id}, {counts}, {names}", *mended, *nothing]
 
     def picture(
         self,
@@ -253,21 +376,15 @@ class Inspection:
         """X-ray, strips, counts and parity, one under the other."""
         most = sys.maxsize if full else MOST_HTML
         sizes = {"fold": None, "window": max(map(len, self.sequences), default=1)} if full else {"fold": 24}
-        strips = [part for k in range(len(self.sequences)) for part in (self.x_ray(k, most), self.strip(k, **sizes, most=most))]
+        each = range(len(self.sequences))
+        strips = [part for k in each for part in (self.x_ray(k, most), self.strip(k, **sizes, most=most))]
         head = Picture("".join(f"<div>{escape(line)}</div>" for line in self._told()), "\n".join(self._told()))
-        return joined([head, *strips, *([self.statistics(), self.parity_table()] if self.sequences else [])], *([most] if full else []))
+        tables = [self.statistics(), self.parity_table()] if self.sequences else []
+        return joined([head, *strips, *tables], *([most] if full else []))
 
     def to_json(self) -> dict[str, Any]:
         """The same for a program: what was read, what was noted, and each training sequence with its ids and mask."""
-        c = self.conversation
-        named = {"source": c.source, "line": c.line, "id": c.id, "tokenizer": self.tokenizer.name, "template": self.template.name, "loss_mode": self.loss_mode}
-        said = {"notes": list(c.repairs), "reasoning_budget": c.reasoning_budget, "low_effort_marker": c.low_effort_marker, "messages": list(c.messages), "tools": list(c.tools)}
-        sequences = [
-            {"user_turns": self.turns(k), "tokens": len(s), "trained": s.num_trained, "text": "".join(x.text for x in d.chunks), "input_ids": s.input_ids.tolist(), "loss_mask": s.loss_mask.tolist()}
-            for k, (d, s) in enumerate(zip(self.drafts, self.sequences, strict=True))
-        ]
-        prefixes = [{"message": p.message, "prompt_tokens": p.prompt_tokens, "same": p.same, "first_difference": p.first_difference} for p in self.parity]
-        return named | said | {"sequences": sequences, "prefixes": prefixes}
+        return _as_json(self)
 
     def __repr__(self) -> str:
         return self.picture().text
@@ -275,21 +392,7 @@ class Inspection:
     def _repr_html_(self) -> str:
         return self.picture().html
 
-
-def _parity(found: Inspection, draft: Draft, place: int) -> Parity:
-    """Parity of one trained chunk. The native template is compared id for id; another one as the text that it renders itself."""
-    chunk, before = draft.chunks[place], draft.chunks[:place]
-    if found.template.native:
-        trained = [i for c in before for i in found.tokenizer.encode_pieces(c.pieces)]
-        prompt = inference_prompt(found.conversation, chunk.message, found.tokenizer, loss_mode=found.loss_mode)
-    else:
-        texts = "".join(c.text for c in before), found.template.prompt(found.conversation, chunk.message, found.loss_mode)
-        trained, prompt = (found.tokenizer.encode(text, special=True) for text in texts)
-    same = trained == prompt
-    differ = next((i for i, (a, b) in enumerate(zip(trained, prompt)) if a != b), min(len(trained), len(prompt)))
-    return Parity(draft.turn, chunk.message, len(prompt), same, -1 if same else differ)
-
-
+# %% ../../nbs/data/23_inspect.ipynb #235e1fbf
 def inspect_chat(
     conversation: Conversation,
     tokenizer: ChatTokenizer,
@@ -300,14 +403,19 @@ def inspect_chat(
     check_arguments(conversation, tokenizer, "inspect_chat")
     template = template or chat_template("nano3")
     drafts = tuple(template.drafts(conversation, loss_mode))
-    sequences = tuple(encode_chunks(d.chunks, d.trained, tokenizer, turn=d.turn, conversation_id=conversation.id, source=conversation.source) for d in drafts)
+    sequences = tuple(
+        encode_chunks(
+            d.chunks, d.trained, tokenizer, turn=d.turn, conversation_id=conversation.id, source=conversation.source
+        )
+        for d in drafts
+    )
     return Inspection(conversation, template, tokenizer, drafts, sequences, loss_mode)
 
 # %% ../../nbs/data/23_inspect.ipynb #7c7da080
 _SPEAKERS: Mapping[str, str] = {"system": "37", "user": "94", "tool": "95", "assistant": "93"}
 LONGEST_SHOWN = 40_000  # characters of one sequence in a terminal
 
-
+# %% ../../nbs/data/23_inspect.ipynb #aeed227d
 def ansi_draft(
     draft: Draft,
     tokenizer: ChatTokenizer,
@@ -326,12 +434,12 @@ def ansi_draft(
             lines.append(f"\x1b[{marks[kind]}{';4' if on else ''}m{visible(text)}\x1b[0m")
     return "".join(lines)
 
-
+# %% ../../nbs/data/23_inspect.ipynb #43d655ce
 def _wants_colour(color: bool) -> bool:
     """Colours only where they were not declined, and where a terminal is there to show them. See no-color.org."""
     return color and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and sys.stdout.isatty()
 
-
+# %% ../../nbs/data/23_inspect.ipynb #fabad8be
 def terminal_text(
     found: Inspection,
     colour: bool,
@@ -339,12 +447,23 @@ def terminal_text(
 ) -> str:
     """The whole inspection for a terminal."""
     if full and not colour:
-        drawn = [f"sequence {k}, which answers {found.answered(k)}\n" + "".join(f"\u00ab{visible(c.text)}\u00bb" if on else visible(c.text) for c, on in zip(d.chunks, d.trained, strict=True)) for k, d in enumerate(found.drafts)]
+        drawn = [
+            f"sequence {k}, which answers {found.answered(k)}\n"
+            + "".join(
+                f"\u00ab{visible(c.text)}\u00bb" if on else visible(c.text)
+                for c, on in zip(d.chunks, d.trained, strict=True)
+            )
+            for k, d in enumerate(found.drafts)
+        ]
     elif not colour:
         drawn = [found.strip(k, fold=64, window=4096).text for k in range(len(found.sequences))]
     else:
         longest = sys.maxsize if full else LONGEST_SHOWN
-        drawn = [f"\x1b[1msequence {k}, which answers {found.answered(k)}\x1b[0m (underlined = trained)\n{ansi_draft(d, found.tokenizer, longest)}" for k, d in enumerate(found.drafts)]
+        drawn = [
+            f"\x1b[1msequence {k}, which answers {found.answered(k)}\x1b[0m (underlined = "
+            f"trained)\n{ansi_draft(d, found.tokenizer, longest)}"
+            for k, d in enumerate(found.drafts)
+        ]
     tables = [found.statistics().text, found.parity_table().text] if found.sequences else []
     return "\n\n".join([visible("\n".join(found._told())), *drawn, *tables])
 
@@ -354,7 +473,7 @@ def _refusal(reject: Reject) -> str:
     fix = f"\n  what to do: {REJECTS[reject.reason].fix}" if reject.reason in REJECTS else ""
     return visible(f"{reject.source}:{reject.line}: {reject.reason}: {reject.detail}{fix}")
 
-
+# %% ../../nbs/data/23_inspect.ipynb #e31cd70e
 def page(
     found: Inspection,
     full: bool = False,  # show every token
@@ -362,31 +481,47 @@ def page(
     """The inspection as one HTML page that needs nothing else."""
     title = escape(f"{Path(found.conversation.source).name}:{found.conversation.line}")
     style = f"font-family:sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;{PAGE}"
-    return f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title></head><body style="{style}"><h1>{title}</h1>{found.picture(full).html}</body></html>\n'
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title></head><body '
+        f'style="{style}"><h1>{title}</h1>{found.picture(full).html}</body></html>\n'
+    )
 
-
+# %% ../../nbs/data/23_inspect.ipynb #a4f4dab2
 def _refusal_json(reject: Reject) -> dict[str, Any]:
     """Why a row cannot be used, for a program."""
-    return {"source": reject.source, "line": reject.line, "reason": reject.reason, "detail": reject.detail, "fix": REJECTS[reject.reason].fix if reject.reason in REJECTS else ""}
+    return {
+        "source": reject.source,
+        "line": reject.line,
+        "reason": reject.reason,
+        "detail": reject.detail,
+        "fix": REJECTS[reject.reason].fix if reject.reason in REJECTS else "",
+    }
 
-
+# %% ../../nbs/data/23_inspect.ipynb #de262988
 def inspect_row(
     path: str | os.PathLike,
     line: int | None,
     settings: RowSettings,
 ) -> Inspection | Reject:
-    """The first chat of a row as data preparation would train it, with the row's own budget, effort and switches, or the reason why it would not."""
+    """The first chat of a row as data preparation would train it, with the row's own budget, effort and switches,
+    or the reason why it would not.
+    """
     chats = row_at(path, line, settings)
     if isinstance(chats, Reject):
         return chats
     tokenizer = load_tokenizer(settings.tokenizer)
     chat, _ = apply_reasoning(chats[0].conversation, settings.reasoning, tokenizer, chats[0].low_effort)
     try:
-        return inspect_chat(chat, tokenizer, chat_template(settings.chat_template, settings.tokenizer if Path(settings.tokenizer).is_dir() else ""), settings.loss_mode)
+        return inspect_chat(
+            chat,
+            tokenizer,
+            chat_template(settings.chat_template, settings.tokenizer if Path(settings.tokenizer).is_dir() else ""),
+            settings.loss_mode,
+        )
     except BadRecord as error:
         return Reject(chat.source, chat.line, error.reason, error.what)
 
-
+# %% ../../nbs/data/23_inspect.ipynb #cc8e6b2c
 def _shown(found: Inspection | Reject, color: bool, full: bool, as_json: bool) -> None:
     """Print an inspection, or why there is none."""
     if as_json:
@@ -396,7 +531,7 @@ def _shown(found: Inspection | Reject, color: bool, full: bool, as_json: bool) -
     else:
         print(terminal_text(found, _wants_colour(color), full))
 
-
+# %% ../../nbs/data/23_inspect.ipynb #86080b5c
 def inspect_file(
     path: str | os.PathLike,  # a file of chats
     line: int | None = None,  # counted from 1; None: its first row
@@ -408,10 +543,19 @@ def inspect_file(
     full: bool = False,  # show every token
     as_json: bool = False,  # print for a program
 ) -> int:
-    """Print one chat of a file as it is rendered, masked and prompted. 0: fine; 1: it cannot be trained on, or training and inference differ."""
+    """Print one chat of a file as it is rendered, masked and prompted.
+
+    0: fine; 1: it cannot be trained on, or training and inference differ.
+    """
     if loss_mode not in LOSS_MODES:
         raise UserError(f"unknown loss mode {loss_mode!r}", where="loss_mode", fix=nearest(loss_mode, LOSS_MODES))
-    found = inspect_row(path, line, RowSettings(Dataset(folder_name(Path(path).name), str(path)), str(tokenizer), str(template), loss_mode=loss_mode))
+    found = inspect_row(
+        path,
+        line,
+        RowSettings(
+            Dataset(folder_name(Path(path).name), str(path)), str(tokenizer), str(template), loss_mode=loss_mode
+        ),
+    )
     _shown(found, color, full, as_json)
     if isinstance(found, Reject):
         return 1

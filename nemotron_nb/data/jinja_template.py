@@ -26,29 +26,43 @@ from .template import Chunk, Piece, template_path
 
 # %% ../../nbs/data/10_jinja_template.ipynb #16aa9045
 TEMPLATE_REJECTS: Mapping[str, Reason] = {
-    "template_refused": Reason("the chat template says no to this chat", "bring the chat to the form the template asks for, or use another template"),
+    "template_refused": Reason(
+        "the chat template says no to this chat",
+        "bring the chat to the form the template asks for, or use another template",
+    ),
     "template_error": Reason("the chat template fails on this chat", "mend the template, or remove the row"),
-    "template_limit": Reason("the chat template does more work for this chat than is reasonable", "use a template without loops in loops, or remove the row"),
-    "template_not_traceable": Reason("it cannot be told which of the printed text the model would write", "use a template whose turns have headers, or remove the row"),
+    "template_limit": Reason(
+        "the chat template does more work for this chat than is reasonable",
+        "use a template without loops in loops, or remove the row",
+    ),
+    "template_not_traceable": Reason(
+        "it cannot be told which of the printed text the model would write",
+        "use a template whose turns have headers, or remove the row",
+    ),
 }
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #5e67722e
 def _bad(reason: str, what: str) -> BadRecord:
     """A chat that this template cannot make trainable. The reason is a key of `TEMPLATE_REJECTS`."""
     return BadRecord(reason, what, TEMPLATE_REJECTS[reason].fix)
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #1f44efd2
 def _raised(failure: Failure, name: str) -> UserError:
-    """A failure of a template in words. Attempts to leave the sandbox are `UserError`; what one chat causes is `BadRecord` with a reason."""
+    """A failure of a template in words.
+
+    Attempts to leave the sandbox are `UserError`; what one chat causes is `BadRecord` with a reason.
+    """
     where = f"{name}, line {failure.line}" if failure.line else name
     if failure.kind == "syntax":
         return UserError(f"not a Jinja template: {failure}", where=where, fix="mend the template")
     if failure.kind == "security":
-        return UserError(str(failure), where=where, why="a template has no business there", fix="use a template you trust")
+        return UserError(
+            str(failure), where=where, why="a template has no business there", fix="use a template you trust"
+        )
     said = "the template refuses this chat: " if failure.kind == "refused" else ""
     return _bad(f"template_{failure.kind}", f"{where}: {said}{failure}")
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #9c79678f
 def _run(name: str, text: str, date: str, variables: Mapping[str, Any], trusted: bool = False) -> str:
     """What a template prints; an error of `_raised` where it prints nothing. A trusted one runs in this process."""
     try:
@@ -56,14 +70,16 @@ def _run(name: str, text: str, date: str, variables: Mapping[str, Any], trusted:
     except Failure as failure:
         raise _raised(failure, name) from failure
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #8568f1eb
 def _check(name: str, text: str, date: str) -> None:
     """`UserError` where a template cannot be compiled."""
     try:
         render_apart(name, text, date, None)
     except Failure as failure:
         error = _raised(failure, name)
-        raise UserError(str(failure), where=name, fix="mend the template") if isinstance(error, BadRecord) else error from failure
+        raise (
+            UserError(str(failure), where=name, fix="mend the template") if isinstance(error, BadRecord) else error
+        ) from failure
 
 # %% ../../nbs/data/10_jinja_template.ipynb #8cbcbf90
 def _file_text(path: Path) -> str:
@@ -73,7 +89,7 @@ def _file_text(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot be read: {error}", where=str(path), fix="give a Jinja file in UTF-8") from error
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #bc084344
 def _settings_of(folder: str) -> dict[str, Any]:
     """`tokenizer_config.json` of a tokenizer's folder, if there is one."""
     path = Path(folder) / "tokenizer_config.json"
@@ -85,33 +101,51 @@ def _settings_of(folder: str) -> dict[str, Any]:
         raise UserError(f"not JSON: {error}", where=str(path), fix="fetch or write it again") from error
     return settings if isinstance(settings, dict) else {}
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #863b1edc
 def _special_tokens(settings: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """`bos_token`, `eos_token` and so on, as templates may print them."""
-    found = {name: value.get("content") if isinstance(value, Mapping) else value for name, value in settings.items() if name.endswith("_token")}
+    found = {
+        name: value.get("content") if isinstance(value, Mapping) else value
+        for name, value in settings.items()
+        if name.endswith("_token")
+    }
     return tuple(sorted((name, token) for name, token in found.items() if isinstance(token, str)))
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #c13ee892
 def _templates_of(folder: str, settings: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """name -> (path, text) of the chat templates of a tokenizer. The one without a name is called `default`."""
     held = settings.get("chat_template") or {}
-    listed = {"default": held} if isinstance(held, str) else {e["name"]: e["template"] for e in held if isinstance(e, Mapping)} if isinstance(held, list) else dict(held)
-    templates = {name: (str(Path(folder) / "tokenizer_config.json"), text) for name, text in listed.items() if isinstance(text, str)}
+    listed = (
+        {"default": held}
+        if isinstance(held, str)
+        else {e["name"]: e["template"] for e in held if isinstance(e, Mapping)}
+        if isinstance(held, list)
+        else dict(held)
+    )
+    templates = {
+        name: (str(Path(folder) / "tokenizer_config.json"), text)
+        for name, text in listed.items()
+        if isinstance(text, str)
+    }
     files = [Path(folder) / "chat_template.jinja", *sorted(Path(folder).glob("additional_chat_templates/*.jinja"))]
     return templates | {("default" if p == files[0] else p.stem): (str(p), _file_text(p)) for p in files if p.is_file()}
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #6e9addb1
 def _of_tokenizer(spec: str, folder: str, settings: Mapping[str, Any]) -> tuple[str, str]:
     """(name, text) of a tokenizer's own template."""
     if not folder:
-        raise UserError("the tokenizer's own template is asked for, but the tokenizer has no folder", where=f"chat_template {spec!r}", fix="name a template, or give a tokenizer folder")
+        raise UserError(
+            "the tokenizer's own template is asked for, but the tokenizer has no folder",
+            where=f"chat_template {spec!r}",
+            fix="name a template, or give a tokenizer folder",
+        )
     templates, wanted = _templates_of(folder, settings), spec.partition(":")[2] or "default"
     if wanted not in templates:
         known = nearest(wanted, templates) + "; write tokenizer:NAME" if templates else "give the path of a .jinja file"
         raise UserError(f"the tokenizer has no chat template {wanted!r}", where=folder, fix=known)
     return templates[wanted]
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #90926649
 def _text_of(spec: str, folder: str, settings: Mapping[str, Any]) -> tuple[str, str]:
     """(name for messages, Jinja text) of a template."""
     if "{{" in spec or "{%" in spec:
@@ -123,13 +157,17 @@ def _text_of(spec: str, folder: str, settings: Mapping[str, Any]) -> tuple[str, 
         return str(path), _file_text(path)
     if path.suffix == ".jinja" or os.sep in spec:
         beside = [p.name for p in path.parent.glob("*.jinja")] if path.parent.is_dir() else []
-        raise UserError("no such template file", where=spec, fix=nearest(path.name, beside) if beside else "give the path of a .jinja file")
+        raise UserError(
+            "no such template file",
+            where=spec,
+            fix=nearest(path.name, beside) if beside else "give the path of a .jinja file",
+        )
     return spec, _file_text(template_path(spec))
 
 # %% ../../nbs/data/10_jinja_template.ipynb #41c1b3a7
 @dataclass(frozen=True)
-class Template:
-    """A chat template that can be trained with. It hashes by its content."""
+class _Program:
+    """A chat template as a program that prints a chat."""
 
     name: str  # for messages
     text: str  # the Jinja source
@@ -147,9 +185,23 @@ class Template:
         **switches: Any,  # enable_thinking, reasoning_budget and what else the template knows
     ) -> str:
         """The chat as the template prints it. Switches are given by name and also inside `chat_template_kwargs`."""
-        given = {"messages": [_wire(m) for m in messages], "tools": [{"type": "function", "function": dict(t.get("function", t))} for t in tools] or None, "documents": None}
+        given = {
+            "messages": [_wire(m) for m in messages],
+            "tools": [{"type": "function", "function": dict(t.get("function", t))} for t in tools] or None,
+            "documents": None,
+        }
         variables = dict(self.special_tokens) | switches | {"chat_template_kwargs": switches}
-        return _run(self.name, self.text, self.date, variables | given | {"add_generation_prompt": add_generation_prompt}, self.native)
+        return _run(
+            self.name,
+            self.text,
+            self.date,
+            variables | given | {"add_generation_prompt": add_generation_prompt},
+            self.native,
+        )
+
+# %% ../../nbs/data/10_jinja_template.ipynb #fce9f2fa
+class Template(_Program):
+    """A chat template that can be trained with. It hashes by its content."""
 
     def drafts(
         self,
@@ -170,7 +222,10 @@ class Template:
         **switches: Any,
     ) -> str:
         """What inference would put before an assistant message."""
-        plan = next((p for p in _plans(self, conversation, loss_mode, switches) if p.first <= message < p.end), Plan(0, -1, 0, 0, None))
+        plan = next(
+            (p for p in _plans(self, conversation, loss_mode, switches) if p.first <= message < p.end),
+            Plan(0, -1, 0, 0, None),
+        )
         asked = _asked(conversation, plan)
         given = {"enable_thinking": thinks(asked.messages[message])} | _switches_of(conversation, plan) | switches
         return self.render(asked.messages[:message], asked.tools, add_generation_prompt=True, **given)
@@ -182,35 +237,41 @@ class Template:
         """What the chat holds and the template never prints: of system, thoughts, calls, results, tools."""
         return () if self.native else tuple(sorted(_held(conversation) - _shape(self, ()).writes))
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #ef13c546
 def _wire(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message as templates expect it, with each call wrapped in `function`."""
     if not message.get("tool_calls"):
         return dict(message)
-    calls = [call if "function" in call else {"type": "function", "function": dict(call)} for call in message["tool_calls"]]
+    calls = [
+        call if "function" in call else {"type": "function", "function": dict(call)} for call in message["tool_calls"]
+    ]
     return dict(message) | {"tool_calls": calls}
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #6f2e0fb8
 def chat_template(
     spec: str,  # a shipped name, the path of a .jinja file, Jinja text, "tokenizer" or "tokenizer:NAME"
     tokenizer_folder: str | os.PathLike = "",
     date: str = "",  # for templates that ask for the date, as 2026-01-31; empty: today
 ) -> Template:
-    """The template that a recipe names; `UserError` if there is none, if it is not Jinja, or if it misbehaves on a chat of a few words."""
+    """The template that a recipe names; `UserError` if there is none, if it is not Jinja, or if it misbehaves on a
+    chat of a few words.
+    """
     settings = _settings_of(str(tokenizer_folder))
     name, text = _text_of(spec, str(tokenizer_folder), settings)
     date = (date or datetime.date.today().isoformat()) if "strftime_now" in text else ""
     tokens = _special_tokens(settings)
     native = text == _file_text(template_path("nano3"))
-    template = Template(name, text, digest({"text": text, "special_tokens": tokens, "date": date}), native, tokens, date)
+    template = Template(
+        name, text, digest({"text": text, "special_tokens": tokens, "date": date}), native, tokens, date
+    )
     if not native:
         _check(name, text, date)
-        _shape(template, {})  # asked now, so that a template which reaches out or does not end fails before the first chat
+        # asked now, so that a template which reaches out or does not end fails before the first chat
+        _shape(template, {})
     return template
 
 # %% ../../nbs/data/10_jinja_template.ipynb #9a3d1601
 Span = tuple[int, int, int]  # start, end, message; -1 for the tools
-
 _ALPHABETS = (0x100000, 0xF0000)  # private-use planes; the first half opens, the second half closes
 _HALF = 0x7FF0
 
@@ -219,7 +280,7 @@ def _could_be_format(text: str, markers: Iterable[str]) -> bool:
     """Could these characters be mistaken for the format's own?"""
     return "<" in text or "[" in text or any(marker and marker in text for marker in markers)
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #1e9b5c29
 def _strings(value: Any) -> Iterator[str]:
     """Every string inside a value, keys included."""
     if isinstance(value, str):
@@ -231,9 +292,9 @@ def _strings(value: Any) -> Iterator[str]:
         for inner in value:
             yield from _strings(inner)
 
-
-class _Marker:
-    """Puts marks around texts, and takes them out of a rendered string again."""
+# %% ../../nbs/data/10_jinja_template.ipynb #0a6c31a4
+class _Marks:
+    """Puts marks around texts."""
 
     def __init__(self, base: int, markers: Sequence[str]):
         self._base, self._markers = base, markers
@@ -245,7 +306,9 @@ class _Marker:
         if not core:
             return text
         start = text.index(core)
-        return f"{text[:start]}{chr(self._base + 1 + message)}{core}{chr(self._base + _HALF)}{text[start + len(core) :]}"
+        return (
+            f"{text[:start]}{chr(self._base + 1 + message)}{core}{chr(self._base + _HALF)}{text[start + len(core) :]}"
+        )
 
     def inside(self, value: Any, message: int) -> Any:
         """A value in which every string that could be taken for format is marked."""
@@ -255,9 +318,17 @@ class _Marker:
             return {self.inside(key, message): self.inside(inner, message) for key, inner in value.items()}
         return [self.inside(inner, message) for inner in value] if isinstance(value, (list, tuple)) else value
 
+# %% ../../nbs/data/10_jinja_template.ipynb #3e272f33
+class _Marker(_Marks):
+    """Puts marks around texts, and takes them out of a rendered string again."""
+
     def message(self, message: Mapping[str, Any], index: int) -> dict[str, Any]:
         """A message with marks."""
-        marked = dict(message) | {key: self.around(message[key], index) for key in ("content", "reasoning_content") if isinstance(message.get(key), str)}
+        marked = dict(message) | {
+            key: self.around(message[key], index)
+            for key in ("content", "reasoning_content")
+            if isinstance(message.get(key), str)
+        }
         return marked | ({"tool_calls": self.inside(message["tool_calls"], index)} if message.get("tool_calls") else {})
 
     def spans(self, rendered: str, plain: str) -> list[Span] | None:
@@ -274,19 +345,32 @@ class _Marker:
         return spans if opened is None and self._marks.sub("", rendered) == plain else None
 
 # %% ../../nbs/data/10_jinja_template.ipynb #c650ae70
-def _talk(template: Template, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], plain: str, markers: Sequence[str], switches: Mapping[str, Any]) -> list[Span]:
+def _talk(
+    template: Template,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    plain: str,
+    markers: Sequence[str],
+    switches: Mapping[str, Any],
+) -> list[Span]:
     """Where the talk stands in a rendered chat. Empty also where no text of the chat could be taken for format."""
     base = next((b for b in _ALPHABETS if not any(b <= ord(c) < b + 0xFFFE for c in set(plain))), None)
     if base is not None and len(messages) < _HALF - 1:
         marker = _Marker(base, markers)
         try:
-            rendered = template.render([marker.message(m, i) for i, m in enumerate(messages)], marker.inside(tools, -1), **switches)
+            rendered = template.render(
+                [marker.message(m, i) for i, m in enumerate(messages)], marker.inside(tools, -1), **switches
+            )
         except BadRecord:
             rendered = ""
         if (spans := marker.spans(rendered, plain)) is not None:
             return spans
     if any(_could_be_format(text, markers) for text in _strings([[{**m, "role": ""} for m in messages], tools])):
-        raise _bad("template_not_traceable", f"{template.name}: the texts of the messages cannot be followed through the template, and they hold what could be taken for format")
+        raise _bad(
+            "template_not_traceable",
+            f"{template.name}: the texts of the messages cannot be followed through the template, and they hold what "
+            "could be taken for format",
+        )
     return []
 
 # %% ../../nbs/data/10_jinja_template.ipynb #7665f651
@@ -301,33 +385,62 @@ class _Shape(NamedTuple):
     steady: bool  # a prompt stays the beginning of the finished chat
     writes: frozenset[str]  # which of system, thoughts, calls, results, tools are printed at all
 
+# %% ../../nbs/data/10_jinja_template.ipynb #7019eb81
+_SYSTEM, _ASKED, _ANSWER, _MORE, _RESULT, _CALLED = (
+    "probesystem", "probeasked", "probeanswer", "probemore", "proberesult", "probecall",
+)
+_PROBE_TOOLS = (
+    {
+        "name": _CALLED,
+        "description": "probe",
+        "parameters": {"type": "object", "properties": {"x": {"type": "string"}}},
+    },
+)
 
-_SYSTEM, _ASKED, _ANSWER, _MORE, _RESULT, _CALLED = "probesystem", "probeasked", "probeanswer", "probemore", "proberesult", "probecall"
-_PROBE_TOOLS = ({"name": _CALLED, "description": "probe", "parameters": {"type": "object", "properties": {"x": {"type": "string"}}}},)
-
-
+# %% ../../nbs/data/10_jinja_template.ipynb #8c33a5c7
 def _says(role: str, content: str, **more: Any) -> dict[str, Any]:
     """A message of a probe."""
     return {"role": role, "content": content} | more
 
+# %% ../../nbs/data/10_jinja_template.ipynb #bcd7e917
+_TALK = (
+    _says("system", _SYSTEM),
+    _says("user", _ASKED),
+    _says("assistant", _ANSWER),
+    _says("user", _MORE),
+    _says("assistant", _ANSWER),
+)
+_WORK = (
+    _TALK[0],
+    _TALK[1],
+    _says("assistant", "", tool_calls=[{"name": _CALLED, "arguments": {"x": "1"}}]),
+    _says("tool", _RESULT),
+    *_TALK[2:],
+)
 
-_TALK = (_says("system", _SYSTEM), _says("user", _ASKED), _says("assistant", _ANSWER), _says("user", _MORE), _says("assistant", _ANSWER))
-_WORK = (_TALK[0], _TALK[1], _says("assistant", "", tool_calls=[{"name": _CALLED, "arguments": {"x": "1"}}]), _says("tool", _RESULT), *_TALK[2:])
+# %% ../../nbs/data/10_jinja_template.ipynb #b7cbf202
+def _tried(
+    template: Template, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), **switches: Any
+) -> str:
+    """What a template prints for a probe; nothing if it refuses it.
 
-
-def _tried(template: Template, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), **switches: Any) -> str:
-    """What a template prints for a probe; nothing if it refuses it. One that does not end on a probe will not end on a chat."""
+    One that does not end on a probe will not end on a chat.
+    """
     try:
         return template.render(messages, tools, **switches)
     except BadRecord as error:
         if error.reason == "template_limit":
-            raise UserError(error.what, why="this happened with a chat of a few words", fix="use a template without loops in loops") from error
+            raise UserError(
+                error.what, why="this happened with a chat of a few words", fix="use a template without loops in loops"
+            ) from error
         return ""
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #c52ad2c0
 def _between(text: str, before: str, after: str) -> str:
     """What stands between two words, or nothing."""
-    return text.partition(before)[2].partition(after)[0] if before in text and after in text.partition(before)[2] else ""
+    return (
+        text.partition(before)[2].partition(after)[0] if before in text and after in text.partition(before)[2] else ""
+    )
 
 
 def _common(*texts: str) -> str:
@@ -338,33 +451,45 @@ def _common(*texts: str) -> str:
 def _openings(template: Template, switches: Mapping[str, Any]) -> tuple[str, str]:
     """What a template adds when the model is to speak: without a thought, with one."""
     bare = _tried(template, [_TALK[1]], **switches)
-    texts = [_tried(template, [_TALK[1]], add_generation_prompt=True, **{"enable_thinking": on} | switches) for on in (False, True)]
+    texts = [
+        _tried(template, [_TALK[1]], add_generation_prompt=True, **{"enable_thinking": on} | switches)
+        for on in (False, True)
+    ]
     return tuple(text[len(bare) :] if bare and text.startswith(bare) else "" for text in texts)
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #c29364d6
 def _is_steady(template: Template, switches: Mapping[str, Any]) -> bool:
     """Is the prompt before each answer of the probes the beginning of the finished probe?"""
     plain = {"enable_thinking": False} | switches
     for probe, tools in ((_TALK, ()), (_WORK, _PROBE_TOOLS)):
         whole = _tried(template, probe, tools, **plain)
         answers = [i for i, m in enumerate(probe) if m["role"] == "assistant"]
-        if whole and not all(whole.startswith(_tried(template, probe[:i], tools, add_generation_prompt=True, **plain) or "\0") for i in answers):
+        if whole and not all(
+            whole.startswith(_tried(template, probe[:i], tools, add_generation_prompt=True, **plain) or "\0")
+            for i in answers
+        ):
             return False
     return True
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #c0a0f800
 def _writes(template: Template, switches: Mapping[str, Any]) -> frozenset[str]:
     """Which parts of a chat the template prints."""
     work = _tried(template, _WORK, _PROBE_TOOLS, **switches)
     declared = _tried(template, _WORK[:2], _PROBE_TOOLS, **switches)
     thought = _tried(template, [_TALK[1], _says("assistant", _ANSWER, reasoning_content=_MORE)], **switches)
-    seen = {"system": _SYSTEM in _tried(template, _TALK, **switches), "thoughts": _MORE in thought, "results": _RESULT in work}
+    seen = {
+        "system": _SYSTEM in _tried(template, _TALK, **switches),
+        "thoughts": _MORE in thought,
+        "results": _RESULT in work,
+    }
     seen |= {"tools": _CALLED in declared, "calls": work.count(_CALLED) > declared.count(_CALLED)}
     return frozenset(name for name, printed in seen.items() if printed)
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #fb12c3ea
 def _around_answers(template: Template, switches: Mapping[str, Any]) -> tuple[str, str, str]:
-    """(what an assistant's turn begins with, what ends it, what a user's turn begins with); nothing where it cannot be told."""
+    """(what an assistant's turn begins with, what ends it, what a user's turn begins with); nothing where it cannot
+    be told.
+    """
     bare, answered, talk = (_tried(template, probe, **switches) for probe in ([_TALK[1]], _TALK[1:3], _TALK))
     if not bare or not answered.startswith(bare):
         return "", "", ""
@@ -372,7 +497,7 @@ def _around_answers(template: Template, switches: Mapping[str, Any]) -> tuple[st
     end = _common(answered.partition(_ANSWER)[2], between)
     return answered[len(bare) :].partition(_ANSWER)[0], end, between[len(end) :]
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #474417a0
 @lru_cache(maxsize=64)
 def _shape_of(template: Template, frozen: str) -> _Shape:
     """Ask a template for its shape."""
@@ -386,15 +511,19 @@ def _shape_of(template: Template, frozen: str) -> _Shape:
     for role, word, text in (("tool", _RESULT, work), ("system", _SYSTEM, talk)):
         if start and start in text.partition(word)[0]:
             roles.setdefault(start + text.partition(word)[0].rpartition(start)[2], role)
-    longest_first = sorted(((opening, role) for opening, role in roles.items() if opening), key=lambda pair: -len(pair[0]))
-    return _Shape(openings, header, end, start, tuple(longest_first), _is_steady(template, switches), _writes(template, switches))
+    longest_first = sorted(
+        ((opening, role) for opening, role in roles.items() if opening), key=lambda pair: -len(pair[0])
+    )
+    return _Shape(
+        openings, header, end, start, tuple(longest_first), _is_steady(template, switches), _writes(template, switches)
+    )
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #62f38250
 def _shape(template: Template, switches: Mapping[str, Any]) -> _Shape:
     """The shape of a template under some switches; asked for once."""
     return _shape_of(template, json.dumps(dict(switches), sort_keys=True))
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #c77cd329
 def _held(conversation: Conversation) -> set[str]:
     """Which parts a chat has that a template may leave out."""
     messages = conversation.messages
@@ -412,7 +541,7 @@ class _Cut(NamedTuple):
     begin: int  # of what the model writes
     end: int
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #9150ddbd
 class _Sequence(NamedTuple):
     """One training sequence, rendered."""
 
@@ -442,11 +571,15 @@ class _Sequence(NamedTuple):
             last = end
         return "".join([*parts, self.text[last:]])
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #317a83df
 def _cuts_by_header(sequence: _Sequence) -> list[_Cut] | None:
     """The quick way, from the template's shape; None if it does not fit."""
     shape, words = sequence.shape, sequence.format_alone
-    found = [m.start() for m in re.finditer(re.escape(shape.header), words)] if shape.header and shape.end and shape.steady else []
+    found = (
+        [m.start() for m in re.finditer(re.escape(shape.header), words)]
+        if shape.header and shape.end and shape.steady
+        else []
+    )
     if len(found) != len(sequence.answers):
         return None
     cuts = []
@@ -458,31 +591,43 @@ def _cuts_by_header(sequence: _Sequence) -> list[_Cut] | None:
             return None
         cuts.append(_Cut(message, start, start + len(opening), end))
     owner = {cut.message: cut for cut in cuts}
-    inside = all(owner[m].begin <= a and b <= owner[m].end if m in owner else not any(c.start < b and a < c.end for c in cuts) for a, b, m in sequence.spans)
+    inside = all(
+        owner[m].begin <= a and b <= owner[m].end if m in owner else not any(c.start < b and a < c.end for c in cuts)
+        for a, b, m in sequence.spans
+    )
     return cuts if inside else None
 
 # %% ../../nbs/data/10_jinja_template.ipynb #e773f864
 def _prompts(sequence: _Sequence, message: int) -> Iterator[str]:
-    """What inference may put before an answer: as the answer has it, with a thought or without, or else as the sequence has it."""
+    """What inference may put before an answer: as the answer has it, with a thought or without, or else as the
+    sequence has it.
+    """
     for on in dict.fromkeys((thinks(sequence.conversation.messages[message]), sequence.switches["enable_thinking"])):
         switches = dict(sequence.switches) | {"enable_thinking": on}
         try:
-            yield sequence.template.render(sequence.conversation.messages[:message], sequence.conversation.tools, add_generation_prompt=True, **switches)
+            yield sequence.template.render(
+                sequence.conversation.messages[:message],
+                sequence.conversation.tools,
+                add_generation_prompt=True,
+                **switches,
+            )
         except BadRecord:
             continue
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #0fd12b50
 def _end_by_render(sequence: _Sequence, message: int, begin: int) -> int:
     """Where an answer ends, from the chat rendered up to it; -1 if that is not the beginning of the whole."""
     if message + 1 == sequence.plan.end:
         return len(sequence.text)
-    until = sequence.template.render(sequence.conversation.messages[: message + 1], sequence.conversation.tools, **sequence.switches)
+    until = sequence.template.render(
+        sequence.conversation.messages[: message + 1], sequence.conversation.tools, **sequence.switches
+    )
     if sequence.text.startswith(until) and len(until) > begin:
         return len(until)
     end = sequence.format_alone.find(sequence.shape.end, begin) if sequence.shape.end else -1
     return end + len(sequence.shape.end) if end >= 0 else -1
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #5d72b031
 def _cuts_by_prompt(sequence: _Sequence) -> list[_Cut]:
     """The slow way, asking for each prompt; `BadRecord` if a prompt is not the beginning of what is trained."""
     cuts = []
@@ -490,7 +635,11 @@ def _cuts_by_prompt(sequence: _Sequence) -> list[_Cut]:
         prompt = next((p for p in _prompts(sequence, message) if sequence.text.startswith(p)), None)
         end = -1 if prompt is None else _end_by_render(sequence, message, len(prompt))
         if prompt is None or end <= len(prompt) or (cuts and cuts[-1].end > len(prompt)):
-            what = "the prompt of inference is not the beginning of the text to train" if prompt is None else "its end cannot be found"
+            what = (
+                "the prompt of inference is not the beginning of the text to train"
+                if prompt is None
+                else "its end cannot be found"
+            )
             raise _bad("template_not_traceable", f"{sequence.template.name}: message {message}: {what}")
         cuts.append(_Cut(message, len(prompt), len(prompt), end))
     return cuts
@@ -505,18 +654,24 @@ def _pieces(text: str, start: int, end: int, spans: Sequence[Span]) -> tuple[Pie
             last = min(b, end)
     return tuple(piece for piece in (*pieces, (text[last:end], True)) if piece[0])
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #d4bc4fdc
 def _other_chunk(sequence: _Sequence, start: int, end: int) -> Chunk:
     """A part of the prompt: whose it is can be seen from the texts in it, or from how it begins."""
     message = next((m for a, b, m in sequence.spans if start <= a and b <= end and m >= 0), -1)
-    begins = next((role for opening, role in sequence.shape.roles if sequence.text.startswith(opening, start)), "system")
+    begins = next(
+        (role for opening, role in sequence.shape.roles if sequence.text.startswith(opening, start)), "system"
+    )
     role = sequence.conversation.messages[message]["role"] if message >= 0 else begins
     return Chunk(role, _pieces(sequence.text, start, end, sequence.spans), False, message)
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #3327db4a
 def _chunks(sequence: _Sequence, cuts: Sequence[_Cut]) -> Iterator[Chunk]:
     """A rendered chat in its chunks."""
-    starts = [m.start() for m in re.finditer(re.escape(sequence.shape.start), sequence.format_alone)][1:] if sequence.shape.start else []
+    starts = (
+        [m.start() for m in re.finditer(re.escape(sequence.shape.start), sequence.format_alone)][1:]
+        if sequence.shape.start
+        else []
+    )
     last = 0
     for cut in [*cuts, _Cut(-1, len(sequence.text), len(sequence.text), len(sequence.text))]:
         borders = [last, *(s for s in starts if last < s < cut.start), cut.start]
@@ -527,36 +682,49 @@ def _chunks(sequence: _Sequence, cuts: Sequence[_Cut]) -> Iterator[Chunk]:
             yield Chunk("assistant", _pieces(sequence.text, cut.begin, cut.end, sequence.spans), True, cut.message)
         last = cut.end
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #944d365a
 def _check_said(sequence: _Sequence, cuts: Sequence[_Cut]) -> None:
-    """What a trained message says must stand in its turn. A template may print an answer bare in one place and with its thought in another."""
+    """What a trained message says must stand in its turn.
+
+    A template may print an answer bare in one place and with its thought in another.
+    """
     for cut in cuts:
         message, written = sequence.conversation.messages[cut.message], sequence.text[cut.begin : cut.end]
         said = [message["content"], message.get("reasoning_content", "") if "thoughts" in sequence.shape.writes else ""]
         if sequence.trains(cut.message) and not all(text.strip() in written for text in said):
-            raise _bad("template_not_traceable", f"{sequence.template.name}: message {cut.message}: what it says or thinks is not printed in its turn")
+            raise _bad(
+                "template_not_traceable",
+                f"{sequence.template.name}: message {cut.message}: what it says or thinks is not printed in its turn",
+            )
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #e3296c87
 def _asked(conversation: Conversation, plan: Plan) -> Conversation:
     """The chat with what one training sequence asks for in its last user turn."""
     if not plan.marker or plan.last_user < 0:
         return conversation
     messages = list(conversation.messages)
-    messages[plan.last_user] = {**messages[plan.last_user], "content": messages[plan.last_user]["content"] + plan.marker}
+    messages[plan.last_user] = {
+        **messages[plan.last_user],
+        "content": messages[plan.last_user]["content"] + plan.marker,
+    }
     return replace(conversation, messages=tuple(messages))
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #7353e21d
 def _switches_of(conversation: Conversation, plan: Plan) -> dict[str, Any]:
     """The switches that a chat sets for one of its training sequences."""
     budget = {} if plan.budget is None else {"reasoning_budget": plan.budget}
     return budget | ({} if conversation.truncate_history_thinking else {"truncate_history_thinking": False})
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #662da41b
 def _draft(template: Template, conversation: Conversation, plan: Plan, switches: Mapping[str, Any]) -> Draft:
     """One training sequence of a chat."""
     conversation = _asked(conversation, plan)
     messages, tools = conversation.messages[: plan.end], conversation.tools
-    given = {"enable_thinking": any(map(thinks, messages[plan.first :]))} | _switches_of(conversation, plan) | dict(switches)
+    given = (
+        {"enable_thinking": any(map(thinks, messages[plan.first :]))}
+        | _switches_of(conversation, plan)
+        | dict(switches)
+    )
     shape, text = _shape(template, switches), template.render(messages, tools, **given)
     spans = _talk(template, messages, tools, text, (shape.header.strip(), shape.end.strip()), given)
     sequence = _Sequence(template, conversation, plan, given, text, spans, shape)
@@ -566,10 +734,12 @@ def _draft(template: Template, conversation: Conversation, plan: Plan, switches:
     parts = tuple(_chunks(sequence, cuts))
     return Draft(parts, tuple(c.generated and sequence.trains(c.message) for c in parts), plan.turn)
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #473d7568
 def _drafts(template: Template, conversation: Conversation, loss_mode: str, switches: Mapping[str, Any]) -> list[Draft]:
     """The training sequences of a chat in any template."""
-    return [_draft(template, conversation, plan, switches) for plan in _plans(template, conversation, loss_mode, switches)]
+    return [
+        _draft(template, conversation, plan, switches) for plan in _plans(template, conversation, loss_mode, switches)
+    ]
 
 
 def _plans(template: Template, conversation: Conversation, loss_mode: str, switches: Mapping[str, Any]) -> list[Plan]:

@@ -18,35 +18,90 @@ from ..core import UserError
 from .files import FILE_REJECTS, BadJson, Reason, parse_json
 
 # %% ../../nbs/data/02_levels.ipynb #b0000006
-REJECTS: Mapping[str, Reason] = {
-    **FILE_REJECTS,
+_OF_ROWS: Mapping[str, Reason] = {
     "not_an_object": Reason("the row is a list, a text or a number", "write one JSON object a row"),
-    "no_messages": Reason("the row has no list of messages, or an empty one", "set messages_field to the field that holds the chat, or format to the form of the rows"),
+    "no_messages": Reason(
+        "the row has no list of messages, or an empty one",
+        "set messages_field to the field that holds the chat, or format to the form of the rows",
+    ),
     "bad_json_text": Reason("a part of the row is given as text, and the text is not JSON", "repair the JSON text"),
+}
+
+# %% ../../nbs/data/02_levels.ipynb #0bd01b0d
+_OF_MESSAGES: Mapping[str, Reason] = {
     "message_not_object": Reason("a message is not an object", "each message is an object with role and content"),
-    "unknown_role": Reason("a role the chat format does not know, or a developer message behind the first", "use system, user, assistant, tool"),
+    "unknown_role": Reason(
+        "a role the chat format does not know, or a developer message behind the first",
+        "use system, user, assistant, tool",
+    ),
     "no_assistant_turn": Reason("nobody answers, so there is nothing to learn", "remove the row, or add the answer"),
-    "empty_turn": Reason("an assistant turn without thought, text and call, of which only the end would be trained", "write the answer or remove the turn; allow_empty_turns=true lets such turns pass"),
-    "content_not_text": Reason("content that is neither text nor a list of text parts", "remove images and other parts, or the row"),
-    "stray_think_tag": Reason("a think tag stands where no thought opens or closes", "put the reasoning in reasoning_content, without tags"),
+    "empty_turn": Reason(
+        "an assistant turn without thought, text and call, of which only the end would be trained",
+        "write the answer or remove the turn; allow_empty_turns=true lets such turns pass",
+    ),
+    "content_not_text": Reason(
+        "content that is neither text nor a list of text parts", "remove images and other parts, or the row"
+    ),
+}
+
+# %% ../../nbs/data/02_levels.ipynb #ee803d91
+_OF_WORDS: Mapping[str, Reason] = {
+    "stray_think_tag": Reason(
+        "a think tag stands where no thought opens or closes", "put the reasoning in reasoning_content, without tags"
+    ),
     "two_thoughts": Reason("a message gives its reasoning twice, and not the same", "keep one of them"),
     "two_values": Reason("one thing is said twice, under two names, and not the same", "keep one of them"),
-    "unread_key": Reason("a key looks as if it held what is said or thought, or what is trained, and its name is not known", "call it content, reasoning_content or train, or remove it"),
-    "bad_tool": Reason("a tool without a name, wrapped twice, or with parameters that are no object", 'write {"type": "function", "function": {"name": ..., "parameters": {"type": "object", "properties": {...}}}}'),
-    "bad_tool_call": Reason("a tool call without a function name, or with one that could not be read back", 'write {"function": {"name": ..., "arguments": ...}}'),
-    "bad_arguments": Reason("arguments of a call that are not one JSON object, or that could not be read back", "give the arguments as one JSON object"),
-    "call_text": Reason("a call is written into the content as text, in another form than that of the chat format", "put the calls in tool_calls"),
-    "not_json_value": Reason("a value that JSON cannot say, such as a date or NaN from a table", "write it as text"),
-    "bad_train_flag": Reason("a flag about training that is not true or false, or a weight that is not 0 or 1", "use train: true and train: false, and not two flags that contradict each other"),
-    "bad_reasoning_budget": Reason("a reasoning budget that is not a whole number of tokens", "give a whole number, or leave it out"),
-    "bad_low_effort_flag": Reason("a flag of low effort that is neither true nor false", "write true or false"),
-    "bad_template_kwargs": Reason("chat_template_kwargs that are no object of switches, or that contradict the chat", 'write {"chat_template_kwargs": {"truncate_history_thinking": false}}, or leave it out'),
+    "unread_key": Reason(
+        "a key looks as if it held what is said or thought, or what is trained, and its name is not known",
+        "call it content, reasoning_content or train, or remove it",
+    ),
 }
+
+# %% ../../nbs/data/02_levels.ipynb #9230310a
+_OF_TOOLS: Mapping[str, Reason] = {
+    "bad_tool": Reason(
+        "a tool without a name, wrapped twice, or with parameters that are no object",
+        'write {"type": "function", "function": {"name": ..., "parameters": {"type": "object", "properties": {...}}}}',
+    ),
+    "bad_tool_call": Reason(
+        "a tool call without a function name, or with one that could not be read back",
+        'write {"function": {"name": ..., "arguments": ...}}',
+    ),
+    "bad_arguments": Reason(
+        "arguments of a call that are not one JSON object, or that could not be read back",
+        "give the arguments as one JSON object",
+    ),
+    "call_text": Reason(
+        "a call is written into the content as text, in another form than that of the chat format",
+        "put the calls in tool_calls",
+    ),
+    "not_json_value": Reason("a value that JSON cannot say, such as a date or NaN from a table", "write it as text"),
+}
+
+# %% ../../nbs/data/02_levels.ipynb #59815ef4
+_OF_SWITCHES: Mapping[str, Reason] = {
+    "bad_train_flag": Reason(
+        "a flag about training that is not true or false, or a weight that is not 0 or 1",
+        "use train: true and train: false, and not two flags that contradict each other",
+    ),
+    "bad_reasoning_budget": Reason(
+        "a reasoning budget that is not a whole number of tokens", "give a whole number, or leave it out"
+    ),
+    "bad_low_effort_flag": Reason("a flag of low effort that is neither true nor false", "write true or false"),
+    "bad_template_kwargs": Reason(
+        "chat_template_kwargs that are no object of switches, or that contradict the chat",
+        'write {"chat_template_kwargs": {"truncate_history_thinking": false}}, or leave it out',
+    ),
+}
+
+# %% ../../nbs/data/02_levels.ipynb #5ecb047d
+REJECTS: Mapping[str, Reason] = {**FILE_REJECTS, **_OF_ROWS, **_OF_MESSAGES, **_OF_WORDS, **_OF_TOOLS, **_OF_SWITCHES}
 
 # %% ../../nbs/data/02_levels.ipynb #b0000007
 REPAIRS: Mapping[str, str] = {
     "other_name": "a key was read as the field that it names elsewhere; level and key stand behind the word",
-    "other_form": "the row was read in a form that was not asked for, because it is plainly in that form; its name stands behind the word",
+    "other_form": "the row was read in a form that was not asked for, because it is plainly in that form; its name "
+    "stands behind the word",
     "inline_thinking": "a thought between think tags was moved to reasoning_content",
     "open_thought": "text before a </think> that nothing opens was moved to reasoning_content",
     "empty_thought": "think tags with nothing between them were removed, and the blank lines behind them",
@@ -56,10 +111,13 @@ REPAIRS: Mapping[str, str] = {
     "call_text": "calls written into the content, in the form of the chat format, became tool_calls",
     "no_arguments": "a call with empty, null or absent arguments was given an empty object",
     "null_argument": "nothing was changed: an argument is null, and the format writes it as None",
-    "null_argument_removed": "a null argument that the declaration of its tool does not know was removed, as tables fill them in",
-    "markup_in_argument": "nothing was changed: an argument holds the format's own markup, so a server that parses the call reads other arguments",
+    "null_argument_removed": "a null argument that the declaration of its tool does not know was removed, as tables "
+    "fill them in",
+    "markup_in_argument": "nothing was changed: an argument holds the format's own markup, so a server that parses "
+    "the call reads other arguments",
     "undeclared_call": "nothing was changed: the row declares tools, and another one is called",
-    "unmatched_result": "nothing was changed: tool results name other calls than those before them, or name them in another order; the format prints no ids, so results are read in the order in which they stand",
+    "unmatched_result": "nothing was changed: tool results name other calls than those before them, or name them in "
+    "another order; the format prints no ids, so results are read in the order in which they stand",
     "null_content": "content that was null or absent, in a message that calls no tool, became the empty string",
     "joined_parts": "a list of text parts was joined, a line each",
     "json_text": "a part of the row that was given as JSON text was parsed",
@@ -71,8 +129,10 @@ REPAIRS: Mapping[str, str] = {
     "assistant_first": "nothing was changed: the assistant speaks before any user",
     "consecutive_assistant": "nothing was changed: two messages of the assistant follow each other",
     "train_flag_of_row": "a train flag of the whole row was given to the assistant turns without one",
-    "train_flag_ignored": "a train flag on a message that the assistant did not write was ignored, since only its turns are trained",
-    "switch_ignored": "a switch of chat_template_kwargs that changes nothing in training was left out; its name stands behind the word",
+    "train_flag_ignored": "a train flag on a message that the assistant did not write was ignored, since only its "
+    "turns are trained",
+    "switch_ignored": "a switch of chat_template_kwargs that changes nothing in training was left out; its name "
+                      "stands behind the word",
     "ignored_key": "a key that the chat format has no place for was left out; level and key stand behind the word",
 }
 
@@ -84,7 +144,7 @@ class BadRecord(UserError):
         super().__init__(what, fix=fix or REJECTS[reason].fix)
         self.reason = reason
 
-
+# %% ../../nbs/data/02_levels.ipynb #e04be603
 Repairs = dict[str, None]  # words of REPAIRS, each once, in the order of their first use
 
 
@@ -103,7 +163,7 @@ def squeezed(key: str) -> str:
     """A key without case and marks."""
     return re.sub(r"[^a-z0-9]", "", key.lower())
 
-
+# %% ../../nbs/data/02_levels.ipynb #b92428d0
 @dataclass(frozen=True)
 class Level:
     """The keys of one kind of object in a row."""
@@ -111,7 +171,8 @@ class Level:
     name: str  # as counts and errors call it
     fields: Mapping[str, tuple[str, ...]]  # what is read, and its other spellings
     passed: tuple[str, ...] = ()  # keys that need no count
-    speaks: bool = False  # somebody speaks here: thoughts and flags about training may stand here, under names nobody foresaw
+    # somebody speaks here: thoughts and flags about training may stand here, under names nobody foresaw
+    speaks: bool = False
     flags: bool = False  # flags about training are read here
 
     @functools.cached_property
@@ -126,27 +187,44 @@ class Level:
         return passed | {squeezed(key): name for name, others in self.fields.items() for key in (name, *others)}
 
 # %% ../../nbs/data/02_levels.ipynb #b0000014
-_TRAINS = ("train", "weight", "loss", "loss_mask", "loss_weight", "loss_scale", "trainable", "trained", "training", "is_trained", "is_training", "train_on", "train_on_turn", "do_train", "should_train", "to_train", "compute_loss", "calculate_loss", "with_loss", "use_loss", "in_loss", "learn", "learnable", "supervise", "supervised")
-_LEAVES_OUT = ("mask", "masked", "is_masked", "mask_out", "loss_masked", "ignore", "ignored", "ignore_loss", "no_loss", "no_train", "untrained", "skip", "skip_loss", "skip_train", "exclude", "excluded", "frozen")
-FLAGS: Mapping[str, bool] = {squeezed(k): True for k in _TRAINS} | {squeezed(k): False for k in _LEAVES_OUT}  # squeezed name -> is the turn trained where it is true?
-
+_TRAINS = (
+    "train", "weight", "loss", "loss_mask", "loss_weight", "loss_scale", "trainable", "trained", "training",
+    "is_trained", "is_training", "train_on", "train_on_turn", "do_train", "should_train", "to_train",
+    "compute_loss", "calculate_loss", "with_loss", "use_loss", "in_loss", "learn", "learnable", "supervise",
+    "supervised",
+)
+_LEAVES_OUT = (
+    "mask", "masked", "is_masked", "mask_out", "loss_masked", "ignore", "ignored", "ignore_loss", "no_loss",
+    "no_train", "untrained", "skip", "skip_loss", "skip_train", "exclude", "excluded", "frozen",
+)
+# squeezed name -> is the turn trained where it is true?
+FLAGS: Mapping[str, bool] = {squeezed(k): True for k in _TRAINS} | {squeezed(k): False for k in _LEAVES_OUT}
 _LIKE_FLAG = re.compile(r"loss|mask|train|supervis")
 _LIKE_THOUGHT = re.compile(r"reasoning|think|thought|rationale|monologue|scratchpad")
-_ABOUT_THOUGHT = re.compile(r"(signature|tokens?|effort|format|id|time|duration|seconds|ms|model|budget|type|length|count|level|mode|enabled|language|lang|score|usage|chars)$")
+_ABOUT_THOUGHT = re.compile(
+    r"(signature|tokens?|effort|format|id|time|duration|seconds|ms|model|budget|type|length|count|level|mode|enabled"
+    r"|language|lang|score|usage|chars)$"
+)
 
-
+# %% ../../nbs/data/02_levels.ipynb #7f079d00
 def is_empty(value: Any) -> bool:
     """Does a value say nothing?"""
-    return value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, (list, tuple, dict)) and not value)
+    return (
+        value is None
+        or (isinstance(value, str) and not value.strip())
+        or (isinstance(value, (list, tuple, dict)) and not value)
+    )
 
-
+# %% ../../nbs/data/02_levels.ipynb #7778b84e
 def _would_matter(key: str, value: Any, level: Level) -> bool:
     """Does an unknown key look as if it held a thought, or said whether something is trained?
 
     A row may say a word about itself that nobody trains on, such as `reasoning: on`; a message has no such words."""
     name, of_row = squeezed(key), "messages" in level.fields
     if _LIKE_THOUGHT.search(name) and not _ABOUT_THOUGHT.search(name):
-        return isinstance(value, (list, tuple, Mapping)) or (isinstance(value, str) and (not of_row or len(value.split()) > 1))
+        return isinstance(value, (list, tuple, Mapping)) or (
+            isinstance(value, str) and (not of_row or len(value.split()) > 1)
+        )
     if not _LIKE_FLAG.search(name):
         return False
     number = isinstance(value, (bool, int, float))
@@ -160,7 +238,7 @@ class Fields(NamedTuple):
     flags: Mapping[str, Any]  # flags about training, as they are written
     unread: tuple[str, ...]  # keys that hold something and were left out
 
-
+# %% ../../nbs/data/02_levels.ipynb #5f640f72
 def _agreed(name: str, pairs: list[tuple[str, Any]], level: Level, where: str, repairs: Repairs) -> Any:
     """The one value of a field that may stand under several keys."""
     said = [pair for pair in pairs if not is_empty(pair[1])]
@@ -168,27 +246,36 @@ def _agreed(name: str, pairs: list[tuple[str, Any]], level: Level, where: str, r
         return dict(pairs).get(name, pairs[0][1])
     plain = [value.strip() if isinstance(value, str) else value for _, value in said]
     if differs := [key for (key, _), value in zip(said, plain) if value != plain[0]]:
-        raise BadRecord("two_thoughts" if name == "reasoning_content" else "two_values", f"{where}: {said[0][0]} and {differs[0]} are both given, and differ")
+        raise BadRecord(
+            "two_thoughts" if name == "reasoning_content" else "two_values",
+            f"{where}: {said[0][0]} and {differs[0]} are both given, and differ",
+        )
     key, value = next((pair for pair in said if pair[0] == name), said[0])
     if key != name:
         note(repairs, "other_name", f"{level.name}.{key[:40]}")
     return value
 
-
+# %% ../../nbs/data/02_levels.ipynb #0d7ce05b
 def _leave(key: str, value: Any, level: Level, where: str, repairs: Repairs) -> None:
     """Leave out a key that nobody knows, by name; `BadRecord` if that could change what is trained."""
     if level.speaks and _would_matter(key, value, level):
-        raise BadRecord("unread_key", f"{where}: {key[:40]!r} in the {level.name} is not known, and looks as if it changed what is trained")
+        raise BadRecord(
+            "unread_key",
+            f"{where}: {key[:40]!r} in the {level.name} is not known, and looks as if it changed what is trained",
+        )
     note(repairs, "ignored_key", f"{level.name}.{key[:40]}")
 
-
+# %% ../../nbs/data/02_levels.ipynb #e7fe33f0
 def read_fields(
     given: Mapping[str, Any],
     level: Level,
     where: str,  # for errors
     repairs: Repairs,  # other names and keys left out are noted here
 ) -> Fields:
-    """What an object says, under the names of its level. `BadRecord` where two names disagree, or where an unknown key could matter."""
+    """What an object says, under the names of its level.
+
+    `BadRecord` where two names disagree, or where an unknown key could matter.
+    """
     if given.keys() <= level.exact:
         return Fields(given, {}, ())
     found: dict[str, list[tuple[str, Any]]] = {}
@@ -203,29 +290,53 @@ def read_fields(
         elif not is_empty(value):
             _leave(key, value, level, where, repairs)
             unread.append(key)
-    return Fields({name: _agreed(name, pairs, level, where, repairs) for name, pairs in found.items()}, flags, tuple(unread))
+    return Fields(
+        {name: _agreed(name, pairs, level, where, repairs) for name, pairs in found.items()}, flags, tuple(unread)
+    )
 
 # %% ../../nbs/data/02_levels.ipynb #b0000018
 THOUGHTS = (
-    *("reasoning", "thinking", "thought", "thoughts", "reasoning_text", "thinking_text", "thinking_content", "thought_content", "reasonings"),
-    *("reasoning_trace", "thinking_trace", "thinking_process", "thought_process", "reasoning_process", "chain_of_thought", "cot", "rationale", "scratchpad", "inner_thoughts", "inner_monologue"),
+    *(
+        "reasoning", "thinking", "thought", "thoughts", "reasoning_text", "thinking_text", "thinking_content",
+        "thought_content", "reasonings",
+    ),
+    *(
+        "reasoning_trace", "thinking_trace", "thinking_process", "thought_process", "reasoning_process",
+        "chain_of_thought", "cot", "rationale", "scratchpad", "inner_thoughts", "inner_monologue",
+    ),
 )
 ABOUT_ROWS = (
-    *("id", "uuid", "idx", "index", "conversation_id", "chat_id", "session_id", "prompt_id", "task_id", "hash", "source", "data_source", "dataset", "dataset_name", "origin", "url", "file", "path", "line"),
-    *("license", "licence", "version", "split", "subset", "domain", "category", "topic", "tags", "kind", "task", "task_name", "language", "lang", "difficulty", "generator", "model", "model_name", "created", "created_at", "timestamp", "date"),
+    *(
+        "id", "uuid", "idx", "index", "conversation_id", "chat_id", "session_id", "prompt_id", "task_id", "hash",
+        "source", "data_source", "dataset", "dataset_name", "origin", "url", "file", "path", "line",
+    ),
+    *(
+        "license", "licence", "version", "split", "subset", "domain", "category", "topic", "tags", "kind", "task",
+        "task_name", "language", "lang", "difficulty", "generator", "model", "model_name", "created", "created_at",
+        "timestamp", "date",
+    ),
     *("used_in", "metadata", "meta", "extra_info", "checks", "reward", "score", "rating", "quality", "num_turns"),
 )
 _CALLS = {"tool_calls": ("tool_call", "function_calls"), "function_call": ()}
-_ABOUT_MESSAGES = ("name", "id", "tool_call_id", "timestamp", "created_at", "token_count", "num_tokens", "type", "object")
+_ABOUT_MESSAGES = (
+    "name", "id", "tool_call_id", "timestamp", "created_at", "token_count", "num_tokens", "type", "object",
+)
 
-
+# %% ../../nbs/data/02_levels.ipynb #0a3e60db
 @functools.cache
 def row_level(name: str = "row") -> Level:
     """The level of a row, under the name of its form."""
-    fields = {"messages": (), "tools": ("functions",), "reasoning_budget": ("thinking_budget", "thinking_token_budget"), "low_effort": (), "chat_template_kwargs": ("template_kwargs", "chat_template_args"), "system": ("system_prompt", "system_message")}
+    fields = {
+        "messages": (),
+        "tools": ("functions",),
+        "reasoning_budget": ("thinking_budget", "thinking_token_budget"),
+        "low_effort": (),
+        "chat_template_kwargs": ("template_kwargs", "chat_template_args"),
+        "system": ("system_prompt", "system_message"),
+    }
     return Level(name, fields, ABOUT_ROWS, speaks=True, flags=True)
 
-
+# %% ../../nbs/data/02_levels.ipynb #eae655ae
 @functools.cache
 def message_level(name: str = "message", answers: bool = False) -> Level:
     """The level of a message, of the assistant's or of anybody else's."""
@@ -234,14 +345,35 @@ def message_level(name: str = "message", answers: bool = False) -> Level:
     return Level(name, said | own, _ABOUT_MESSAGES, speaks=answers, flags=True)
 
 # %% ../../nbs/data/02_levels.ipynb #b0000019
-_ARGUMENTS = ("args", "input", "inputs", "parameters", "params", "kwargs", "arguments_json", "tool_input", "tool_args", "tool_arguments", "function_args", "action_input")
+_ARGUMENTS = (
+    "args", "input", "inputs", "parameters", "params", "kwargs", "arguments_json", "tool_input", "tool_args",
+    "tool_arguments", "function_args", "action_input",
+)
 _NAMES = ("tool_name", "function_name", "tool", "func_name")
 _SCHEMAS = ("input_schema", "parameters_schema", "args_schema", "json_schema", "params", "arguments", "args")
-CALL = Level("call", {"function": (), "name": _NAMES, "arguments": _ARGUMENTS}, ("id", "type", "index", "call_id", "tool_call_id", "status"))
+CALL = Level(
+    "call",
+    {"function": (), "name": _NAMES, "arguments": _ARGUMENTS},
+    ("id", "type", "index", "call_id", "tool_call_id", "status"),
+)
 CALLED = Level("function", {"function": (), "name": _NAMES, "arguments": _ARGUMENTS}, ("id", "type", "index"))
 TOOL = Level("tool", {"function": (), "name": _NAMES, "description": ("desc",), "parameters": _SCHEMAS}, ("type", "id"))
-PART = Level("part", {"type": (), "text": ("content", "value"), "thinking": ("thought", "reasoning"), "refusal": ()}, ("id", "index", "signature", "annotations", "logprobs"))
-SWITCHES = Level("chat_template_kwargs", {"enable_thinking": ("thinking",), "reasoning_budget": ("thinking_budget", "thinking_token_budget"), "truncate_history_thinking": (), "low_effort": ()})
+PART = Level(
+    "part",
+    {"type": (), "text": ("content", "value"), "thinking": ("thought", "reasoning"), "refusal": ()},
+    ("id", "index", "signature", "annotations", "logprobs"),
+)
+
+# %% ../../nbs/data/02_levels.ipynb #4f724304
+SWITCHES = Level(
+    "chat_template_kwargs",
+    {
+        "enable_thinking": ("thinking",),
+        "reasoning_budget": ("thinking_budget", "thinking_token_budget"),
+        "truncate_history_thinking": (),
+        "low_effort": (),
+    },
+)
 
 # %% ../../nbs/data/02_levels.ipynb #b0000025
 def from_json_text(
@@ -249,12 +381,17 @@ def from_json_text(
     what: str,  # for errors
     repairs: Repairs,
 ) -> Any:
-    """A value, parsed if it is the JSON text of an object or a list. `BadRecord` for text that begins as one and is none."""
+    """A value, parsed if it is the JSON text of an object or a list.
+
+    `BadRecord` for text that begins as one and is none.
+    """
     if not isinstance(value, str) or value.lstrip()[:1] not in ("{", "["):
         return value
     try:
         parsed = parse_json(value)
     except BadJson as e:
-        raise BadRecord("bad_json_text", f"{what} is text that is not JSON: {e}", f"repair the JSON text of {what}") from e
+        raise BadRecord(
+            "bad_json_text", f"{what} is text that is not JSON: {e}", f"repair the JSON text of {what}"
+        ) from e
     note(repairs, "json_text")
     return parsed

@@ -7,6 +7,7 @@ __all__ = ['Manifest', 'length_histogram']
 
 # %% ../../nbs/data/21_manifest.ipynb #681a216f
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,31 @@ from ..core import UserError
 from ..viz import Picture, bars, joined, table
 
 # %% ../../nbs/data/21_manifest.ipynb #0e2ae590
+_LOSSES = (("bad row", "rejects"), ("row left out", "left_out"), ("sequence dropped", "dropped_sequences"))
+
+
+def _lost(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A line for each reason for which something was lost, with an example."""
+    return [
+        {"what": kind, "reason": reason, "count": n, "for example": values["examples"].get(reason, "")}
+        for kind, name in _LOSSES
+        for reason, n in values[name].items()
+    ]
+
+# %% ../../nbs/data/21_manifest.ipynb #5a534f32
+def _tables(values: Mapping[str, Any], funnel: list[tuple[str, int]]) -> Picture:
+    """A manifest as tables; those that would be empty are left out."""
+    lost, blend = _lost(values), [{"dataset": d, **b} for d, b in values["blend"].items()]
+    parts = [
+        table(funnel, header=["step", "count"], title="funnel"),
+        table([{"split": name, **s} for name, s in values["splits"].items()], title="splits"),
+    ]
+    parts += [table(blend, title="blend (training split, in tokens)")] if len(blend) > 1 else []
+    parts += [table(lost, title="left out, by reason")] if lost else []
+    parts += [table([[w] for w in values["warnings"]], header=["note"])] if values["warnings"] else []
+    return joined(parts)
+
+# %% ../../nbs/data/21_manifest.ipynb #bc6b2391
 @dataclass(frozen=True)
 class Manifest:
     """The record of a preparation. `values` is what manifest.json holds."""
@@ -31,25 +57,20 @@ class Manifest:
         """The manifest of a prepared folder; `UserError` if the folder holds none."""
         path = Path(folder) / "manifest.json"
         if not path.is_file():
-            raise UserError("no manifest.json: this is not a folder of prepared data", where=str(folder), fix="run the data preparation, or give its output folder")
+            what, fix = "this is not a folder of prepared data", "run the data preparation, or give its output folder"
+            raise UserError(f"no manifest.json: {what}", where=str(folder), fix=fix)
         return cls(json.loads(path.read_text()), Path(folder))
 
     @property
     def funnel(self) -> list[tuple[str, int]]:
         """From rows read to trained tokens, in order."""
-        v = self.values
-        packs = sum(s["packs"] for s in v["splits"].values())
-        return [("rows read", v["rows"]), ("chats used", v["accepted"]), ("training sequences", v["sequences"]), ("tokens", v["tokens"]), ("trained tokens", v["trained_tokens"]), ("packs", packs)]
+        v, packs = self.values, sum(s["packs"] for s in self.values["splits"].values())
+        first = [("rows read", v["rows"]), ("chats used", v["accepted"]), ("training sequences", v["sequences"])]
+        return [*first, ("tokens", v["tokens"]), ("trained tokens", v["trained_tokens"]), ("packs", packs)]
 
     def picture(self) -> Picture:
         """The tables for people."""
-        v = self.values
-        lost = [{"what": kind, "reason": reason, "count": n, "for example": v["examples"].get(reason, "")} for kind, name in _LOSSES for reason, n in v[name].items()]
-        parts = [table(self.funnel, header=["step", "count"], title="funnel"), table([{"split": name, **s} for name, s in v["splits"].items()], title="splits")]
-        parts += [table([{"dataset": d, **b} for d, b in v["blend"].items()], title="blend (training split, in tokens)")] if len(v["blend"]) > 1 else []
-        parts += [table(lost, title="left out, by reason")] if lost else []
-        parts += [table([[w] for w in v["warnings"]], header=["note"])] if v["warnings"] else []
-        return joined(parts)
+        return _tables(self.values, self.funnel)
 
     def __repr__(self) -> str:
         return self.picture().text
@@ -57,16 +78,23 @@ class Manifest:
     def _repr_html_(self) -> str:
         return self.picture().html
 
-
-_LOSSES = (("bad row", "rejects"), ("row left out", "left_out"), ("sequence dropped", "dropped_sequences"))
-
 # %% ../../nbs/data/21_manifest.ipynb #838939e8
 def length_histogram(
     manifest: Manifest,
 ) -> Picture:
     """Training sequences by length, and by the share of their tokens that is trained."""
     found = {int(k): n for k, n in manifest["length_histogram"].items()} or {1: 0}
-    lengths = {f"up to {1 << k:,}": found.get(1 << k, 0) for k in range(min(found).bit_length() - 1, max(found).bit_length())}
-    shares = {f"{10 * i} to {10 * i + 10} %": n for i, n in enumerate(manifest.values.get("trained_share_histogram", []))}  # records of the first form have none
+    lengths = {
+        f"up to {1 << k:,}": found.get(1 << k, 0) for k in range(min(found).bit_length() - 1, max(found).bit_length())
+    }
+    # records of the first form have none
+    shares = {
+        f"{10 * i} to {10 * i + 10} %": n for i, n in enumerate(manifest.values.get("trained_share_histogram", []))
+    }
     total = manifest["trained_tokens"] / max(1, manifest["tokens"])
-    return joined([bars(lengths, title="sequences by length, in tokens"), bars(shares, title=f"sequences by their share of trained tokens ({total:.0%} of all tokens)")])
+    return joined(
+        [
+            bars(lengths, title="sequences by length, in tokens"),
+            bars(shares, title=f"sequences by their share of trained tokens ({total:.0%} of all tokens)"),
+        ]
+    )

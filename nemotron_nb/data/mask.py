@@ -50,7 +50,7 @@ class TrainingSequence:
         sizes = np.diff(self.chunk_ends, prepend=0)
         return [role for role, size in zip(self.roles, sizes, strict=True) for _ in range(size)]
 
-
+# %% ../../nbs/data/08_mask.ipynb #150f48a1
 def encode_chunks(
     parts: Sequence[Chunk],
     trained: Sequence[bool],  # [C] must the model produce this chunk?
@@ -60,10 +60,18 @@ def encode_chunks(
     **provenance: Any,  # conversation_id, turn, source
 ) -> TrainingSequence:
     """Chunks as one sequence. Each chunk is encoded on its own, so a cut between chunks is a cut between tokens."""
-    ids = [tokenizer.encode_pieces([(text, trusted or allow_special_in_text) for text, trusted in c.pieces]) for c in parts]
+    ids = [
+        tokenizer.encode_pieces([(text, trusted or allow_special_in_text) for text, trusted in c.pieces]) for c in parts
+    ]
     sizes = np.array([len(i) for i in ids], dtype=np.int32)
     mask = np.repeat(np.array(trained, dtype=np.uint8), sizes)
-    return TrainingSequence(np.concatenate(ids).astype(np.int32), mask, tuple(c.role for c in parts), np.cumsum(sizes, dtype=np.int32), **provenance)
+    return TrainingSequence(
+        np.concatenate(ids).astype(np.int32),
+        mask,
+        tuple(c.role for c in parts),
+        np.cumsum(sizes, dtype=np.int32),
+        **provenance,
+    )
 
 # %% ../../nbs/data/08_mask.ipynb #f6af394c
 def mask_strip(
@@ -74,7 +82,14 @@ def mask_strip(
 ) -> Picture:
     """The tokens of a sequence in the colours of their roles, trained ones underlined."""
     ids, markers = sequence.input_ids.tolist(), set(tokenizer.special_ids.values())
-    return token_strip(tokenizer.pieces(ids), sequence.loss_mask.tolist(), roles=sequence.token_roles, special=[i in markers for i in ids], title=title, window=window)
+    return token_strip(
+        tokenizer.pieces(ids),
+        sequence.loss_mask.tolist(),
+        roles=sequence.token_roles,
+        special=[i in markers for i in ids],
+        title=title,
+        window=window,
+    )
 
 # %% ../../nbs/data/08_mask.ipynb #aa50d77e
 LOSS_MODES = ("all", "last_turn", "flags")
@@ -90,7 +105,7 @@ class Plan(NamedTuple):
     budget: int | None  # tokens of thought announced in its last user message
     marker: str = ""  # words that ask for low effort there
 
-
+# %% ../../nbs/data/08_mask.ipynb #b50cbdf3
 def is_trained(
     message: Mapping[str, Any],
 ) -> bool:
@@ -104,7 +119,7 @@ def thinks(
     """Does the message hold a thought?"""
     return bool((message.get("reasoning_content") or "").strip())
 
-
+# %% ../../nbs/data/08_mask.ipynb #0bd0436c
 def _cuts(messages: Sequence[Mapping[str, Any]], loss_mode: str, each_turn: bool) -> list[tuple[int, int, int, int]]:
     """(user turn, last user message, messages kept, first message trained) of each sequence that a chat gives."""
     users = [i for i, m in enumerate(messages) if m["role"] == "user"]
@@ -116,7 +131,7 @@ def _cuts(messages: Sequence[Mapping[str, Any]], loss_mode: str, each_turn: bool
     ends = [*users[1:], len(messages)]
     return [(turn, start, end, start + 1) for turn, (start, end) in enumerate(zip(users, ends))]
 
-
+# %% ../../nbs/data/08_mask.ipynb #7ce5f49f
 def _last_turn(messages: Sequence[Mapping[str, Any]], users: Sequence[int]) -> tuple[int, int, int, int]:
     """The cut of the last turn in which the assistant speaks: questions that nobody answers are cut off behind it."""
     answer = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
@@ -124,13 +139,24 @@ def _last_turn(messages: Sequence[Mapping[str, Any]], users: Sequence[int]) -> t
     last = asked[-1] if asked else -1
     return max(len(asked) - 1, 0), last, next((i for i in users if i > answer), len(messages)), last + 1
 
-
+# %% ../../nbs/data/08_mask.ipynb #b4efaf85
 def check_arguments(conversation: Any, tokenizer: Any, function: str) -> None:
     """`UserError` unless a function was given a chat and a tokenizer as this library has them."""
-    expect(conversation, Conversation, f"{function}: conversation", "make one from a row with records.parse_conversation(row), or read a file with records.read_chats(path)")
-    expect(tokenizer, ChatTokenizer, f"{function}: tokenizer", "load it with data.tokenizer.load_tokenizer(NAME_OR_FOLDER), which keeps special tokens out of the text of chats")
+    expect(
+        conversation,
+        Conversation,
+        f"{function}: conversation",
+        "make one from a row with records.parse_conversation(row), or read a file with records.read_chats(path)",
+    )
+    expect(
+        tokenizer,
+        ChatTokenizer,
+        f"{function}: tokenizer",
+        "load it with data.tokenizer.load_tokenizer(NAME_OR_FOLDER), which keeps special tokens out of the text of "
+        "chats",
+    )
 
-
+# %% ../../nbs/data/08_mask.ipynb #08fb92ea
 def sequence_plans(
     conversation: Conversation,
     loss_mode: str = "all",  # all, last_turn or flags
@@ -138,12 +164,21 @@ def sequence_plans(
 ) -> list[Plan]:
     """The training sequences of a chat, before anything is rendered. One that would train nothing is left out."""
     if loss_mode not in LOSS_MODES:
-        raise UserError(f"unknown loss mode {loss_mode!r}", where="loss_mode", why="it decides which tokens are trained", fix=nearest(loss_mode, LOSS_MODES))
+        raise UserError(
+            f"unknown loss mode {loss_mode!r}",
+            where="loss_mode",
+            why="it decides which tokens are trained",
+            fix=nearest(loss_mode, LOSS_MODES),
+        )
     plans = []
     for turn, last_user, end, first in _cuts(conversation.messages, loss_mode, each_turn):
         trained = [m for m in conversation.messages[first:end] if is_trained(m)]
         if trained:
-            budget, marker = (conversation.reasoning_budget, conversation.low_effort_marker) if any(map(thinks, trained)) else (None, "")
+            budget, marker = (
+                (conversation.reasoning_budget, conversation.low_effort_marker)
+                if any(map(thinks, trained))
+                else (None, "")
+            )
             plans.append(Plan(turn, last_user, end, first, budget, marker))
     return plans
 
@@ -156,18 +191,28 @@ class SequenceTemplate(Protocol):
     def drafts(self, conversation: Conversation, loss_mode: str = "all") -> "list[Draft]":
         """The training sequences of a chat, as chunks."""
 
-
-def _trained_chunks(conversation: Conversation, loss_mode: str = "all", template: SequenceTemplate | None = None) -> Iterator["Draft"]:
+# %% ../../nbs/data/08_mask.ipynb #4608a7ab
+def _trained_chunks(
+    conversation: Conversation, loss_mode: str = "all", template: SequenceTemplate | None = None
+) -> Iterator["Draft"]:
     """(chunks, which of them the model must produce, turn) of each training sequence of a chat."""
     if template is not None and not template.native:
         yield from template.drafts(conversation, loss_mode)
         return
     for plan in sequence_plans(conversation, loss_mode):
-        parts = chunks(conversation.messages[: plan.end], conversation.tools, reasoning_budget=plan.budget, low_effort_marker=plan.marker, truncate_history_thinking=conversation.truncate_history_thinking)
-        trained = (c.generated and c.message >= plan.first and is_trained(conversation.messages[c.message]) for c in parts)
+        parts = chunks(
+            conversation.messages[: plan.end],
+            conversation.tools,
+            reasoning_budget=plan.budget,
+            low_effort_marker=plan.marker,
+            truncate_history_thinking=conversation.truncate_history_thinking,
+        )
+        trained = (
+            c.generated and c.message >= plan.first and is_trained(conversation.messages[c.message]) for c in parts
+        )
         yield Draft(tuple(parts), tuple(trained), plan.turn)
 
-
+# %% ../../nbs/data/08_mask.ipynb #7c128c14
 def training_sequences(
     conversation: Conversation,
     tokenizer: ChatTokenizer,
@@ -176,12 +221,22 @@ def training_sequences(
     template: SequenceTemplate | None = None,  # None: nano3
     allow_special_in_text: bool = False,  # let special tokens spelt out in messages become tokens
 ) -> list[TrainingSequence]:
-    """What to train on: for each sequence its ids, its mask and its provenance. A sequence without a trained token is left out."""
+    """What to train on: for each sequence its ids, its mask and its provenance.
+
+    A sequence without a trained token is left out.
+    """
     check_arguments(conversation, tokenizer, "training_sequences")
-    provenance = {"conversation_id": conversation.id, "source": conversation.source, "allow_special_in_text": allow_special_in_text}
-    return [encode_chunks(d.chunks, d.trained, tokenizer, turn=d.turn, **provenance) for d in _trained_chunks(conversation, loss_mode, template)]
+    provenance = {
+        "conversation_id": conversation.id,
+        "source": conversation.source,
+        "allow_special_in_text": allow_special_in_text,
+    }
+    return [
+        encode_chunks(d.chunks, d.trained, tokenizer, turn=d.turn, **provenance)
+        for d in _trained_chunks(conversation, loss_mode, template)
+    ]
 
-
+# %% ../../nbs/data/08_mask.ipynb #ba3727c3
 class Draft(NamedTuple):
     """A training sequence before it is encoded. Drafts of one chat share their chunks."""
 
@@ -200,24 +255,31 @@ class Parity:
     same: bool
     first_difference: int  # token position, or -1
 
-
-def _prefixes(conversation: Conversation, tokenizer: ChatTokenizer, loss_mode: str) -> Iterator[tuple[int, int, list[int], list[int]]]:
+# %% ../../nbs/data/08_mask.ipynb #08959ede
+def _prefixes(
+    conversation: Conversation, tokenizer: ChatTokenizer, loss_mode: str
+) -> Iterator[tuple[int, int, list[int], list[int]]]:
     """(turn, message, ids before it in training, ids before it at inference) of each trained turn."""
     for parts, trained, turn in _trained_chunks(conversation, loss_mode):
         before: list[int] = []
         for part, is_trained in zip(parts, trained, strict=True):
             if is_trained:
-                yield turn, part.message, list(before), inference_prompt(conversation, part.message, tokenizer, loss_mode=loss_mode)
+                yield (
+                    turn,
+                    part.message,
+                    list(before),
+                    inference_prompt(conversation, part.message, tokenizer, loss_mode=loss_mode),
+                )
             before += tokenizer.encode_pieces(part.pieces)
 
-
+# %% ../../nbs/data/08_mask.ipynb #0478d6bc
 def _first_difference(one: Sequence[int], other: Sequence[int]) -> int:
     """Where two sequences part, or -1."""
     if one == other:
         return -1
     return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
-
+# %% ../../nbs/data/08_mask.ipynb #76330db3
 def parity(
     conversation: Conversation,
     tokenizer: ChatTokenizer,
@@ -226,9 +288,12 @@ def parity(
     """Compare, for each trained turn, the tokens before it with the prompt that inference would build."""
     check_arguments(conversation, tokenizer, "parity")
     rows = _prefixes(conversation, tokenizer, loss_mode)
-    return [Parity(turn, message, len(prompt), before == prompt, _first_difference(before, prompt)) for turn, message, before, prompt in rows]
+    return [
+        Parity(turn, message, len(prompt), before == prompt, _first_difference(before, prompt))
+        for turn, message, before, prompt in rows
+    ]
 
-
+# %% ../../nbs/data/08_mask.ipynb #ceaf67ea
 def inference_prompt(
     conversation: Conversation,
     message: int,  # index of the assistant message to be answered
@@ -236,25 +301,45 @@ def inference_prompt(
     *,
     loss_mode: str = "all",  # decides only whether a budget of thought is announced: where a thought is trained
 ) -> list[int]:
-    """The ids that inference would feed before an assistant message: the chat so far and a generation prompt, encoded whole."""
+    """The ids that inference would feed before an assistant message: the chat so far and a generation prompt,
+    encoded whole.
+    """
     check_arguments(conversation, tokenizer, "inference_prompt")
-    plan = next((p for p in sequence_plans(conversation, loss_mode) if p.first <= message < p.end), Plan(0, -1, 0, 0, None))
-    switches = {"reasoning_budget": plan.budget, "low_effort_marker": plan.marker, "truncate_history_thinking": conversation.truncate_history_thinking}
-    prompt = chunks(conversation.messages[:message], conversation.tools, add_generation_prompt=True, enable_thinking=thinks(conversation.messages[message]), **switches)
+    plan = next(
+        (p for p in sequence_plans(conversation, loss_mode) if p.first <= message < p.end), Plan(0, -1, 0, 0, None)
+    )
+    switches = {
+        "reasoning_budget": plan.budget,
+        "low_effort_marker": plan.marker,
+        "truncate_history_thinking": conversation.truncate_history_thinking,
+    }
+    prompt = chunks(
+        conversation.messages[:message],
+        conversation.tools,
+        add_generation_prompt=True,
+        enable_thinking=thinks(conversation.messages[message]),
+        **switches,
+    )
     return tokenizer.encode_pieces([piece for c in prompt for piece in c.pieces])
 
 # %% ../../nbs/data/08_mask.ipynb #88d6267c
 def _cells(tokens: Sequence[str], alike: Sequence[bool]) -> str:
     """Tokens as table cells, red where the other row says something else."""
-    style = '<td style="background:{};color:#111111;border:1px solid #ffffff;padding:1px 3px;text-align:center;white-space:pre">{}</td>'
-    return "".join(style.format("#dff0df" if same else "#f7b5ad", html.escape(_visible(token))) for token, same in zip(tokens, alike))
+    style = (
+        '<td style="background:{};color:#111111;border:1px solid #ffffff;padding:1px '
+        '3px;text-align:center;white-space:pre">{}</td>'
+    )
+    return "".join(
+        style.format("#dff0df" if same else "#f7b5ad", html.escape(_visible(token)))
+        for token, same in zip(tokens, alike)
+    )
 
-
+# %% ../../nbs/data/08_mask.ipynb #4590e429
 def _visible(token: str) -> str:
     """A token on one line: line breaks and tabs are marked, and a long one is cut."""
     return clipped(token.replace("\n", "\u21b5").replace("\t", "\u21e5").replace("\r", "\u240d"), 200) or "\u2205"
 
-
+# %% ../../nbs/data/08_mask.ipynb #abdafa57
 def prompt_panel(
     trained: Sequence[int],  # ids before the turn in training
     inference: Sequence[int],  # ids before the turn at inference
@@ -262,23 +347,38 @@ def prompt_panel(
     title: str = "",
     tail: int = 14,  # tokens shown: the last ones, or those around the first difference
 ) -> Picture:
-    """The end of two prompts, one under the other. Equal tokens are green, different ones red; `=` and `x` in the text form."""
+    """The end of two prompts, one under the other.
+
+    Equal tokens are green, different ones red; `=` and `x` in the text form.
+    """
     differ = _first_difference(list(trained), list(inference))
     longest = max(len(trained), len(inference))
     start = max(0, min(differ - tail // 2, longest - tail) if differ >= 0 else longest - tail)
     rows = [[_visible(t) for t in tokenizer.pieces(list(ids[start : start + tail]))] for ids in (inference, trained)]
     rows = [row + [""] * (max(map(len, rows)) - len(row)) for row in rows]
     alike = [a == b and i < longest for i, (a, b) in enumerate(zip(*rows))]
-    verdict = f"{clipped(title, 200)}: {'the same' if differ < 0 else 'different from token ' + str(differ) + ' on'} ({len(inference)} tokens at inference, {len(trained)} in training)"
+    verdict = (
+        f"{clipped(title, 200)}: {'the same' if differ < 0 else 'different from token ' + str(differ) + ' on'} "
+        f"({len(inference)} tokens at inference, {len(trained)} in training)"
+    )
     heads = ("inference", "training")
-    body = "".join(f'<tr><td style="padding:1px 8px;text-align:left">{head}</td>{_cells(row, alike)}</tr>' for head, row in zip(heads, rows))
-    page = f'<div style="font-family:monospace;font-size:12px">{html.escape(verdict)}<table style="border-collapse:collapse">{body}</table></div>'
+    body = "".join(
+        f'<tr><td style="padding:1px 8px;text-align:left">{head}</td>{_cells(row, alike)}</tr>'
+        for head, row in zip(heads, rows)
+    )
+    page = (
+        f'<div style="font-family:monospace;font-size:12px">{html.escape(verdict)}<table '
+        f'style="border-collapse:collapse">{body}</table></div>'
+    )
     widths = [max(len(a), len(b), 1) for a, b in zip(*rows)]
     marks = ["=" if same else "x" for same in alike]
-    lines = [f"{head:>9} " + " ".join(t.ljust(w) for t, w in zip(row, widths)) for head, row in zip((*heads, ""), (*rows, marks))]
+    lines = [
+        f"{head:>9} " + " ".join(t.ljust(w) for t, w in zip(row, widths))
+        for head, row in zip((*heads, ""), (*rows, marks))
+    ]
     return Picture(page, "\n".join([verdict, *(line.rstrip() for line in lines)]))
 
-
+# %% ../../nbs/data/08_mask.ipynb #e355d159
 def parity_panel(
     conversation: Conversation,
     tokenizer: ChatTokenizer,
@@ -287,20 +387,30 @@ def parity_panel(
 ) -> Picture:
     """For each trained turn, the end of the prompt as inference sees it and as training has it."""
     rows = _prefixes(conversation, tokenizer, loss_mode)
-    return joined(prompt_panel(before, prompt, tokenizer, f"sequence {turn}, message {message}", tail) for turn, message, before, prompt in rows)
+    return joined(
+        prompt_panel(before, prompt, tokenizer, f"sequence {turn}, message {message}", tail)
+        for turn, message, before, prompt in rows
+    )
 
 # %% ../../nbs/data/08_mask.ipynb #78fb6e9e
 MASK_COLOURS = ("#0a6b2d", "#1f5fa8", "#b3431e")
 
-
+# %% ../../nbs/data/08_mask.ipynb #db297b82
 def _column(token: str, marks: Sequence[bool], role: str) -> str:
     """One token with its marks below it; a line ends behind a token that ends one."""
-    bars = "".join(f'<span style="display:block;height:4px;margin-top:1px;background:{MASK_COLOURS[i % 3] if on else "#ffffff"}"></span>' for i, on in enumerate(marks))
+    bars = "".join(
+        '<span '
+        f'style="display:block;height:4px;margin-top:1px;background:{MASK_COLOURS[i % 3] if on else "#ffffff"}"></span>'
+        for i, on in enumerate(marks)
+    )
     text = html.escape(_visible(token)).replace(" ", "&nbsp;")
-    box = f'<span style="display:inline-block;vertical-align:top;background:{ROLE_COLOURS.get(role, "#eeeeee")};color:#111111">{text}{bars}</span>'
+    box = (
+        '<span style="display:inline-block;vertical-align:top;'
+        f'background:{ROLE_COLOURS.get(role, "#eeeeee")};color:#111111">{text}{bars}</span>'
+    )
     return box + ("<br>" if token.endswith("\n") else "")
 
-
+# %% ../../nbs/data/08_mask.ipynb #52fa621b
 def mask_rows(
     tokens: Sequence[str],  # [L] text of each token
     masks: Mapping[str, Sequence[int]],  # name of a mask -> [L] 1 where it trains
@@ -314,16 +424,22 @@ def mask_rows(
     drawn, strip = fitting((1, _column(*parts)) for parts in zip(tokens[:window], columns, roles))
     shown = list(tokens[:drawn])
     legend = " ".join(
-        f'<span style="background:{MASK_COLOURS[i % 3]};color:#ffffff;padding:0 4px">{i + 1} {html.escape(clipped(name, 200))}: {sum(map(bool, mask))} tokens</span>'
+        f'<span style="background:{MASK_COLOURS[i % 3]};color:#ffffff;padding:0 4px">{i + 1} '
+        f'{html.escape(clipped(name, 200))}: {sum(map(bool, mask))} tokens</span>'
         for i, (name, mask) in enumerate(masks.items())
     )
     more = f" ... and {len(tokens) - drawn} more tokens" if len(tokens) > drawn else ""
     style = "font-family:monospace;font-size:13px;line-height:1.3;background:#ffffff;color:#111111;padding:6px"
-    page = f'<div style="{style}"><div><b>{html.escape(clipped(title, 200))}</b> {legend}</div><div>{strip}{more}</div></div>'
+    page = (
+        f'<div style="{style}"><div><b>{html.escape(clipped(title, 200))}</b> '
+        f'{legend}</div><div>{strip}{more}</div></div>'
+    )
     counts = ", ".join(f"{name} {sum(map(bool, mask))}" for name, mask in masks.items())
-    return Picture(page, "\n".join([f"{title} ({len(tokens)} tokens; trained: {counts})", *_mask_lines(shown, masks)]) + more)
+    return Picture(
+        page, "\n".join([f"{title} ({len(tokens)} tokens; trained: {counts})", *_mask_lines(shown, masks)]) + more
+    )
 
-
+# %% ../../nbs/data/08_mask.ipynb #d33d8bad
 def _mask_lines(tokens: Sequence[str], masks: Mapping[str, Sequence[int]]) -> Iterator[str]:
     """The text form: a line of tokens, then one line of marks for each mask."""
     width, start = max(map(len, masks)), 0
@@ -332,16 +448,20 @@ def _mask_lines(tokens: Sequence[str], masks: Mapping[str, Sequence[int]]) -> It
         words = [_visible(t) for t in tokens[start:stop]]
         yield f"{'':>{width}} | " + "".join(words)
         for name, mask in masks.items():
-            yield f"{name:>{width}} | " + "".join(("^" if on else ".") * len(word) for word, on in zip(words, mask[start:stop]))
+            yield f"{name:>{width}} | " + "".join(
+                ("^" if on else ".") * len(word) for word, on in zip(words, mask[start:stop])
+            )
         start = stop
 
-
+# %% ../../nbs/data/08_mask.ipynb #8f3285ed
 def mask_diff(
     conversation: Conversation,
     tokenizer: ChatTokenizer,
     window: int = 400,
 ) -> Picture:
-    """The mask of this recipe, a last-turn mask and a mask that trains the scaffold, under the tokens of each sequence."""
+    """The mask of this recipe, a last-turn mask and a mask that trains the scaffold, under the tokens of each
+    sequence.
+    """
     last_user = max((i for i, m in enumerate(conversation.messages) if m["role"] == "user"), default=-1)
     pictures = []
     for draft in _trained_chunks(conversation):
@@ -353,7 +473,15 @@ def mask_diff(
         encoded = {name: encode_chunks(draft.chunks, trained, tokenizer) for name, trained in ways.items()}
         sequence = encoded["this recipe"]
         masks = {name: e.loss_mask.tolist() for name, e in encoded.items()}
-        pictures.append(mask_rows(tokenizer.pieces(sequence.input_ids.tolist()), masks, roles=sequence.token_roles, title=f"sequence {draft.turn}", window=window))
+        pictures.append(
+            mask_rows(
+                tokenizer.pieces(sequence.input_ids.tolist()),
+                masks,
+                roles=sequence.token_roles,
+                title=f"sequence {draft.turn}",
+                window=window,
+            )
+        )
     return joined(pictures)
 
 # %% ../../nbs/data/08_mask.ipynb #8589fc1f
@@ -378,7 +506,10 @@ def trained_fractions(
 def inference_prompts(
     sequence: TrainingSequence,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(prompt ids, expected ids) for each run of trained tokens. Each expected run ends with the end marker's line break."""
+    """(prompt ids, expected ids) for each run of trained tokens.
+
+    Each expected run ends with the end marker's line break.
+    """
     mask = np.concatenate([[0], sequence.loss_mask, [0]]).astype(np.int8)
     starts, ends = np.flatnonzero(np.diff(mask) == 1), np.flatnonzero(np.diff(mask) == -1)
     return [(sequence.input_ids[:s], sequence.input_ids[s:e]) for s, e in zip(starts, ends)]
@@ -389,7 +520,9 @@ def drafts(
     loss_mode: str = "all",  # all, last_turn or flags
     template: SequenceTemplate | None = None,  # None: nano3
 ) -> list[Draft]:
-    """The training sequences of a chat, not encoded yet: the same as in `training_sequences`, each message rendered at most twice."""
+    """The training sequences of a chat, not encoded yet: the same as in `training_sequences`, each message rendered
+    at most twice.
+    """
     if template is not None and not template.native:
         return template.drafts(conversation, loss_mode)
     plans, messages = sequence_plans(conversation, loss_mode), conversation.messages
@@ -414,7 +547,7 @@ class SegmentEncoder(Protocol):
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(ids int32 [N] of all texts, offsets int64 [len(texts) + 1])."""
 
-
+# %% ../../nbs/data/08_mask.ipynb #cbd8bd94
 class _BatchEncoder:
     """The tokenizer's own batch call. Special tokens cannot come out of it."""
 
@@ -427,16 +560,51 @@ class _BatchEncoder:
         offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
         return np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(offsets[-1])), offsets
 
+# %% ../../nbs/data/08_mask.ipynb #ff0dcdf3
+class _Segments:
+    """Distinct segments of plain text by number, and chunks written as atoms of them."""
 
-class _Pool:
+    def __init__(self, tokenizer: ChatTokenizer, allow_special_in_text: bool):
+        self._pattern, self._special_ids = tokenizer.special_pattern, tokenizer.special_ids
+        self._allow = allow_special_in_text
+        self._parts: dict[str, list[str]] = {}  # the format's words, split at special tokens
+        self.segments: dict[str, int] = {}
+        self.atoms: list[int] = []
+
+    def _split(self, text: str) -> list[str]:
+        """Plain text at even positions, special tokens at odd ones.
+
+        The format has few words, so the short ones are remembered.
+        """
+        if len(text) > 256:
+            return self._pattern.split(text)
+        if (parts := self._parts.get(text)) is None:
+            parts = self._parts[text] = self._pattern.split(text)
+        return parts
+
+    def _plain(self, waiting: list[str]) -> None:
+        """One segment from the plain text that waits."""
+        if text := "".join(waiting):
+            self.atoms.append(self.segments.setdefault(text, len(self.segments)))
+
+    def _flush(self, trusted: str, waiting: list[str]) -> list[str]:
+        """Write out trusted text up to its last special token; what waits behind it is returned."""
+        for place, part in enumerate(self._split(trusted)):
+            if place % 2 == 0:
+                waiting.append(part)
+            else:
+                self._plain(waiting)
+                self.atoms.append(-1 - self._special_ids[part])
+                waiting = []
+        return waiting
+
+# %% ../../nbs/data/08_mask.ipynb #f4053c65
+class _Pool(_Segments):
     """The distinct chunks of some drafts as atoms: a segment's number, or -1 - id for a special token."""
 
     def __init__(self, tokenizer: ChatTokenizer, allow_special_in_text: bool):
-        self._pattern, self._special_ids, self._allow = tokenizer.special_pattern, tokenizer.special_ids, allow_special_in_text
-        self._parts: dict[str, list[str]] = {}  # the format's words, split at special tokens
+        super().__init__(tokenizer, allow_special_in_text)
         self._chunks: dict[tuple[Piece, ...], int] = {}
-        self.segments: dict[str, int] = {}
-        self.atoms: list[int] = []
         self.ends: list[int] = [0]  # [K + 1] where the atoms of each chunk end
 
     def add(self, pieces: tuple[Piece, ...]) -> int:
@@ -460,30 +628,6 @@ class _Pool:
                 trusted = ""
         self._plain(self._flush(trusted, waiting))
 
-    def _flush(self, trusted: str, waiting: list[str]) -> list[str]:
-        """Write out trusted text up to its last special token; what waits behind it is returned."""
-        for place, part in enumerate(self._split(trusted)):
-            if place % 2 == 0:
-                waiting.append(part)
-            else:
-                self._plain(waiting)
-                self.atoms.append(-1 - self._special_ids[part])
-                waiting = []
-        return waiting
-
-    def _split(self, text: str) -> list[str]:
-        """Plain text at even places, special tokens at odd ones. The format has few words, so the short ones are remembered."""
-        if len(text) > 256:
-            return self._pattern.split(text)
-        if (parts := self._parts.get(text)) is None:
-            parts = self._parts[text] = self._pattern.split(text)
-        return parts
-
-    def _plain(self, waiting: list[str]) -> None:
-        """One segment from the plain text that waits."""
-        if text := "".join(waiting):
-            self.atoms.append(self.segments.setdefault(text, len(self.segments)))
-
 # %% ../../nbs/data/08_mask.ipynb #7e5dee86
 @dataclass(frozen=True, eq=False)
 class Encoded:
@@ -496,7 +640,7 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-
+# %% ../../nbs/data/08_mask.ipynb #f2d52953
 def _laid_out(source: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(the slices of an array end to end, where each begins)."""
     offsets = np.zeros(len(starts) + 1, np.int64)
@@ -504,7 +648,7 @@ def _laid_out(source: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple
     slices = [source[a:b] for a, b in zip(starts.tolist(), ends.tolist())]
     return (np.concatenate(slices) if slices else source[:0]), offsets
 
-
+# %% ../../nbs/data/08_mask.ipynb #422449b6
 def encode_drafts(
     drafts: Sequence[Draft],
     tokenizer: ChatTokenizer,
@@ -518,10 +662,14 @@ def encode_drafts(
     numbers = {key: pool.add(c.pieces) for key, c in numbers.items()}
     ids, offsets = (encoder or _BatchEncoder(tokenizer)).encode(list(pool.segments))
     # Special tokens stand behind the segments in one list: id k is its entry len(ids) + k.
-    words = np.concatenate([np.asarray(ids, np.int32), np.arange(max(tokenizer.special_ids.values()) + 1, dtype=np.int32)])
+    words = np.concatenate(
+        [np.asarray(ids, np.int32), np.arange(max(tokenizer.special_ids.values()) + 1, dtype=np.int32)]
+    )
     atoms = np.array(pool.atoms, np.int64)
     special, offsets = atoms < 0, np.asarray(offsets, np.int64)
-    starts, ends = (np.where(special, len(ids) - 1 - atoms + i, offsets[np.where(special, 0, atoms + i)]) for i in (0, 1))
+    starts, ends = (
+        np.where(special, len(ids) - 1 - atoms + i, offsets[np.where(special, 0, atoms + i)]) for i in (0, 1)
+    )
     flat, atom_offsets = _laid_out(words, starts, ends)
     chunk_offsets = atom_offsets[np.array(pool.ends)]
     picked = np.array([numbers[id(c)] for d in drafts for c in d.chunks], np.int64)

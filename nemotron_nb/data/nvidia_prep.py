@@ -21,7 +21,9 @@ from typing import Any, TypeVar
 from ..core import UserError
 from .mask import Draft, drafts, encode_chunks, mask_strip
 from .records import BadRecord, parse_conversation
-from .template import IM_END, IM_START, NO_THOUGHT, OPEN_THOUGHT, TOOLS_INSTRUCTION, Chunk, first_turn, template_path, turns
+from nemotron_nb.data.template import (
+    IM_END, IM_START, NO_THOUGHT, OPEN_THOUGHT, TOOLS_INSTRUCTION, Chunk, first_turn, template_path, turns,
+)
 from .tokenizer import ChatTokenizer, any_of
 from ..viz import Picture, clipped, escape, joined
 
@@ -29,10 +31,13 @@ from ..viz import Picture, clipped, escape, joined
 DROPS: Mapping[str, str] = {
     "used_in": "the field used_in does not name the filter; a row without the field is dropped too",
     "no_messages": "messages are missing or empty",
-    "invalid_conversation": "a message spells out <tool_call> and none spells out '# Tools'; the tools of the row are not asked",
+    "invalid_conversation": "a message spells out <tool_call> and none spells out '# Tools'; the tools of the row are "
+    "not asked",
     "bad_message": "a message is no object, or has no role",
-    "bad_arguments": "a tool call has no function, no arguments, or arguments that are text but not JSON (an empty text, too)",
-    "template_failed": "the template raises an error, for instance on arguments that are null or on a system message that is no text",
+    "bad_arguments": "a tool call has no function, no arguments, or arguments that are text but not JSON (an empty "
+    "text, too)",
+    "template_failed": "the template raises an error, for instance on arguments that are null or on a system message "
+                       "that is no text",
     "mask_failed": "the chat rendered up to a message is not how the whole chat begins",
     "nothing_trained": "there is reasoning, but no user turn that is followed by anything",
     "nothing_rendered": "the rendered chat is empty: a lone system message without a content",
@@ -40,7 +45,7 @@ DROPS: Mapping[str, str] = {
     "shard_failed": "the row is not dropped: it stops the program, and the whole shard is lost",
 }
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #ff919393
 class _Dropped(Exception):
     """The row does not get through. The argument is a word of `DROPS`."""
 
@@ -51,7 +56,7 @@ def _is_used_in(value: Any, wanted: str) -> bool:
         return wanted in value
     return isinstance(value, str) and wanted in (value, *(word.strip() for word in value.split(",")))
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #4d2678e7
 def _spells(messages: Sequence[Any], words: str) -> bool:
     """Does the text of any message hold these words?"""
     said = (m.get(key) for m in messages if isinstance(m, dict) for key in ("content", "reasoning_content"))
@@ -72,10 +77,14 @@ def _with_arguments(message: Any) -> dict[str, Any]:
         raise _Dropped("bad_arguments") from e
     except (ValueError, RecursionError) as e:  # a number of thousands of digits, a text of thousands of brackets
         raise _Dropped("shard_failed") from e
-    return message | {"tool_calls": [call | {"function": call["function"] | {"arguments": a}} for call, a in zip(calls, parsed)]}
+    return message | {
+        "tool_calls": [call | {"function": call["function"] | {"arguments": a}} for call, a in zip(calls, parsed)]
+    }
 
-
-def _admitted(record: Any, messages_field: str, tools_field: str, used_in_filter: str, used_in_field: str) -> tuple[list[dict[str, Any]], Any]:
+# %% ../../nbs/data/11_nvidia_prep.ipynb #ccee721b
+def _admitted(
+    record: Any, messages_field: str, tools_field: str, used_in_filter: str, used_in_field: str
+) -> tuple[list[dict[str, Any]], Any]:
     """(messages, tools) of a row that gets through the gates."""
     if not isinstance(record, Mapping):
         raise _Dropped("shard_failed")
@@ -93,15 +102,20 @@ def _admitted(record: Any, messages_field: str, tools_field: str, used_in_filter
 # %% ../../nbs/data/11_nvidia_prep.ipynb #e6942204
 @functools.cache
 def _template() -> Callable[..., str]:
-    """The format with the reference's habits, compiled once. It runs in Jinja's sandbox, under the settings of `apply_chat_template`."""
+    """The format with the reference's habits, compiled once.
+
+    It runs in Jinja's sandbox, under the settings of `apply_chat_template`.
+    """
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     path = Path(template_path("nano3")).parent / "reference" / "nano3.jinja"
-    return functools.partial(environment.from_string(path.read_text(encoding="utf-8")).render, instruction=TOOLS_INSTRUCTION)
+    return functools.partial(
+        environment.from_string(path.read_text(encoding="utf-8")).render, instruction=TOOLS_INSTRUCTION
+    )
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #835eb2eb
 def _rendered(messages: Sequence[Mapping[str, Any]], tools: Any) -> str:
     """A chat as text. Tools are a list of objects, or the row is lost."""
     try:
@@ -117,7 +131,7 @@ def _thinks(message: Mapping[str, Any]) -> bool:
     thought = message.get("reasoning_content")
     return isinstance(thought, str) and bool(thought.strip())
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #c75ea783
 def _opening(messages: Sequence[Mapping[str, Any]], end: int, thinking: bool, always: bool) -> str:
     """The opening of the answer behind the first `end` messages, where the reference expects one."""
     role = messages[end - 1]["role"]
@@ -140,15 +154,20 @@ def _last_user(messages: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _head(messages: Sequence[Mapping[str, Any]], whole: str, tools: Any) -> tuple[list[tuple[str, str, int]], int]:
-    """((role, text, message) of the two parts that end with the last question, where they end): the system turn, and all that follows it."""
+    """((role, text, message) of the two parts that end with the last question, where they end): the system turn,
+    and all that follows it.
+    """
     system_end = whole.find(f"{IM_END}\n") + len(f"{IM_END}\n")
     last = _last_user(messages)
     start = len(_prefix(messages, last + 1, tools, thinking=True, always=True))
     return [("system", whole[:system_end], -1), ("user", whole[system_end:start], last)], start
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #da4beae9
 def _parts(messages: Sequence[Mapping[str, Any]], tools: Any, thinking: bool) -> list[tuple[str, str, int]]:
-    """(role, text, message): the rendered chat, cut at its borders. With reasoning, the cuts begin behind the last question."""
+    """(role, text, message): the rendered chat, cut at its borders.
+
+    With reasoning, the cuts begin behind the last question.
+    """
     whole = _rendered(messages, tools)
     result, start = _head(messages, whole, tools) if thinking else ([], 0)
     for i in range(_last_user(messages) + 1 if thinking else 0, len(messages)):
@@ -161,7 +180,7 @@ def _parts(messages: Sequence[Mapping[str, Any]], tools: Any, thinking: bool) ->
         start = len(before)
     return result
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #382b1ad1
 def _system_apart(parts: list[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
     """A first user part also holds the system turn; here it is cut off. Any other first part keeps it."""
     role, text, message = parts[0]
@@ -181,15 +200,18 @@ def _draft(parts: Iterable[tuple[str, str, int]], turn: int) -> Draft:
     cut = tuple(Chunk(role, ((text, True),), role == "assistant", message) for role, text, message in parts)
     return Draft(cut, tuple(c.generated for c in cut), turn)
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #9899b5c8
 def _turn_ends(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, int, int]]:
-    """(turn, question, end) of each user turn of a chat with reasoning. A question that nothing follows is passed over."""
+    """(turn, question, end) of each user turn of a chat with reasoning.
+
+    A question that nothing follows is passed over.
+    """
     users = [i for i, m in enumerate(messages) if m["role"] == "user"]
     for turn, (start, end) in enumerate(zip(users, [*users[1:], len(messages)])):
         if end > start + 1:
             yield turn, start, end
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #bb7b2c1c
 def _plain(messages: Sequence[Mapping[str, Any]], tools: Any) -> list[Draft]:
     """The training sequences of a chat, as the reference finds them."""
     if not _is_reasoned(messages):
@@ -199,7 +221,7 @@ def _plain(messages: Sequence[Mapping[str, Any]], tools: Any) -> list[Draft]:
         raise _Dropped("nothing_trained")
     return result
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #a7af16d7
 def _is_unicode(text: str) -> bool:
     """Can the text be written as bytes?"""
     try:
@@ -207,9 +229,12 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #f3281973
 def _encodable(found: list[Draft]) -> list[Draft]:
-    """The sequences that hold anything and can be encoded. The others are passed over; if none is left, the row is gone."""
+    """The sequences that hold anything and can be encoded.
+
+    The others are passed over; if none is left, the row is gone.
+    """
     found = [d for d in found if any(c.text for c in d.chunks)]
     kept = [d for d in found if all(_is_unicode(c.text) for c in d.chunks)]
     if not kept:
@@ -225,7 +250,10 @@ def plain_reference_drafts(
     used_in_filter: str = "",  # keep only rows whose used_in field names this; empty keeps all
     used_in_field: str = "used_in",
 ) -> list[Draft] | str:
-    """What `reference_drafts` gives, found step by step as the reference does. Slow, and the measure of the fast way."""
+    """What `reference_drafts` gives, found step by step as the reference does.
+
+    Slow, and the measure of the fast way.
+    """
     try:
         return _encodable(_plain(*_admitted(record, messages_field, tools_field, used_in_filter, used_in_field)))
     except _Dropped as drop:
@@ -240,15 +268,18 @@ _FOLLOWS: Mapping[str, Sequence[str]] = {
     "tool": ("tool", "user", "assistant"),
 }
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #782c278a
 def _odd_call(call: Any) -> bool:
     """Would the template treat this call otherwise than the native renderer? The gates have seen its arguments."""
     function = call["function"]
     return not isinstance(function.get("name"), str) or not isinstance(function["arguments"], dict)
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #e32655ac
 def _odd_answer(message: Mapping[str, Any], reasoned: bool) -> str:
-    """Why an assistant message is outside the proven domain, or an empty word. `reasoned`: the chat has reasoning, so history is not compared."""
+    """Why an assistant message is outside the proven domain, or an empty word.
+
+    `reasoned`: the chat has reasoning, so history is not compared.
+    """
     content = message.get("content") or ""
     if not isinstance(content, str) or not isinstance(message.get("reasoning_content", ""), (str, type(None))):
         return "not_text"
@@ -259,7 +290,7 @@ def _odd_answer(message: Mapping[str, Any], reasoned: bool) -> str:
         return "space_before_call"
     return "odd_call" if calls and any(map(_odd_call, calls)) else ""
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #650fea1a
 def _odd_message(message: Mapping[str, Any], before: str, reasoned: bool) -> str:
     """Why a message is outside the proven domain, or an empty word. `before`: the role of the message before it."""
     if message["role"] not in _FOLLOWS[before]:
@@ -268,12 +299,14 @@ def _odd_message(message: Mapping[str, Any], before: str, reasoned: bool) -> str
         return _odd_answer(message, reasoned)
     return "" if isinstance(message.get("content"), str) and not message.get("reasoning_content") else "not_text"
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #e31f9b2c
 def _odd_tools(tools: Any) -> bool:
     """Would the template treat these tools otherwise than the native renderer?"""
-    return tools is not None and not (isinstance(tools, list) and all(isinstance(t, dict) and isinstance(t.get("function", t), dict) for t in tools))
+    return tools is not None and not (
+        isinstance(tools, list) and all(isinstance(t, dict) and isinstance(t.get("function", t), dict) for t in tools)
+    )
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #53c2d308
 def _odd(messages: Sequence[Mapping[str, Any]], tools: Any) -> str:
     """Why a chat is outside the proven domain, or an empty word."""
     if _odd_tools(tools):
@@ -301,7 +334,10 @@ class SpecialTokens:
         return self.pattern.findall(text)
 
     def spelt_in(self, pieces: tuple[str, ...]) -> list[str]:
-        """The special tokens in the format's own pieces of a chunk. There are few such pieces, so short ones are remembered."""
+        """The special tokens in the format's own pieces of a chunk.
+
+        There are few such pieces, so short ones are remembered.
+        """
         if len(pieces) > 8:
             return [token for piece in pieces for token in self.spelt(piece)]
         if pieces not in self._known:
@@ -318,24 +354,35 @@ def _trusting(chunk: Chunk, special: SpecialTokens | None) -> Chunk:
     text = chunk.text
     if not _is_unicode(text):
         raise _Outside("half_surrogate")
-    if special is not None and special.spelt(text) == special.spelt_in(tuple([piece for piece, by_format in chunk.pieces if by_format])):
+    if special is not None and special.spelt(text) == special.spelt_in(
+        tuple([piece for piece, by_format in chunk.pieces if by_format])
+    ):
         return chunk
     return chunk._replace(pieces=((text, True),))
 
+# %% ../../nbs/data/11_nvidia_prep.ipynb #1113c102
+def _trusting_turns(
+    messages: Sequence[Mapping[str, Any]], special: SpecialTokens | None
+) -> tuple[list[Chunk], list[Chunk], list[int]]:
+    """`turns`, all of it trusted; the history up to the last question.
 
-def _trusting_turns(messages: Sequence[Mapping[str, Any]], special: SpecialTokens | None) -> tuple[list[Chunk], list[Chunk], list[int]]:
-    """`turns`, all of it trusted; the history up to the last question. A chunk that is the same in both forms stays one object."""
+    A chunk that is the same in both forms stays one object.
+    """
     live, history, starts = turns(messages)
     remembered = starts[_last_user(messages)] if _is_reasoned(messages) else 0
     trusted = [_trusting(c, special) for c in live]
-    return trusted, [t if h is c else _trusting(h, special) for t, h, c in zip(trusted[:remembered], history, live)], starts
+    return (
+        trusted,
+        [t if h is c else _trusting(h, special) for t, h, c in zip(trusted[:remembered], history, live)],
+        starts,
+    )
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #bb235f5d
 def _is_plain_system(text: str) -> bool:
     """Is the system turn what it looks like? A marker spelt out in it moves the reference's cuts."""
     return text.count(IM_START) == 1 and text.find(IM_END) == len(text) - len(f"{IM_END}\n")
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #33ccfbb8
 def _native(messages: Sequence[Mapping[str, Any]], system: Chunk, special: SpecialTokens | None) -> list[Draft]:
     """The training sequences of a chat inside the proven domain. `_plain` says the same, slowly."""
     live, history, starts = _trusting_turns(messages, special)
@@ -361,7 +408,7 @@ def _fast(messages: Sequence[Mapping[str, Any]], tools: Any, special: SpecialTok
         raise _Dropped("nothing_trained")
     return found
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #42186eee
 def reference_drafts(
     record: Any,  # a row as `json.loads` gives it
     *,
@@ -371,9 +418,11 @@ def reference_drafts(
     used_in_field: str = "used_in",
     special: SpecialTokens | None = None,  # those of the tokenizer: with them, encoding is faster
 ) -> list[Draft] | str:
-    """The training sequences that NVIDIA's public data preparation makes of a row, or the word of `DROPS` under which it loses it.
+    """The training sequences that NVIDIA's public data preparation makes of a row, or the word of `DROPS` under which
+    it loses it.
 
-    All text is trusted: special tokens spelt out by a user become tokens. The tokens are encoded chunk by chunk, then cut to
+    All text is trusted: special tokens spelt out by a user become tokens. The tokens are encoded chunk by chunk, then
+    cut to
     `max_doc_tokens` from the front; a pack cuts them to its own size, from the front as well.
     """
     try:
@@ -403,7 +452,7 @@ def path(
         return f"plain: {why}"
     return "fast"
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #2d0cedec
 def paths(
     records: Iterable[Any],  # rows as `json.loads` gives them
     **fields: str,  # those of `path`
@@ -415,11 +464,14 @@ def paths(
 def _verdict(found: list[Draft] | str, tokenizer: ChatTokenizer, fate: str) -> Picture:
     """Training sequences as strips, or what became of the row, and why."""
     if isinstance(found, str):
-        return Picture(f'<div style="background:#f7b5ad;color:#111111;padding:6px"><b>{fate}</b>: {found}</div>', f"{fate}: {found}")
+        return Picture(
+            f'<div style="background:#f7b5ad;color:#111111;padding:6px"><b>{fate}</b>: {found}</div>',
+            f"{fate}: {found}",
+        )
     sequences = (encode_chunks(d.chunks, d.trained, tokenizer) for d in found)
     return joined(mask_strip(s, tokenizer) for s in sequences)
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #9bd2e34c
 def _fixed(record: Any) -> list[Draft] | str:
     """The training sequences that this library makes of a row by default, or the reason why there are none."""
     try:
@@ -427,7 +479,7 @@ def _fixed(record: Any) -> list[Draft] | str:
     except BadRecord as e:
         return e.reason
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #8e7f80f4
 def side_by_side(
     record: Any,  # a row as `json.loads` gives it
     tokenizer: ChatTokenizer,
@@ -437,17 +489,28 @@ def side_by_side(
 ) -> Picture:
     """What the reference trains of a row, beside what `compat=fixed` trains of it."""
     fixed = _fixed(record if cleaned is None else cleaned)
-    sides = {"reference": _verdict(reference_drafts(record), tokenizer, "row lost"), "fixed": _verdict(fixed, tokenizer, "row refused, and listed with its line")}
-    cell = '<td style="vertical-align:top;text-align:left;width:50%;padding:2px 8px;border-left:3px solid #cccccc"><i>{}</i>{}</td>'
+    sides = {
+        "reference": _verdict(reference_drafts(record), tokenizer, "row lost"),
+        "fixed": _verdict(fixed, tokenizer, "row refused, and listed with its line"),
+    }
+    cell = (
+        '<td style="vertical-align:top;text-align:left;width:50%;padding:2px 8px;border-left:3px solid '
+        '#cccccc"><i>{}</i>{}</td>'
+    )
     row = "".join(cell.format(name, side.html) for name, side in sides.items())
-    page = f'<div><b>{escape(clipped(title, 200))}</b></div><table style="border-collapse:collapse;width:100%;table-layout:fixed"><tr>{row}</tr></table>'
+    page = (
+        f'<div><b>{escape(clipped(title, 200))}</b></div><table '
+        f'style="border-collapse:collapse;width:100%;table-layout:fixed"><tr>{row}</tr></table>'
+    )
     return Picture(page, "\n".join([title, *(f"--- {name}\n{side.text}" for name, side in sides.items())]))
 
 # %% ../../nbs/data/11_nvidia_prep.ipynb #23078465
 def _shares(sizes: Sequence[int], num_shards: int) -> list[int]:
-    """How many shards each file gets: in proportion to its size, at least one. The sum may be too large; see `shard_plan`.
+    """How many shards each file gets: in proportion to its size, at least one. The sum may be too large; see
+    `shard_plan`.
 
-    The reference then takes shards away again, but begins with files that have only one, and ends before it comes to others.
+    The reference then takes shards away again, but begins with files that have only one, and ends before it comes to
+    others.
     """
     exact = [size / sum(sizes) * num_shards for size in sizes]
     shares = [max(1, math.floor(share)) for share in exact]
@@ -455,7 +518,7 @@ def _shares(sizes: Sequence[int], num_shards: int) -> list[int]:
         shares[i] += 1
     return shares
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #68cfe04d
 def _dealt(files: Sequence[tuple[str, int]], num_shards: int) -> list[list[str]]:
     """Whole files, largest first, each to the shard that has least; files of unknown size in turns."""
     shards: list[list[str]] = [[] for _ in range(num_shards)]
@@ -470,17 +533,22 @@ def _dealt(files: Sequence[tuple[str, int]], num_shards: int) -> list[list[str]]
         heapq.heappush(heap, (filled + size, i))
     return shards
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #a865caba
 def shard_plan(
     files: Sequence[tuple[str, int]],  # path and size in bytes; a size of 0 is an unknown one
     num_shards: int,
 ) -> list[list[tuple[str, int, int]]]:
-    """For each shard its files, as (path, m, k): the rows of the file whose number is k modulo m, in order. Whole files have m = 1.
+    """For each shard its files, as (path, m, k): the rows of the file whose number is k modulo m, in order. Whole files
+    have m = 1.
 
     Raises `UserError` where the reference ends in an IndexError: some sizes give the files more shards than there are.
     """
     if num_shards < 1 or not files:
-        raise UserError(f"{len(files)} files for {num_shards} shards", where="num_shards", fix="give at least one file and one shard")
+        raise UserError(
+            f"{len(files)} files for {num_shards} shards",
+            where="num_shards",
+            fix="give at least one file and one shard",
+        )
     files = sorted(files, key=lambda f: (-f[1], f[0]))
     if len(files) >= num_shards or not any(size for _, size in files):
         return [sorted((name, 1, 0) for name in names) for names in _dealt(files, num_shards)]
@@ -490,16 +558,20 @@ def shard_plan(
             f"the sizes of the {len(files)} files are too different for {num_shards} shards",
             where="num_shards",
             why="NVIDIA's plan would give them more shards than there are; it ends in an IndexError here",
-            fix=f"set num_shards to {len(files)} or less, or to much more, or split the large files; compat=fixed has no such limit",
+            fix=f"set num_shards to {len(files)} or less, or to much more, or split the large files; compat=fixed has "
+                "no such limit",
         )
     return [[(name, share, k)] for (name, _), share in zip(files, shares) for k in range(share)]
 
 # %% ../../nbs/data/11_nvidia_prep.ipynb #021ab176
 Shard = TypeVar("Shard")
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #9536e3e4
 def _num_held_out(num_shards: int, valid_ratio: float, test_ratio: float) -> tuple[int, int]:
-    """(valid, test): shards held out. At least one for a ratio above zero, and at least one shard is left to train on."""
+    """(valid, test): shards held out.
+
+    At least one for a ratio above zero, and at least one shard is left to train on.
+    """
     if num_shards <= 2:
         return 0, 0
     valid, test = (max(1, round(num_shards * ratio)) if ratio > 0 else 0 for ratio in (valid_ratio, test_ratio))
@@ -509,7 +581,7 @@ def _num_held_out(num_shards: int, valid_ratio: float, test_ratio: float) -> tup
         test = min(test, max(0, num_shards - 1 - valid))
     return valid, test
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #3e0f518e
 def split_shards(
     shards: Sequence[Shard],  # all shards of all data sets, data set by data set, in order
     num_shards: int,  # of each data set

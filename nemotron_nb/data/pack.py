@@ -15,16 +15,20 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from ..core import UserError, expect, nearest
 from ..viz import Picture, png
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 # %% ../../nbs/data/17_pack.ipynb #2f28ce91
 Bins = list[list[int]]  # for each pack, the indices of its sequences, in the order they lie in it
 
-
+# %% ../../nbs/data/17_pack.ipynb #6b78728b
 def first_fit_by_hand(
     lengths: Sequence[int],  # tokens of each sequence
     capacity: int,  # tokens a pack can hold
@@ -49,7 +53,7 @@ def _most_packs(total: int, capacity: int, count: int) -> int:
     """First fit leaves at most one pack half empty: the most packs it can open for `count` sequences."""
     return min(count, 2 * total // capacity + 1)
 
-
+# %% ../../nbs/data/17_pack.ipynb #95ed29fa
 def first_fit(lengths: Sequence[int], capacity: int, order: Sequence[int]) -> Bins:
     """First fit over a tree of maxima, O(n log n). The same packs as `first_fit_by_hand`."""
     leaves = 1 << max(0, _most_packs(sum(lengths), capacity, len(order)) - 1).bit_length()
@@ -93,7 +97,7 @@ def best_fit_by_hand(lengths: Sequence[int], capacity: int, order: Sequence[int]
         changed[b] = now
     return bins
 
-
+# %% ../../nbs/data/17_pack.ipynb #d6886217
 def best_fit(lengths: Sequence[int], capacity: int, order: Sequence[int]) -> Bins:
     """Best fit with a shelf of packs per room and a sorted list of rooms. The same packs as `best_fit_by_hand`."""
     bins: Bins = []
@@ -120,8 +124,8 @@ def best_fit(lengths: Sequence[int], capacity: int, order: Sequence[int]) -> Bin
 
 # %% ../../nbs/data/17_pack.ipynb #39844f42
 @dataclass(frozen=True, eq=False)
-class Packing:
-    """Which sequences lie in which pack, and in which order. `packing[b]` are the sequences of pack `b`."""
+class _Slices:
+    """Sequences pack after pack, and where each pack begins."""
 
     order: np.ndarray  # int64 [S] indices of sequences, pack after pack
     starts: np.ndarray  # int64 [B+1] where each pack begins in `order`; the last is S
@@ -131,7 +135,7 @@ class Packing:
             array.setflags(write=False)
 
     @classmethod
-    def from_bins(cls, bins: Sequence[Sequence[int]]) -> "Packing":
+    def from_bins(cls, bins: Sequence[Sequence[int]]) -> Self:
         """From a list of lists."""
         starts = np.cumsum([0, *map(len, bins)], dtype=np.int64)
         return cls(np.fromiter((i for b in bins for i in b), np.int64, starts[-1]), starts)
@@ -151,6 +155,10 @@ class Packing:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[b] for b in range(len(self)))
+
+# %% ../../nbs/data/17_pack.ipynb #12a514cd
+class Packing(_Slices):
+    """Which sequences lie in which pack, and in which order. `packing[b]` are the sequences of pack `b`."""
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Packing):
@@ -190,7 +198,7 @@ def next_fit_by_hand(lengths: Sequence[int], capacity: int, order: Sequence[int]
         room -= lengths[i]
     return bins
 
-
+# %% ../../nbs/data/17_pack.ipynb #95f08f30
 def next_fit(lengths: Sequence[int], capacity: int, order: Sequence[int]) -> Packing:
     """The same packs as `next_fit_by_hand`, by one binary search a pack in the running sum."""
     taken = np.asarray(order, np.int64)
@@ -208,11 +216,12 @@ def _shuffled(lengths: np.ndarray, seed: int) -> np.ndarray:
     random.Random(seed).shuffle(order)
     return np.array(order, np.int64)
 
-
+# %% ../../nbs/data/17_pack.ipynb #057eb530
 def _longest_first(lengths: np.ndarray, seed: int) -> np.ndarray:
     """int64 [S]: by length, the longest first; equal ones keep their order."""
     missing = lengths.max(initial=0) - lengths
-    narrow = np.uint16 if missing.max(initial=0) < 1 << 16 else np.int64  # sixteen bits are sorted by radix, ten times faster
+    # sixteen bits are sorted by radix, ten times faster
+    narrow = np.uint16 if missing.max(initial=0) < 1 << 16 else np.int64
     return np.argsort(missing.astype(narrow), kind="stable")
 
 
@@ -232,14 +241,18 @@ def _kernels() -> ModuleType | None:
         return None
     return pack_fast
 
-
+# %% ../../nbs/data/17_pack.ipynb #69190dbd
 def packing_tier(
     count: int,  # sequences to pack
     compiled: bool | None = None,  # True or False to decide; None: by the number of sequences
 ) -> str:
     """What will do the packing: "numba" or "python". The packs are the same."""
     if compiled and not _kernels():
-        raise UserError("numba cannot be used here", where="compiled packing", fix="pip install numba, or leave the choice to the library: the packs are the same")
+        raise UserError(
+            "numba cannot be used here",
+            where="compiled packing",
+            fix="pip install numba, or leave the choice to the library: the packs are the same",
+        )
     wanted = count >= COMPILED_FROM if compiled is None else compiled
     return "numba" if wanted and _kernels() else "python"
 
@@ -255,13 +268,15 @@ _ALGORITHMS: dict[str, tuple[_Order, _Fit]] = {
 }
 ALGORITHMS = tuple(_ALGORITHMS)
 
-
+# %% ../../nbs/data/17_pack.ipynb #3081cce5
 def _pack_compiled(lengths: np.ndarray, capacity: int, order_by: _Order, fit: _Fit, seed: int) -> Packing:
     """The same packing from the compiled kernels."""
     fast = _kernels()
     order = fast.shuffled(len(lengths), seed) if order_by is _shuffled else order_by(lengths, seed)
     if fit is first_fit:
-        pack_of, count = fast.first_fit(lengths, capacity, order, _most_packs(int(lengths.sum()), capacity, len(lengths)))
+        pack_of, count = fast.first_fit(
+            lengths, capacity, order, _most_packs(int(lengths.sum()), capacity, len(lengths))
+        )
     else:
         pack_of, count = fast.best_fit(lengths, capacity, order)
     return Packing(*fast.grouped(pack_of, order, count))
@@ -277,18 +292,26 @@ def _whole_numbers(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
         return np.zeros(0, np.int64)
     boolean = not isinstance(lengths, np.ndarray) and bool in set(map(type, lengths))
     if given.ndim != 1 or given.dtype.kind not in "iu" or boolean:
-        raise UserError(f"lengths are whole numbers, one for each sequence; got {'bool' if boolean else given.dtype} of shape {given.shape}", where="pack", fix="give [len(s.input_ids) for s in sequences]; make_pack then lays their ids and masks end to end")
+        raise UserError(
+            f"lengths are whole numbers, one for each sequence; got {'bool' if boolean else given.dtype} of shape "
+            f"{given.shape}",
+            where="pack",
+            fix="give [len(s.input_ids) for s in sequences]; make_pack then lays their ids and masks end to end",
+        )
     return np.ascontiguousarray(given, np.int64)
 
-
+# %% ../../nbs/data/17_pack.ipynb #e70ebb5f
 def _check_capacity(capacity: int) -> None:
     """A pack holds at least one token, and its places are counted in 32 bits."""
     if not 1 <= capacity < 1 << 31:
-        raise UserError(f"a pack cannot hold {capacity} tokens", where="pack_size", fix="give a number from 1 to 2147483647")
+        raise UserError(
+            f"a pack cannot hold {capacity} tokens", where="pack_size", fix="give a number from 1 to 2147483647"
+        )
 
-
+# %% ../../nbs/data/17_pack.ipynb #8d424c44
 def pack(
-    lengths: Sequence[int] | np.ndarray,  # [S] tokens of each sequence (with its padding), each between 1 and `capacity`
+    # [S] tokens of each sequence (with its padding), each between 1 and `capacity`
+    lengths: Sequence[int] | np.ndarray,
     capacity: int,  # tokens a pack can hold
     algorithm: str = "first_fit_shuffle",  # one of `ALGORITHMS`
     seed: int = 42,  # for the shuffle; the same seed gives the same packs
@@ -296,7 +319,9 @@ def pack(
 ) -> Packing:
     """Divide sequences among packs. Every sequence is in exactly one pack, and no pack is over its capacity."""
     if algorithm not in _ALGORITHMS:
-        raise UserError(f"unknown packing algorithm {algorithm!r}", where="algorithm", fix=nearest(algorithm, ALGORITHMS))
+        raise UserError(
+            f"unknown packing algorithm {algorithm!r}", where="algorithm", fix=nearest(algorithm, ALGORITHMS)
+        )
     _check_capacity(capacity)
     sizes = _whole_numbers(lengths)
     unfit = np.flatnonzero((sizes < 1) | (sizes > capacity))
@@ -328,21 +353,32 @@ def length_bars(
     figure = Figure(figsize=(6, 2.2))
     axes = figure.subplots()
     axes.bar(np.arange(len(doublings)) - 0.5, doublings, width=0.9, color="#3182bd")
-    axes.set(xlabel="tokens", ylabel="sequences", xticks=range(len(doublings)), xticklabels=[f"{2**k:,}" for k in range(len(doublings))])
+    axes.set(
+        xlabel="tokens",
+        ylabel="sequences",
+        xticks=range(len(doublings)),
+        xticklabels=[f"{2**k:,}" for k in range(len(doublings))],
+    )
     axes.tick_params(axis="x", labelrotation=45)
     if capacity:
         axes.axvline(math.log2(capacity), color="#e6550d")
     over = f"; {int((sizes > capacity).sum()):,} are longer than a pack of {capacity:,}" if capacity else ""
     middle, longest = (int(np.median(sizes)), int(sizes.max())) if len(sizes) else (0, 0)
-    return png(figure, f"{len(sizes):,} sequences by length: half have at most {middle:,} tokens, the longest {longest:,}{over}")
+    return png(
+        figure,
+        f"{len(sizes):,} sequences by length: half have at most {middle:,} tokens, the longest {longest:,}{over}",
+    )
 
-
+# %% ../../nbs/data/17_pack.ipynb #8235f729
 def fill_bars(
     lengths: Sequence[int] | np.ndarray,  # [S] tokens of each sequence
     capacity: int,
     seed: int = 42,
 ) -> Picture:
-    """How full each algorithm makes the packs, on the same sequences. The fewest packs possible stand in the caption."""
+    """How full each algorithm makes the packs, on the same sequences.
+
+    The fewest packs possible stand in the caption.
+    """
     from matplotlib.figure import Figure
 
     packings = {name: pack(lengths, capacity, name, seed) for name in ALGORITHMS}
@@ -394,19 +430,31 @@ class Pack:
     def __repr__(self) -> str:
         return f"Pack({len(self)} tokens, {len(self.seq_start_id)} sequences, {int(self.loss_mask.sum())} trained)"
 
-
+# %% ../../nbs/data/17_pack.ipynb #5e216e4d
 def make_pack(
     ids: Sequence[np.ndarray],  # [L_k] tokens of each sequence
     masks: Sequence[np.ndarray],  # [L_k] 1 = the model must produce this token
     conversation_ids: Sequence[str] = (),
     sources: Sequence[str] = (),
 ) -> Pack:
-    """Lay sequences end to end, each with its mask moved to its labels. `UserError` unless there is a mask of the same length for each."""
+    """Lay sequences end to end, each with its mask moved to its labels.
+
+    `UserError` unless there is a mask of the same length for each.
+    """
     for name, rows in (("ids", ids), ("masks", masks)):
         for row in rows:
-            expect(row, (np.ndarray, list, tuple, range), f"make_pack: {name}", "give [s.input_ids for s in sequences] and [s.loss_mask for s in sequences]")
+            expect(
+                row,
+                (np.ndarray, list, tuple, range),
+                f"make_pack: {name}",
+                "give [s.input_ids for s in sequences] and [s.loss_mask for s in sequences]",
+            )
     if [*map(len, ids)] != [*map(len, masks)] or not len(ids):
-        raise UserError(f"{len(ids)} sequences and {len(masks)} masks, or of other lengths", where="make_pack", fix="give one mask for each sequence, as long as it is, and at least one")
+        raise UserError(
+            f"{len(ids)} sequences and {len(masks)} masks, or of other lengths",
+            where="make_pack",
+            fix="give one mask for each sequence, as long as it is, and at least one",
+        )
     starts = np.cumsum([0, *map(len, ids[:-1])], dtype=np.int32)
     tokens = np.concatenate(ids).astype(np.int32)
     mask = np.concatenate([roll_mask(m) for m in masks]).astype(np.uint8)
@@ -419,24 +467,31 @@ def alignment(
     tensor_parallel: int = 1,  # ranks that share a layer
     sequence_parallel: bool = False,  # do the tensor-parallel ranks also divide the sequence?
 ) -> int:
-    """The multiple that the positions of each sequence must be padded to: lcm(explicit, 2 CP if CP > 1, CP TP if SP and TP > 1)."""
+    """The multiple that the positions of each sequence must be padded to: lcm(explicit, 2 CP if CP > 1, CP TP if SP
+    and TP > 1).
+    """
     if min(explicit, context_parallel, tensor_parallel) < 1:
-        raise UserError(f"numbers of ranks and multiples are at least 1, got {explicit}, {context_parallel}, {tensor_parallel}", where="pad_to_multiple")
+        raise UserError(
+            f"numbers of ranks and multiples are at least 1, got {explicit}, {context_parallel}, {tensor_parallel}",
+            where="pad_to_multiple",
+        )
     context = 2 * context_parallel if context_parallel > 1 else 1
     tensor = context_parallel * tensor_parallel if sequence_parallel and tensor_parallel > 1 else 1
     return math.lcm(explicit, context, tensor)
 
-
+# %% ../../nbs/data/17_pack.ipynb #cb9f7328
 def aligned(
     lengths: Sequence[int] | np.ndarray,  # [S] tokens of each sequence, at least 1
     multiple: int,  # from `alignment`
 ) -> np.ndarray:
     """int64 [S]: stored length with padding, the least L' >= L with L' - 1 a multiple. What `pack` should be given."""
     if multiple < 1:
-        raise UserError(f"a length cannot be a multiple of {multiple}", where="pad_to_multiple", fix="give 1 for no padding")
+        raise UserError(
+            f"a length cannot be a multiple of {multiple}", where="pad_to_multiple", fix="give 1 for no padding"
+        )
     return -(-(_whole_numbers(lengths) - 1) // multiple) * multiple + 1
 
-
+# %% ../../nbs/data/17_pack.ipynb #68b61713
 def longest(
     capacity: int,  # tokens a pack can hold
     multiple: int = 1,
@@ -448,7 +503,7 @@ def longest(
 # %% ../../nbs/data/17_pack.ipynb #3878c8a8
 OVERFLOWS = ("truncate", "drop", "split", "fail", "cut")
 
-
+# %% ../../nbs/data/17_pack.ipynb #69d7f7bc
 @dataclass(frozen=True, eq=False)
 class Spans:
     """What is kept of long sequences: stretches of tokens. A sequence may have none, one, or (split) several."""
@@ -466,7 +521,9 @@ class Spans:
 
     @property
     def repeated(self) -> int:
-        """Tokens that stand in two spans: each later part of a split sequence begins with the last of the one before."""
+        """Tokens that stand in two spans: each later part of a split sequence begins with the last of the one
+        before.
+        """
         return int((self.start > 0).sum())
 
     @property
@@ -483,9 +540,12 @@ class Spans:
         return len(self.sequence)
 
     def __repr__(self) -> str:
-        return f"Spans({len(self):,} spans, {self.kept:,} tokens kept, {self.cut:,} cut, {int(self.closing.sum()):,} to be closed)"
+        return (
+            f"Spans({len(self):,} spans, {self.kept:,} tokens kept, {self.cut:,} cut, {int(self.closing.sum()):,} to "
+            "be closed)"
+        )
 
-
+# %% ../../nbs/data/17_pack.ipynb #e330babe
 def _parts(sizes: np.ndarray, most: int) -> Spans:
     """Every sequence as one or more spans of at most `most` tokens, neighbours sharing one token."""
     if most < 2:
@@ -493,9 +553,11 @@ def _parts(sizes: np.ndarray, most: int) -> Spans:
     parts = np.maximum(1, -(-(sizes - 1) // (most - 1)))
     sequence = np.repeat(np.arange(len(sizes)), parts)
     start = (np.arange(len(sequence)) - np.repeat(np.cumsum(parts) - parts, parts)) * (most - 1)
-    return Spans(sequence, start, np.minimum(start + most, sizes[sequence]), np.zeros(len(sequence), bool), int(sizes.sum()))
+    return Spans(
+        sequence, start, np.minimum(start + most, sizes[sequence]), np.zeros(len(sequence), bool), int(sizes.sum())
+    )
 
-
+# %% ../../nbs/data/17_pack.ipynb #50848046
 def fitted(
     lengths: Sequence[int] | np.ndarray,  # [S] tokens of each sequence
     capacity: int,  # tokens a pack can hold
@@ -503,7 +565,10 @@ def fitted(
     multiple: int = 1,  # sequences will be padded to it; counts against the capacity
     name: Callable[[int], str] = lambda i: f"sequence {i}",  # what to call a sequence in the error of `fail`
 ) -> Spans:
-    """What is kept of each sequence, so that it fits a pack. `UserError` for an unknown policy, or for `fail` with something too long."""
+    """What is kept of each sequence, so that it fits a pack.
+
+    `UserError` for an unknown policy, or for `fail` with something too long.
+    """
     if overflow not in OVERFLOWS:
         raise UserError(f"unknown overflow policy {overflow!r}", where="overflow", fix=nearest(overflow, OVERFLOWS))
     sizes, most = _whole_numbers(lengths), longest(capacity, multiple)
@@ -529,26 +594,32 @@ def close_turn(
     mask: np.ndarray,  # uint8 [L] 1 = the model must produce this token
     close_id: int,  # <|im_end|>
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Copies whose last place holds the closing token, untrained. Unchanged if a turn's own closing (and a newline) stands there."""
+    """Copies whose last place holds the closing token, untrained.
+
+    Unchanged if a turn's own closing (and a newline) stands there.
+    """
     ids, mask = ids.copy(), mask.copy()
     if close_id not in ids[-2:]:
         ids[-1], mask[-1] = close_id, 0
     return ids, mask
 
-
+# %% ../../nbs/data/17_pack.ipynb #c3033813
 def fit_length(
     length: int,  # tokens of the sequence
     capacity: int,  # tokens a pack can hold
     overflow: str = "truncate",  # one of `OVERFLOWS`
     where: str = "",  # the conversation, for the error
 ) -> int:
-    """How many tokens of one sequence are kept: all, the first `capacity`, or 0 for a dropped one. `split` keeps all, in parts."""
+    """How many tokens of one sequence are kept: all, the first `capacity`, or 0 for a dropped one.
+
+    `split` keeps all, in parts.
+    """
     return fitted([length], capacity, overflow, name=lambda i: where).kept
 
 # %% ../../nbs/data/17_pack.ipynb #23a323d9
 PACK_SIZES = tuple(1024 << k for k in range(9))  # 1k to 256k
 
-
+# %% ../../nbs/data/17_pack.ipynb #ee8438a1
 def cut_curve(
     lengths: Sequence[int] | np.ndarray,  # [S] tokens of each sequence
     sizes: Sequence[int] = PACK_SIZES,  # sizes of a pack
@@ -566,28 +637,41 @@ def cut_curve(
     axes.plot(labels, touched, "s--", color="#3182bd", label="sequences cut")
     axes.set(xlabel="tokens in a pack", ylabel="share", ylim=(0, None))
     axes.legend()
-    said = ", ".join(f"{label} {share:.1%} (of {part:.1%} of the sequences)" for label, share, part in zip(labels, tokens, touched))
+    said = ", ".join(
+        f"{label} {share:.1%} (of {part:.1%} of the sequences)" for label, share, part in zip(labels, tokens, touched)
+    )
     return png(figure, f"tokens that truncation would cut, by size of a pack: {said}")
 
 # %% ../../nbs/data/17_pack.ipynb #248ce52f
+_LIGHT, _DARK = ("#9ecae1", "#fdd0a2"), ("#3182bd", "#e6550d")  # neighbours take turns
+
+
+def _draw_pack(axes: "Axes", row: int, p: Pack) -> None:
+    """One pack as a bar of blocks, the lower part of each as high as its trained share."""
+    for k, (start, end) in enumerate(p.spans):
+        share, place = float(p.loss_mask[start:end].mean()), {"width": end - start, "left": start}
+        axes.barh(row, height=0.8, color=_LIGHT[k % 2], edgecolor="white", linewidth=0.5, **place)
+        axes.barh(row - 0.4 + 0.4 * share, height=0.8 * share, color=_DARK[k % 2], edgecolor="none", **place)
+
+# %% ../../nbs/data/17_pack.ipynb #fd3369da
 def pack_bars(
     packs: Sequence[Pack],
     capacity: int,  # tokens a pack can hold
     shown: int = 16,  # packs drawn; the rest is counted
 ) -> Picture:
-    """Packs as bars: alternating blocks are chats, the dark part of a block is the share of its tokens that are trained."""
+    """Packs as bars: alternating blocks are chats, the dark part of a block is the share of its tokens that are
+    trained.
+    """
     from matplotlib.figure import Figure
 
     drawn = list(packs[:shown])
     figure = Figure(figsize=(8, 0.5 + 0.22 * len(drawn)))
     axes = figure.subplots()
     for row, p in enumerate(drawn):
-        for k, (start, end) in enumerate(p.spans):
-            share = float(p.loss_mask[start:end].mean())
-            axes.barh(row, end - start, left=start, height=0.8, color=("#9ecae1", "#fdd0a2")[k % 2], edgecolor="white", linewidth=0.5)
-            axes.barh(row - 0.4 + 0.4 * share, end - start, left=start, height=0.8 * share, color=("#3182bd", "#e6550d")[k % 2], edgecolor="none")
+        _draw_pack(axes, row, p)
     axes.set(xlim=(0, capacity), xlabel="tokens", ylabel="pack", yticks=range(len(drawn)))
     axes.invert_yaxis()
     fill = sum(map(len, packs)) / (capacity * max(1, len(packs)))
     rest = f", {len(packs) - shown} more not drawn" if len(packs) > shown else ""
-    return png(figure, f"{len(packs)} packs of {capacity} tokens, {fill:.1%} full{rest}; blocks are chats, their dark share is trained")
+    said = f"{len(packs)} packs of {capacity} tokens, {fill:.1%} full{rest}"
+    return png(figure, f"{said}; blocks are chats, their dark share is trained")

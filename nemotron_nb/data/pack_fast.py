@@ -28,7 +28,7 @@ def _swap_all(words, order):
         order[i], order[j] = order[j], order[i]
     return used
 
-
+# %% ../../nbs/data/18_pack_fast.ipynb #7c4627e7
 def shuffled(
     count: int,  # how many, fewer than 2**32
     seed: int,
@@ -92,7 +92,7 @@ def _next_shelf(full, shelves, room):
         node //= 2
     return -1
 
-
+# %% ../../nbs/data/18_pack_fast.ipynb #5977549b
 @numba.njit(cache=True)
 def _mark(full, node, value):
     """Note that a shelf is empty or not, in it and in all nodes above it."""
@@ -104,7 +104,7 @@ def _mark(full, node, value):
             break
         full[node] = either
 
-
+# %% ../../nbs/data/18_pack_fast.ipynb #b30c1f42
 @numba.njit(cache=True)
 def best_fit(lengths, capacity, order):
     """(int32 [S] the pack of each place in `order`, number of packs), as `nemotron_nb.data.pack.best_fit`."""

@@ -77,34 +77,47 @@ from .tokenizer import ChatTokenizer, load_tokenizer
 from ..viz import Picture, joined, table, token_strip
 
 # %% ../../nbs/data/22_prep.ipynb #42bb3f37
-PASSTHROUGH = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # for chats that were templated before
+# for chats that were templated before
+PASSTHROUGH = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 COMPAT, FORMATS, ON_BAD = ("fixed", "nvidia"), ("parquet", "npy"), ("quarantine", "fail")
 
-
+# %% ../../nbs/data/22_prep.ipynb #d7799cb4
 @dataclass(frozen=True)
 class TokenizerSection:
     """Which tokenizer, and what it puts around a chat."""
 
     model: str = "tiny"  # "tiny", "tekken", a folder, or a hub id
     add_bos: bool = False  # an untrained <s> before each sequence
-    add_eos: bool = True  # every chat ends with <|im_end|>, which is the end token: true or false, nothing more is added
+    # every chat ends with <|im_end|>, which is the end token: true or false, nothing more is added
+    add_eos: bool = True
 
-
+# %% ../../nbs/data/22_prep.ipynb #7ad6e124
 @dataclass(frozen=True)
-class PrepConfig:
-    """Settings of a preparation."""
+class _ChatSettings:
+    """Where the chats are, and how they become text."""
 
-    path: str = "sample"  # a file, a folder or a glob of files of chats, or "sample" for the chats that ship with the library; used where no blend is given
-    blend_path: str = ""  # a JSON file that names datasets and their weights, or a YAML file with a `data:` section of NeMo RL
+    # a file, a folder or a glob of files of chats, or "sample" for the chats that ship with the library; used where no
+    # blend is given
+    path: str = "sample"
+    # a JSON file that names datasets and their weights, or a YAML file with a `data:` section of NeMo RL
+    blend_path: str = ""
     blend_tokens: int = 0  # size of a weighted blend; 0: as many tokens as there are
     output_dir: str = "output/stage1_sft"
     cache_dir: str = ""  # where tokenized rows are kept; empty: runs/ in the output folder
     tokenizer: TokenizerSection = TokenizerSection()
-    chat_template: str | None = "nano3"  # a name, a .jinja file, Jinja text, "tokenizer" or "default" for the tokenizer's own; null joins the contents as they are
+    # a name, a .jinja file, Jinja text, "tokenizer" or "default" for the tokenizer's own; null joins the contents as
+    # they are
+    chat_template: str | None = "nano3"
     messages_field: str = "messages"
     tools_field: str = "tools"
     used_in_filter: str | None = None  # keep only rows marked with this word
     used_in_field: str = "used_in"
+
+# %% ../../nbs/data/22_prep.ipynb #a626b76a
+@dataclass(frozen=True)
+class _RowSettings(_ChatSettings):
+    """Which rows are kept, and which of their tokens are trained."""
+
     loss_mode: str = "all"  # which assistant turns are trained
     allow_special_in_text: bool = False  # may a chat's own text become special tokens?
     allow_empty_turns: bool = False  # may an assistant turn say nothing at all? Of such a turn only the end is trained
@@ -112,8 +125,15 @@ class PrepConfig:
     filters: FilterPolicy = FilterPolicy()
     judge: JudgeSection = JudgeSection()  # asked by the filters whether a chat is consistent
     reasoning: ReasoningPolicy = ReasoningPolicy()  # which thoughts are stripped, cut or marked
+
+# %% ../../nbs/data/22_prep.ipynb #e52335ec
+@dataclass(frozen=True)
+class _PackSettings(_RowSettings):
+    """How sequences are laid into packs, and how packs are written."""
+
     max_doc_tokens: int | None = None  # longest sequence; longer ones are treated as `overflow` says
-    pack_size: int = 4096  # tokens a pack can hold; 0 takes the smallest power of two from 2048 on that holds the longest sequence
+    # tokens a pack can hold; 0 takes the smallest power of two from 2048 on that holds the longest sequence
+    pack_size: int = 4096
     pad_to_multiple: int = 1  # sequences are padded to a multiple of this, for context parallelism
     algorithm: str = "first_fit_shuffle"
     overflow: str = "truncate"  # what happens to a sequence longer than a pack
@@ -122,6 +142,12 @@ class PrepConfig:
     parquet_row_group_tokens: int = 131_072  # a reader fetches a whole group to get one pack
     parquet_compression: str = "zstd"
     compat: str = "fixed"  # "nvidia": what NVIDIA's public data preparation does, faults included
+
+# %% ../../nbs/data/22_prep.ipynb #aab4afcb
+@dataclass(frozen=True)
+class PrepConfig(_PackSettings):
+    """Settings of a preparation."""
+
     seed: int = 42  # of the split, the draw and the shuffle
     train_ratio: float = 0.98
     valid_ratio: float = 0.01
@@ -136,23 +162,14 @@ class PrepConfig:
     def __post_init__(self) -> None:
         for name in ("path", "blend_path", "output_dir", "cache_dir"):
             object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
-        _check_ratios(self)
-        limits = {"pack_size": 0, "sample": 1, "pad_to_multiple": 1, "num_shards": 0, "blend_tokens": 0, "workers": 0, "max_doc_tokens": 2, "parquet_row_group_tokens": 0}
-        for name, least in limits.items():
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}", where=name, fix=f"give at least {least}")
-        if self.pack_size == 1 or not 0 <= self.max_bad_fraction <= 1:
-            raise UserError(f"pack_size={self.pack_size}, max_bad_fraction={self.max_bad_fraction}", where="data settings", fix="pack_size is 0 or at least 2, max_bad_fraction lies between 0 and 1")
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise UserError(f"unknown {name} {getattr(self, name)!r}", where=name, fix=nearest(getattr(self, name), known))
-        if self.template_spec != "tokenizer":
-            chat_template(self.template_spec, self.tokenizer.model)
+        _check_settings(self)
 
     @property
     def template_spec(self) -> str:
         """The template, in the one spelling that `chat_template` of the notebook on templates knows."""
-        return PASSTHROUGH if self.chat_template is None else "tokenizer" if self.chat_template == "default" else self.chat_template
+        if self.chat_template is None:
+            return PASSTHROUGH
+        return "tokenizer" if self.chat_template == "default" else self.chat_template
 
     @property
     def runs(self) -> Path:
@@ -166,7 +183,7 @@ class PrepConfig:
             return read_blend(self.blend_path)
         return blend_of_path(str(sample_path()) if self.path == "sample" else self.path)
 
-
+# %% ../../nbs/data/22_prep.ipynb #aa1b6f58
 _CHOICES = {
     "algorithm": ALGORITHMS,
     "overflow": OVERFLOWS,
@@ -179,19 +196,60 @@ _CHOICES = {
     "parquet_compression": COMPRESSIONS,
 }
 
+# %% ../../nbs/data/22_prep.ipynb #80c013c1
+def _check_settings(config: PrepConfig) -> None:
+    """Raise `UserError` for settings that cannot be meant."""
+    _check_ratios(config)
+    _check_limits(config)
+    _check_choices(config)
+    if config.template_spec != "tokenizer":
+        chat_template(config.template_spec, config.tokenizer.model)
 
+# %% ../../nbs/data/22_prep.ipynb #354bcea8
 def _check_ratios(config: PrepConfig) -> None:
     """The three shares add up to one."""
     ratios = (config.train_ratio, config.valid_ratio, config.test_ratio)
     if min(ratios) < 0 or abs(sum(ratios) - 1) > 1e-6:
-        raise UserError(f"train, valid and test ratio are {ratios} and add up to {sum(ratios):g}", where="train_ratio", fix="let them add up to 1")
+        raise UserError(
+            f"train, valid and test ratio are {ratios} and add up to {sum(ratios):g}",
+            where="train_ratio",
+            fix="let them add up to 1",
+        )
+
+# %% ../../nbs/data/22_prep.ipynb #1ab1f8f4
+_LIMITS = {
+    "pack_size": 0, "sample": 1, "pad_to_multiple": 1, "num_shards": 0, "blend_tokens": 0, "workers": 0,
+    "max_doc_tokens": 2, "parquet_row_group_tokens": 0,
+}
+
+
+def _check_limits(config: PrepConfig) -> None:
+    """No number lies below its least value."""
+    for name, least in _LIMITS.items():
+        if getattr(config, name) is not None and getattr(config, name) < least:
+            raise UserError(f"{name} is {getattr(config, name)}", where=name, fix=f"give at least {least}")
+    if config.pack_size == 1 or not 0 <= config.max_bad_fraction <= 1:
+        raise UserError(
+            f"pack_size={config.pack_size}, max_bad_fraction={config.max_bad_fraction}",
+            where="data settings",
+            fix="pack_size is 0 or at least 2, max_bad_fraction lies between 0 and 1",
+        )
+
+# %% ../../nbs/data/22_prep.ipynb #0dfa5aed
+def _check_choices(config: PrepConfig) -> None:
+    """Every name that is chosen from a list is on it."""
+    for name, known in _CHOICES.items():
+        if getattr(config, name) not in known:
+            raise UserError(
+                f"unknown {name} {getattr(config, name)!r}", where=name, fix=nearest(getattr(config, name), known)
+            )
 
 # %% ../../nbs/data/22_prep.ipynb #f110b0ee
 def _position(conversation_id: str, seed: int) -> float:
     """A number in [0, 1) that depends on the chat and the seed alone."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{conversation_id}".encode()).digest()[:8]) / 2**64
 
-
+# %% ../../nbs/data/22_prep.ipynb #8073d9a3
 def assign_splits(
     conversation_ids: Iterable[str],
     ratios: Mapping[str, float],  # share of each of train, valid, test
@@ -217,7 +275,7 @@ class Source:
     files: tuple[str, ...]
     units: tuple[Unit, ...]
 
-
+# %% ../../nbs/data/22_prep.ipynb #4abca588
 UNIT_BYTES = 4 << 20  # a unit of work; small enough for two workers to share a small file
 
 
@@ -226,15 +284,20 @@ def _units(path: str, size: int, changed: int) -> tuple[Unit, ...]:
     """The units of a file. Size and time are arguments so that an edited file is planned again."""
     return tuple(units(path, UNIT_BYTES))
 
-
+# %% ../../nbs/data/22_prep.ipynb #11a2e3aa
 def _source(part: str, dataset: Dataset, downloads: Path) -> Source:
     """The files of a dataset and their units."""
     files = [str(p) for p in resolve(dataset, downloads)]
     stats = [os.stat(f) for f in files]
-    kept = [u for f, s in zip(files, stats) if len(files) == 1 or not holds_nothing(f) for u in _units(f, s.st_size, s.st_mtime_ns)]
+    kept = [
+        u
+        for f, s in zip(files, stats)
+        if len(files) == 1 or not holds_nothing(f)
+        for u in _units(f, s.st_size, s.st_mtime_ns)
+    ]
     return Source(part, dataset, tuple(files), tuple(kept))
 
-
+# %% ../../nbs/data/22_prep.ipynb #711b70fd
 @dataclass(frozen=True)
 class Plan:
     """What is going to be done."""
@@ -247,34 +310,70 @@ class Plan:
     @functools.cached_property
     def versions(self) -> dict[tuple[str, str], str]:
         """How the rows of each source are tokenized, by part and name, as a digest."""
-        return {(s.part, s.dataset.name): settings_digest(self.row_settings(s.dataset), self.tokenizer, self.template) for s in self.sources}
+        return {
+            (s.part, s.dataset.name): settings_digest(self.row_settings(s.dataset), self.tokenizer, self.template)
+            for s in self.sources
+        }
 
     def row_settings(self, dataset: Dataset) -> RowSettings:
         """What decides the tokens of a dataset's rows."""
-        c = self.config
-        same = {n: getattr(c, n) for n in ("messages_field", "tools_field", "used_in_field", "loss_mode", "allow_special_in_text", "allow_empty_turns", "filter_chats", "filters", "judge", "reasoning", "compat")}
-        return RowSettings(dataset, c.tokenizer.model, c.template_spec, used_in_filter=c.used_in_filter or "", add_bos=c.tokenizer.add_bos, **same)
+        return _row_settings(self.config, dataset)
 
     def task(self, source: Source, unit: Unit, max_rows: int = 0) -> Task:
         """One unit to tokenize. Its folder is named by its settings, its dataset, and its bytes."""
         settings = dataclasses.replace(self.row_settings(source.dataset), max_rows=max_rows)
         key = digest([unit.digest, unit.path, unit.first_line, unit.start, max_rows])
         run = self.versions[source.part, source.dataset.name]
-        return Task(unit, settings, str(self.config.runs / run / "datasets" / source.dataset.name / key), run, self.config.encoder, kept=str(self.config.runs))
+        folder = self.config.runs / run / "datasets" / source.dataset.name / key
+        return Task(unit, settings, str(folder), run, self.config.encoder, kept=str(self.config.runs))
 
     @functools.cached_property
     def key(self) -> str:
         """16 digits that name a preparation by content: equal keys, equal bytes."""
-        ways = ("path", "blend_path", "output_dir", "cache_dir", "workers", "executor", "encoder", "on_bad", "max_bad_fraction")
-        return digest(
-            {
-                "settings": {k: v for k, v in dataclasses.asdict(self.config).items() if k not in ways},
-                "sources": [[s.part, dataclasses.asdict(s.dataset) | {"path": ""}, self.versions[s.part, s.dataset.name], [u.digest for u in s.units]] for s in self.sources],
-                "code": code_digest(("data/prep", "data/pack", "data/shards", "data/blend")),
-            }
-        )
+        return _key(self)
+
+# %% ../../nbs/data/22_prep.ipynb #9bf4c742
+_OF_ROWS = (
+    *("messages_field", "tools_field", "used_in_field", "loss_mode", "allow_special_in_text", "allow_empty_turns"),
+    *("filter_chats", "filters", "judge", "reasoning", "compat"),
+)
 
 
+def _row_settings(config: PrepConfig, dataset: Dataset) -> RowSettings:
+    """What decides the tokens of a dataset's rows."""
+    return RowSettings(
+        dataset,
+        config.tokenizer.model,
+        config.template_spec,
+        used_in_filter=config.used_in_filter or "",
+        add_bos=config.tokenizer.add_bos,
+        **{name: getattr(config, name) for name in _OF_ROWS},
+    )
+
+# %% ../../nbs/data/22_prep.ipynb #ab111927
+_PLACE_AND_SPEED = ("path", "blend_path", "output_dir", "cache_dir", "workers", "executor", "encoder", "on_bad")
+_NOT_IN_THE_KEY = (*_PLACE_AND_SPEED, "max_bad_fraction")
+
+
+def _key(plan: Plan) -> str:
+    """16 digits that name a preparation by content: equal keys, equal bytes."""
+    return digest(
+        {
+            "settings": {k: v for k, v in dataclasses.asdict(plan.config).items() if k not in _NOT_IN_THE_KEY},
+            "sources": [
+                [
+                    s.part,
+                    dataclasses.asdict(s.dataset) | {"path": ""},
+                    plan.versions[s.part, s.dataset.name],
+                    [u.digest for u in s.units],
+                ]
+                for s in plan.sources
+            ],
+            "code": code_digest(("data/prep", "data/pack", "data/shards", "data/blend")),
+        }
+    )
+
+# %% ../../nbs/data/22_prep.ipynb #835cbf55
 def make_plan(
     config: PrepConfig,
 ) -> Plan:
@@ -283,7 +382,7 @@ def make_plan(
     sources = tuple(_source(part, d, config.runs / "downloads") for part, ds in config.blend.parts.items() for d in ds)
     return Plan(config, tokenizer, chat_template(config.template_spec, config.tokenizer.model), sources)
 
-
+# %% ../../nbs/data/22_prep.ipynb #72e6788c
 def data_key(
     config: PrepConfig,
 ) -> str:
@@ -332,10 +431,13 @@ class Corpus:
             trained[k] = int((close_turn(ids, mask, close_id)[1] if spans.closing[k] else mask)[1:].sum())
         return trained
 
-
+# %% ../../nbs/data/22_prep.ipynb #59cbc244
 def _corpus(sources: Sequence[Source], spools: Sequence[Sequence[Spooled]]) -> Corpus:
     """The tables of all units, one after the other."""
-    columns: dict[str, list[np.ndarray]] = {n: [np.zeros(0, np.int64)] for n in ("spool_S", "start_S", "length_S", "trained_S", "chat_S", "source_C", "line_C", "row_C", "path_C")}
+    columns: dict[str, list[np.ndarray]] = {
+        n: [np.zeros(0, np.int64)]
+        for n in ("spool_S", "start_S", "length_S", "trained_S", "chat_S", "source_C", "line_C", "row_C", "path_C")
+    }
     ids: list[str] = []
     flat: list[Spooled] = []
     paths = list(dict.fromkeys(u.path for s in sources for u in s.units))
@@ -344,8 +446,19 @@ def _corpus(sources: Sequence[Source], spools: Sequence[Sequence[Spooled]]) -> C
         for unit, part in zip(source.units, parts):
             S, C = len(part.lengths), len(part.lines)
             ends = np.cumsum(part.lengths)
-            new = {"spool_S": np.full(S, len(flat)), "start_S": ends - part.lengths, "length_S": part.lengths, "trained_S": part.trained, "chat_S": part.conversation + len(ids)}
-            new |= {"source_C": np.full(C, number), "line_C": part.lines, "row_C": part.rows + rows_before[unit.path], "path_C": np.full(C, paths.index(unit.path))}
+            new = {
+                "spool_S": np.full(S, len(flat)),
+                "start_S": ends - part.lengths,
+                "length_S": part.lengths,
+                "trained_S": part.trained,
+                "chat_S": part.conversation + len(ids),
+            }
+            new |= {
+                "source_C": np.full(C, number),
+                "line_C": part.lines,
+                "row_C": part.rows + rows_before[unit.path],
+                "path_C": np.full(C, paths.index(unit.path)),
+            }
             for name, column in new.items():
                 columns[name].append(column)
             rows_before[unit.path] += part.record["rows"]
@@ -384,44 +497,64 @@ class Ledger:
 
     def check(self, config: PrepConfig, where: str) -> None:
         """Raise `UserError` if there was nothing, or if too much of it cannot be used."""
-        if not self.rows:
-            raise UserError("no chats: there is no row, or there are only blank lines", where=where, why="there is nothing to train on", fix="give one chat a line (JSONL), or a table with rows")
-        share = len(self.rejects) / self.rows
-        allowed = config.max_bad_fraction if config.on_bad == "quarantine" else 0.0
-        if share > allowed:
-            shown = "\n".join(f"    {r.source}:{r.line}: {r.reason}: {r.detail}" for r in self.rejects[:5])
-            raise UserError(
-                f"{len(self.rejects)} of {self.rows} rows cannot be used ({share:.2%}, allowed are {allowed:.2%})\n{shown}",
-                where=where,
-                why="rows that vanish change what the model learns",
-                fix="repair or remove those rows, or raise max_bad_fraction (with on_bad=quarantine) if losing them is meant",
-            )
+        _check_ledger(self, config, where)
 
     def listed(self) -> list[dict[str, Any]]:
         """Every row and sequence that is not used, as rejects.jsonl holds them."""
         kinds = (("row", self.rejects), ("left_out", self.left_out), ("sequence", self.dropped))
         return [{"kind": kind, **dataclasses.asdict(r)} for kind, rs in kinds for r in rs]
 
+# %% ../../nbs/data/22_prep.ipynb #98bb39e9
+def _check_ledger(ledger: Ledger, config: PrepConfig, where: str) -> None:
+    """Raise `UserError` if there was nothing, or if too much of it cannot be used."""
+    if not ledger.rows:
+        raise UserError(
+            "no chats: there is no row, or there are only blank lines",
+            where=where,
+            why="there is nothing to train on",
+            fix="give one chat a line (JSONL), or a table with rows",
+        )
+    share = len(ledger.rejects) / ledger.rows
+    allowed = config.max_bad_fraction if config.on_bad == "quarantine" else 0.0
+    if share > allowed:
+        shown = "\n".join(f"    {r.source}:{r.line}: {r.reason}: {r.detail}" for r in ledger.rejects[:5])
+        counts = f"{len(ledger.rejects)} of {ledger.rows} rows"
+        raise UserError(
+            f"{counts} cannot be used ({share:.2%}, allowed are {allowed:.2%})\n{shown}",
+            where=where,
+            why="rows that vanish change what the model learns",
+            fix="repair or remove those rows, "
+            "or raise max_bad_fraction (with on_bad=quarantine) if losing them is meant",
+        )
+
 # %% ../../nbs/data/22_prep.ipynb #d659df92
 def _keep(corpus: Corpus, plan: Plan, capacity: int, ledger: Ledger) -> tuple[Spans, np.ndarray]:
     """(spans that teach something, [K] trained labels of each); what is lost goes to the ledger."""
     overflow = "cut" if plan.config.compat == "nvidia" else plan.config.overflow
-    spans = fitted(corpus.length_S, capacity, overflow, plan.config.pad_to_multiple, name=lambda i: "{}:{}".format(*corpus.place(i)))
+    spans = fitted(
+        corpus.length_S,
+        capacity,
+        overflow,
+        plan.config.pad_to_multiple,
+        name=lambda i: "{}:{}".format(*corpus.place(i)),
+    )
     trained = corpus.trained_in(spans, plan.tokenizer.im_end_id)
     good = np.ones(len(spans), bool) if plan.config.compat == "nvidia" else trained > 0
     kept = _chosen(spans, good)
     _book(corpus, spans, kept, longest(capacity, plan.config.pad_to_multiple), ledger)
     return kept, trained[good]
 
-
+# %% ../../nbs/data/22_prep.ipynb #97e8e231
 def _chosen(spans: Spans, which: np.ndarray) -> Spans:
     """Some of the spans, by a mask or by their indices."""
     return dataclasses.replace(spans, **{n: getattr(spans, n)[which] for n in ("sequence", "start", "end", "closing")})
 
-
+# %% ../../nbs/data/22_prep.ipynb #b8322bf0
 def _book(corpus: Corpus, offered: Spans, kept: Spans, most: int, ledger: Ledger) -> None:
     """Write into the ledger what a fit loses."""
-    kept_S = np.bincount(kept.sequence, weights=kept.lengths - (kept.start > 0), minlength=len(corpus.length_S)).astype(np.int64)
+    kept_S = np.bincount(kept.sequence, weights=kept.lengths - (kept.start > 0), minlength=len(corpus.length_S)).astype(
+        np.int64
+    )
     offered_S = np.bincount(offered.sequence, minlength=len(corpus.length_S))
     for s in np.flatnonzero(kept_S == 0):
         length = int(corpus.length_S[s])
@@ -440,7 +573,7 @@ class SplitPlan:
     spans: np.ndarray  # int64 [n], indices of spans, repeated ones repeated
     packing: Packing  # of these
 
-
+# %% ../../nbs/data/22_prep.ipynb #5627fdf1
 def _split_of_chats(corpus: Corpus, sources: Sequence[Source], chats: np.ndarray, config: PrepConfig) -> np.ndarray:
     """[C] index into SPLITS of each chat, -1 where it has no sequence left."""
     split_C = np.full(len(corpus.chat_ids), -1)
@@ -454,10 +587,14 @@ def _split_of_chats(corpus: Corpus, sources: Sequence[Source], chats: np.ndarray
             split_C[own] = [SPLITS.index(where[corpus.chat_ids[c]]) for c in own]
     return split_C
 
-
-def _drawn(corpus: Corpus, plan: Plan, spans: Spans, chats: np.ndarray, split: str, books: dict[str, Any]) -> np.ndarray:
+# %% ../../nbs/data/22_prep.ipynb #5b48ea15
+def _drawn(
+    corpus: Corpus, plan: Plan, spans: Spans, chats: np.ndarray, split: str, books: dict[str, Any]
+) -> np.ndarray:
     """Chats of a split as often as they are met, dataset after dataset."""
-    tokens_C = np.bincount(corpus.chat_S[spans.sequence], weights=spans.lengths, minlength=len(corpus.chat_ids)).astype(np.int64)
+    tokens_C = np.bincount(corpus.chat_S[spans.sequence], weights=spans.lengths, minlength=len(corpus.chat_ids)).astype(
+        np.int64
+    )
     names = {n: s.dataset for n, s in enumerate(plan.sources)}
     own = {n: chats[corpus.source_C[chats] == n] for n in names}
     own = {n: cs for n, cs in own.items() if len(cs)}
@@ -466,17 +603,26 @@ def _drawn(corpus: Corpus, plan: Plan, spans: Spans, chats: np.ndarray, split: s
     lengths = {names[n].name: tokens_C[cs] for n, cs in own.items()}
     weights = {names[n].name: names[n].weight for n in own}
     drawn = draw(lengths, weights, plan.config.seed, plan.config.blend_tokens)
-    books["blend"] = {d: {"weight": weights[d], "tokens": int(lengths[d].sum()), "tokens_met": x.tokens, "chats": len(lengths[d]), "epochs": round(x.epochs, 4)} for d, x in drawn.items()}
+    books["blend"] = {
+        d: {
+            "weight": weights[d],
+            "tokens": int(lengths[d].sum()),
+            "tokens_met": x.tokens,
+            "chats": len(lengths[d]),
+            "epochs": round(x.epochs, 4),
+        }
+        for d, x in drawn.items()
+    }
     return np.concatenate([cs[drawn[names[n].name].chats] for n, cs in own.items()])
 
-
+# %% ../../nbs/data/22_prep.ipynb #c3cba01c
 def _spans_of(chats: np.ndarray, chat_K: np.ndarray) -> np.ndarray:
     """The spans of chats, in the order of the chats; `chat_K` is ascending."""
     first = np.searchsorted(chat_K, chats, "left")
     count = np.searchsorted(chat_K, chats, "right") - first
     return np.repeat(first, count) + np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
 
-
+# %% ../../nbs/data/22_prep.ipynb #b567d169
 def _mixed(packing: Packing, seed: int) -> Packing:
     """The same packs in a seeded random order."""
     order = np.random.default_rng(seed).permutation(len(packing))
@@ -485,14 +631,18 @@ def _mixed(packing: Packing, seed: int) -> Packing:
     places = np.repeat(packing.starts[:-1][order] - starts[:-1], sizes) + np.arange(starts[-1])
     return Packing(packing.order[places], starts)
 
-
-def _plan_split(corpus: Corpus, plan: Plan, spans: Spans, chats: np.ndarray, split: str, pack_size: int, books: dict[str, Any]) -> SplitPlan:
+# %% ../../nbs/data/22_prep.ipynb #7315262a
+def _plan_split(
+    corpus: Corpus, plan: Plan, spans: Spans, chats: np.ndarray, split: str, pack_size: int, books: dict[str, Any]
+) -> SplitPlan:
     """Which spans lie in which pack of a split."""
     chosen = _spans_of(_drawn(corpus, plan, spans, chats, split, books), corpus.chat_S[spans.sequence])
     lengths = aligned(spans.lengths[chosen], plan.config.pad_to_multiple)
-    return SplitPlan(chosen, _mixed(pack(lengths, pack_size, plan.config.algorithm, plan.config.seed), plan.config.seed))
+    return SplitPlan(
+        chosen, _mixed(pack(lengths, pack_size, plan.config.algorithm, plan.config.seed), plan.config.seed)
+    )
 
-
+# %% ../../nbs/data/22_prep.ipynb #71017aed
 def _shards(plan: SplitPlan, tokens: int, config: PrepConfig) -> list[range]:
     """The packs of each shard: about as many in one as in another."""
     packs = len(plan.packing)
@@ -509,14 +659,25 @@ def _reference_shards(corpus: Corpus, plan: Plan, spans: Spans, pack_size: int) 
     shards: list[SplitPlan] = []
     for number, source in enumerate(plan.sources):
         for rows in shard_plan([(f, os.path.getsize(f)) for f in source.files], num_shards):
-            mine = [np.flatnonzero((corpus.source_C == number) & (corpus.path_C == corpus.paths.index(f)) & (corpus.row_C % modulus == rest)) for f, modulus, rest in rows]
+            mine = [
+                np.flatnonzero(
+                    (corpus.source_C == number)
+                    & (corpus.path_C == corpus.paths.index(f))
+                    & (corpus.row_C % modulus == rest)
+                )
+                for f, modulus, rest in rows
+            ]
             chosen = _spans_of(np.concatenate([np.zeros(0, np.int64), *mine]), chat_K)
             shards.append(SplitPlan(chosen, pack(spans.lengths[chosen], pack_size, config.algorithm, config.seed)))
-    dealt = split_shards(range(len(shards)), num_shards, valid_ratio=config.valid_ratio, test_ratio=config.test_ratio, seed=config.seed)
+    dealt = split_shards(
+        range(len(shards)), num_shards, valid_ratio=config.valid_ratio, test_ratio=config.test_ratio, seed=config.seed
+    )
     return {s: [shards[i] for i in dealt[s]] for s in SPLITS}
 
 # %% ../../nbs/data/22_prep.ipynb #a852f137
-def _summary_of_split(corpus: Corpus, spans: Spans, trained: np.ndarray, plans: Sequence[SplitPlan], pack_size: int) -> dict[str, Any]:
+def _summary_of_split(
+    corpus: Corpus, spans: Spans, trained: np.ndarray, plans: Sequence[SplitPlan], pack_size: int
+) -> dict[str, Any]:
     """Counts of a split."""
     chosen = np.concatenate([np.zeros(0, np.int64), *(p.spans for p in plans)])
     tokens, packs = int(spans.lengths[chosen].sum()), sum(len(p.packing) for p in plans)
@@ -530,7 +691,7 @@ def _summary_of_split(corpus: Corpus, spans: Spans, trained: np.ndarray, plans: 
         "fill": round(tokens / (pack_size * packs), 4) if packs else 0.0,
     }
 
-
+# %% ../../nbs/data/22_prep.ipynb #86e7d59d
 def _length_histogram(lengths: np.ndarray) -> dict[str, int]:
     """Counts of sequences by length, in powers of two: {"128": 7} means 7 of them have 65 to 128 tokens."""
     counts = Counter(1 << (int(n) - 1).bit_length() for n in lengths)
@@ -541,24 +702,31 @@ def _share_histogram(trained: np.ndarray, lengths: np.ndarray) -> list[int]:
     """Counts of sequences by the share of their tokens that is trained, in tenths."""
     return np.histogram(trained / np.maximum(1, lengths), bins=10, range=(0, 1))[0].tolist()
 
-
+# %% ../../nbs/data/22_prep.ipynb #7768c7be
 def _notes(values: Mapping[str, Any], ledger: Ledger) -> list[str]:
     """What somebody should know before training on this."""
     notes = []
     if ledger.truncated_tokens:
         share = ledger.truncated_tokens / (values["tokens"] + ledger.truncated_tokens)
-        notes.append(f"{ledger.truncated_sequences} sequences were longer than a pack; {ledger.truncated_tokens} tokens were cut ({share:.1%}); raise pack_size to keep them")
+        notes.append(
+            f"{ledger.truncated_sequences} sequences were longer than a pack; {ledger.truncated_tokens} tokens were "
+            f"cut ({share:.1%}); raise pack_size to keep them"
+        )
     if ledger.dropped:
-        notes.append(f"{len(ledger.dropped)} sequences with {ledger.dropped_tokens} tokens were left out, see rejects.jsonl")
+        notes.append(
+            f"{len(ledger.dropped)} sequences with {ledger.dropped_tokens} tokens were left out, see rejects.jsonl"
+        )
     notes += [f"{name}, {n} chats: {REPAIRS[name.partition(':')[0]]}" for name, n in sorted(ledger.repairs.items())]
     notes += [f"the template has no place for {part}: {n} chats" for part, n in sorted(ledger.unprinted.items())]
     notes += [f"reasoning control: {n} chats {action}, see changes.jsonl" for action, n in values["reasoning"].items()]
     if ledger.empty_files:
-        notes.append(f"{len(ledger.empty_files)} files hold no row: {', '.join(Path(f).name for f in ledger.empty_files[:5])}")
+        notes.append(
+            f"{len(ledger.empty_files)} files hold no row: {', '.join(Path(f).name for f in ledger.empty_files[:5])}"
+        )
     notes += [f"the {name} split is empty" for name, s in values["splits"].items() if not s["packs"]]
     return notes
 
-
+# %% ../../nbs/data/22_prep.ipynb #2b5a1228
 def _counted(rows: Iterable[Reject]) -> dict[str, int]:
     """Reasons and how often each occurs, the most frequent first."""
     return dict(sorted(Counter(r.reason for r in rows).items(), key=lambda item: (-item[1], item[0])))
@@ -575,21 +743,26 @@ class Built:
     values: dict[str, Any]  # of the manifest
     ledger: Ledger
 
-
+# %% ../../nbs/data/22_prep.ipynb #655a7971
 def _holding(longest: int) -> int:
     """The smallest power of two from 2048 on that holds a sequence of `longest` tokens."""
     return max(2048, 1 << max(0, longest - 1).bit_length())
 
-
-def _split_plans(corpus: Corpus, plan: Plan, spans: Spans, pack_size: int, books: dict[str, Any]) -> dict[str, list[SplitPlan]]:
+# %% ../../nbs/data/22_prep.ipynb #0a7a8588
+def _split_plans(
+    corpus: Corpus, plan: Plan, spans: Spans, pack_size: int, books: dict[str, Any]
+) -> dict[str, list[SplitPlan]]:
     """How each split is packed."""
     if plan.config.compat == "nvidia":
         return _reference_shards(corpus, plan, spans, pack_size)
     chats = np.unique(corpus.chat_S[spans.sequence])
     split_C = _split_of_chats(corpus, plan.sources, chats, plan.config)
-    return {s: [_plan_split(corpus, plan, spans, chats[split_C[chats] == i], s, pack_size, books)] for i, s in enumerate(SPLITS)}
+    return {
+        s: [_plan_split(corpus, plan, spans, chats[split_C[chats] == i], s, pack_size, books)]
+        for i, s in enumerate(SPLITS)
+    }
 
-
+# %% ../../nbs/data/22_prep.ipynb #20555e8d
 def _build(plan: Plan, corpus: Corpus, ledger: Ledger) -> Built:
     """From the tables of all sequences to the packs of all splits, as numbers."""
     config = plan.config
@@ -598,22 +771,50 @@ def _build(plan: Plan, corpus: Corpus, ledger: Ledger) -> Built:
     books: dict[str, Any] = {"blend": {}}
     spans, trained = _keep(corpus, plan, min(pack_size, config.max_doc_tokens or pack_size), ledger)
     if not len(spans):
-        reasons = _counted([*ledger.dropped, *ledger.left_out])
-        unmarked = "set train: true (or leave the flag out) on the turns to learn" if set(reasons) == {"nothing_trained"} else "raise pack_size, or look at the rows"
-        raise UserError("no sequence is left to train on", where=_where(plan), why=f"left out: {reasons}", fix=unmarked)
+        raise _nothing_left(ledger, _where(plan))
     plans = _split_plans(corpus, plan, spans, pack_size, books)
-    lengths = spans.lengths
     splits = {s: _summary_of_split(corpus, spans, trained, p, pack_size) for s, p in plans.items()}
     if not splits["train"]["packs"]:
         raise UserError("the training split is empty", where=_where(plan), fix="raise train_ratio, or give more chats")
-    values = {
-        **_identity(plan, pack_size),
+    histograms = {
+        "length_histogram": _length_histogram(spans.lengths),
+        "trained_share_histogram": _share_histogram(trained, spans.lengths),
+    }
+    values = {**_identity(plan, pack_size), **_counts(ledger, splits), **books, **histograms}
+    shards = {s: _shards_of(ps, splits[s]["tokens"], config) for s, ps in plans.items()}
+    return Built(plan, corpus, spans, shards, values | {"warnings": _notes(values, ledger)}, ledger)
+
+# %% ../../nbs/data/22_prep.ipynb #d76f291b
+def _nothing_left(ledger: Ledger, where: str) -> UserError:
+    """The error of a preparation that has no sequence left."""
+    reasons = _counted([*ledger.dropped, *ledger.left_out])
+    unmarked = set(reasons) == {"nothing_trained"}
+    fix = "set train: true (or leave the flag out) on the turns to learn" if unmarked else ""
+    return UserError(
+        "no sequence is left to train on",
+        where=where,
+        why=f"left out: {reasons}",
+        fix=fix or "raise pack_size, or look at the rows",
+    )
+
+
+def _shards_of(plans: Sequence[SplitPlan], tokens: int, config: PrepConfig) -> list[tuple[SplitPlan, range]]:
+    """The packs of each shard of a split; NVIDIA's shards are packed one by one, so each is one already."""
+    ranges = ((p, [range(len(p.packing))] if config.compat == "nvidia" else _shards(p, tokens, config)) for p in plans)
+    return [(p, packs) for p, shards in ranges for packs in shards if len(packs)]
+
+# %% ../../nbs/data/22_prep.ipynb #d77976a3
+def _counts(ledger: Ledger, splits: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What came of the rows and the tokens, as the manifest holds it."""
+    listed = [*ledger.rejects, *ledger.left_out, *ledger.dropped]
+    examples = {r.reason: f"{Path(r.source).name}:{r.line}: {r.detail}"[:200] for r in reversed(listed)}
+    return {
         "rows": ledger.rows,
         "accepted": ledger.accepted,
         "rejects": _counted(ledger.rejects),
         "left_out": _counted(ledger.left_out),
         "dropped_sequences": _counted(ledger.dropped),
-        "examples": {r.reason: f"{Path(r.source).name}:{r.line}: {r.detail}"[:200] for r in reversed([*ledger.rejects, *ledger.left_out, *ledger.dropped])},
+        "examples": examples,
         "repairs": dict(sorted(ledger.repairs.items())),
         "reasoning": dict(sorted(Counter(c["action"] for c in ledger.changes).items())),
         **{name: sum(s[name] for s in splits.values()) for name in ("sequences", "tokens", "trained_tokens")},
@@ -621,23 +822,29 @@ def _build(plan: Plan, corpus: Corpus, ledger: Ledger) -> Built:
         "truncated_tokens": ledger.truncated_tokens,
         "dropped_tokens": ledger.dropped_tokens,
         "splits": splits,
-        **books,
-        "length_histogram": _length_histogram(lengths),
-        "trained_share_histogram": _share_histogram(trained, lengths),
     }
-    shards = {s: [(p, r) for p in ps for r in ([range(len(p.packing))] if config.compat == "nvidia" else _shards(p, splits[s]["tokens"], config)) if len(r)] for s, ps in plans.items()}
-    return Built(plan, corpus, spans, shards, values | {"warnings": _notes(values, ledger)}, ledger)
 
-
+# %% ../../nbs/data/22_prep.ipynb #bd38f30c
 def _where(plan: Plan) -> str:
     """What people call the source."""
     return plan.config.blend_path or plan.sources[0].files[0]
 
-
+# %% ../../nbs/data/22_prep.ipynb #e3bbaf85
 def _identity(plan: Plan, pack_size: int) -> dict[str, Any]:
     """What went in, by name and by digest."""
     config = plan.config
-    datasets = [{"name": s.dataset.name, "path": s.dataset.path, "weight": s.dataset.weight, "split": s.dataset.split, "part": s.part, "files": len(s.files), "digest": digest([u.digest for u in s.units])} for s in plan.sources]
+    datasets = [
+        {
+            "name": s.dataset.name,
+            "path": s.dataset.path,
+            "weight": s.dataset.weight,
+            "split": s.dataset.split,
+            "part": s.part,
+            "files": len(s.files),
+            "digest": digest([u.digest for u in s.units]),
+        }
+        for s in plan.sources
+    ]
     return {
         "format_version": 2,
         "key": plan.key,
@@ -649,7 +856,10 @@ def _identity(plan: Plan, pack_size: int) -> dict[str, Any]:
         "template": plan.template.name,
         "template_digest": plan.template.digest,
         "pack_size": pack_size,
-        **{name: getattr(config, name) for name in ("algorithm", "overflow", "pad_to_multiple", "loss_mode", "compat", "format", "seed", "sample")},
+        **{
+            name: getattr(config, name)
+            for name in ("algorithm", "overflow", "pad_to_multiple", "loss_mode", "compat", "format", "seed", "sample")
+        },
     }
 
 # %% ../../nbs/data/22_prep.ipynb #e23763da
@@ -657,17 +867,32 @@ def _one_sequence(built: Built) -> Picture:
     """The first training sequence that was kept, token by token, trained tokens underlined."""
     ids, mask = built.corpus.part(built.spans, 0)
     path, line = built.corpus.place(int(built.spans.sequence[0]))
-    return token_strip(built.plan.tokenizer.pieces(ids.tolist()), mask.tolist(), roles=["token"] * len(ids), title=f"one training sequence, {Path(path).name}:{line}; underlined = trained", window=700)
+    return token_strip(
+        built.plan.tokenizer.pieces(ids.tolist()),
+        mask.tolist(),
+        roles=["token"] * len(ids),
+        title=f"one training sequence, {Path(path).name}:{line}; underlined = trained",
+        window=700,
+    )
 
-
+# %% ../../nbs/data/22_prep.ipynb #50d84f2f
 def _page(built: Built) -> str:
     """report.html: the tables, the histograms and one sequence. Works without scripts and without a network."""
     manifest = Manifest(built.values)
-    datasets = table([{k: v for k, v in d.items() if k != "digest"} for d in built.values["datasets"]], title="datasets")
-    settings = table([[k, v] for k, v in built.values.items() if isinstance(v, (str, int, float)) and not isinstance(v, bool)], header=["name", "value"], title="what went in and what came out")
+    datasets = table(
+        [{k: v for k, v in d.items() if k != "digest"} for d in built.values["datasets"]], title="datasets"
+    )
+    settings = table(
+        [[k, v] for k, v in built.values.items() if isinstance(v, (str, int, float)) and not isinstance(v, bool)],
+        header=["name", "value"],
+        title="what went in and what came out",
+    )
     parts = joined([manifest.picture(), length_histogram(manifest), _one_sequence(built), datasets, settings]).html
     style = "font-family:sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#111;background:#fff"
-    return f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>prepared data {built.values["key"]}</title></head><body style="{style}"><h1>Prepared data</h1>{parts}</body></html>\n'
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>prepared data '
+        f'{built.values["key"]}</title></head><body style="{style}"><h1>Prepared data</h1>{parts}</body></html>\n'
+    )
 
 # %% ../../nbs/data/22_prep.ipynb #a1fbbd40
 def _sequences(corpus: Corpus, sources: Sequence[Source]) -> Sequences:
@@ -683,18 +908,30 @@ def _sequences(corpus: Corpus, sources: Sequence[Source]) -> Sequences:
         sources=[sources[n].dataset.name for n in corpus.source_C],
     )
 
-
+# %% ../../nbs/data/22_prep.ipynb #9885b46f
 def _write_data(built: Built, folder: Path, workers: int) -> dict[str, list[str]]:
     """The packs of all splits, as the format asks. Returns the names of each split's shards."""
     config, tokenizer = built.plan.config, built.plan.tokenizer
     sequences = _sequences(built.corpus, built.plan.sources)
     layout = REFERENCE_LAYOUT if config.compat == "nvidia" else {"row_group_tokens": config.parquet_row_group_tokens}
-    options = layout | {"compression": config.parquet_compression, "pad_to_multiple": config.pad_to_multiple, "pad_id": tokenizer.im_end_id, "close_id": tokenizer.im_end_id}
+    options = layout | {
+        "compression": config.parquet_compression,
+        "pad_to_multiple": config.pad_to_multiple,
+        "pad_id": tokenizer.im_end_id,
+        "close_id": tokenizer.im_end_id,
+    }
 
     def write(split: str, number: int) -> None:
         """One shard."""
         plan, packs = built.shards[split][number]
-        write_shard(folder / "splits" / split / f"shard_{number:06d}.parquet", sequences, plan.packing, packs, spans=_chosen(built.spans, plan.spans), **options)
+        write_shard(
+            folder / "splits" / split / f"shard_{number:06d}.parquet",
+            sequences,
+            plan.packing,
+            packs,
+            spans=_chosen(built.spans, plan.spans),
+            **options,
+        )
 
     jobs = [(split, number) for split, shards in built.shards.items() for number in range(len(shards))]
     with ThreadPoolExecutor(workers) as pool:
@@ -702,12 +939,16 @@ def _write_data(built: Built, folder: Path, workers: int) -> dict[str, list[str]
             done.result()
     names = {s: [f"splits/{s}/shard_{i:06d}" for i in range(len(built.shards[s]))] for s in SPLITS}
     if config.format == "npy":
-        write_npy(folder, {s: read_packs(folder / "splits" / s) if names[s] else [] for s in SPLITS}, built.values["pack_size"])
+        write_npy(
+            folder,
+            {s: read_packs(folder / "splits" / s) if names[s] else [] for s in SPLITS},
+            built.values["pack_size"],
+        )
         shutil.rmtree(folder / "splits")
         names = {"train": ["training"], "valid": ["validation"], "test": ["test"]}
     return names
 
-
+# %% ../../nbs/data/22_prep.ipynb #c203458c
 def _metadata(built: Built) -> dict[str, Any]:
     """metadata.json, with the names that the published recipes read. Times are left empty: equal data, equal bytes."""
     values, npy = built.values, built.plan.config.format == "npy"
@@ -715,7 +956,10 @@ def _metadata(built: Built) -> dict[str, Any]:
     return {
         "path": ".",
         "type": "SFTDataArtifact",
-        "metadata": {n: values[n] for n in ("splits", "rejects", "left_out", "dropped_sequences", "truncated_sequences", "truncated_tokens")},
+        "metadata": {
+            n: values[n]
+            for n in ("splits", "rejects", "left_out", "dropped_sequences", "truncated_sequences", "truncated_tokens")
+        },
         "created_at": None,
         "producer": f"nemotron_nb {__version__}",
         "tracking": None,
@@ -729,11 +973,17 @@ def _metadata(built: Built) -> dict[str, Any]:
         "blend_path": "blend.json",
         "num_shards": sum(map(len, built.shards.values())),
         "data_format": "packed_sft_npy" if npy else "packed_sft_parquet",
-        "source_datasets": [{"uri": s.dataset.path, "name": s.dataset.name, "weight": s.dataset.weight, "split": s.dataset.split, "subset": s.dataset.subset, "text_field": s.dataset.text_field} for s in built.plan.sources],
+        "source_datasets": [
+            {
+                "uri": s.dataset.path, "name": s.dataset.name, "weight": s.dataset.weight, "split": s.dataset.split,
+                "subset": s.dataset.subset, "text_field": s.dataset.text_field,
+            }
+            for s in built.plan.sources
+        ],
         "tokenizer_uri": values["tokenizer"],
     }
 
-
+# %% ../../nbs/data/22_prep.ipynb #d27dd1a3
 def _write(built: Built, folder: Path, workers: int) -> None:
     """Everything but the tokenized units, into an empty folder."""
     names = _write_data(built, folder, workers)
@@ -746,14 +996,24 @@ def _write(built: Built, folder: Path, workers: int) -> None:
     write_json(folder / "manifest.json", built.values)
 
 # %% ../../nbs/data/22_prep.ipynb #a0708289
-_OWN = ("splits", "tokenizer", *(f"{name}.npy" for name in NPY_NAMES.values()), "rejects.jsonl", "changes.jsonl", "report.html", "blend.json", "metadata.json", "manifest.json")
+_OWN = (
+    "splits",
+    "tokenizer",
+    *(f"{name}.npy" for name in NPY_NAMES.values()),
+    "rejects.jsonl",
+    "changes.jsonl",
+    "report.html",
+    "blend.json",
+    "metadata.json",
+    "manifest.json",
+)
 
-
+# %% ../../nbs/data/22_prep.ipynb #48b549f9
 def _is_own(name: str) -> bool:
     """Is this a file that a preparation writes? One of them carries the size of a pack in its name."""
     return name in _OWN or name.endswith("_metadata.jsonl")
 
-
+# %% ../../nbs/data/22_prep.ipynb #45e7ff04
 def _holder(folder: Path) -> str:
     """The key of the preparation that holds the folder's lock; "" if it does not say."""
     try:
@@ -761,10 +1021,12 @@ def _holder(folder: Path) -> str:
     except OSError:
         return ""
 
-
+# %% ../../nbs/data/22_prep.ipynb #513dd0e7
 @contextmanager
 def _alone(folder: Path, key: str) -> Iterator[bool]:
-    """Hold the folder's lock while the block runs; gives whether another process was waited for, which prepares the same."""
+    """Hold the folder's lock while the block runs; gives whether another process was waited for, which prepares the
+    same.
+    """
     waited, misses = False, 0
     while True:
         with locked(folder / ".lock", patience=0.2) as lock:
@@ -780,18 +1042,20 @@ def _alone(folder: Path, key: str) -> Iterator[bool]:
                 return
         misses = 0 if _holder(folder) == key else misses + 1
         if misses > 5:  # a holder who has just begun may not have written its key yet
-            raise UserError("another preparation is writing here", where=str(folder), fix="wait for it, or give another output_dir")
+            raise UserError(
+                "another preparation is writing here", where=str(folder), fix="wait for it, or give another output_dir"
+            )
         if not misses and not waited:
             print(f"another process prepares the same data in {folder}; waiting for it", file=sys.stderr, flush=True)
             waited = True
 
-
+# %% ../../nbs/data/22_prep.ipynb #c69a8790
 def _sweep(config: PrepConfig) -> None:
     """Remove what killed preparations left under temporary names, in the folder and in the cache."""
     sweep(Path(config.output_dir))
     sweep(config.runs, "*/datasets/*/.*.tmp")
 
-
+# %% ../../nbs/data/22_prep.ipynb #092bfc47
 def _put_in_place(new: Path, folder: Path) -> None:
     """Replace what a preparation wrote before by what was written now. A folder without a manifest is not finished."""
     aside = temporary_name(folder / "old")
@@ -807,7 +1071,7 @@ def _put_in_place(new: Path, folder: Path) -> None:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
-
+# %% ../../nbs/data/22_prep.ipynb #119f2bff
 def _found(folder: Path, key: str) -> Manifest:
     """The manifest of data prepared before; `UserError` if it was prepared otherwise."""
     manifest = Manifest.load(folder)
@@ -820,12 +1084,25 @@ def _found(folder: Path, key: str) -> Manifest:
         fix="use force (--force), or another output_dir; rows that did not change are not tokenized again",
     )
 
-
+# %% ../../nbs/data/22_prep.ipynb #46d2e661
 def _refuse_foreign(folder: Path) -> None:
     """A folder with files that no preparation wrote is not ours to fill."""
-    foreign = sorted(p.name for p in folder.iterdir() if not _is_own(p.name) and p.name not in ("runs", ".lock") and not p.name.endswith(".tmp")) if folder.is_dir() else []
+    foreign = (
+        sorted(
+            p.name
+            for p in folder.iterdir()
+            if not _is_own(p.name) and p.name not in ("runs", ".lock") and not p.name.endswith(".tmp")
+        )
+        if folder.is_dir()
+        else []
+    )
     if foreign:
-        raise UserError(f"the folder holds other files: {', '.join(foreign[:5])}", where=str(folder), why="they could be mistaken for prepared data", fix="give an empty folder, or a new one")
+        raise UserError(
+            f"the folder holds other files: {', '.join(foreign[:5])}",
+            where=str(folder),
+            why="they could be mistaken for prepared data",
+            fix="give an empty folder, or a new one",
+        )
 
 # %% ../../nbs/data/22_prep.ipynb #5532c6e6
 def _sampled(plan: Plan, rows: int) -> tuple[list[list[Task]], str]:
@@ -843,28 +1120,36 @@ def _sampled(plan: Plan, rows: int) -> tuple[list[list[Task]], str]:
                 break
     return tasks, "; ".join(f"{n} times: {text}" if n > 1 else text for text, n in said.items())
 
-
 # %% ../../nbs/data/22_prep.ipynb #0c01
 _ROOM = "free some space, or give output_dir and cache_dir on another disk; what is finished is kept"
 _PLACE = "give an output_dir that can be written"
 _MACHINE: Mapping[int, tuple[str, str]] = {
     errno.ENOSPC: ("the disk is full", _ROOM),
     errno.EDQUOT: ("the disk quota is used up", _ROOM),
-    errno.EFBIG: ("a file would become larger than this process or the disk allows", "raise the limit (ulimit -f), or give output_dir on another disk"),
+    errno.EFBIG: (
+        "a file would become larger than this process or the disk allows",
+        "raise the limit (ulimit -f), or give output_dir on another disk",
+    ),
     errno.EROFS: ("the file system is read-only", _PLACE),
     errno.EACCES: ("no permission to write here", _PLACE),
     errno.EPERM: ("no permission to write here", _PLACE),
     errno.ENOTDIR: ("a part of the path is a file", "give another output_dir"),
     errno.EEXIST: ("is a file or a link that leads nowhere, and a folder belongs there", "give another output_dir"),
-    errno.ELOOP: ("the path goes through a link that leads back to itself", "give another output_dir, or mend the link"),
-    errno.ENAMETOOLONG: ("the path is longer than the file system allows", "give a shorter output_dir or cache_dir, and shorter names of datasets"),
+    errno.ELOOP: (
+        "the path goes through a link that leads back to itself",
+        "give another output_dir, or mend the link",
+    ),
+    errno.ENAMETOOLONG: (
+        "the path is longer than the file system allows",
+        "give a shorter output_dir or cache_dir, and shorter names of datasets",
+    ),
     errno.EMFILE: ("this process may not open more files", "raise the limit (ulimit -n), or give fewer workers"),
     errno.ENFILE: ("this machine has no more files to open", "end other programs, or try again later"),
     errno.EAGAIN: ("this machine gives no further process", "give fewer workers, or raise the limit (ulimit -u)"),
     errno.ENOMEM: ("there is not enough memory", "give fewer workers, or raise the limit (ulimit -v)"),
 }
 
-
+# %% ../../nbs/data/22_prep.ipynb #b73ad16a
 def _say(error: OSError | MemoryError, folder: Path) -> UserError | None:
     """The errors of a machine as sentences; None for any other."""
     what = _MACHINE.get(errno.ENOMEM if isinstance(error, MemoryError) else error.errno)
@@ -894,7 +1179,7 @@ def prepare(
             raise
         raise said from e
 
-
+# %% ../../nbs/data/22_prep.ipynb #fedacf55
 def _prepare(plan: Plan, folder: Path, progress: Progress) -> Manifest:
     """`prepare`, alone in its folder."""
     config = plan.config
@@ -920,7 +1205,7 @@ def _prepare(plan: Plan, folder: Path, progress: Progress) -> Manifest:
         shutil.rmtree(new, ignore_errors=True)
     return Manifest(built.values, folder, tokenized)
 
-
+# %% ../../nbs/data/22_prep.ipynb #885eff89
 def _without_rows(sources: Sequence[Source], spools: Sequence[Sequence[Spooled]]) -> list[str]:
     """The files that hold no row."""
     rows = Counter({f: 0 for s in sources for f in s.files})

@@ -28,16 +28,18 @@ from ..viz import Picture, joined, png, table, token_strip
 
 # %% ../../nbs/data/12_reasoning.ipynb #1ba932ba
 SCALES = ("uniform", "log")
-SUPER_BUDGET_STEPS = 350  # length of the stage that SUPER_BUDGET belongs to, in optimizer steps (published recipe of Super)
+# length of the stage that SUPER_BUDGET belongs to, in optimizer steps (published recipe of Super)
+SUPER_BUDGET_STEPS = 350
 
-
+# %% ../../nbs/data/12_reasoning.ipynb #1eca3f43
 @dataclass(frozen=True)
 class ReasoningPolicy:
     """How many chats lose their thoughts, how many have them cut, and how low effort is asked for."""
 
     strip_fraction: float = 0.0  # share of chats with reasoning whose reasoning is removed
     truncate_fraction: float = 0.0  # share of chats with reasoning whose thoughts are cut at a budget
-    low_effort_fraction: float = 0.0  # share of low effort that the mixture should hold; compared in the report, see `low_effort_flag`
+    # share of low effort that the mixture should hold; compared in the report, see `low_effort_flag`
+    low_effort_fraction: float = 0.0
     low_effort_field: str = "low_effort"  # field of a row that says whether its thought was written with low effort
     low_effort_sources: tuple[str, ...] = ()  # sources in which every chat is of low effort
     low_effort_marker: str = "\n\n{reasoning effort: low}"  # added to the last user turn of a low-effort chat
@@ -49,21 +51,43 @@ class ReasoningPolicy:
     def __post_init__(self) -> None:
         shares = (self.strip_fraction, self.truncate_fraction, self.low_effort_fraction)
         if not all(0 <= s <= 1 for s in shares) or self.strip_fraction + self.truncate_fraction > 1:
-            raise UserError(f"strip, truncate and low-effort fraction are {shares}", where="reasoning policy", fix="each lies in 0 to 1; a chat is stripped or cut, never both, so these two add up to 1 at most")
+            raise UserError(
+                f"strip, truncate and low-effort fraction are {shares}",
+                where="reasoning policy",
+                fix="each lies in 0 to 1; a chat is stripped or cut, never both, so these two add up to 1 at most",
+            )
         if not 1 <= self.min_budget <= self.max_budget:
-            raise UserError(f"budgets from {self.min_budget} to {self.max_budget} tokens", where="reasoning policy", fix="let 1 <= min_budget <= max_budget; a budget of 0 tokens is the mode off, see strip_fraction")
+            raise UserError(
+                f"budgets from {self.min_budget} to {self.max_budget} tokens",
+                where="reasoning policy",
+                fix="let 1 <= min_budget <= max_budget; a budget of 0 tokens is the mode off, see strip_fraction",
+            )
         if self.budget_scale not in SCALES:
-            raise UserError(f"unknown budget_scale {self.budget_scale!r}", where="reasoning policy", fix=nearest(self.budget_scale, SCALES))
+            raise UserError(
+                f"unknown budget_scale {self.budget_scale!r}",
+                where="reasoning policy",
+                fix=nearest(self.budget_scale, SCALES),
+            )
         if not self.low_effort_marker.strip():
-            raise UserError("low_effort_marker is blank", where="reasoning policy", why="low effort could not be told from regular, and regular thoughts would grow short", fix="write words that a user would send")
+            raise UserError(
+                "low_effort_marker is blank",
+                where="reasoning policy",
+                why="low effort could not be told from regular, and regular thoughts would grow short",
+                fix="write words that a user would send",
+            )
 
-
+# %% ../../nbs/data/12_reasoning.ipynb #d288d2d2
 NANO = ReasoningPolicy(strip_fraction=0.10, truncate_fraction=0.03)
 SUPER = ReasoningPolicy(strip_fraction=0.03, low_effort_fraction=0.02)
 SUPER_BUDGET = ReasoningPolicy(truncate_fraction=0.12)
-PRESETS: Mapping[str, ReasoningPolicy] = {"none": ReasoningPolicy(), "nano": NANO, "super": SUPER, "super_budget": SUPER_BUDGET}
+PRESETS: Mapping[str, ReasoningPolicy] = {
+    "none": ReasoningPolicy(),
+    "nano": NANO,
+    "super": SUPER,
+    "super_budget": SUPER_BUDGET,
+}
 
-
+# %% ../../nbs/data/12_reasoning.ipynb #76eb4adc
 def reasoning_policy(
     name: str,  # "none", "nano", "super" or "super_budget"
 ) -> ReasoningPolicy:
@@ -82,15 +106,20 @@ def _position(
     raw = hashlib.sha256(f"{purpose}:{seed}:{conversation_id}".encode()).digest()
     return (int.from_bytes(raw[:8]) >> 11) / 2**53
 
-
+# %% ../../nbs/data/12_reasoning.ipynb #e57886af
 def decide(
     conversation_id: str,
     policy: ReasoningPolicy,
-    low_effort: bool = False,  # such a chat may be cut, but is never stripped: there are few, and off is learned from the others
+    # such a chat may be cut, but is never stripped: there are few, and off is learned from the others
+    low_effort: bool = False,
 ) -> str:
     """What is to be done with the thoughts of a chat: "strip", "cut" or "keep". The two bands do not overlap."""
     if not conversation_id:
-        raise UserError("the conversation has no id", why="every chat without one would meet the same fate", fix="make it with parse_conversation")
+        raise UserError(
+            "the conversation has no id",
+            why="every chat without one would meet the same fate",
+            fix="make it with parse_conversation",
+        )
     position = _position(policy.seed, conversation_id, "reasoning control")
     if position < policy.strip_fraction:
         return "keep" if low_effort else "strip"
@@ -102,7 +131,10 @@ def cut_thought_by_hand(
     budget: int,  # tokens that may be left
     tokenizer: ChatTokenizer,
 ) -> str:
-    """The longest beginning of a thought made of its first tokens, within the budget, by decoding. The oracle for `cut_thought`."""
+    """The longest beginning of a thought made of its first tokens, within the budget, by decoding.
+
+    The oracle for `cut_thought`.
+    """
     ids = tokenizer.encode(thought, special=False)
     if len(ids) <= budget:
         return thought
@@ -119,13 +151,16 @@ def _token_starts(thought: str, tokenizer: ChatTokenizer) -> list[int]:
     """[N] for each token of a text the place of its first character, counted in characters."""
     return [start for start, _ in tokenizer.plain.encode(thought, add_special_tokens=False).offsets]
 
-
+# %% ../../nbs/data/12_reasoning.ipynb #e0c8b4c1
 def cut_thought(
     thought: str,
     budget: int,  # tokens that may be left
     tokenizer: ChatTokenizer,
 ) -> str:
-    """The longest beginning of a thought made of its first tokens and within the budget. A thought that is short enough is returned whole."""
+    """The longest beginning of a thought made of its first tokens and within the budget.
+
+    A thought that is short enough is returned whole.
+    """
     starts = _token_starts(thought, tokenizer)
     if len(starts) <= budget:
         return thought
@@ -140,7 +175,11 @@ def cut_picture(
 ) -> Picture:
     """A thought token by token: underlined what a budget leaves of it."""
     starts, kept = _token_starts(thought, tokenizer), len(cut_thought(thought, budget, tokenizer))
-    return token_strip(tokenizer.pieces(tokenizer.encode(thought, special=False)), [int(s < kept) for s in starts], title=f"cut at a budget of {budget}")
+    return token_strip(
+        tokenizer.pieces(tokenizer.encode(thought, special=False)),
+        [int(s < kept) for s in starts],
+        title=f"cut at a budget of {budget}",
+    )
 
 # %% ../../nbs/data/12_reasoning.ipynb #e1a2d451
 def draw_budget(
@@ -159,7 +198,7 @@ def draw_budget(
 # %% ../../nbs/data/12_reasoning.ipynb #25de6e2d
 ACTIONS = ("stripped", "cut", "marked", "skipped")
 
-
+# %% ../../nbs/data/12_reasoning.ipynb #0f78eea3
 @dataclass(frozen=True)
 class Change:
     """What reasoning control did to one chat. `skipped`: it was chosen, but could not be changed, and `why` says so."""
@@ -179,7 +218,7 @@ class Change:
         tail = f"-{self.budget}" if self.budget is not None else ""
         return f"{self.conversation_id}:{self.action}{tail}{'-low' if self.low_effort and self.action == 'cut' else ''}"
 
-
+# %% ../../nbs/data/12_reasoning.ipynb #4e337bcd
 def thoughts(
     conversation: Conversation,
 ) -> list[str]:
@@ -206,7 +245,7 @@ def _workable(texts: Sequence[str], budget: int, tokenizer: ChatTokenizer) -> in
         budget += 1
     return budget
 
-
+# %% ../../nbs/data/12_reasoning.ipynb #0fc47eee
 def cut_thoughts(
     conversation: Conversation,
     budget: int,  # tokens that each thought may have
@@ -233,12 +272,14 @@ def low_effort_flag(
         raise BadRecord("bad_low_effort_flag", f"{policy.low_effort_field} is {flag!r}", "write true or false")
     return source in policy.low_effort_sources if flag is None else flag
 
-
+# %% ../../nbs/data/12_reasoning.ipynb #8d58d84b
 def mark_low_effort(
     conversation: Conversation,
     marker: str,
 ) -> Conversation:
-    """The chat with a request for low effort: `marker` will stand at the end of the last user turn of each sequence that thinks."""
+    """The chat with a request for low effort: `marker` will stand at the end of the last user turn of each sequence
+    that thinks.
+    """
     return dataclasses.replace(conversation, low_effort_marker=marker)
 
 # %% ../../nbs/data/12_reasoning.ipynb #e2caf882
@@ -252,14 +293,16 @@ def _obstacle(conversation: Conversation, low_effort: bool, decision: str) -> st
         return "there is no user turn to write into"
     return ""
 
-
-def _cut(conversation: Conversation, policy: ReasoningPolicy, tokenizer: ChatTokenizer, sizes: Sequence[int]) -> Conversation | None:
+# %% ../../nbs/data/12_reasoning.ipynb #8c791df7
+def _cut(
+    conversation: Conversation, policy: ReasoningPolicy, tokenizer: ChatTokenizer, sizes: Sequence[int]
+) -> Conversation | None:
     """The chat cut at a drawn budget, or None where every budget would leave it whole."""
     budget = draw_budget(max(sizes), policy, _position(policy.seed, conversation.id, "thinking budget"))
     budget = budget and _workable(thoughts(conversation), budget, tokenizer)
     return cut_thoughts(conversation, budget, tokenizer) if budget and budget < max(sizes) else None
 
-
+# %% ../../nbs/data/12_reasoning.ipynb #f42fae49
 def apply_reasoning(
     conversation: Conversation,
     policy: ReasoningPolicy,
@@ -282,7 +325,12 @@ def apply_reasoning(
     marked = mark_low_effort(conversation, policy.low_effort_marker) if low_effort else conversation
     cut = _cut(marked, policy, tokenizer, sizes) if decision == "cut" else None
     if cut is not None:
-        return cut, Change(action="cut", low_effort=low_effort, budget=cut.reasoning_budget, **(record | {"tokens_after": sum(_num_tokens(cut, tokenizer))}))
+        return cut, Change(
+            action="cut",
+            low_effort=low_effort,
+            budget=cut.reasoning_budget,
+            **(record | {"tokens_after": sum(_num_tokens(cut, tokenizer))}),
+        )
     if low_effort:
         return marked, Change(action="marked", low_effort=True, **record)
     return conversation, Change(action="skipped", why=f"no thought is longer than {policy.min_budget} tokens", **record)
@@ -295,9 +343,18 @@ def before_after(
     tokenizer: ChatTokenizer,
 ) -> Picture:
     """A chat as the model would meet it without and with reasoning control; underlined what it would write itself."""
-    pair = ((conversation, "before"), (changed, f"after: {change.action}{f' at {change.budget} tokens' if change.budget is not None else ''}"))
-    parts = [(chunks(c.messages, c.tools, reasoning_budget=c.reasoning_budget, low_effort_marker=c.low_effort_marker), title) for c, title in pair]
-    return joined(mask_strip(encode_chunks(p, [chunk.generated for chunk in p], tokenizer), tokenizer, title) for p, title in parts)
+    pair = (
+        (conversation, "before"),
+        (changed, f"after: {change.action}{f' at {change.budget} tokens' if change.budget is not None else ''}"),
+    )
+    parts = [
+        (chunks(c.messages, c.tools, reasoning_budget=c.reasoning_budget, low_effort_marker=c.low_effort_marker), title)
+        for c, title in pair
+    ]
+    return joined(
+        mask_strip(encode_chunks(p, [chunk.generated for chunk in p], tokenizer), tokenizer, title)
+        for p, title in parts
+    )
 
 # %% ../../nbs/data/12_reasoning.ipynb #d923107e
 def binomial_range(
@@ -309,7 +366,9 @@ def binomial_range(
     if not trials or not 0 < probability < 1:
         return (trials, trials) if probability >= 1 else (0, 0)
     reach = 12 * math.sqrt(trials * probability * (1 - probability)) + 40
-    k = np.arange(max(0, math.floor(trials * probability - reach)), min(trials, math.ceil(trials * probability + reach)) + 1)
+    k = np.arange(
+        max(0, math.floor(trials * probability - reach)), min(trials, math.ceil(trials * probability + reach)) + 1
+    )
     ways = np.array([math.lgamma(trials + 1) - math.lgamma(i + 1) - math.lgamma(trials - i + 1) for i in k])
     below = np.cumsum(np.exp(ways + k * math.log(probability) + (trials - k) * math.log1p(-probability)))
     tail = (1 - confidence) / 2
@@ -328,14 +387,36 @@ class ReasoningReport:
 
     def shares(self) -> list[dict[str, Any]]:
         """Asked and found share of each kind of change, with the range of counts expected 99 times in 100."""
-        asked = [("strip", self.policy.strip_fraction, self.with_thought - self.low_effort, "stripped"), ("cut", self.policy.truncate_fraction, self.with_thought, "cut")]
+        asked = [
+            ("strip", self.policy.strip_fraction, self.with_thought - self.low_effort, "stripped"),
+            ("cut", self.policy.truncate_fraction, self.with_thought, "cut"),
+        ]
         rows = []
         for name, share, eligible, action in asked:
             found = sum(c.action == action for c in self.changes)
             low, high = binomial_range(eligible, share)
-            rows.append({"what": name, "of": eligible, "asked": f"{share:.1%}", "found": found, "share": f"{found / max(1, eligible):.1%}", "expected": f"{low} to {high}"})
+            rows.append(
+                {
+                    "what": name,
+                    "of": eligible,
+                    "asked": f"{share:.1%}",
+                    "found": found,
+                    "share": f"{found / max(1, eligible):.1%}",
+                    "expected": f"{low} to {high}",
+                }
+            )
         low_share = f"{self.low_effort / max(1, self.with_thought):.1%}"
-        return [*rows, {"what": "low effort", "of": self.with_thought, "asked": f"{self.policy.low_effort_fraction:.1%}", "found": self.low_effort, "share": low_share, "expected": "set by the blend"}]
+        return [
+            *rows,
+            {
+                "what": "low effort",
+                "of": self.with_thought,
+                "asked": f"{self.policy.low_effort_fraction:.1%}",
+                "found": self.low_effort,
+                "share": low_share,
+                "expected": "set by the blend",
+            },
+        ]
 
     def by_source(self) -> list[dict[str, Any]]:
         """Number of changes of each kind, by source."""
@@ -348,9 +429,15 @@ class ReasoningReport:
 
     def _pictures(self) -> Picture:
         """Shares, counts by source, and reasons for skipping."""
-        parts = [table(self.shares(), title=f"reasoning control of {self.chats} chats, {self.with_thought} with a thought")]
+        parts = [
+            table(self.shares(), title=f"reasoning control of {self.chats} chats, {self.with_thought} with a thought")
+        ]
         parts += [table(self.by_source(), title="changes by source")] if self.changes else []
-        parts += [table([[n, w] for w, n in self.skipped().items()], header=["skipped", "because"])] if self.skipped() else []
+        parts += (
+            [table([[n, w] for w, n in self.skipped().items()], header=["skipped", "because"])]
+            if self.skipped()
+            else []
+        )
         return joined(parts)
 
     def __repr__(self) -> str:
@@ -359,7 +446,7 @@ class ReasoningReport:
     def _repr_html_(self) -> str:
         return self._pictures().html
 
-
+# %% ../../nbs/data/12_reasoning.ipynb #21bc47ce
 def control_reasoning(
     conversations: Iterable[Conversation],
     policy: ReasoningPolicy,
@@ -370,7 +457,9 @@ def control_reasoning(
     flagged = [(c, low_effort(c)) for c in conversations]
     done = [apply_reasoning(c, policy, tokenizer, flag) for c, flag in flagged]
     thinking = [flag for c, flag in flagged if thoughts(c)]
-    return [c for c, _ in done], ReasoningReport(policy, len(done), len(thinking), sum(thinking), tuple(change for _, change in done if change))
+    return [c for c, _ in done], ReasoningReport(
+        policy, len(done), len(thinking), sum(thinking), tuple(change for _, change in done if change)
+    )
 
 # %% ../../nbs/data/12_reasoning.ipynb #e29819e8
 def length_change(
@@ -390,4 +479,8 @@ def length_change(
     axes.set(xlabel="tokens of a thought", ylabel="thoughts")
     axes.legend(frameon=False)
     mean = [sum(n) / max(1, len(n)) for n in lengths]
-    return png(figure, f"{len(lengths[0])} thoughts of {mean[0]:.1f} tokens on average before, {len(lengths[1])} of {mean[1]:.1f} after; {len(lengths[0]) - len(lengths[1])} removed whole")
+    return png(
+        figure,
+        f"{len(lengths[0])} thoughts of {mean[0]:.1f} tokens on average before, {len(lengths[1])} of {mean[1]:.1f} "
+        f"after; {len(lengths[0]) - len(lengths[1])} removed whole",
+    )

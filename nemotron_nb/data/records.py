@@ -17,7 +17,10 @@ from typing import Any
 
 from ..core import digest, nearest
 from .files import BadJson, Reject, open_chats, parse_json, read_unit, units
-from .levels import CALL, CALLED, FLAGS, PART, REJECTS, REPAIRS, SWITCHES, TOOL, BadRecord, Repairs, from_json_text, is_empty, message_level, note, read_fields, row_level, squeezed
+from nemotron_nb.data.levels import (
+    CALL, CALLED, FLAGS, PART, REJECTS, REPAIRS, SWITCHES, TOOL, BadRecord, Repairs, from_json_text, is_empty,
+    message_level, note, read_fields, row_level, squeezed,
+)
 from ..viz import table
 
 # %% ../../nbs/data/03_records.ipynb #4326ac91
@@ -25,7 +28,7 @@ ROLES = ("system", "user", "assistant", "tool")
 THINK, END_THINK = "<think>", "</think>"
 _all_ = ["REJECTS", "REPAIRS", "BadRecord"]  # the words that records are counted under, for whoever reads records
 
-
+# %% ../../nbs/data/03_records.ipynb #0dfa4c83
 @dataclass(frozen=True)
 class Conversation:
     """One chat in normal form, with the place it came from. `id` is a digest of what it says."""
@@ -38,7 +41,8 @@ class Conversation:
     repairs: tuple[str, ...] = ()  # each once, in the order of their first use; words of REPAIRS
     reasoning_budget: int | None = None  # tokens of thought that the last user turn grants; None: not said
     low_effort: bool | None = None  # does the row say that its thoughts were written with low effort? None: not said
-    low_effort_marker: str = ""  # words that ask for low effort, at the end of the last user turn of each sequence that thinks
+    # words that ask for low effort, at the end of the last user turn of each sequence that thinks
+    low_effort_marker: str = ""
     truncate_history_thinking: bool = True  # are the thoughts of earlier user turns dropped?
 
     def __repr__(self) -> str:
@@ -49,11 +53,13 @@ class Conversation:
         rows = [{"role": m["role"], "says": _summary(m)} for m in self.messages]
         return table(rows, title=f"conversation {self.id}, {len(self.tools)} tools").html
 
-
+# %% ../../nbs/data/03_records.ipynb #d7f466a2
 def _summary(message: Mapping[str, Any]) -> str:
     """A message in a line or two, for people."""
     thought = f"({message['reasoning_content']}) " if message.get("reasoning_content") else ""
-    calls = "".join(f" -> {c['name']}({json.dumps(c['arguments'], ensure_ascii=False)})" for c in message.get("tool_calls", ()))
+    calls = "".join(
+        f" -> {c['name']}({json.dumps(c['arguments'], ensure_ascii=False)})" for c in message.get("tool_calls", ())
+    )
     return f"{thought}{message['content']}{calls}"
 
 # %% ../../nbs/data/03_records.ipynb #3e5b5d2d
@@ -75,21 +81,29 @@ class _Reading:
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 _THOUGHT_PARTS = ("thinking", "reasoning", "thought", "reasoning_text")
 
-
+# %% ../../nbs/data/03_records.ipynb #a9eb4b3c
 def _part(part: Any, where: str, repairs: Repairs) -> tuple[str, str]:
     """("text" or "thought", the text) of one part of a list; `BadRecord` for a part that is neither."""
     if isinstance(part, str):
         return "text", part
     said = read_fields(part, PART, where, repairs).values if isinstance(part, Mapping) else {}
     kind = said.get("type")
-    text = said.get("thinking") or said.get("text") if kind in _THOUGHT_PARTS else said.get("refusal") if kind == "refusal" else said.get("text")
+    text = (
+        said.get("thinking") or said.get("text")
+        if kind in _THOUGHT_PARTS
+        else said.get("refusal")
+        if kind == "refusal"
+        else said.get("text")
+    )
     if isinstance(text, list):  # parts inside a part
         text = _text(text, where, repairs)
     if kind not in _TEXT_PARTS + _THOUGHT_PARTS or not isinstance(text, str):
-        raise BadRecord("content_not_text", f"{where}: a part of the list is no text" + (f" but {str(kind)[:40]!r}" if kind else ""))
+        raise BadRecord(
+            "content_not_text", f"{where}: a part of the list is no text" + (f" but {str(kind)[:40]!r}" if kind else "")
+        )
     return "thought" if kind in _THOUGHT_PARTS else "text", text
 
-
+# %% ../../nbs/data/03_records.ipynb #467750ea
 def _text(content: Any, where: str, repairs: Repairs) -> str:
     """Content as a string: absent and null are empty, text parts are joined with line breaks."""
     text, thought = _text_and_thought(content, where, repairs)
@@ -97,7 +111,7 @@ def _text(content: Any, where: str, repairs: Repairs) -> str:
         raise BadRecord("content_not_text", f"{where}: a thought stands where nobody thinks")
     return text
 
-
+# %% ../../nbs/data/03_records.ipynb #bf3b7707
 def _text_and_thought(content: Any, where: str, repairs: Repairs) -> tuple[str, str]:
     """(text, thought) of content. A thought stands in front of the text."""
     if isinstance(content, str):
@@ -105,7 +119,9 @@ def _text_and_thought(content: Any, where: str, repairs: Repairs) -> tuple[str, 
     if content is None:
         return "", ""
     if not isinstance(content, list):
-        raise BadRecord("content_not_text", f"{where} is {type(content).__name__}, neither text nor a list of text parts")
+        raise BadRecord(
+            "content_not_text", f"{where} is {type(content).__name__}, neither text nor a list of text parts"
+        )
     parts = [_part(part, where, repairs) for part in content]
     kinds = [kind for kind, _ in parts]
     if kinds != sorted(kinds, key=lambda kind: kind == "text"):
@@ -116,9 +132,11 @@ def _text_and_thought(content: Any, where: str, repairs: Repairs) -> tuple[str, 
 # %% ../../nbs/data/03_records.ipynb #7655b5ce
 _MARKUP = ("</parameter>", "<parameter=", "</function>", "</tool_call>")
 
-
+# %% ../../nbs/data/03_records.ipynb #86b832aa
 def _without_filled(value: Any, known: Any, schema: Any, reading: _Reading) -> Any:
-    """A value without the null members that its schema does not know (`known` holds the names it knows, or is no mapping); all nulls are counted."""
+    """A value without the null members that its schema does not know (`known` holds the names it knows, or is no
+    mapping); all nulls are counted.
+    """
     if isinstance(value, list):
         items = schema.get("items") if isinstance(schema, Mapping) else None
         return [_without_filled(v, _names_in(items), items, reading) for v in value]
@@ -135,20 +153,26 @@ def _without_filled(value: Any, known: Any, schema: Any, reading: _Reading) -> A
         kept[name] = _without_filled(inner, _names_in(below), below, reading)
     return kept
 
-
+# %% ../../nbs/data/03_records.ipynb #5df66bf8
 def _names_in(schema: Any) -> Any:
     """The members that a schema of an object declares, or nothing."""
     return schema.get("properties") if isinstance(schema, Mapping) else None
 
-
+# %% ../../nbs/data/03_records.ipynb #6faf5a08
 def _note_markup(arguments: Mapping[str, Any], reading: _Reading) -> None:
     """Count a value that a server's parser would not read back."""
     for value in arguments.values():
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (dict, list)) else ""
+        text = (
+            value
+            if isinstance(value, str)
+            else json.dumps(value, ensure_ascii=False, default=str)
+            if isinstance(value, (dict, list))
+            else ""
+        )
         if "<" in text and any(mark in text for mark in _MARKUP):
             reading.note("markup_in_argument")
 
-
+# %% ../../nbs/data/03_records.ipynb #1e22928d
 def _parsed_arguments(arguments: Any, name: str, where: str, reading: _Reading) -> dict[str, Any]:
     """The arguments of a call as a mapping."""
     written = isinstance(arguments, str)
@@ -156,14 +180,21 @@ def _parsed_arguments(arguments: Any, name: str, where: str, reading: _Reading) 
         try:
             arguments = parse_json(arguments) if arguments.strip() else None
         except BadJson as e:
-            raise BadRecord("bad_arguments", f"{where}: arguments of {name} are not JSON: {e}", "repair the JSON text of the arguments") from e
+            raise BadRecord(
+                "bad_arguments",
+                f"{where}: arguments of {name} are not JSON: {e}",
+                "repair the JSON text of the arguments",
+            ) from e
     if arguments is None:
         reading.note("no_arguments")
         return {}
     if not isinstance(arguments, dict):
         raise BadRecord("bad_arguments", f"{where}: arguments of {name} are {type(arguments).__name__}, not an object")
     if bad := next((key for key in arguments if not isinstance(key, str) or ">" in key or "\n" in key), None):
-        raise BadRecord("bad_arguments", f"{where}: {name} has an argument called {bad!r}; the name would be read back as another one")
+        raise BadRecord(
+            "bad_arguments",
+            f"{where}: {name} has an argument called {bad!r}; the name would be read back as another one",
+        )
     schema = reading.declared.get(name)
     # Some declarations write the parameters without `properties` around them.
     known = _names_in(schema) or schema
@@ -171,7 +202,9 @@ def _parsed_arguments(arguments: Any, name: str, where: str, reading: _Reading) 
 
 # %% ../../nbs/data/03_records.ipynb #c0000001
 def _flat(call: Any, where: str, reading: _Reading) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(name, arguments and id; what was left out) of a call in any of its forms: wrapped in `function`, flat, or with the name alone in `function`."""
+    """(name, arguments and id; what was left out) of a call in any of its forms: wrapped in `function`, flat, or
+    with the name alone in `function`.
+    """
     call = from_json_text(call, f"{where}: a call", reading.repairs)
     if not isinstance(call, Mapping):
         raise BadRecord("bad_tool_call", f"{where}: a tool call is {type(call).__name__}, not an object")
@@ -184,22 +217,27 @@ def _flat(call: Any, where: str, reading: _Reading) -> tuple[dict[str, Any], dic
         inner, _, left = read_fields(function, CALLED, where, reading.repairs)
         unread = {key: function.get(key) for key in left}
     else:
-        raise BadRecord("bad_tool_call", f"{where}: function is {'wrapped twice' if isinstance(function, Mapping) else type(function).__name__}")
+        raise BadRecord(
+            "bad_tool_call",
+            f"{where}: function is {'wrapped twice' if isinstance(function, Mapping) else type(function).__name__}",
+        )
     both = {}
     for name, reason in (("name", "bad_tool_call"), ("arguments", "bad_arguments")):
         said = [v for v in (inner.get(name), outer.values.get(name)) if not is_empty(v)]
         if len(said) == 2 and said[0] != said[1]:
-            raise BadRecord(reason, f"{where}: a call gives its {name} twice, in function and beside it, and not the same")
+            raise BadRecord(
+                reason, f"{where}: a call gives its {name} twice, in function and beside it, and not the same"
+            )
         both[name] = said[0] if said else inner.get(name, outer.values.get(name))
     own = next((outer.values[key] for key in ("id", "call_id", "tool_call_id") if outer.values.get(key)), None)
     return both | {"id": own}, unread | {key: call.get(key) for key in outer.unread}
 
-
+# %% ../../nbs/data/03_records.ipynb #bb3620c1
 def _could_be_arguments(value: Any) -> bool:
     """Does a value hold an object or a list?"""
     return isinstance(value, (Mapping, list, tuple)) or (isinstance(value, str) and value.lstrip()[:1] in ("{", "["))
 
-
+# %% ../../nbs/data/03_records.ipynb #d45f3e5b
 def _call(call: Any, where: str, reading: _Reading) -> dict[str, Any]:
     """A tool call as name and mapping."""
     said, unread = _flat(call, where, reading)
@@ -207,9 +245,19 @@ def _call(call: Any, where: str, reading: _Reading) -> dict[str, Any]:
     if not isinstance(name, str) or not name:
         raise BadRecord("bad_tool_call", f"{where}: a tool call needs a function name")
     if ">" in name or "\n" in name:
-        raise BadRecord("bad_tool_call", f"{where}: the function is called {name!r}; the name would be read back as another one")
-    if is_empty(said["arguments"]) and unread and (not isinstance(said["arguments"], Mapping) or any(map(_could_be_arguments, unread.values()))):
-        raise BadRecord("bad_arguments", f"{where}: {name} is called without arguments, and {', '.join(unread)[:80]} beside it is not known", "call them arguments, or remove what is beside the name")
+        raise BadRecord(
+            "bad_tool_call", f"{where}: the function is called {name!r}; the name would be read back as another one"
+        )
+    if (
+        is_empty(said["arguments"])
+        and unread
+        and (not isinstance(said["arguments"], Mapping) or any(map(_could_be_arguments, unread.values())))
+    ):
+        raise BadRecord(
+            "bad_arguments",
+            f"{where}: {name} is called without arguments, and {', '.join(unread)[:80]} beside it is not known",
+            "call them arguments, or remove what is beside the name",
+        )
     arguments = _parsed_arguments(said["arguments"], name, where, reading)
     _note_markup(arguments, reading)
     reading.waiting.append(said["id"])
@@ -221,7 +269,7 @@ _CALL_BLOCK = re.compile(r"<function=([^<>\n]+)>\n(.*)</function>\n</tool_call>\
 _PARAMETER = re.compile(r"<parameter=([^<>\n]+)>\n(.*)", re.DOTALL)
 _CALL_TAG = re.compile(r"</?(?:tool_call|function|parameter)[=>]")
 
-
+# %% ../../nbs/data/03_records.ipynb #24dae214
 def _call_from_text(block: str) -> dict[str, Any] | None:
     """A call from what follows its `<tool_call>` tag; None unless the format would write it so."""
     whole = _CALL_BLOCK.fullmatch(block)
@@ -233,13 +281,15 @@ def _call_from_text(block: str) -> dict[str, Any] | None:
         return None
     return {"name": whole[1], "arguments": {p[1]: p[2] for p in pairs}}
 
-
+# %% ../../nbs/data/03_records.ipynb #75f62ba4
 def _calls_in_text(content: str, where: str) -> tuple[str, list[dict[str, Any]]]:
     """(text before the calls, calls) of content that has calls written into it."""
     lead, *blocks = content.split("<tool_call>\n")
     calls = [_call_from_text(block) for block in blocks]
     if not calls or None in calls or _CALL_TAG.search(lead):
-        raise BadRecord("call_text", f"{where}: the content holds a tool call as text, not in the form of the chat format")
+        raise BadRecord(
+            "call_text", f"{where}: the content holds a tool call as text, not in the form of the chat format"
+        )
     return lead.rstrip(), calls
 
 # %% ../../nbs/data/03_records.ipynb #b62bad9d
@@ -258,7 +308,7 @@ def _split_thinking(content: str, where: str, repairs: Repairs) -> tuple[str, st
         note(repairs, "empty_thought")
     return bare, ""
 
-
+# %% ../../nbs/data/03_records.ipynb #d7f5fd9a
 def _thought(content: str, written: str, where: str, repairs: Repairs) -> tuple[str, str]:
     """(content, reasoning) of an assistant message, both in normal form. `written` stands under a key of its own."""
     content, inline = _split_thinking(content, where, repairs)
@@ -287,7 +337,7 @@ def _written_calls(said: Mapping[str, Any], where: str, reading: _Reading) -> li
         raise BadRecord("two_values", f"{where}: tool_calls and function_call are both given, and differ")
     return calls or legacy
 
-
+# %% ../../nbs/data/03_records.ipynb #3ac324f8
 def _assistant(said: Mapping[str, Any], where: str, reading: _Reading) -> dict[str, Any]:
     """The parts of an assistant message beside its role."""
     content, part = _text_and_thought(said.get("content"), f"{where}: content", reading.repairs)
@@ -304,7 +354,11 @@ def _assistant(said: Mapping[str, Any], where: str, reading: _Reading) -> dict[s
     if calls and content != content.lstrip():
         content = content.lstrip()
         reading.note("space_before_call_text")
-    return {"content": content} | ({"reasoning_content": reasoning} if reasoning else {}) | ({"tool_calls": calls} if calls else {})
+    return (
+        {"content": content}
+        | ({"reasoning_content": reasoning} if reasoning else {})
+        | ({"tool_calls": calls} if calls else {})
+    )
 
 # %% ../../nbs/data/03_records.ipynb #00b00855
 def _role(role: Any, index: int, reading: _Reading) -> str:
@@ -318,58 +372,100 @@ def _role(role: Any, index: int, reading: _Reading) -> str:
         reading.note("function_role")
         return "tool"
     fix = "move it to the front, or make it a user message" if role == "developer" else nearest(str(role), ROLES)
-    raise BadRecord("unknown_role", f"{reading.turn} {index}: unknown role {role!r}" + (" behind the first message" if role == "developer" else ""), fix)
+    raise BadRecord(
+        "unknown_role",
+        f"{reading.turn} {index}: unknown role {role!r}" + (" behind the first message" if role == "developer" else ""),
+        fix,
+    )
 
-
+# %% ../../nbs/data/03_records.ipynb #69f871e9
 def _is_flag(key: str, value: Any) -> bool:
-    """Is this a value that says yes or no? `train` takes true and false, `weight` 0 and 1, the others either; where true leaves out, a number would be a riddle."""
+    """Is this a value that says yes or no?
+
+    `train` takes true and false, `weight` 0 and 1, the others either; where true leaves out, a number would be a
+    riddle.
+    """
     name, is_bool = squeezed(key), isinstance(value, bool)
     number = not is_bool and isinstance(value, (int, float)) and value in (0, 1)
     return is_bool if name == "train" or not FLAGS[name] else number if name == "weight" else is_bool or number
 
-
+# %% ../../nbs/data/03_records.ipynb #c36b25d4
 def _train_flag(flags: Mapping[str, Any], where: str) -> bool | None:
     """Whether a turn is trained, or None where nothing is said."""
     given = {key: value for key, value in flags.items() if value is not None}
     fine = all(_is_flag(key, value) for key, value in given.items())
     says = {bool(value) == FLAGS[squeezed(key)] for key, value in given.items()} if fine else set()
     if given and len(says) != 1:
-        written = ", ".join(f"{key}={str(value)[:40]!r}" if isinstance(value, str) else f"{key}={str(value)[:40]}" for key, value in given.items())
+        written = ", ".join(
+            f"{key}={str(value)[:40]!r}" if isinstance(value, str) else f"{key}={str(value)[:40]}"
+            for key, value in given.items()
+        )
         raise BadRecord("bad_train_flag", f"{where}: {written}")
     return says.pop() if says else None
 
 # %% ../../nbs/data/03_records.ipynb #a1b13be3
-def _fields(message: Any, index: int, reading: _Reading) -> tuple[Mapping[str, Any], Mapping[str, Any], tuple[str, ...]]:
+def _fields(
+    message: Any, index: int, reading: _Reading
+) -> tuple[Mapping[str, Any], Mapping[str, Any], tuple[str, ...]]:
     """(fields, flags, keys left out under which somebody may have said something) of a message."""
     message = from_json_text(message, f"{reading.turn} {index}", reading.repairs)
     if not isinstance(message, dict):
         raise BadRecord("message_not_object", f"{reading.turn} {index} is {type(message).__name__}, not an object")
-    role = message["role"] if "role" in message else next((v for k, v in message.items() if squeezed(str(k)) == "role"), None)
-    said = read_fields(message, message_level(reading.turn, role == "assistant"), f"{reading.turn} {index}", reading.repairs)
-    return said.values, said.flags, tuple(key for key in said.unread if isinstance(message.get(key), str if role == "assistant" else (str, list, tuple, Mapping)))
+    role = (
+        message["role"]
+        if "role" in message
+        else next((v for k, v in message.items() if squeezed(str(k)) == "role"), None)
+    )
+    said = read_fields(
+        message, message_level(reading.turn, role == "assistant"), f"{reading.turn} {index}", reading.repairs
+    )
+    return (
+        said.values,
+        said.flags,
+        tuple(
+            key
+            for key in said.unread
+            if isinstance(message.get(key), str if role == "assistant" else (str, list, tuple, Mapping))
+        ),
+    )
 
-
+# %% ../../nbs/data/03_records.ipynb #72ae277d
 def _note_result(call_id: Any, reading: _Reading) -> None:
-    """Note a tool result that names another call than the one whose turn it is. Without ids on both sides nothing can be compared."""
+    """Note a tool result that names another call than the one whose turn it is.
+
+    Without ids on both sides nothing can be compared.
+    """
     expected = reading.waiting.pop(0) if reading.waiting else ""
     if call_id and expected is not None and call_id != expected:
         reading.note("unmatched_result")
 
-
+# %% ../../nbs/data/03_records.ipynb #37d4aaf7
 def _check_said(said: Mapping[str, Any], unread: Sequence[str], where: str) -> None:
-    """Raise `BadRecord` for a message without content, beside which something is said under a name that nobody knows."""
+    """Raise `BadRecord` for a message without content, beside which something is said under a name that nobody
+    knows.
+    """
     if said.get("content") is None and unread:
-        raise BadRecord("unread_key", f"{where}: there is no content, and {', '.join(unread)[:80]} is not known", "call it content, or remove it")
+        raise BadRecord(
+            "unread_key",
+            f"{where}: there is no content, and {', '.join(unread)[:80]} is not known",
+            "call it content, or remove it",
+        )
 
-
-def _message(message: Any, index: int, reading: _Reading, allow_empty: bool = False, default: bool | None = None) -> dict[str, Any]:
+# %% ../../nbs/data/03_records.ipynb #20891032
+def _message(
+    message: Any, index: int, reading: _Reading, allow_empty: bool = False, default: bool | None = None
+) -> dict[str, Any]:
     """One message in normal form. `default` is the train flag of the row."""
     where = f"{reading.turn} {index}"
     if isinstance(message, str):
         reading = replace(reading, explicit=True)
     said, flags, unread = _fields(message, index, reading)
     role = _role(said.get("role"), index, reading)
-    normal = {"role": role} | (_assistant(said, where, reading) if role == "assistant" else {"content": _text(said.get("content"), f"{where}: content", reading.repairs)})
+    normal = {"role": role} | (
+        _assistant(said, where, reading)
+        if role == "assistant"
+        else {"content": _text(said.get("content"), f"{where}: content", reading.repairs)}
+    )
     if said.get("content") is None and "tool_calls" not in normal:
         reading.note("null_content")
     if role == "tool":
@@ -383,7 +479,11 @@ def _message(message: Any, index: int, reading: _Reading, allow_empty: bool = Fa
     if train is None and default is not None:
         train = default
         reading.note("train_flag_of_row")
-    if train is not False and not allow_empty and not (normal["content"].strip() or "reasoning_content" in normal or "tool_calls" in normal):
+    if (
+        train is not False
+        and not allow_empty
+        and not (normal["content"].strip() or "reasoning_content" in normal or "tool_calls" in normal)
+    ):
         raise BadRecord("empty_turn", f"{where}: the assistant neither thinks nor says nor calls anything")
     if "tool_calls" not in normal:
         _check_said(said, unread, where)
@@ -397,10 +497,14 @@ _TYPES = ("string", "integer", "number", "boolean", "array", "object", "null")
 def _without_nulls(value: Any) -> Any:
     """A declaration without null members, except where a null is a value."""
     if isinstance(value, dict):
-        return {k: v if k in _VALUE_KEYS else _without_nulls(v) for k, v in value.items() if v is not None or k in _VALUE_KEYS}
+        return {
+            k: v if k in _VALUE_KEYS else _without_nulls(v)
+            for k, v in value.items()
+            if v is not None or k in _VALUE_KEYS
+        }
     return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
-
+# %% ../../nbs/data/03_records.ipynb #01fff63a
 def _object(value: Any, what: str, repairs: Repairs) -> dict[str, Any] | None:
     """A part of a declaration as an object, parsed from text; None where it is empty. `BadRecord` for anything else."""
     parsed = from_json_text(value, what, repairs)
@@ -408,7 +512,7 @@ def _object(value: Any, what: str, repairs: Repairs) -> dict[str, Any] | None:
         raise BadRecord("bad_tool", f"{what} is {type(parsed).__name__}, not an object")
     return parsed if isinstance(parsed, dict) else None
 
-
+# %% ../../nbs/data/03_records.ipynb #3f360e8c
 def _property(value: Any, what: str, repairs: Repairs) -> Any:
     """One declared parameter: an object, or true and false, which JSON Schema takes for one."""
     if isinstance(value, bool):
@@ -417,9 +521,12 @@ def _property(value: Any, what: str, repairs: Repairs) -> Any:
         note(repairs, "short_schema")
         return {"type": value}
     fields = _object(value, what, repairs)
-    return fields and {k: from_json_text(v, f"{what}: {k}", repairs) if k in ("enum", "required", "properties", "items") else v for k, v in fields.items()}
+    return fields and {
+        k: from_json_text(v, f"{what}: {k}", repairs) if k in ("enum", "required", "properties", "items") else v
+        for k, v in fields.items()
+    }
 
-
+# %% ../../nbs/data/03_records.ipynb #bc8c70cb
 def _parameters(value: Any, what: str, repairs: Repairs) -> dict[str, Any] | None:
     """The parameters of a tool, with their properties."""
     parameters = _object(value, f"{what}: parameters", repairs)
@@ -431,7 +538,7 @@ def _parameters(value: Any, what: str, repairs: Repairs) -> dict[str, Any] | Non
         normal["properties"] = properties and {n: _property(p, f"{what}: {n}", repairs) for n, p in properties.items()}
     return normal
 
-
+# %% ../../nbs/data/03_records.ipynb #3f76da20
 def _tool(tool: Any, index: int, repairs: Repairs) -> dict[str, Any]:
     """A tool, unwrapped."""
     where = f"tool {index}"
@@ -444,18 +551,32 @@ def _tool(tool: Any, index: int, repairs: Repairs) -> dict[str, Any]:
     else:
         outer = read_fields(tool, TOOL, where, repairs).values
         if not isinstance(inner, dict) or "function" in inner:
-            raise BadRecord("bad_tool", f"{where} is wrapped twice" if isinstance(inner, dict) else f"{where}: function is {type(inner).__name__}, not an object")
-        body = inner | {k: v for k, v in outer.items() if k in ("name", "description", "parameters") and is_empty(inner.get(k))}
-        if clash := [k for k in ("name", "description", "parameters") if not is_empty(outer.get(k)) and outer[k] != body[k]]:
+            raise BadRecord(
+                "bad_tool",
+                f"{where} is wrapped twice"
+                if isinstance(inner, dict)
+                else f"{where}: function is {type(inner).__name__}, not an object",
+            )
+        body = inner | {
+            k: v for k, v in outer.items() if k in ("name", "description", "parameters") and is_empty(inner.get(k))
+        }
+        if clash := [
+            k for k in ("name", "description", "parameters") if not is_empty(outer.get(k)) and outer[k] != body[k]
+        ]:
             raise BadRecord("two_values", f"{where}: {clash[0]} is given in function and beside it, and differs")
     body = _renamed(body, where, repairs)
     if not isinstance(body.get("name"), str) or not body["name"]:
         raise BadRecord("bad_tool", f"{where} has no name")
-    return {k: _parameters(v, f"{where} ({body['name']})", repairs) if k == "parameters" else v for k, v in body.items()}
+    return {
+        k: _parameters(v, f"{where} ({body['name']})", repairs) if k == "parameters" else v for k, v in body.items()
+    }
 
-
+# %% ../../nbs/data/03_records.ipynb #89511b4b
 def _renamed(body: Mapping[str, Any], where: str, repairs: Repairs) -> dict[str, Any]:
-    """A declaration with name, description and parameters under their own names. The format prints whatever else it holds, so nothing is left out."""
+    """A declaration with name, description and parameters under their own names.
+
+    The format prints whatever else it holds, so nothing is left out.
+    """
     own = {k: v for k, v in body.items() if TOOL.spelled.get(squeezed(str(k))) in ("name", "description", "parameters")}
     if own.keys() <= TOOL.exact:
         return dict(body)
@@ -469,8 +590,10 @@ def _listed(value: Any, what: str, repairs: Repairs) -> Any:
         raise BadRecord("bad_json_text", f"{what} is text that is not JSON", f"give {what} as a JSON list")
     return None if isinstance(value, str) and not value.strip() else from_json_text(value, what, repairs)
 
-
-def _messages(written: Any, field: str, reading: _Reading, allow_empty: bool, default: bool | None) -> tuple[dict[str, Any], ...]:
+# %% ../../nbs/data/03_records.ipynb #0663c073
+def _messages(
+    written: Any, field: str, reading: _Reading, allow_empty: bool, default: bool | None
+) -> tuple[dict[str, Any], ...]:
     """The messages of a record in normal form."""
     messages = _listed(written, field, reading.repairs)
     if not isinstance(messages, (list, tuple)) or not messages:
@@ -478,7 +601,7 @@ def _messages(written: Any, field: str, reading: _Reading, allow_empty: bool, de
     reading = replace(reading, explicit=isinstance(written, str))
     return tuple(_message(m, i, reading, allow_empty, default) for i, m in enumerate(messages))
 
-
+# %% ../../nbs/data/03_records.ipynb #6fcf784a
 def _with_system(messages: tuple[dict[str, Any], ...], given: Any, reading: _Reading) -> tuple[dict[str, Any], ...]:
     """The messages behind the system text that the row gives beside them."""
     text = _text(given, "system", reading.repairs)
@@ -489,7 +612,7 @@ def _with_system(messages: tuple[dict[str, Any], ...], given: Any, reading: _Rea
     reading.note("system_of_row")
     return ({"role": "system", "content": text}, *messages)
 
-
+# %% ../../nbs/data/03_records.ipynb #e22d242e
 def _note_order(roles: Sequence[str], reading: _Reading) -> None:
     """Note the orders of speakers that are unusual, and refuse a chat without an answer."""
     if "assistant" not in roles:
@@ -508,14 +631,16 @@ def _budget(value: Any) -> int | None:
         raise BadRecord("bad_reasoning_budget", f"reasoning_budget is {value!r}")
     return int(value)
 
-
+# %% ../../nbs/data/03_records.ipynb #6cf2ca4e
 def _switch(switches: Mapping[str, Any], name: str) -> bool | None:
     """One switch of a template, true, false or not said."""
     if switches.get(name) is not None and not isinstance(switches[name], bool):
-        raise BadRecord("bad_template_kwargs", f"chat_template_kwargs: {name} is {switches[name]!r}", "write true or false")
+        raise BadRecord(
+            "bad_template_kwargs", f"chat_template_kwargs: {name} is {switches[name]!r}", "write true or false"
+        )
     return switches.get(name)
 
-
+# %% ../../nbs/data/03_records.ipynb #bf614e77
 def _one(name: str, *given: Any) -> Any:
     """The value that a row gives in one or two places."""
     said = [value for value in given if value is not None]
@@ -523,14 +648,14 @@ def _one(name: str, *given: Any) -> Any:
         raise BadRecord("two_values", f"{name} is given in the row and in chat_template_kwargs, and differs")
     return said[0] if said else None
 
-
+# %% ../../nbs/data/03_records.ipynb #facf35b9
 def _low_effort(value: Any) -> bool | None:
     """The row's own flag of low effort."""
     if value is not None and not isinstance(value, bool):
         raise BadRecord("bad_low_effort_flag", f"low_effort is {value!r}")
     return value
 
-
+# %% ../../nbs/data/03_records.ipynb #bee354ba
 def _switches(row: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], reading: _Reading) -> dict[str, Any]:
     """What a row says about the reading of its chat, as fields of a `Conversation`."""
     given = from_json_text(row.get("chat_template_kwargs"), "chat_template_kwargs", reading.repairs)
@@ -540,11 +665,17 @@ def _switches(row: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], rea
     thinking = _switch(switches, "enable_thinking")
     thinks = any("reasoning_content" in m for m in messages)
     if thinking is False and thinks:
-        raise BadRecord("bad_template_kwargs", "chat_template_kwargs: enable_thinking is false, and the chat holds a thought", "remove the thoughts, or the switch")
+        raise BadRecord(
+            "bad_template_kwargs",
+            "chat_template_kwargs: enable_thinking is false, and the chat holds a thought",
+            "remove the thoughts, or the switch",
+        )
     if thinking and not thinks:
         reading.note("switch_ignored", "enable_thinking")
     return {
-        "reasoning_budget": _one("reasoning_budget", _budget(row.get("reasoning_budget")), _budget(switches.get("reasoning_budget"))),
+        "reasoning_budget": _one(
+            "reasoning_budget", _budget(row.get("reasoning_budget")), _budget(switches.get("reasoning_budget"))
+        ),
         "low_effort": _one("low_effort", _low_effort(row.get("low_effort")), _switch(switches, "low_effort")),
         "truncate_history_thinking": _switch(switches, "truncate_history_thinking") is not False,
     }
@@ -564,9 +695,12 @@ def _canonical(value: Any) -> str:
         raise BadRecord("not_json_value", f"a value that JSON cannot say: {e}") from e
     return text
 
-
+# %% ../../nbs/data/03_records.ipynb #de91a159
 def _tools(given: Any, field: str, repairs: Repairs) -> tuple[tuple[dict[str, Any], ...], str]:
-    """The tools of a record in normal form, and their canonical text. A field of nothing but white space holds no tools."""
+    """The tools of a record in normal form, and their canonical text.
+
+    A field of nothing but white space holds no tools.
+    """
     tools = _listed(given, field, repairs)
     if tools and not isinstance(tools, (list, tuple)):
         raise BadRecord("bad_tool", f"{field!r} is {type(tools).__name__}, not a list", f"give {field} as a list")
@@ -588,7 +722,7 @@ def _fast_writer() -> Callable[[Any], bytes] | None:
         return None
     return functools.partial(orjson.dumps, option=orjson.OPT_SORT_KEYS)
 
-
+# %% ../../nbs/data/03_records.ipynb #8cd8d28d
 def _written_alike(value: Any) -> bool:
     """Do all JSON writers write this value with the same bytes, if they write it? Fractions they do not."""
     kind = type(value)
@@ -598,18 +732,19 @@ def _written_alike(value: Any) -> bool:
         return all(map(_written_alike, value))
     return kind in (str, int, bool, type(None))
 
-
+# %% ../../nbs/data/03_records.ipynb #c7dfdf09
 def _messages_text(messages: Sequence[Mapping[str, Any]]) -> bytes:
     """The canonical text of messages. Beside text they hold only arguments, so those decide who may write it."""
     write = _fast_writer()
     try:
         if write and all(_written_alike(call["arguments"]) for m in messages for call in m.get("tool_calls", ())):
             return write(messages)
-    except (TypeError, RecursionError):  # half a character, a very large number, a key that is not text: the exact writer decides
+    # half a character, a very large number, a key that is not text: the exact writer decides
+    except (TypeError, RecursionError):
         pass
     return _canonical(messages).encode()
 
-
+# %% ../../nbs/data/03_records.ipynb #67c0dfcf
 def _name(messages: Sequence[Mapping[str, Any]], tools_text: str) -> str:
     """The digest of what a chat says: of the canonical text of `{"messages": ..., "tools": ...}`."""
     said = [{k: v for k, v in m.items() if k != "train"} if "train" in m else m for m in messages]
@@ -618,8 +753,10 @@ def _name(messages: Sequence[Mapping[str, Any]], tools_text: str) -> str:
 # %% ../../nbs/data/03_records.ipynb #c0000006
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
-
-def _row(record: Mapping[str, Any], messages_field: str, tools_field: str, row: str, passed: Sequence[str], repairs: Repairs) -> tuple[Mapping[str, Any], bool | None]:
+# %% ../../nbs/data/03_records.ipynb #03720e2b
+def _row(
+    record: Mapping[str, Any], messages_field: str, tools_field: str, row: str, passed: Sequence[str], repairs: Repairs
+) -> tuple[Mapping[str, Any], bool | None]:
     """(fields of the row but the messages, its train flag)."""
     named = {"tools": record[tools_field]} if tools_field in record else {}
     others = {k: v for k, v in record.items() if k not in (messages_field, tools_field, *passed)}
@@ -628,7 +765,8 @@ def _row(record: Mapping[str, Any], messages_field: str, tools_field: str, row: 
     if clash := next((k for k in others if k in named and not is_empty(others[k])), None):
         raise BadRecord("two_values", f"{clash} and {tools_field} are both given")
     said = read_fields(named | others, row_level(row), row, repairs)
-    flags = {k: v for k, v in said.flags.items() if not (isinstance(v, str) and v.lower() in ("user", "human"))}  # NeMo's mask: User masks what is never trained here
+    # NeMo's mask: User masks what is never trained here
+    flags = {k: v for k, v in said.flags.items() if not (isinstance(v, str) and v.lower() in ("user", "human"))}
     return said.values, _train_flag(flags, row)
 
 # %% ../../nbs/data/03_records.ipynb #37fcd745
@@ -647,11 +785,16 @@ def parse_conversation(
 ) -> Conversation:
     """A record in the OpenAI chat format as a `Conversation` in normal form; `BadRecord` if it cannot be one.
 
-    Keys of the row that say something about the chat are read, under whatever name; those about the row itself are passed over, others counted."""
+    Keys of the row that say something about the chat are read, under whatever name; those about the row itself are
+    passed over, others counted."""
     if not isinstance(record, dict):
         raise BadRecord("not_an_object", f"the line holds {type(record).__name__}, not an object")
     if messages_field not in record:
-        raise BadRecord("no_messages", f"no field {messages_field!r}", f"set messages_field; {nearest(messages_field, record)}" if record else "the object is empty")
+        raise BadRecord(
+            "no_messages",
+            f"no field {messages_field!r}",
+            f"set messages_field; {nearest(messages_field, record)}" if record else "the object is empty",
+        )
     repairs: Repairs = dict.fromkeys(noted)
     said, default = _row(record, messages_field, tools_field, row, passed, repairs)
     tools, tools_text = _tools(said.get("tools"), tools_field, repairs)
@@ -659,7 +802,9 @@ def parse_conversation(
     messages = _messages(record[messages_field], messages_field, reading, allow_empty_turns, default)
     messages = _with_system(messages, said.get("system"), reading)
     _note_order([m["role"] for m in messages], reading)
-    if reading.declared and any(call["name"] not in reading.declared for m in messages for call in m.get("tool_calls", ())):
+    if reading.declared and any(
+        call["name"] not in reading.declared for m in messages for call in m.get("tool_calls", ())
+    ):
         reading.note("undeclared_call")
     switches = _switches(said, messages, reading)
     return Conversation(messages, tools, _name(messages, tools_text), source, line, tuple(repairs), **switches)
@@ -677,11 +822,13 @@ def parse_row(
     if isinstance(row, Reject):
         return row
     try:
-        return parse_conversation(row, source=source, line=line, messages_field=messages_field, tools_field=tools_field, **more)
+        return parse_conversation(
+            row, source=source, line=line, messages_field=messages_field, tools_field=tools_field, **more
+        )
     except BadRecord as e:
         return Reject(source, line, e.reason, e.what)
 
-
+# %% ../../nbs/data/03_records.ipynb #b270794e
 def parse_line(
     data: bytes,  # one line of a file
     source: str,
@@ -694,7 +841,7 @@ def parse_line(
     except BadJson as e:
         return Reject(source, line, e.reason, e.detail)
 
-
+# %% ../../nbs/data/03_records.ipynb #7079969e
 def read_chats(
     path: str | Path,  # a file of any format that `nemotron_nb.data.files` knows
     messages_field: str = "messages",

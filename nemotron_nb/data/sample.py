@@ -50,13 +50,21 @@ def _tool(name: str, description: str, properties: Mapping[str, Any], required: 
     parameters = {"type": "object", "properties": dict(properties), "required": list(required)}
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
 
-
-OPERATIONS: Mapping[str, Callable[[int, int], int]] = {"add": operator.add, "subtract": operator.sub, "multiply": operator.mul}
+# %% ../../nbs/data/04_sample.ipynb #57dcafdf
+OPERATIONS: Mapping[str, Callable[[int, int], int]] = {
+    "add": operator.add,
+    "subtract": operator.sub,
+    "multiply": operator.mul,
+}
 SIGNS: Mapping[str, str] = {"add": "+", "subtract": "-", "multiply": "*"}
 FIELDS = ("price", "weight", "stock")
-
 CALCULATORS = (
-    _tool("calculator", "Work out a sum.", {"expression": {"type": "string", "description": "For example 12 * 7"}}, ["expression"]),
+    _tool(
+        "calculator",
+        "Work out a sum.",
+        {"expression": {"type": "string", "description": "For example 12 * 7"}},
+        ["expression"],
+    ),
     _tool(
         "calculator",
         "Work out a sum of two numbers.",
@@ -64,20 +72,34 @@ CALCULATORS = (
         ["operation", "a", "b"],
     ),
 )
+
+# %% ../../nbs/data/04_sample.ipynb #3ad947f1
 LOOKUPS = (
-    _tool("lookup", "Look up a lamp.", {"name": {"type": "string"}, "field": {"type": "string", "enum": list(FIELDS)}}, ["name", "field"]),
+    _tool(
+        "lookup",
+        "Look up a lamp.",
+        {"name": {"type": "string"}, "field": {"type": "string", "enum": list(FIELDS)}},
+        ["name", "field"],
+    ),
     _tool(
         "lookup",
         "Look up a lamp of the shop.",
-        {"name": {"type": "string", "description": "Name of the lamp"}, "field": {"type": "string", "enum": list(FIELDS), "default": "price"}},
+        {
+            "name": {"type": "string", "description": "Name of the lamp"},
+            "field": {"type": "string", "enum": list(FIELDS), "default": "price"},
+        },
         ["name"],
     ),
 )
 
 # %% ../../nbs/data/04_sample.ipynb #ee327885
-_OPERATORS: Mapping[type, Callable[[int, int], int]] = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+_OPERATORS: Mapping[type, Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+}
 
-
+# %% ../../nbs/data/04_sample.ipynb #1b2bbdc5
 def work_out(
     expression: str,  # whole numbers, + - * / and brackets
 ) -> int:
@@ -92,7 +114,11 @@ def work_out(
                 return value(left) // value(right)
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
                 return _OPERATORS[type(op)](value(left), value(right))
-        raise UserError("not a sum of whole numbers", where=repr(expression), fix="use whole numbers and + - * /, with nothing left over")
+        raise UserError(
+            "not a sum of whole numbers",
+            where=repr(expression),
+            fix="use whole numbers and + - * /, with nothing left over",
+        )
 
     try:
         return value(ast.parse(expression, mode="eval").body)
@@ -122,7 +148,7 @@ class Scene:
     expression: str  # of {a}, {b}, {c}
     partial: str = "0"  # what is worked out on the way, named {y}
 
-
+# %% ../../nbs/data/04_sample.ipynb #4940484f
 SCENES: Mapping[str, Scene] = {
     "crates": Scene("{a} * {b}"),
     "share": Scene("{a} / {b}"),
@@ -131,7 +157,7 @@ SCENES: Mapping[str, Scene] = {
 }
 UNIT_FACTORS: Mapping[str, int] = {"year": 12, "h": 60, "min": 60, "m": 100, "week": 7}
 
-
+# %% ../../nbs/data/04_sample.ipynb #435e8c70
 def draw_numbers(scene: str, rng: random.Random) -> dict[str, int]:
     """Numbers for a scene, small enough for mental arithmetic."""
     b, c = rng.randrange(2, 10), rng.randrange(2, 10)
@@ -145,11 +171,18 @@ def draw_numbers(scene: str, rng: random.Random) -> dict[str, int]:
 
 # %% ../../nbs/data/04_sample.ipynb #05bd6f19
 ENGLISH: Mapping[str, Any] = {
-    "systems": ["You are a helpful assistant.", "Answer in one short sentence.", "You help the customers of a lamp shop."],
+    "systems": [
+        "You are a helpful assistant.",
+        "Answer in one short sentence.",
+        "You help the customers of a lamp shop.",
+    ],
     "names": ["Nora", "Milo", "Lena", "Hugo", "Sara", "Leo"],
     "items": ["apples", "marbles", "cards", "pearls", "pears"],
     "crates": (
-        ["A crate holds {a} {item}. How many {item} are in {b} crates?", "There are {a} {item} in a crate. How many are in {b} crates?"],
+        [
+            "A crate holds {a} {item}. How many {item} are in {b} crates?",
+            "There are {a} {item} in a crate. How many are in {b} crates?",
+        ],
         "Each crate holds {a} {item} and there are {b} crates, so I multiply: {a} × {b} = {x}.",
         "There are {x} {item}.",
     ),
@@ -168,7 +201,11 @@ ENGLISH: Mapping[str, Any] = {
         "First I add: {a} + {b} = {y}. Then I subtract: {y} - {c} = {x}.",
         "{name} has {x} {item} now.",
     ),
-    "convert": (["How many {small} are in {a} {big}?", "Please convert {a} {big} to {small}."], "{fact}, so I multiply: {a} × {f} = {x}.", "That is {x} {small}."),
+    "convert": (
+        ["How many {small} are in {a} {big}?", "Please convert {a} {big} to {small}."],
+        "{fact}, so I multiply: {a} × {f} = {x}.",
+        "That is {x} {small}.",
+    ),
     "units": {
         "year": ("years", "months", "One year is 12 months"),
         "h": ("hours", "minutes", "One hour is 60 minutes"),
@@ -176,13 +213,26 @@ ENGLISH: Mapping[str, Any] = {
         "m": ("metres", "centimetres", "One metre is 100 centimetres"),
         "week": ("weeks", "days", "One week is 7 days"),
     },
-    "calculate": (["What is {a} {sign} {b}?", "Please work out {a} {sign} {b}."], "These numbers are large, so I use the calculator.", "The result is {x}."),
+    "calculate": (
+        ["What is {a} {sign} {b}?", "Please work out {a} {sign} {b}."],
+        "These numbers are large, so I use the calculator.",
+        "The result is {x}.",
+    ),
     "calculated": "The calculator returned {x}, so that is the result.",
     "things": {"price": "the price of {lamp}", "weight": "the weight of {lamp}", "stock": "the stock of {lamp}"},
     "lookup": {
-        "price": (["How much does the {lamp} lamp cost?", "What is the price of the {lamp} lamp in euros?"], "The {lamp} lamp costs {x} euros."),
-        "weight": (["How many grams does the {lamp} lamp weigh?", "What is the weight of the {lamp} lamp in grams?"], "The {lamp} lamp weighs {x} grams."),
-        "stock": (["How many {lamp} lamps are in stock?", "How many {lamp} lamps do you have?"], "There are {x} {lamp} lamps in stock."),
+        "price": (
+            ["How much does the {lamp} lamp cost?", "What is the price of the {lamp} lamp in euros?"],
+            "The {lamp} lamp costs {x} euros.",
+        ),
+        "weight": (
+            ["How many grams does the {lamp} lamp weigh?", "What is the weight of the {lamp} lamp in grams?"],
+            "The {lamp} lamp weighs {x} grams.",
+        ),
+        "stock": (
+            ["How many {lamp} lamps are in stock?", "How many {lamp} lamps do you have?"],
+            "There are {x} {lamp} lamps in stock.",
+        ),
     },
     "look": "I do not know this by heart, so I look up {thing}.",
     "found": "The table gives the value {x}, so I can answer.",
@@ -194,7 +244,11 @@ ENGLISH: Mapping[str, Any] = {
     "look_twice": "I need two values, so I look up both at once.",
     "sum": "I add the two values: {p} + {q} = {x}.",
     "difference": "I work out the difference: {p} - {q} = {x}.",
-    "order": (["How much do {n} {lamp} lamps cost?", "I want to buy {n} {lamp} lamps. What is the total in euros?"], "First I need the price of {lamp}, so I look it up.", "The total is {x} euros."),
+    "order": (
+        ["How much do {n} {lamp} lamps cost?", "I want to buy {n} {lamp} lamps. What is the total in euros?"],
+        "First I need the price of {lamp}, so I look it up.",
+        "The total is {x} euros.",
+    ),
     "priced": "One lamp costs {p} euros. Now I multiply {p} by {n} with the calculator.",
     "leads": ["Let me look that up.", "One moment, please."],
     "thanks": ("Thank you!", "You are welcome!"),
@@ -202,7 +256,11 @@ ENGLISH: Mapping[str, Any] = {
 
 # %% ../../nbs/data/04_sample.ipynb #1c50192e
 FRENCH: Mapping[str, Any] = {
-    "systems": ["Tu es un assistant serviable.", "Réponds en une phrase courte.", "Tu aides les clients d'un magasin de lampes."],
+    "systems": [
+        "Tu es un assistant serviable.",
+        "Réponds en une phrase courte.",
+        "Tu aides les clients d'un magasin de lampes.",
+    ],
     "names": ["Nora", "Milo", "Lena", "Hugo", "Sara", "Leo"],
     "items": ["pommes", "billes", "cartes", "perles", "poires"],
     "crates": (
@@ -225,7 +283,11 @@ FRENCH: Mapping[str, Any] = {
         "D'abord j'additionne : {a} + {b} = {y}. Ensuite je soustrais : {y} - {c} = {x}.",
         "Il reste {x} {item} à {name}.",
     ),
-    "convert": (["Combien de {small} y a-t-il dans {a} {big} ?"], "{fact}, donc je multiplie : {a} × {f} = {x}.", "Cela fait {x} {small}."),
+    "convert": (
+        ["Combien de {small} y a-t-il dans {a} {big} ?"],
+        "{fact}, donc je multiplie : {a} × {f} = {x}.",
+        "Cela fait {x} {small}.",
+    ),
     "units": {
         "year": ("ans", "mois", "Un an compte 12 mois"),
         "h": ("heures", "minutes", "Une heure fait 60 minutes"),
@@ -233,7 +295,11 @@ FRENCH: Mapping[str, Any] = {
         "m": ("mètres", "centimètres", "Un mètre fait 100 centimètres"),
         "week": ("semaines", "jours", "Une semaine compte 7 jours"),
     },
-    "calculate": (["Combien font {a} {sign} {b} ?"], "Ces nombres sont grands, donc j'utilise la calculatrice.", "Le résultat est {x}."),
+    "calculate": (
+        ["Combien font {a} {sign} {b} ?"],
+        "Ces nombres sont grands, donc j'utilise la calculatrice.",
+        "Le résultat est {x}.",
+    ),
     "calculated": "La calculatrice a renvoyé {x}, c'est donc le résultat.",
     "things": {"price": "le prix de {lamp}", "weight": "le poids de {lamp}", "stock": "le stock de {lamp}"},
     "lookup": {
@@ -245,13 +311,23 @@ FRENCH: Mapping[str, Any] = {
     "found": "Le tableau donne la valeur {x}, je peux donc répondre.",
     "pair": {
         "price": (["Combien coûtent ensemble les lampes {lamp} et {other} ?"], "Ensemble, elles coûtent {x} euros."),
-        "weight": (["De combien de grammes la lampe {lamp} est-elle plus lourde que la lampe {other} ?"], "Elle est plus lourde de {x} grammes."),
-        "stock": (["Combien de lampes {lamp} et {other} y a-t-il en stock au total ?"], "Il y en a {x} en stock au total."),
+        "weight": (
+            ["De combien de grammes la lampe {lamp} est-elle plus lourde que la lampe {other} ?"],
+            "Elle est plus lourde de {x} grammes.",
+        ),
+        "stock": (
+            ["Combien de lampes {lamp} et {other} y a-t-il en stock au total ?"],
+            "Il y en a {x} en stock au total.",
+        ),
     },
     "look_twice": "J'ai besoin de deux valeurs, donc je les cherche en même temps.",
     "sum": "J'additionne les deux valeurs : {p} + {q} = {x}.",
     "difference": "Je calcule la différence : {p} - {q} = {x}.",
-    "order": (["Combien coûtent {n} lampes {lamp} ?"], "Il me faut d'abord le prix de {lamp}, donc je le cherche.", "Le total est de {x} euros."),
+    "order": (
+        ["Combien coûtent {n} lampes {lamp} ?"],
+        "Il me faut d'abord le prix de {lamp}, donc je le cherche.",
+        "Le total est de {x} euros.",
+    ),
     "priced": "Une lampe coûte {p} euros. Je multiplie maintenant {p} par {n} avec la calculatrice.",
     "leads": ["Je vérifie tout de suite.", "Un instant, s'il vous plaît."],
     "thanks": ("Merci !", "Avec plaisir !"),
@@ -259,7 +335,11 @@ FRENCH: Mapping[str, Any] = {
 
 # %% ../../nbs/data/04_sample.ipynb #d398d421
 SPANISH: Mapping[str, Any] = {
-    "systems": ["Eres un asistente servicial.", "Responde con una frase corta.", "Ayudas a los clientes de una tienda de lámparas."],
+    "systems": [
+        "Eres un asistente servicial.",
+        "Responde con una frase corta.",
+        "Ayudas a los clientes de una tienda de lámparas.",
+    ],
     "names": ["Nora", "Milo", "Lena", "Hugo", "Sara", "Leo"],
     "items": ["manzanas", "canicas", "tarjetas", "perlas", "peras"],
     "crates": (
@@ -282,7 +362,11 @@ SPANISH: Mapping[str, Any] = {
         "Primero sumo: {a} + {b} = {y}. Después resto: {y} - {c} = {x}.",
         "Ahora {name} tiene {x} {item}.",
     ),
-    "convert": (["¿Cuántos {small} hay en {a} {big}?"], "{fact}, así que multiplico: {a} × {f} = {x}.", "Son {x} {small}."),
+    "convert": (
+        ["¿Cuántos {small} hay en {a} {big}?"],
+        "{fact}, así que multiplico: {a} × {f} = {x}.",
+        "Son {x} {small}.",
+    ),
     "units": {
         "year": ("años", "meses", "Un año tiene 12 meses"),
         "h": ("horas", "minutos", "Una hora tiene 60 minutos"),
@@ -290,7 +374,11 @@ SPANISH: Mapping[str, Any] = {
         "m": ("metros", "centímetros", "Un metro tiene 100 centímetros"),
         "week": ("semanas", "días", "Una semana tiene 7 días"),
     },
-    "calculate": (["¿Cuánto es {a} {sign} {b}?"], "Estos números son grandes, así que uso la calculadora.", "El resultado es {x}."),
+    "calculate": (
+        ["¿Cuánto es {a} {sign} {b}?"],
+        "Estos números son grandes, así que uso la calculadora.",
+        "El resultado es {x}.",
+    ),
     "calculated": "La calculadora devolvió {x}, así que ese es el resultado.",
     "things": {"price": "el precio de {lamp}", "weight": "el peso de {lamp}", "stock": "las existencias de {lamp}"},
     "lookup": {
@@ -308,7 +396,11 @@ SPANISH: Mapping[str, Any] = {
     "look_twice": "Necesito dos valores, así que busco los dos a la vez.",
     "sum": "Sumo los dos valores: {p} + {q} = {x}.",
     "difference": "Calculo la diferencia: {p} - {q} = {x}.",
-    "order": (["¿Cuánto cuestan {n} lámparas {lamp}?"], "Primero necesito el precio de {lamp}, así que lo busco.", "El total es de {x} euros."),
+    "order": (
+        ["¿Cuánto cuestan {n} lámparas {lamp}?"],
+        "Primero necesito el precio de {lamp}, así que lo busco.",
+        "El total es de {x} euros.",
+    ),
     "priced": "Una lámpara cuesta {p} euros. Ahora multiplico {p} por {n} con la calculadora.",
     "leads": ["Lo busco ahora.", "Un momento, por favor."],
     "thanks": ("¡Gracias!", "¡De nada!"),
@@ -316,7 +408,11 @@ SPANISH: Mapping[str, Any] = {
 
 # %% ../../nbs/data/04_sample.ipynb #f9617d0d
 ITALIAN: Mapping[str, Any] = {
-    "systems": ["Sei un assistente disponibile.", "Rispondi con una frase breve.", "Aiuti i clienti di un negozio di lampade."],
+    "systems": [
+        "Sei un assistente disponibile.",
+        "Rispondi con una frase breve.",
+        "Aiuti i clienti di un negozio di lampade.",
+    ],
     "names": ["Nora", "Milo", "Lena", "Hugo", "Sara", "Leo"],
     "items": ["mele", "biglie", "cartoline", "perle", "pere"],
     "crates": (
@@ -339,7 +435,11 @@ ITALIAN: Mapping[str, Any] = {
         "Prima sommo: {a} + {b} = {y}. Poi sottraggo: {y} - {c} = {x}.",
         "Adesso {name} ha {x} {item}.",
     ),
-    "convert": (["Quanti {small} ci sono in {a} {big}?"], "{fact}, quindi moltiplico: {a} × {f} = {x}.", "Sono {x} {small}."),
+    "convert": (
+        ["Quanti {small} ci sono in {a} {big}?"],
+        "{fact}, quindi moltiplico: {a} × {f} = {x}.",
+        "Sono {x} {small}.",
+    ),
     "units": {
         "year": ("anni", "mesi", "Un anno ha 12 mesi"),
         "h": ("ore", "minuti", "Un'ora ha 60 minuti"),
@@ -347,7 +447,11 @@ ITALIAN: Mapping[str, Any] = {
         "m": ("metri", "centimetri", "Un metro ha 100 centimetri"),
         "week": ("settimane", "giorni", "Una settimana ha 7 giorni"),
     },
-    "calculate": (["Quanto fa {a} {sign} {b}?"], "Questi numeri sono grandi, quindi uso la calcolatrice.", "Il risultato è {x}."),
+    "calculate": (
+        ["Quanto fa {a} {sign} {b}?"],
+        "Questi numeri sono grandi, quindi uso la calcolatrice.",
+        "Il risultato è {x}.",
+    ),
     "calculated": "La calcolatrice ha restituito {x}, quindi questo è il risultato.",
     "things": {"price": "il prezzo di {lamp}", "weight": "il peso di {lamp}", "stock": "la disponibilità di {lamp}"},
     "lookup": {
@@ -359,13 +463,20 @@ ITALIAN: Mapping[str, Any] = {
     "found": "La tabella dà il valore {x}, quindi posso rispondere.",
     "pair": {
         "price": (["Quanto costano insieme le lampade {lamp} e {other}?"], "Insieme costano {x} euro."),
-        "weight": (["Quanti grammi pesa in più la lampada {lamp} rispetto alla lampada {other}?"], "Pesa {x} grammi in più."),
+        "weight": (
+            ["Quanti grammi pesa in più la lampada {lamp} rispetto alla lampada {other}?"],
+            "Pesa {x} grammi in più.",
+        ),
         "stock": (["Quante lampade {lamp} e {other} ci sono in tutto in magazzino?"], "In tutto ce ne sono {x}."),
     },
     "look_twice": "Mi servono due valori, quindi li cerco insieme.",
     "sum": "Sommo i due valori: {p} + {q} = {x}.",
     "difference": "Calcolo la differenza: {p} - {q} = {x}.",
-    "order": (["Quanto costano {n} lampade {lamp}?"], "Prima mi serve il prezzo di {lamp}, quindi lo cerco.", "Il totale è di {x} euro."),
+    "order": (
+        ["Quanto costano {n} lampade {lamp}?"],
+        "Prima mi serve il prezzo di {lamp}, quindi lo cerco.",
+        "Il totale è di {x} euro.",
+    ),
     "priced": "Una lampada costa {p} euro. Ora moltiplico {p} per {n} con la calcolatrice.",
     "leads": ["Lo cerco subito.", "Un momento, per favore."],
     "thanks": ("Grazie!", "Prego!"),
@@ -373,7 +484,11 @@ ITALIAN: Mapping[str, Any] = {
 
 # %% ../../nbs/data/04_sample.ipynb #eae21886
 GERMAN: Mapping[str, Any] = {
-    "systems": ["Du bist ein hilfreicher Assistent.", "Antworte in einem kurzen Satz.", "Du hilfst den Kunden eines Lampengeschäfts."],
+    "systems": [
+        "Du bist ein hilfreicher Assistent.",
+        "Antworte in einem kurzen Satz.",
+        "Du hilfst den Kunden eines Lampengeschäfts.",
+    ],
     "names": ["Nora", "Milo", "Lena", "Hugo", "Sara", "Leo"],
     "items": ["Äpfel", "Murmeln", "Karten", "Perlen", "Birnen"],
     "crates": (
@@ -396,7 +511,11 @@ GERMAN: Mapping[str, Any] = {
         "Zuerst addiere ich: {a} + {b} = {y}. Dann ziehe ich ab: {y} - {c} = {x}.",
         "{name} hat jetzt {x} {item}.",
     ),
-    "convert": (["Wie viele {small} sind {a} {big}?"], "{fact}, also multipliziere ich: {a} × {f} = {x}.", "Das sind {x} {small}."),
+    "convert": (
+        ["Wie viele {small} sind {a} {big}?"],
+        "{fact}, also multipliziere ich: {a} × {f} = {x}.",
+        "Das sind {x} {small}.",
+    ),
     "units": {
         "year": ("Jahre", "Monate", "Ein Jahr hat 12 Monate"),
         "h": ("Stunden", "Minuten", "Eine Stunde hat 60 Minuten"),
@@ -404,7 +523,11 @@ GERMAN: Mapping[str, Any] = {
         "m": ("Meter", "Zentimeter", "Ein Meter hat 100 Zentimeter"),
         "week": ("Wochen", "Tage", "Eine Woche hat 7 Tage"),
     },
-    "calculate": (["Wie viel ist {a} {sign} {b}?"], "Diese Zahlen sind groß, also benutze ich den Taschenrechner.", "Das Ergebnis ist {x}."),
+    "calculate": (
+        ["Wie viel ist {a} {sign} {b}?"],
+        "Diese Zahlen sind groß, also benutze ich den Taschenrechner.",
+        "Das Ergebnis ist {x}.",
+    ),
     "calculated": "Der Taschenrechner hat {x} geliefert, das ist also das Ergebnis.",
     "things": {"price": "den Preis von {lamp}", "weight": "das Gewicht von {lamp}", "stock": "den Bestand von {lamp}"},
     "lookup": {
@@ -415,14 +538,24 @@ GERMAN: Mapping[str, Any] = {
     "look": "Das weiß ich nicht auswendig, also schlage ich {thing} nach.",
     "found": "Die Tabelle nennt den Wert {x}, also kann ich antworten.",
     "pair": {
-        "price": (["Wie viel kosten die {lamp}-Lampe und die {other}-Lampe zusammen?"], "Zusammen kosten sie {x} Euro."),
-        "weight": (["Um wie viel Gramm ist die {lamp}-Lampe schwerer als die {other}-Lampe?"], "Sie ist um {x} Gramm schwerer."),
+        "price": (
+            ["Wie viel kosten die {lamp}-Lampe und die {other}-Lampe zusammen?"],
+            "Zusammen kosten sie {x} Euro.",
+        ),
+        "weight": (
+            ["Um wie viel Gramm ist die {lamp}-Lampe schwerer als die {other}-Lampe?"],
+            "Sie ist um {x} Gramm schwerer.",
+        ),
         "stock": (["Wie viele {lamp}- und {other}-Lampen sind insgesamt auf Lager?"], "Insgesamt sind {x} auf Lager."),
     },
     "look_twice": "Ich brauche zwei Werte, also schlage ich beide gleichzeitig nach.",
     "sum": "Ich addiere die beiden Werte: {p} + {q} = {x}.",
     "difference": "Ich berechne die Differenz: {p} - {q} = {x}.",
-    "order": (["Wie viel kosten {n} {lamp}-Lampen?"], "Zuerst brauche ich den Preis von {lamp}, also schlage ich ihn nach.", "Insgesamt sind das {x} Euro."),
+    "order": (
+        ["Wie viel kosten {n} {lamp}-Lampen?"],
+        "Zuerst brauche ich den Preis von {lamp}, also schlage ich ihn nach.",
+        "Insgesamt sind das {x} Euro.",
+    ),
     "priced": "Eine Lampe kostet {p} Euro. Jetzt rechne ich {p} mal {n} mit dem Taschenrechner.",
     "leads": ["Ich schlage das nach.", "Einen Moment, bitte."],
     "thanks": ("Danke!", "Gern geschehen!"),
@@ -486,7 +619,9 @@ JAPANESE: Mapping[str, Any] = {
 }
 
 # %% ../../nbs/data/04_sample.ipynb #dba9c67a
-PHRASEBOOKS: Mapping[str, Mapping[str, Any]] = {"en": ENGLISH, "fr": FRENCH, "es": SPANISH, "it": ITALIAN, "de": GERMAN, "ja": JAPANESE}
+PHRASEBOOKS: Mapping[str, Mapping[str, Any]] = {
+    "en": ENGLISH, "fr": FRENCH, "es": SPANISH, "it": ITALIAN, "de": GERMAN, "ja": JAPANESE,
+}
 
 # %% ../../nbs/data/04_sample.ipynb #c95cdebe
 @dataclass
@@ -543,7 +678,7 @@ def word_problem(draft: Draft) -> None:
     draft.ask(draft.rng.choice(questions).format(**said), expression)
     draft.answer(answer.format(**said), reasoning.format(**said))
 
-
+# %% ../../nbs/data/04_sample.ipynb #9692b1b8
 def conversion(draft: Draft) -> None:
     """A quantity in another unit."""
     unit = draft.rng.choice(list(UNIT_FACTORS))
@@ -554,7 +689,7 @@ def conversion(draft: Draft) -> None:
     draft.ask(draft.rng.choice(questions).format(**said), f"{a} * {f}")
     draft.answer(answer.format(**said), reasoning.format(**said))
 
-
+# %% ../../nbs/data/04_sample.ipynb #41aaa166
 def thanks(draft: Draft) -> None:
     """A courtesy, to which there is nothing to reason."""
     said, replied = draft.book["thanks"]
@@ -574,12 +709,12 @@ def _lookup_arguments(draft: Draft, lamp: str, wanted: str) -> dict[str, str]:
     optional = "field" not in draft.lookup["function"]["parameters"]["required"]
     return {"name": lamp} if optional and wanted == "price" else {"name": lamp, "field": wanted}
 
-
+# %% ../../nbs/data/04_sample.ipynb #14baa895
 def _lead(draft: Draft) -> str | None:
     """A word to the user before a call, now and then; else no content at all, which OpenAI writes as null."""
     return draft.rng.choice(draft.book["leads"]) if draft.rng.random() < 0.2 else None
 
-
+# %% ../../nbs/data/04_sample.ipynb #11a63fdd
 def calculation(draft: Draft) -> None:
     """A sum too large for mental arithmetic."""
     operation, sign = draft.rng.choice([("add", "+"), ("subtract", "-"), ("multiply", "×")])
@@ -591,7 +726,7 @@ def calculation(draft: Draft) -> None:
     x = draft.messages[-1]["content"]
     draft.answer(answer.format(x=x), draft.book["calculated"].format(x=x))
 
-
+# %% ../../nbs/data/04_sample.ipynb #a1c7e0ff
 def question_of_fact(draft: Draft) -> None:
     """One fact, looked up."""
     lamp, wanted = draft.rng.choice(list(LAMPS)), draft.rng.choice(FIELDS)
@@ -599,10 +734,12 @@ def question_of_fact(draft: Draft) -> None:
     questions, answer = draft.book["lookup"][wanted]
     thing = draft.book["things"][wanted].format(lamp=lamp)
     draft.ask(draft.rng.choice(questions).format(lamp=lamp), str(x))
-    draft.call(draft.book["look"].format(thing=thing), [("lookup", _lookup_arguments(draft, lamp, wanted))], _lead(draft))
+    draft.call(
+        draft.book["look"].format(thing=thing), [("lookup", _lookup_arguments(draft, lamp, wanted))], _lead(draft)
+    )
     draft.answer(answer.format(lamp=lamp, x=x), draft.book["found"].format(x=x))
 
-
+# %% ../../nbs/data/04_sample.ipynb #bb36a084
 def pair_of_facts(draft: Draft) -> None:
     """Two facts looked up in one turn, then added or compared."""
     wanted = draft.rng.choice(FIELDS)
@@ -613,11 +750,15 @@ def pair_of_facts(draft: Draft) -> None:
     sign, reasoning = ("-", "difference") if wanted == "weight" else ("+", "sum")
     questions, answer = draft.book["pair"][wanted]
     draft.ask(draft.rng.choice(questions).format(lamp=lamp, other=other), f"{p} {sign} {q}")
-    draft.call(draft.book["look_twice"], [("lookup", _lookup_arguments(draft, one, wanted)) for one in (lamp, other)], _lead(draft))
+    draft.call(
+        draft.book["look_twice"],
+        [("lookup", _lookup_arguments(draft, one, wanted)) for one in (lamp, other)],
+        _lead(draft),
+    )
     x = work_out(f"{p} {sign} {q}")
     draft.answer(answer.format(x=x), draft.book[reasoning].format(p=p, q=q, x=x))
 
-
+# %% ../../nbs/data/04_sample.ipynb #ee50b543
 def order(draft: Draft) -> None:
     """Two steps: look up a price, then multiply it with the calculator."""
     lamp, n = draft.rng.choice(list(LAMPS)), draft.rng.randrange(3, 30)
@@ -649,23 +790,29 @@ ROUND = (
 ).split()
 LANGUAGES = ("en", "fr", "en", "es", "en", "it", "en", "de", "en", "ja") * 2
 
-
+# %% ../../nbs/data/04_sample.ipynb #422500b9
 def _begin(kind: str, language: str, rng: random.Random) -> Draft:
     """A draft with its choices made and, for half of the chats, a system message."""
     has_tool_kind = kind in ("calculator", "lookup", "parallel", "steps")
     thinks = kind != "plain" and not (has_tool_kind and rng.random() < 0.2)
-    draft = Draft(rng, PHRASEBOOKS[language], thinks, rng.choice(CALCULATORS), rng.choice(LOOKUPS), as_string=rng.random() < 0.7)
+    draft = Draft(
+        rng, PHRASEBOOKS[language], thinks, rng.choice(CALCULATORS), rng.choice(LOOKUPS), as_string=rng.random() < 0.7
+    )
     if rng.random() < 0.5:
         draft.messages.append({"role": "system", "content": rng.choice(draft.book["systems"])})
     return draft
 
-
+# %% ../../nbs/data/04_sample.ipynb #12e932b5
 def _offered(draft: Draft) -> list[dict[str, Any]]:
     """The tools that the chat declares: those it uses, and now and then one that it does not need."""
     extra = draft.used and draft.rng.random() < 0.3
-    return [copy.deepcopy(dict(tool)) for tool in (draft.calculator, draft.lookup) if extra or tool["function"]["name"] in draft.used]
+    return [
+        copy.deepcopy(dict(tool))
+        for tool in (draft.calculator, draft.lookup)
+        if extra or tool["function"]["name"] in draft.used
+    ]
 
-
+# %% ../../nbs/data/04_sample.ipynb #f547d2f2
 def make_chat(kind: str, language: str, rng: random.Random) -> dict[str, Any]:
     """One record: messages, tools where any are used, and what a checker needs."""
     draft = _begin(kind, language, rng)
@@ -675,7 +822,13 @@ def make_chat(kind: str, language: str, rng: random.Random) -> dict[str, Any]:
     if several and rng.random() < 0.3:
         thanks(draft)
     tools = _offered(draft)
-    return {"messages": draft.messages, **({"tools": tools} if tools else {}), "kind": kind, "language": language, "checks": draft.checks}
+    return {
+        "messages": draft.messages,
+        **({"tools": tools} if tools else {}),
+        "kind": kind,
+        "language": language,
+        "checks": draft.checks,
+    }
 
 # %% ../../nbs/data/04_sample.ipynb #df0c12ae
 def make_chats(
@@ -693,7 +846,7 @@ def make_chats(
         chats.append(chat)
     return chats
 
-
+# %% ../../nbs/data/04_sample.ipynb #9cdbd1e0
 def _asked(chat: Mapping[str, Any]) -> str:
     """All that the user says in a chat."""
     return "\n".join(message["content"] for message in chat["messages"] if message["role"] == "user")
@@ -715,16 +868,21 @@ def check_answer(
 # %% ../../nbs/data/04_sample.ipynb #929dddef
 def _refuse(what: str, turn: int) -> UserError:
     """The error for a chat that says something false."""
-    return UserError(what, where=f"user turn {turn + 1}", why="a model would be trained on something false", fix="correct the record or leave it out")
+    return UserError(
+        what,
+        where=f"user turn {turn + 1}",
+        why="a model would be trained on something false",
+        fix="correct the record or leave it out",
+    )
 
-
+# %% ../../nbs/data/04_sample.ipynb #54540347
 def _turns(messages: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
     """The messages from one user message up to the next."""
     starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
     for start, end in zip(starts, [*starts[1:], len(messages)], strict=True):
         yield list(messages[start:end])
 
-
+# %% ../../nbs/data/04_sample.ipynb #2a540fd8
 def _check_sum(messages: Sequence[Mapping[str, Any]], check: Mapping[str, Any], turn: int) -> None:
     """The sum is made of numbers that were given, and the last message states its value."""
     given = set(UNIT_FACTORS.values())
@@ -738,7 +896,7 @@ def _check_sum(messages: Sequence[Mapping[str, Any]], check: Mapping[str, Any], 
     if numbers_in(messages[-1]["content"]) != [check["answer"]]:
         raise _refuse(f"the answer {messages[-1]['content']!r} does not state {check['answer']}", turn)
 
-
+# %% ../../nbs/data/04_sample.ipynb #8eeb43b0
 def _check_equations(reasoning: str, turn: int) -> None:
     """Every equation in a thought holds."""
     for left, right in re.findall(r"(\d+ [+×÷-] \d+) = (\d+)", reasoning):
@@ -756,17 +914,21 @@ def _read_arguments(arguments: Any, turn: int) -> Any:
     except json.JSONDecodeError as error:
         raise _refuse(f"arguments {arguments!r} are not JSON: {error}", turn) from error
 
-
+# %% ../../nbs/data/04_sample.ipynb #f6621891
 def _check_arguments(arguments: Any, parameters: Mapping[str, Any], turn: int) -> None:
     """Arguments fit the schema: all that is required, nothing that is unknown, right types, listed values."""
     properties = parameters["properties"]
-    if not isinstance(arguments, Mapping) or set(arguments) - set(properties) or set(parameters["required"]) - set(arguments):
+    if (
+        not isinstance(arguments, Mapping)
+        or set(arguments) - set(properties)
+        or set(parameters["required"]) - set(arguments)
+    ):
         raise _refuse(f"arguments {arguments!r} do not fit the parameters {sorted(properties)}", turn)
     for name, value in arguments.items():
         if type(value) is not _TYPES[properties[name]["type"]] or value not in properties[name].get("enum", [value]):
             raise _refuse(f"argument {name}={value!r} does not fit {properties[name]}", turn)
 
-
+# %% ../../nbs/data/04_sample.ipynb #4d287f88
 def _check_calls(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], turn: int) -> None:
     """Each call fits its tool, and is answered at once, in order, by what the tool says."""
     declared = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
@@ -781,9 +943,11 @@ def _check_calls(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[
             _check_arguments(arguments, declared[name], turn)
             result = next(results, {})
             if result.get("tool_call_id") != call["id"] or result.get("content") != run_tool(name, arguments):
-                raise _refuse(f"{name}({arguments}) is {run_tool(name, arguments)}, not {result.get('content')!r}", turn)
+                raise _refuse(
+                    f"{name}({arguments}) is {run_tool(name, arguments)}, not {result.get('content')!r}", turn
+                )
 
-
+# %% ../../nbs/data/04_sample.ipynb #b8ee9ba5
 def check_chat(
     record: Mapping[str, Any],
 ) -> None:
@@ -803,7 +967,7 @@ def sample_path() -> Path:
     """The file of 400 chats that ships with the package."""
     return Path(str(importlib.resources.files("nemotron_nb"))) / "data" / "assets" / "sample_chats.jsonl"
 
-
+# %% ../../nbs/data/04_sample.ipynb #a47d8fd7
 def write_sample(
     path: str | os.PathLike,
     num_chats: int = 400,

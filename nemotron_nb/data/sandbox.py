@@ -38,7 +38,7 @@ TEXT_LIMIT = 2**26  # characters of one text, and of what a render prints
 class OutOfWork(TemplateError):
     """A render that would not end, or not within reason."""
 
-
+# %% ../../nbs/data/09_sandbox.ipynb #38498fce
 class _Account(threading.local):
     """The work that is left to the render of this thread."""
 
@@ -64,7 +64,7 @@ def _growth(name: str, text: str, arguments: Sequence[Any]) -> int:
     widths += [int(n[:12]) for n in re.findall(r"\d+", text)] if name == "format" else []
     return max(widths, default=0) * (text.count("\n") + 1)
 
-
+# %% ../../nbs/data/09_sandbox.ipynb #62123a39
 def _product(operator: str, left: Any, right: Any) -> int:
     """About how long the result of an operator on texts or lists would be."""
     if operator == "**":
@@ -88,17 +88,13 @@ class _Generation(Extension):
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
+# %% ../../nbs/data/09_sandbox.ipynb #c9ec7ecc
+class _Paying(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox with an account of its work."""
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja as chat templates expect it, with nothing to reach and an account of its work."""
-
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
-
-    def __init__(self, date: str):
+    def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
         self.account = _Account()
-        self.filters |= {name: self._paid(name, self.filters[name]) for name in _GROWING if name in self.filters} | {"tojson": _tojson}
-        self.globals |= {"raise_exception": _raise, "strftime_now": datetime.datetime.fromisoformat(date or "1970-01-01").strftime}
 
     def steps(self, items: Iterable[Any]) -> Iterator[Any]:
         """The items of a loop, each paid for."""
@@ -117,21 +113,40 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             self.account.pay(0, len(value))
         return value
 
-    def _paid(self, name: str, function: Any) -> Any:
-        """A filter that pays for what it adds."""
-        if getattr(function, "jinja_pass_arg", None):
-            return jinja2.pass_eval_context(lambda context, text, *a, **k: (self._pay_growth(name, text, [*a, *k.values()]), function(context, text, *a, **k))[1])
-        return lambda text, *a, **k: (self._pay_growth(name, text, [*a, *k.values()]), function(text, *a, **k))[1]
-
-    def _pay_growth(self, name: str, text: Any, arguments: Sequence[Any]) -> None:
+    def pay_growth(self, name: str, text: Any, arguments: Sequence[Any]) -> None:
         """Pay for a padding before it happens."""
         self.account.pay(1, len(str(text)) + _growth(name, str(text), arguments))
+
+# %% ../../nbs/data/09_sandbox.ipynb #f3428e14
+def _paid(environment: _Paying, name: str, function: Any) -> Any:
+    """A filter that pays for what it adds."""
+    if getattr(function, "jinja_pass_arg", None):
+        return jinja2.pass_eval_context(
+            lambda context, text, *a, **k: (
+                environment.pay_growth(name, text, [*a, *k.values()]),
+                function(context, text, *a, **k),
+            )[1]
+        )
+    return lambda text, *a, **k: (environment.pay_growth(name, text, [*a, *k.values()]), function(text, *a, **k))[1]
+
+# %% ../../nbs/data/09_sandbox.ipynb #97d62dea
+class _Sandbox(_Paying):
+    """Jinja as chat templates expect it, with nothing to reach and an account of its work."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self, date: str):
+        super().__init__()
+        self.filters |= {name: _paid(self, name, self.filters[name]) for name in _GROWING if name in self.filters}
+        now = datetime.datetime.fromisoformat(date or "1970-01-01").strftime
+        self.filters |= {"tojson": _tojson}
+        self.globals |= {"raise_exception": _raise, "strftime_now": now}
 
     def call(self, context: Any, function: Any, /, *arguments: Any, **named: Any) -> Any:
         """Every call that a template makes."""
         name = getattr(function, "__name__", "")
         if name in _GROWING and isinstance(text := getattr(function, "__self__", None), str):
-            self._pay_growth(name, text, [*arguments, *named.values()])
+            self.pay_growth(name, text, [*arguments, *named.values()])
         return super().call(context, function, *arguments, **named)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -144,11 +159,19 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         raise SecurityError(f"the template reaches for the attribute {attribute!r} of a {type(obj).__name__}")
 
 # %% ../../nbs/data/09_sandbox.ipynb #548a4c22
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
     """JSON as chat templates mean it: no HTML escapes, and letters stay letters."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=min(indent, 16) if indent else indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=min(indent, 16) if indent else indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
-
+# %% ../../nbs/data/09_sandbox.ipynb #115ed4f5
 class Refused(TemplateError):
     """The template itself said no to this chat, by `raise_exception`."""
 
@@ -157,13 +180,20 @@ def _raise(message: str) -> None:
     """What a template calls when it does not want a chat."""
     raise Refused(str(message))
 
-
+# %% ../../nbs/data/09_sandbox.ipynb #b095ab4d
 def _with_account(tree: nodes.Template) -> nodes.Template:
     """A parsed template that pays for its loops, macros and texts."""
 
     def call(name: str, *arguments: nodes.Expr) -> nodes.Call:
         """A call of a method of the environment, which no name in a template can hide."""
-        return nodes.Call(nodes.EnvironmentAttribute(name), list(arguments), [], None, None, lineno=(arguments[0] if arguments else node).lineno)
+        return nodes.Call(
+            nodes.EnvironmentAttribute(name),
+            list(arguments),
+            [],
+            None,
+            None,
+            lineno=(arguments[0] if arguments else node).lineno,
+        )
 
     for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock, nodes.Concat, nodes.Output))):
         if isinstance(node, nodes.For):
@@ -171,29 +201,38 @@ def _with_account(tree: nodes.Template) -> nodes.Template:
         elif isinstance(node, (nodes.Macro, nodes.CallBlock)):
             node.body.insert(0, nodes.ExprStmt(call("step"), lineno=node.lineno))
         else:
-            node.nodes = [n if isinstance(n, (nodes.TemplateData, nodes.Const)) else call("shown", n) for n in node.nodes]
+            node.nodes = [
+                n if isinstance(n, (nodes.TemplateData, nodes.Const)) else call("shown", n) for n in node.nodes
+            ]
     return tree.set_environment(tree.environment)
 
 # %% ../../nbs/data/09_sandbox.ipynb #9297063b
 class Failure(ValueError):
-    """What became of a render that printed nothing. `kind`: "syntax", "security", "refused", "limit" or "error"; `line` 0: not known."""
+    """What became of a render that printed nothing.
+
+    `kind`: "syntax", "security", "refused", "limit" or "error"; `line` 0: not known.
+    """
 
     def __init__(self, kind: str, line: int, text: str):
         super().__init__(text)
         self.kind, self.line = kind, line
 
-
+# %% ../../nbs/data/09_sandbox.ipynb #eeaa41f3
 def _failure(error: BaseException, name: str) -> Failure:
     """An error that a template raised, as a failure with its line."""
     if isinstance(error, TemplateSyntaxError):
         return Failure("syntax", error.lineno, str(error.message))
-    line = max([0, *([number for frame, number in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == name][-1:])])
-    if isinstance(error, (MemoryError, RecursionError)):
-        return Failure("limit", line, "it asks for more memory than there is" if isinstance(error, MemoryError) else "it nests or calls itself too deeply")
+    frames = traceback.walk_tb(error.__traceback__)
+    line = next(reversed([number for frame, number in frames if frame.f_code.co_filename == name]), 0)
+    if isinstance(error, MemoryError):
+        return Failure("limit", max(0, line), "it asks for more memory than there is")
+    if isinstance(error, RecursionError):
+        return Failure("limit", max(0, line), "it nests or calls itself too deeply")
     kind = {SecurityError: "security", Refused: "refused", OutOfWork: "limit"}.get(type(error), "error")
-    return Failure(kind, line, (f"{type(error).__name__}: {error}" if kind == "error" else str(error))[:2000])
+    text = f"{type(error).__name__}: {error}" if kind == "error" else str(error)
+    return Failure(kind, max(0, line), text[:2000])
 
-
+# %% ../../nbs/data/09_sandbox.ipynb #f738acf9
 @functools.lru_cache(maxsize=16)
 def _compiled(name: str, text: str, date: str) -> jinja2.Template:
     """The template as code."""
@@ -201,7 +240,7 @@ def _compiled(name: str, text: str, date: str) -> jinja2.Template:
     code = sandbox.compile(_with_account(sandbox.parse(text)), name, name)
     return jinja2.Template.from_code(sandbox, code, dict(sandbox.globals))
 
-
+# %% ../../nbs/data/09_sandbox.ipynb #efcdae40
 def _printed(template: jinja2.Template, variables: Mapping[str, Any]) -> Iterator[str]:
     """The parts that a template prints, each paid for."""
     template.environment.account.left, printed = WORK_LIMIT, 0
@@ -211,7 +250,7 @@ def _printed(template: jinja2.Template, variables: Mapping[str, Any]) -> Iterato
             raise OutOfWork(f"it prints more than {TEXT_LIMIT:,} characters")
         yield part
 
-
+# %% ../../nbs/data/09_sandbox.ipynb #6915408d
 def render_here(
     name: str,  # of the template, for the lines of errors
     text: str,  # the Jinja source; one that is trusted
@@ -234,10 +273,10 @@ class Limits:
     memory: int = 2**31  # bytes of address space, the interpreter included
     patience: int = 120  # seconds on the clock, for a machine that is busy
 
-
+# %% ../../nbs/data/09_sandbox.ipynb #59d8e309
 _KINDS = ("ok", "syntax", "security", "refused", "limit", "error")
 
-
+# %% ../../nbs/data/09_sandbox.ipynb #21f06fc4
 def _limit(limits: Limits) -> None:
     """Set the limits of this process, from now on."""
     import resource  # Unix only, as all that runs here
@@ -245,9 +284,11 @@ def _limit(limits: Limits) -> None:
     used = resource.getrusage(resource.RUSAGE_SELF)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (limits.memory, resource.RLIM_INFINITY))
-    resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + limits.seconds, resource.RLIM_INFINITY))
+    resource.setrlimit(
+        resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + limits.seconds, resource.RLIM_INFINITY)
+    )
 
-
+# %% ../../nbs/data/09_sandbox.ipynb #9255c3e6
 def _answer(name: str, text: str, date: str, variables: Mapping[str, Any] | None) -> tuple[int, bytes]:
     """The kind of an answer as a number, and its text: what was printed, or [line, message] as JSON."""
     try:
@@ -257,7 +298,7 @@ def _answer(name: str, text: str, date: str, variables: Mapping[str, Any] | None
     except MemoryError:
         return _KINDS.index("limit"), b'[0, "it asks for more memory than there is"]'
 
-
+# %% ../../nbs/data/09_sandbox.ipynb #7c665aba
 def serve_template() -> None:
     """The life of the child: a template, then variables, from the standard input; answers to the standard output."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
@@ -277,18 +318,20 @@ def serve_template() -> None:
 _BOOT = "import sys; sys.path[:] = sys.argv[1:]; from nemotron_nb.data.sandbox import serve_template; serve_template()"
 _PASSED_ON = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME", "TMPDIR")
 
-
+# %% ../../nbs/data/09_sandbox.ipynb #288e8d73
 def _start(limits: Limits, template: tuple[str, str, str]) -> subprocess.Popen:
     """A child with the template and its limits."""
     environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ} | {"PYTHONUTF8": "1"}
     child = subprocess.Popen(
         [sys.executable, "-c", _BOOT, *sys.path],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, start_new_session=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
+        start_new_session=True,
     )  # fmt: skip
-    child.stdin.write(pickle.dumps(astuple(limits)) + pickle.dumps(template))  # plain values: a class of a notebook is not known there
+    # plain values: a class of a notebook is not known there
+    child.stdin.write(pickle.dumps(astuple(limits)) + pickle.dumps(template))
     return child
 
-
+# %% ../../nbs/data/09_sandbox.ipynb #5801a685
 def _stop(held: list[subprocess.Popen], owner: int) -> None:
     """End the child, if it is ours: a forked process holds a copy of the handle, and must leave the child alone."""
     while held and owner == os.getpid():
@@ -301,7 +344,7 @@ def _stop(held: list[subprocess.Popen], owner: int) -> None:
                 pass
         child.wait()
 
-
+# %% ../../nbs/data/09_sandbox.ipynb #9f4d6ea5
 def _read(pipe: BinaryIO, size: int, until: float) -> bytes:
     """Exactly `size` bytes; `EOFError` where the child ends first, `TimeoutError` where the time on the clock does."""
     poll, parts = select.poll(), []
@@ -315,32 +358,14 @@ def _read(pipe: BinaryIO, size: int, until: float) -> bytes:
         size -= len(part)
     return b"".join(parts)
 
-
-class TemplateProcess:
-    """A template that runs in a process of its own."""
+# %% ../../nbs/data/09_sandbox.ipynb #82578619
+class _Child:
+    """A template, and the process that runs it while there is one."""
 
     def __init__(self, name: str, text: str, date: str = "", limits: Limits = Limits()):
         self.limits, self._template = limits, (name, text, date)
         self._lock, self._children = threading.Lock(), []
         weakref.finalize(self, _stop, self._children, os.getpid())
-
-    def render(self, variables: Mapping[str, Any] | None) -> str:
-        """What the template prints, None: nothing, it is only compiled; `Failure` where it prints nothing or takes too much."""
-        with self._lock:
-            try:
-                kind, text = self._exchange(variables)
-            except (EOFError, BrokenPipeError):
-                raise Failure("limit", 0, self._cause()) from None
-            except TimeoutError:
-                _stop(self._children, os.getpid())
-                raise Failure("limit", 0, f"it has not ended after {self.limits.patience} seconds") from None
-            except BaseException:
-                _stop(self._children, os.getpid())
-                raise
-        if kind == 0:
-            return text.decode("utf-8", "surrogatepass")
-        line, message = json.loads(text)
-        raise Failure(_KINDS[kind], line, message)
 
     def _exchange(self, variables: Mapping[str, Any] | None) -> tuple[int, bytes]:
         """One request and its answer."""
@@ -362,9 +387,35 @@ class TemplateProcess:
         _stop(self._children, os.getpid())
         if code == -24:  # SIGXCPU
             return f"it takes more than {self.limits.seconds} seconds of processor time"
-        return f"its process ended ({'it closed its output' if code is None else f'signal {-code}' if code < 0 else f'code {code}'}); the limits are {self.limits.seconds} seconds and {self.limits.memory >> 20:,} MiB"
+        how = "it closed its output" if code is None else f"signal {-code}" if code < 0 else f"code {code}"
+        limits = f"{self.limits.seconds} seconds and {self.limits.memory >> 20:,} MiB"
+        return f"its process ended ({how}); the limits are {limits}"
 
+# %% ../../nbs/data/09_sandbox.ipynb #0a2538e4
+class TemplateProcess(_Child):
+    """A template that runs in a process of its own."""
 
+    def render(self, variables: Mapping[str, Any] | None) -> str:
+        """What the template prints, None: nothing, it is only compiled; `Failure` where it prints nothing or takes
+        too much.
+        """
+        with self._lock:
+            try:
+                kind, text = self._exchange(variables)
+            except (EOFError, BrokenPipeError):
+                raise Failure("limit", 0, self._cause()) from None
+            except TimeoutError:
+                _stop(self._children, os.getpid())
+                raise Failure("limit", 0, f"it has not ended after {self.limits.patience} seconds") from None
+            except BaseException:
+                _stop(self._children, os.getpid())
+                raise
+        if kind == 0:
+            return text.decode("utf-8", "surrogatepass")
+        line, message = json.loads(text)
+        raise Failure(_KINDS[kind], line, message)
+
+# %% ../../nbs/data/09_sandbox.ipynb #16d97312
 @functools.lru_cache(maxsize=16)
 def _process_of(name: str, text: str, date: str, owner: int) -> TemplateProcess:
     """The one process of a template. `owner`: a process does not use what the one that forked it had started."""

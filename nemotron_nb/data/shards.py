@@ -31,7 +31,8 @@ from .pack import Pack, Packing, Spans, aligned, close_turn
 class Sequences:
     """Training sequences, one behind the other. Sequence `i` is `input_ids[offsets[i] : offsets[i + 1]]`."""
 
-    input_ids: np.ndarray  # int32 [N]; anything that gives stretches by slices will do, such as a file mapped into memory
+    # int32 [N]; anything that gives stretches by slices will do, such as a file mapped into memory
+    input_ids: np.ndarray
     loss_mask: np.ndarray  # uint8 [N], 1 = the model must produce this token
     offsets: np.ndarray  # int64 [S+1]
     conversation: np.ndarray  # int32 [S], index into the two lists below
@@ -41,9 +42,15 @@ class Sequences:
     def __post_init__(self) -> None:
         count, tokens = len(self.offsets) - 1, len(self.input_ids)
         known = len(self.conversation_ids)
-        assert count >= 0 and self.offsets[0] == 0 and self.offsets[-1] == tokens == len(self.loss_mask), "offsets, tokens and mask belong together"
-        assert len(self.conversation) == count and len(self.sources) == known and self.conversation.max(initial=-1) < known, "every sequence has its conversation"
-        assert self.input_ids.dtype == np.int32 and self.loss_mask.dtype == np.uint8, "tokens are int32, masks uint8: they are written as they are"
+        assert count >= 0 and self.offsets[0] == 0 and self.offsets[-1] == tokens == len(self.loss_mask), (
+            "offsets, tokens and mask belong together"
+        )
+        assert (
+            len(self.conversation) == count and len(self.sources) == known and self.conversation.max(initial=-1) < known
+        ), "every sequence has its conversation"
+        assert self.input_ids.dtype == np.int32 and self.loss_mask.dtype == np.uint8, (
+            "tokens are int32, masks uint8: they are written as they are"
+        )
 
     @property
     def lengths(self) -> np.ndarray:
@@ -54,7 +61,10 @@ class Sequences:
         return len(self.offsets) - 1
 
     def __repr__(self) -> str:
-        return f"Sequences({len(self):,} sequences of {len(self.conversation_ids):,} conversations, {len(self.input_ids):,} tokens)"
+        return (
+            f"Sequences({len(self):,} sequences of {len(self.conversation_ids):,} conversations, "
+            f"{len(self.input_ids):,} tokens)"
+        )
 
 # %% ../../nbs/data/19_shards.ipynb #28f23c18
 def whole(
@@ -66,7 +76,7 @@ def whole(
     kept = sequences.lengths if lengths is None else np.minimum(np.asarray(lengths, np.int64), sequences.lengths)
     return Spans(np.arange(len(sequences)), nothing, kept, nothing.astype(bool), len(sequences.input_ids))
 
-
+# %% ../../nbs/data/19_shards.ipynb #ef3db2e7
 @dataclass(frozen=True, eq=False)
 class Columns:
     """Some packs as flat columns: values, and where each pack begins among them."""
@@ -78,21 +88,25 @@ class Columns:
     sequence_starts: np.ndarray  # int32 [B+1] where each pack begins among the sequences
     sequence: np.ndarray  # int64 [K] index of each sequence in the store
 
-
+# %% ../../nbs/data/19_shards.ipynb #1e4ad7e3
 def _laid(parts: Sequence[np.ndarray], filler: int, counts: np.ndarray, kind: type) -> np.ndarray:
     """Parts end to end, part k followed by counts[k] places of filler."""
     places = np.full(int(counts.max(initial=0)), filler, kind)
     pieces = [piece for part, n in zip(parts, counts.tolist()) for piece in (part, places[:n])]
     return np.concatenate([places[:0], *pieces])
 
-
+# %% ../../nbs/data/19_shards.ipynb #95788027
 def _closing_token(close_id: int | None) -> int:
     """The token that closes a cut turn, which truncation cannot do without."""
     if close_id is None:
-        raise UserError("cut turns are to be closed, but with which token?", where="close_id", fix="give the id of <|im_end|>, or use overflow=cut")
+        raise UserError(
+            "cut turns are to be closed, but with which token?",
+            where="close_id",
+            fix="give the id of <|im_end|>, or use overflow=cut",
+        )
     return close_id
 
-
+# %% ../../nbs/data/19_shards.ipynb #c756a3e4
 def gather(
     sequences: Sequences,
     spans: Spans,  # what is kept of each sequence; the packing's indices are spans
@@ -126,7 +140,7 @@ def gather(
 # %% ../../nbs/data/19_shards.ipynb #b27e4d4a
 ROW_GROUP_TOKENS = 131_072
 
-
+# %% ../../nbs/data/19_shards.ipynb #ca8b058a
 def row_groups(
     tokens: np.ndarray,  # int64 [B] tokens of each pack
     most_tokens: int = ROW_GROUP_TOKENS,  # in a group; 0 for no such limit
@@ -146,9 +160,11 @@ def row_groups(
 TRAINED_COLUMNS = {"input_ids": pa.int32(), "loss_mask": pa.uint8(), "seq_start_id": pa.int32()}
 PROVENANCE_COLUMNS = {"conversation_ids": pa.string(), "sources": pa.string()}
 COMPRESSIONS = ("zstd", "snappy", "gzip", "lz4", "brotli", "none")
-
 # What NVIDIA's public data preparation writes, to the byte: `write_shard(..., **REFERENCE_LAYOUT)`.
-REFERENCE_LAYOUT: Mapping[str, Any] = {"row_group_tokens": 0, "row_group_packs": 1000, "token_dictionary": True, "checksums": False, "provenance": False}
+REFERENCE_LAYOUT: Mapping[str, Any] = {
+    "row_group_tokens": 0, "row_group_packs": 1000, "token_dictionary": True, "checksums": False,
+    "provenance": False,
+}
 
 
 def shard_schema(provenance: bool = True) -> pa.Schema:
@@ -156,7 +172,7 @@ def shard_schema(provenance: bool = True) -> pa.Schema:
     kinds = TRAINED_COLUMNS | (PROVENANCE_COLUMNS if provenance else {})
     return pa.schema([(name, pa.list_(kind)) for name, kind in kinds.items()])
 
-
+# %% ../../nbs/data/19_shards.ipynb #11fdcf99
 @contextmanager
 def _renamed(path: str | Path) -> Iterator[Path]:
     """A temporary name to write under; flushed and renamed to `path` if the block ends well, removed if not."""
@@ -169,11 +185,15 @@ def _renamed(path: str | Path) -> Iterator[Path]:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror or error}", where=str(path), fix="make room, or choose a folder that can be written") from error
+        raise UserError(
+            f"cannot be written: {error.strerror or error}",
+            where=str(path),
+            fix="make room, or choose a folder that can be written",
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
-
+# %% ../../nbs/data/19_shards.ipynb #0c25111d
 def _rows(columns: Columns, sequences: Sequences, schema: pa.Schema) -> pa.Table:
     """The columns as an Arrow table, sharing their memory."""
     arrays = [
@@ -186,10 +206,14 @@ def _rows(columns: Columns, sequences: Sequences, schema: pa.Schema) -> pa.Table
     ]
     chats = sequences.conversation[columns.sequence].tolist()
     for names in (sequences.conversation_ids, sequences.sources)[: len(schema) - len(arrays)]:
-        arrays.append(pa.ListArray.from_arrays(pa.array(columns.sequence_starts), pa.array([names[c] for c in chats], pa.string())))
+        arrays.append(
+            pa.ListArray.from_arrays(
+                pa.array(columns.sequence_starts), pa.array([names[c] for c in chats], pa.string())
+            )
+        )
     return pa.Table.from_arrays(arrays, schema=schema)
 
-
+# %% ../../nbs/data/19_shards.ipynb #5a6c1efa
 @dataclass(frozen=True)
 class Written:
     """What one shard holds."""
@@ -200,7 +224,15 @@ class Written:
     padding: int
     trained_tokens: int  # labels that count
 
+# %% ../../nbs/data/19_shards.ipynb #790f87cd
+def _check_compression(compression: str) -> None:
+    """`UserError` for a name that is none of `COMPRESSIONS`."""
+    if compression not in COMPRESSIONS:
+        raise UserError(
+            f"unknown compression {compression!r}", where="parquet_compression", fix=nearest(compression, COMPRESSIONS)
+        )
 
+# %% ../../nbs/data/19_shards.ipynb #d7b7bd68
 def write_shard(
     path: str | Path,  # the Parquet file; written whole or not at all
     sequences: Sequences,
@@ -220,13 +252,13 @@ def write_shard(
     checksums: bool = True,  # of each page
 ) -> Written:
     """Write some packs to one Parquet file, row group by row group. The same arguments give the same bytes."""
-    if compression not in COMPRESSIONS:
-        raise UserError(f"unknown compression {compression!r}", where="parquet_compression", fix=nearest(compression, COMPRESSIONS))
+    _check_compression(compression)
     spans = spans or whole(sequences, lengths)
     packs = range(len(packing)) if packs is None else packs
     schema = shard_schema(provenance)
     stored = packing.tokens(aligned(spans.lengths, pad_to_multiple))[packs.start : packs.stop]
-    options = {"compression": compression, "use_dictionary": token_dictionary or ["sources.list.element"] * provenance, "write_page_checksum": checksums}
+    dictionary = token_dictionary or ["sources.list.element"] * provenance
+    options = {"compression": compression, "use_dictionary": dictionary, "write_page_checksum": checksums}
     trained = 0
     with _renamed(path) as temporary, pq.ParquetWriter(temporary, schema, **options) as writer:
         for group in row_groups(stored, row_group_tokens, row_group_packs):
@@ -241,19 +273,32 @@ def write_shard(
 # %% ../../nbs/data/19_shards.ipynb #3a98af9b
 def _unreadable(path: Path, error: Exception) -> UserError:
     """The error for a file that Parquet cannot read."""
-    return UserError(f"damaged, or not a file of packs: {error}", where=str(path), why="a damaged shard would train on wrong tokens, or stop the run", fix="prepare the data again")
+    return UserError(
+        f"damaged, or not a file of packs: {error}",
+        where=str(path),
+        why="a damaged shard would train on wrong tokens, or stop the run",
+        fix="prepare the data again",
+    )
 
-
+# %% ../../nbs/data/19_shards.ipynb #dce5ab11
 def _check_schema(path: Path, schema: pa.Schema) -> None:
     """The three columns that training needs are there, as lists of whole numbers."""
     for name in TRAINED_COLUMNS:
         if name not in schema.names:
-            raise UserError(f"the column {name} is missing", where=str(path), fix=f"known: {', '.join(schema.names)}; give a folder of packed data")
+            raise UserError(
+                f"the column {name} is missing",
+                where=str(path),
+                fix=f"known: {', '.join(schema.names)}; give a folder of packed data",
+            )
         kind = schema.field(name).type
         if not (pa.types.is_list(kind) and pa.types.is_integer(kind.value_type)):
-            raise UserError(f"the column {name} is {kind}", where=str(path), fix="it must be a list of whole numbers; prepare the data again")
+            raise UserError(
+                f"the column {name} is {kind}",
+                where=str(path),
+                fix="it must be a list of whole numbers; prepare the data again",
+            )
 
-
+# %% ../../nbs/data/19_shards.ipynb #20543291
 def _problems(columns: Columns, mask_starts: np.ndarray, vocab_size: int) -> Iterator[tuple[str, np.ndarray]]:
     """What may be wrong with packs, and the numbers of the packs with which it is, within the columns."""
     tokens, count = np.diff(columns.token_starts), np.diff(columns.sequence_starts)
@@ -263,20 +308,34 @@ def _problems(columns: Columns, mask_starts: np.ndarray, vocab_size: int) -> Ite
     yield "seq_start_id does not begin with 0", np.flatnonzero(starts[columns.sequence_starts[:-1]])
     yield "seq_start_id does not increase", rows[1:][(np.diff(starts) < 1) & (np.diff(rows) == 0)]
     yield "a sequence begins behind the last token", rows[starts >= tokens[rows]]
-    yield "loss_mask holds something else than 0 and 1", np.searchsorted(columns.token_starts, np.flatnonzero(columns.loss_mask > 1), "right") - 1
-    yield "a token is negative", np.searchsorted(columns.token_starts, np.flatnonzero(columns.input_ids < 0), "right") - 1
+    yield (
+        "loss_mask holds something else than 0 and 1",
+        np.searchsorted(columns.token_starts, np.flatnonzero(columns.loss_mask > 1), "right") - 1,
+    )
+    yield (
+        "a token is negative",
+        np.searchsorted(columns.token_starts, np.flatnonzero(columns.input_ids < 0), "right") - 1,
+    )
     most = vocab_size or np.iinfo(np.int32).max
     outside = np.flatnonzero(columns.input_ids >= most)
-    yield f"a token id is not below {most:,}, the size of the vocabulary", np.searchsorted(columns.token_starts, outside, "right") - 1
+    yield (
+        f"a token id is not below {most:,}, the size of the vocabulary",
+        np.searchsorted(columns.token_starts, outside, "right") - 1,
+    )
 
-
+# %% ../../nbs/data/19_shards.ipynb #faae4b55
 def _check(columns: Columns, mask_starts: np.ndarray, where: str, first_pack: int = 0, vocab_size: int = 0) -> None:
     """`UserError` for the first problem found, with the number of the pack in its file."""
     for what, packs in _problems(columns, mask_starts, vocab_size):
         if len(packs):
-            raise UserError(what, where=f"{where}: pack {first_pack + int(packs[0])}", why="wrong labels would be trained without any other error", fix="prepare the data again")
+            raise UserError(
+                what,
+                where=f"{where}: pack {first_pack + int(packs[0])}",
+                why="wrong labels would be trained without any other error",
+                fix="prepare the data again",
+            )
 
-
+# %% ../../nbs/data/19_shards.ipynb #659d8302
 def _flat(table: pa.Table, name: str) -> tuple[pa.Array, np.ndarray]:
     """(all values of a list column, where each row begins among them), sharing the table's memory."""
     column = table.column(name).combine_chunks()
@@ -284,22 +343,29 @@ def _flat(table: pa.Table, name: str) -> tuple[pa.Array, np.ndarray]:
         raise pa.ArrowInvalid(f"the column {name} has empty places (null)")
     return column.values, column.offsets.to_numpy()
 
-
+# %% ../../nbs/data/19_shards.ipynb #a3abbd91
 def _columns(table: pa.Table, where: str, first_pack: int, vocab_size: int = 0) -> Columns:
     """The three columns of a row group, checked."""
     parts = {name: _flat(table, name) for name in TRAINED_COLUMNS}
     values = {name: parts[name][0].cast(kind).to_numpy() for name, kind in TRAINED_COLUMNS.items()}
     token_starts, sequence_starts = parts["input_ids"][1], parts["seq_start_id"][1]
-    columns = Columns(**values, token_starts=token_starts, sequence_starts=sequence_starts, sequence=np.arange(len(values["seq_start_id"])))
+    columns = Columns(
+        **values,
+        token_starts=token_starts,
+        sequence_starts=sequence_starts,
+        sequence=np.arange(len(values["seq_start_id"])),
+    )
     _check(columns, parts["loss_mask"][1], where, first_pack, vocab_size)
     return columns
 
-
+# %% ../../nbs/data/19_shards.ipynb #e0dd7d9b
 def _names(table: pa.Table, columns: Columns, where: str) -> list[pa.Array]:
     """The names of conversations and sources, one a sequence; none where the file has no such columns."""
     found = [_flat(table, name) for name in PROVENANCE_COLUMNS if name in table.column_names]
     if any(not np.array_equal(starts, columns.sequence_starts) for _, starts in found):
-        raise UserError("conversation_ids and sources do not name each sequence once", where=where, fix="prepare the data again")
+        raise UserError(
+            "conversation_ids and sources do not name each sequence once", where=where, fix="prepare the data again"
+        )
     return [names for names, _ in found] if len(found) == len(PROVENANCE_COLUMNS) else []
 
 # %% ../../nbs/data/19_shards.ipynb #a2eb7fe8
@@ -316,22 +382,35 @@ def _data_key(split: Path) -> str:
     except (OSError, ValueError, IndexError, AttributeError):
         return ""
 
-
+# %% ../../nbs/data/19_shards.ipynb #c322e089
 def _replaced(path: Path) -> UserError:
     """The error for data that was prepared anew under a reader."""
     return UserError(
-        "the packs were replaced by others while they were being read" if path.exists() else "the file of packs was removed while it was being read",
+        "the packs were replaced by others while they were being read"
+        if path.exists()
+        else "the file of packs was removed while it was being read",
         where=str(path),
         why="what was prepared here since (--force), or removed, is not the data with which this run began",
-        fix="prepare other data into another output_dir; to go on with this run, prepare the first data again, and resume it",
+        fix="prepare other data into another output_dir; to go on with this run, prepare the first data again, and "
+            "resume it",
     )
 
-
+# %% ../../nbs/data/19_shards.ipynb #ef71997f
 _PATIENCE = 10.0  # seconds to wait for a preparation that is putting its files into place
 
+# %% ../../nbs/data/19_shards.ipynb #33c8253c
+def _footer(path: Path) -> pq.FileMetaData:
+    """What a file says about itself; `UserError` if it is cut off or holds something else."""
+    try:
+        footer = pq.read_metadata(path)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from error
+    _check_schema(path, footer.schema.to_arrow_schema())
+    return footer
 
-class PackReader:
-    """The packs of a split by number, without reading them all: `reader[i]` reads one row group."""
+# %% ../../nbs/data/19_shards.ipynb #b464edd6
+class _Index:
+    """Which row group of which file holds which pack."""
 
     def __init__(
         self,
@@ -342,44 +421,26 @@ class PackReader:
         folder = Path(folder)
         self.files = [folder] if folder.is_file() else sorted(folder.glob("*.parquet"))
         if not self.files:
-            raise UserError("no packs here", where=str(folder), fix="prepare data first, or give a split folder such as .../splits/train")
+            fix = "prepare data first, or give a split folder such as .../splits/train"
+            raise UserError("no packs here", where=str(folder), fix=fix)
         self._folder, self._vocab_size, self._data = folder, vocab_size, _data_key(folder)
         self._seen = [_identity(path) for path in self.files]
-        self._footers = [self._footer(path) for path in self.files]
+        self._footers = [_footer(path) for path in self.files]
         self._groups = [(f, g) for f, footer in enumerate(self._footers) for g in range(footer.num_row_groups)]
         sizes = [self._footers[f].row_group(g).num_rows for f, g in self._groups]
         self._first = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])  # pack with which each row group begins
         self._first_of_file = np.cumsum([0, *(footer.num_rows for footer in self._footers)])
         self._keep, self._kept = keep, OrderedDict()
 
-    @staticmethod
-    def _footer(path: Path) -> pq.FileMetaData:
-        """What a file says about itself; `UserError` if it is cut off or holds something else."""
-        try:
-            footer = pq.read_metadata(path)
-        except (pa.ArrowException, OSError) as error:
-            raise _unreadable(path, error) from error
-        _check_schema(path, footer.schema.to_arrow_schema())
-        return footer
-
     def __len__(self) -> int:
         return int(self._first[-1])
-
-    def __iter__(self) -> Iterator[Pack]:
-        return (self[i] for i in range(len(self)))
 
     def __repr__(self) -> str:
         return f"PackReader({len(self):,} packs in {len(self.files):,} files, {len(self._groups):,} row groups)"
 
-    def _group(self, number: int) -> tuple[Columns, list[pa.Array]]:
-        """A row group, from memory or read and checked."""
-        if number in self._kept:
-            self._kept.move_to_end(number)
-            return self._kept[number]
-        group = self._kept[number] = self._read_group(number)
-        if len(self._kept) > self._keep:
-            self._kept.popitem(last=False)
-        return group
+# %% ../../nbs/data/19_shards.ipynb #959177f3
+class _Watched(_Index):
+    """An index that notices when its files are replaced."""
 
     def _unchanged(self, f: int) -> bool:
         """Is a file the one that was opened?"""
@@ -389,7 +450,10 @@ class PackReader:
             return False
 
     def _recognise(self, f: int) -> None:
-        """Accept a file that was replaced by the same data; wait for it if it is being put there. `UserError` for other data."""
+        """Accept a file that was replaced by the same data; wait for it if it is being put there.
+
+        `UserError` for other data.
+        """
         path, end = self.files[f], time.monotonic() + _PATIENCE
         while True:
             try:
@@ -402,6 +466,20 @@ class PackReader:
             if time.monotonic() > end or path.exists() and _data_key(self._folder) not in ("", self._data):
                 raise _replaced(path)
             time.sleep(0.05)
+
+# %% ../../nbs/data/19_shards.ipynb #7982d7ac
+class _Groups(_Watched):
+    """Row groups by number, the last few of them kept in memory."""
+
+    def _group(self, number: int) -> tuple[Columns, list[pa.Array]]:
+        """A row group, from memory or read and checked."""
+        if number in self._kept:
+            self._kept.move_to_end(number)
+            return self._kept[number]
+        group = self._kept[number] = self._read_group(number)
+        if len(self._kept) > self._keep:
+            self._kept.popitem(last=False)
+        return group
 
     def _read_group(self, number: int) -> tuple[Columns, list[pa.Array]]:
         """A row group of the file that was opened, read and checked."""
@@ -422,14 +500,27 @@ class PackReader:
         """A row group as the file now has it, checked."""
         f, g = self._groups[number]
         path, row = self.files[f], int(self._first[number] - self._first_of_file[f])
-        wanted = [n for n in (*TRAINED_COLUMNS, *PROVENANCE_COLUMNS) if n in self._footers[f].schema.to_arrow_schema().names]
         try:
-            with pq.ParquetFile(path, metadata=self._footers[f], memory_map=True, page_checksum_verification=True) as file:
-                table = file.read_row_group(g, columns=wanted, use_threads=False)
+            table = _read_table(path, self._footers[f], g)
             columns = _columns(table, str(path), row, self._vocab_size)
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(path, error) from error
         return columns, _names(table, columns, str(path))
+
+# %% ../../nbs/data/19_shards.ipynb #dec038dd
+def _read_table(path: Path, footer: pq.FileMetaData, group: int) -> pa.Table:
+    """The columns we know of a row group, with the checksums of their pages compared."""
+    there = footer.schema.to_arrow_schema().names
+    wanted = [n for n in (*TRAINED_COLUMNS, *PROVENANCE_COLUMNS) if n in there]
+    with pq.ParquetFile(path, metadata=footer, memory_map=True, page_checksum_verification=True) as file:
+        return file.read_row_group(group, columns=wanted, use_threads=False)
+
+# %% ../../nbs/data/19_shards.ipynb #38d53483
+class PackReader(_Groups):
+    """The packs of a split by number, without reading them all: `reader[i]` reads one row group."""
+
+    def __iter__(self) -> Iterator[Pack]:
+        return (self[i] for i in range(len(self)))
 
     def __getitem__(
         self,
@@ -443,7 +534,7 @@ class PackReader:
         columns, names = self._group(number)
         return _pack_of(columns, i - int(self._first[number]), names)
 
-
+# %% ../../nbs/data/19_shards.ipynb #02d1977a
 def _pack_of(columns: Columns, b: int, names: Sequence[pa.Array] = ()) -> Pack:
     """Pack b of some columns, as slices of them."""
     tokens = slice(*columns.token_starts[b : b + 2].tolist())
@@ -451,7 +542,7 @@ def _pack_of(columns: Columns, b: int, names: Sequence[pa.Array] = ()) -> Pack:
     named = [tuple(n[inside].to_pylist()) for n in names]
     return Pack(columns.input_ids[tokens], columns.loss_mask[tokens], columns.seq_start_id[inside], *named)
 
-
+# %% ../../nbs/data/19_shards.ipynb #cf771fb3
 def read_packs(
     folder: str | Path,  # a split: a folder of Parquet files, or one file
 ) -> list[Pack]:
@@ -461,7 +552,7 @@ def read_packs(
 # %% ../../nbs/data/19_shards.ipynb #c465de1e
 NPY_NAMES = {"train": "training", "valid": "validation", "test": "test"}
 
-
+# %% ../../nbs/data/19_shards.ipynb #28c994b8
 def _figures(packs: Sequence[Pack], pack_size: int) -> dict[str, int | float]:
     """What Megatron-Bridge wants to know of the packs of a split."""
     tokens, counts = [len(p) for p in packs], [len(p.seq_start_id) for p in packs]
@@ -474,13 +565,16 @@ def _figures(packs: Sequence[Pack], pack_size: int) -> dict[str, int | float]:
         "min_packed_seqlen": min(tokens),
     }
 
-
+# %% ../../nbs/data/19_shards.ipynb #44a8b057
 def write_npy(
     folder: str | Path,
     splits: Mapping[str, Iterable[Pack]],  # "train", "valid", "test" to their packs
     pack_size: int,  # tokens a pack can hold
 ) -> list[Path]:
-    """Write training.npy, validation.npy, test.npy and {pack_size}_metadata.jsonl (a JSON list). Holds one split in memory."""
+    """Write training.npy, validation.npy, test.npy and {pack_size}_metadata.jsonl (a JSON list).
+
+    Holds one split in memory.
+    """
     paths, figures = [], []
     for split, packs in splits.items():
         packs = list(packs)
@@ -510,7 +604,7 @@ class _Dtype:
             raise pickle.UnpicklingError(f"an array of {kind} where whole numbers belong")
         return np.frombuffer(data, kind.newbyteorder(self.order)).tolist()
 
-
+# %% ../../nbs/data/19_shards.ipynb #f785ffd0
 class _Array:
     """Stands in for numpy.ndarray: keeps its items."""
 
@@ -522,7 +616,7 @@ class _Array:
         _, _, kind, _, content = state
         self.items = content if isinstance(content, list) else kind.numbers(content)
 
-
+# %% ../../nbs/data/19_shards.ipynb #aa143518
 class _Scalar:
     """Stands in for a NumPy number: becomes a plain int."""
 
@@ -533,7 +627,7 @@ class _Scalar:
         """Never needed; a pickle that sets something here is not one of ours."""
         raise pickle.UnpicklingError("a number has no state")
 
-
+# %% ../../nbs/data/19_shards.ipynb #18d181d3
 _STAND_INS = {
     ("numpy", "dtype"): _Dtype,
     ("numpy", "ndarray"): _Array,
@@ -541,7 +635,7 @@ _STAND_INS = {
     ("numpy.core.multiarray", "scalar"): _Scalar,
 }
 
-
+# %% ../../nbs/data/19_shards.ipynb #20cfdfe9
 class _PlainUnpickler(pickle.Unpickler):
     """Reads dictionaries, lists, numbers and stand-ins for NumPy's arrays. Runs nothing that the file names."""
 
@@ -552,7 +646,7 @@ class _PlainUnpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"the file asks to run {module}.{name}")
         return found
 
-
+# %% ../../nbs/data/19_shards.ipynb #6a8d28cf
 def _npy_rows(path: Path) -> list[Any]:
     """The objects of an .npy file, read without running anything."""
     with open(path, "rb") as file:
@@ -563,28 +657,39 @@ def _npy_rows(path: Path) -> list[Any]:
             raise pickle.UnpicklingError(f"it holds {kind}, not packs")
         return _PlainUnpickler(file).load().items
 
-
+# %% ../../nbs/data/19_shards.ipynb #15b547b8
 def _integers(given: Any, kind: type) -> np.ndarray:
-    """A list of whole numbers (or what stands in for an array of them) as an array. Raises for anything else, too large numbers too."""
+    """A list of whole numbers (or what stands in for an array of them) as an array.
+
+    Raises for anything else, too large numbers too.
+    """
     items = given.items if isinstance(given, _Array) else given
     if not isinstance(items, list) or not all(isinstance(i, int) for i in items):
         raise TypeError("a pack is made of lists of whole numbers")
     return np.array(items, kind)
 
-
+# %% ../../nbs/data/19_shards.ipynb #bc0b6822
 def _pack_of_row(row: Any, where: str, number: int) -> Pack:
     """One dictionary of an .npy file as a checked pack."""
     arrays = {name: _integers(row[name], kind.to_pandas_dtype()) for name, kind in TRAINED_COLUMNS.items()}
     ends = {name: np.array([0, len(a)]) for name, a in arrays.items()}
-    columns = Columns(**arrays, token_starts=ends["input_ids"], sequence_starts=ends["seq_start_id"], sequence=np.arange(len(arrays["seq_start_id"])))
+    columns = Columns(
+        **arrays,
+        token_starts=ends["input_ids"],
+        sequence_starts=ends["seq_start_id"],
+        sequence=np.arange(len(arrays["seq_start_id"])),
+    )
     _check(columns, ends["loss_mask"], where, number)
     return _pack_of(columns, 0)
 
-
+# %% ../../nbs/data/19_shards.ipynb #4ee16be2
 def read_npy(
     path: str | Path,  # such as training.npy
 ) -> list[Pack]:
-    """The packs of an .npy file, its own or Megatron-Bridge's. `UserError` for a file that holds, or wants to run, anything else."""
+    """The packs of an .npy file, its own or Megatron-Bridge's.
+
+    `UserError` for a file that holds, or wants to run, anything else.
+    """
     try:
         return [_pack_of_row(row, str(path), k) for k, row in enumerate(_npy_rows(Path(path)))]
     except UserError:

@@ -26,17 +26,21 @@ Row = Mapping[str, Any]
 def _text(row: Row, key: str) -> str:
     """A text of a row; `BadRecord` says which keys there are."""
     if key not in row:
-        raise BadRecord("missing_key", f"no field {key!r}; {nearest(key, row)}" if row else "the row is empty", "set the key in the dataset's options")
+        raise BadRecord(
+            "missing_key",
+            f"no field {key!r}; {nearest(key, row)}" if row else "the row is empty",
+            "set the key in the dataset's options",
+        )
     if not isinstance(row[key], str):
         raise BadRecord("content_not_text", f"{key} is {type(row[key]).__name__}, not text")
     return row[key]
 
-
+# %% ../../nbs/data/16_sources.ipynb #78a49384
 def _optional(row: Row, key: str) -> str:
     """A text that a row may leave out or leave empty."""
     return "" if row.get(key) is None else _text(row, key)
 
-
+# %% ../../nbs/data/16_sources.ipynb #ce6ed71b
 def _turn(role: str, content: str) -> dict[str, Any]:
     """One message."""
     return {"role": role, "content": content}
@@ -46,14 +50,23 @@ def _rest(row: Row, *used: str | None) -> dict[str, Any]:
     """What a form has no use for."""
     return {str(k): v for k, v in row.items() if k not in used}
 
+# %% ../../nbs/data/16_sources.ipynb #cfbc32ea
+def _answered(
+    row: Row, used: Sequence[str], messages: Sequence[Mapping[str, Any]], system: str, user: str, assistant: str
+) -> dict[str, Any]:
+    """A chat that ends with a question and its answer.
 
-def _answered(row: Row, used: Sequence[str], messages: Sequence[Mapping[str, Any]], system: str, user: str, assistant: str) -> dict[str, Any]:
-    """A chat that ends with a question and its answer. Thoughts and calls beside the answer belong to it; the rest belongs to the row."""
+    Thoughts and calls beside the answer belong to it; the rest belongs to the row.
+    """
     said = message_level(answers=True).spelled
     rest = _rest(row, *used)
-    own = {k: v for k, v in rest.items() if said.get(squeezed(k)) in ("reasoning_content", "tool_calls", "function_call")}
+    own = {
+        k: v for k, v in rest.items() if said.get(squeezed(k)) in ("reasoning_content", "tool_calls", "function_call")
+    }
     opening = [_turn("system", system)] if system.strip() else []
-    return {k: v for k, v in rest.items() if k not in own} | {"messages": [*opening, *messages, _turn("user", user), _turn("assistant", assistant) | own]}
+    return {k: v for k, v in rest.items() if k not in own} | {
+        "messages": [*opening, *messages, _turn("user", user), _turn("assistant", assistant) | own]
+    }
 
 # %% ../../nbs/data/16_sources.ipynb #d0000001
 @dataclass(frozen=True)
@@ -71,26 +84,49 @@ class OpenAIFormat:
     def chats(self, row: Row) -> list[dict[str, Any]]:
         """The chat, with a system message from the row or the options if it has none of its own."""
         if self.chat_key not in row:
-            raise BadRecord("no_messages", f"no field {self.chat_key!r}; {_advice(row) or nearest(self.chat_key, row)}" if row else "the row is empty")
+            if not row:
+                raise BadRecord("no_messages", "the row is empty")
+            known = _advice(row) or nearest(self.chat_key, row)
+            raise BadRecord("no_messages", f"no field {self.chat_key!r}; {known}")
         messages = row[self.chat_key]
-        system = (row.get(self.system_key) if self.system_key else None) or self.system_prompt
-        if system:
-            messages = from_json_text(messages, self.chat_key, {})
-        if system and isinstance(messages, list) and not (messages and isinstance(messages[0], Mapping) and messages[0].get("role") == "system"):
-            messages = [_turn("system", system), *messages]
-        rest = _rest(row, self.chat_key, self.tool_key, self.system_key)
+        if system := (row.get(self.system_key) if self.system_key else None) or self.system_prompt:
+            messages = _with_system(from_json_text(messages, self.chat_key, {}), system)
         # A field that is not the one asked for gives way, under a name that can be counted.
-        rest = {f"{k} beside {self.chat_key}" if k == "messages" else f"{k} beside {self.tool_key}" if k == "tools" and self.tool_key in row else k: v for k, v in rest.items()}
+        names = {"messages": f"messages beside {self.chat_key}"}
+        names |= {"tools": f"tools beside {self.tool_key}"} if self.tool_key in row else {}
+        rest = {names.get(k, k): v for k, v in _rest(row, self.chat_key, self.tool_key, self.system_key).items()}
         return [rest | {"messages": messages} | ({"tools": row[self.tool_key]} if row.get(self.tool_key) else {})]
 
+# %% ../../nbs/data/16_sources.ipynb #3d7d5d65
+def _with_system(messages: Any, system: Any) -> Any:
+    """A list of messages with a system message in front, unless it has one."""
+    if not isinstance(messages, list):
+        return messages
+    first = messages[0] if messages else None
+    has_one = isinstance(first, Mapping) and first.get("role") == "system"
+    return messages if has_one else [_turn("system", system), *messages]
 
-_PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("input", "output"), ("problem", "solution"), ("query", "response"), ("instruction", "response"))
+# %% ../../nbs/data/16_sources.ipynb #35fdf09a
+_PAIRS = (
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("input", "output"),
+    ("problem", "solution"),
+    ("query", "response"),
+    ("instruction", "response"),
+)
 
-
+# %% ../../nbs/data/16_sources.ipynb #3d8164f4
 def _advice(row: Row) -> str:
     """Which form a row without messages may be in, for an error; or nothing."""
     pair = next((pair for pair in _PAIRS if set(pair) <= row.keys()), None)
-    return f'it has {pair[0]!r} and {pair[1]!r}: name it in a blend with "format": "ResponseDataset", "options": {{"input_key": "{pair[0]}", "output_key": "{pair[1]}"}}' if pair else ""
+    return (
+        f'it has {pair[0]!r} and {pair[1]!r}: name it in a blend with "format": "ResponseDataset", "options": '
+        f'{{"input_key": "{pair[0]}", "output_key": "{pair[1]}"}}'
+        if pair
+        else ""
+    )
 
 # %% ../../nbs/data/16_sources.ipynb #d0000002
 @dataclass(frozen=True)
@@ -114,13 +150,15 @@ class ResponseDataset:
         system = _read(self.system_prompt_file) if self.system_prompt_file else ""
         return [_answered(row, (self.input_key, self.output_key), (), system, question, _text(row, self.output_key))]
 
-
+# %% ../../nbs/data/16_sources.ipynb #06951391
 def _read(path: str) -> str:
     """A prompt file."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as e:
-        raise UserError(f"cannot be read: {e.strerror}", where=path, fix="give prompt_file or system_prompt_file a text file") from None
+        raise UserError(
+            f"cannot be read: {e.strerror}", where=path, fix="give prompt_file or system_prompt_file a text file"
+        ) from None
 
 # %% ../../nbs/data/16_sources.ipynb #77236e26
 @dataclass(frozen=True)
@@ -136,9 +174,18 @@ class Squad:
         answers = given.get("text") if isinstance(given, Mapping) else None
         if not isinstance(answers, list) or not answers:
             raise BadRecord("no_answer", "the question has no answer", "leave the row out")
-        return [_answered(row, ("context", "question", "answers", "title"), (), _text(row, "context"), _text(row, "question"), answers[0])]
+        return [
+            _answered(
+                row,
+                ("context", "question", "answers", "title"),
+                (),
+                _text(row, "context"),
+                _text(row, "question"),
+                answers[0],
+            )
+        ]
 
-
+# %% ../../nbs/data/16_sources.ipynb #838797b3
 @dataclass(frozen=True)
 class OpenMathInstruct2:
     """OpenMathInstruct-2: a problem and its solution."""
@@ -149,7 +196,9 @@ class OpenMathInstruct2:
 
     def chats(self, row: Row) -> list[dict[str, Any]]:
         """One problem, one solution."""
-        return [_answered(row, ("problem", self.output_key), (), "", _text(row, "problem"), _text(row, self.output_key))]
+        return [
+            _answered(row, ("problem", self.output_key), (), "", _text(row, "problem"), _text(row, self.output_key))
+        ]
 
 # %% ../../nbs/data/16_sources.ipynb #d0000003
 def _earlier(history: Any) -> list[dict[str, Any]]:
@@ -157,11 +206,13 @@ def _earlier(history: Any) -> list[dict[str, Any]]:
     pairs = from_json_text(history, "history", {})
     if is_empty(pairs):
         return []
-    if not isinstance(pairs, list) or not all(isinstance(p, (list, tuple)) and len(p) == 2 and all(isinstance(t, str) for t in p) for p in pairs):
+    if not isinstance(pairs, list) or not all(
+        isinstance(p, (list, tuple)) and len(p) == 2 and all(isinstance(t, str) for t in p) for p in pairs
+    ):
         raise BadRecord("content_not_text", "history is no list of pairs of a question and its answer")
     return [_turn(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair)]
 
-
+# %% ../../nbs/data/16_sources.ipynb #3ab15456
 @dataclass(frozen=True)
 class Alpaca:
     """Alpaca: an instruction, sometimes with an input and a history of earlier turns, and an output."""
@@ -173,12 +224,25 @@ class Alpaca:
         """The input, if there is one, stands under the instruction."""
         given = _optional(row, "input")
         used = ("instruction", "input", "output", "system", "history")
-        return [_answered(row, used, _earlier(row.get("history")), _optional(row, "system"), _text(row, "instruction") + (f"\n\n{given}" if given.strip() else ""), _text(row, "output"))]
+        return [
+            _answered(
+                row,
+                used,
+                _earlier(row.get("history")),
+                _optional(row, "system"),
+                _text(row, "instruction") + (f"\n\n{given}" if given.strip() else ""),
+                _text(row, "output"),
+            )
+        ]
 
 # %% ../../nbs/data/16_sources.ipynb #d0000004
-_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "model": "assistant", "tool": "tool", "observation": "tool", "function_call": "assistant"}
+_SHAREGPT_ROLES = {
+    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
+    "assistant": "assistant", "model": "assistant", "tool": "tool", "observation": "tool",
+    "function_call": "assistant",
+}
 
-
+# %% ../../nbs/data/16_sources.ipynb #691dbabc
 def _message(turn: Any, index: int) -> dict[str, Any]:
     """A turn as a message. A turn from `function_call` is the JSON text of its calls."""
     turn = from_json_text(turn, f"turn {index}", {})
@@ -190,12 +254,16 @@ def _message(turn: Any, index: int) -> dict[str, Any]:
         return {"role": role, "tool_calls": rest.pop("value", None)} | rest
     said = message_level(answers=role == "assistant").spelled
     if not any(said.get(squeezed(k)) in ("content", "tool_calls", "function_call") for k in rest):
-        raise BadRecord("missing_key", f"turn {index}: no field 'value'; {nearest('value', rest)}" if rest else f"turn {index} says nothing", "write what is said under value")
+        raise BadRecord(
+            "missing_key",
+            f"turn {index}: no field 'value'; {nearest('value', rest)}" if rest else f"turn {index} says nothing",
+            "write what is said under value",
+        )
     if "value" in rest and "content" not in rest:
         rest["content"] = rest.pop("value")
     return {"role": role} | rest
 
-
+# %% ../../nbs/data/16_sources.ipynb #59b49b74
 @dataclass(frozen=True)
 class ShareGPT:
     """ShareGPT: turns with `from` and `value`."""
@@ -208,12 +276,20 @@ class ShareGPT:
         """The turns under their usual names; a name nobody knows is a `BadRecord`."""
         turns = from_json_text(row.get(self.conversations_key), self.conversations_key, {})
         if not isinstance(turns, list):
-            raise BadRecord("no_messages", f"no list {self.conversations_key!r}; {nearest(self.conversations_key, row)}" if row else "the row is empty")
+            raise BadRecord(
+                "no_messages",
+                f"no list {self.conversations_key!r}; {nearest(self.conversations_key, row)}"
+                if row
+                else "the row is empty",
+            )
         system = _optional(row, "system")
         messages = [_turn("system", system)] if system.strip() else []
-        return [_rest(row, self.conversations_key, "system") | {"messages": [*messages, *(_message(turn, i) for i, turn in enumerate(turns))]}]
+        return [
+            _rest(row, self.conversations_key, "system")
+            | {"messages": [*messages, *(_message(turn, i) for i, turn in enumerate(turns))]}
+        ]
 
-
+# %% ../../nbs/data/16_sources.ipynb #3e8b8982
 @dataclass(frozen=True)
 class Tulu3:
     """The Tulu 3 mixture: messages, and fields about where they come from."""
@@ -228,7 +304,29 @@ class Tulu3:
 # %% ../../nbs/data/16_sources.ipynb #7e726374
 _OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
 
+# %% ../../nbs/data/16_sources.ipynb #16f2edf5
+def _paths(node: Row, best_only: bool) -> Iterator[list[Row]]:
+    """Paths from a node down to assistant messages without a further answered reply."""
+    replies = [r for r in node.get("replies") or [] if not r.get("deleted") and r.get("review_result") is not False]
+    if best_only and replies:
+        replies = [min(replies, key=lambda r: (r.get("rank") is None, r.get("rank") or 0))]
+    below = [[node, *path] for reply in replies for path in _paths(reply, best_only)]
+    yield from below or ([[node]] if node.get("role") == "assistant" else [])
 
+# %% ../../nbs/data/16_sources.ipynb #0ac6e75a
+def _tree_message(node: Row, seen: set[int]) -> dict[str, Any]:
+    """A message of a tree; an assistant turn is trained the first time it is met."""
+    role = _OASST_ROLES.get(str(node.get("role")))
+    if role is None:
+        known = nearest(str(node.get("role")), _OASST_ROLES)
+        raise BadRecord("unknown_role", f"a message is from {node.get('role')!r}; {known}")
+    message = _turn(role, _text(node, "text"))
+    if role == "assistant":
+        message["train"] = id(node) not in seen
+        seen.add(id(node))
+    return message
+
+# %% ../../nbs/data/16_sources.ipynb #46055b30
 @dataclass(frozen=True)
 class OpenAssistant:
     """OpenAssistant's trees of messages."""
@@ -242,30 +340,15 @@ class OpenAssistant:
         """One chat for each path from the root to a last answer."""
         root = row.get("prompt", row)
         if not isinstance(root, Mapping) or "text" not in root:
-            raise BadRecord("no_messages", "the row is no tree: no prompt with a text", "give the file of trees, not of single messages")
+            raise BadRecord(
+                "no_messages",
+                "the row is no tree: no prompt with a text",
+                "give the file of trees, not of single messages",
+            )
         if self.language and root.get("lang", self.language) != self.language:
             return []
         seen: set[int] = set()
-        return [{"messages": [self._message(m, seen) for m in path]} for path in self._paths(root)]
-
-    def _message(self, node: Row, seen: set[int]) -> dict[str, Any]:
-        """A message; an assistant turn is trained the first time it is met."""
-        role = _OASST_ROLES.get(str(node.get("role")))
-        if role is None:
-            raise BadRecord("unknown_role", f"a message is from {node.get('role')!r}; {nearest(str(node.get('role')), _OASST_ROLES)}")
-        message = _turn(role, _text(node, "text"))
-        if role == "assistant":
-            message["train"] = id(node) not in seen
-            seen.add(id(node))
-        return message
-
-    def _paths(self, node: Row) -> Iterator[list[Row]]:
-        """Paths from a node down to assistant messages without a further answered reply."""
-        replies = [r for r in node.get("replies") or [] if not r.get("deleted") and r.get("review_result") is not False]
-        if self.best_only and replies:
-            replies = [min(replies, key=lambda r: (r.get("rank") is None, r.get("rank") or 0))]
-        below = [[node, *path] for reply in replies for path in self._paths(reply)]
-        yield from below or ([[node]] if node.get("role") == "assistant" else [])
+        return [{"messages": [_tree_message(m, seen) for m in path]} for path in _paths(root, self.best_only)]
 
 # %% ../../nbs/data/16_sources.ipynb #b343a231
 FORMATS: Mapping[str, type] = {
@@ -280,7 +363,7 @@ FORMATS: Mapping[str, type] = {
     "alpaca": Alpaca,
 }
 
-
+# %% ../../nbs/data/16_sources.ipynb #16b35ca7
 def row_format(
     name: str,  # one of FORMATS
     options: Mapping[str, Any],
@@ -301,12 +384,15 @@ def _speaks_as(turns: Any) -> str:
         return ""
     return next((key for key in ("role", "from") if isinstance(first, Mapping) and key in first), "")
 
-
+# %% ../../nbs/data/16_sources.ipynb #87508e77
 def form_of(
     row: Any,
     form: Any,  # that of the dataset
 ) -> tuple[Any, tuple[str, ...]]:
-    """(the form a row is in, the repair to count). Another form than the dataset's is taken only where that is the OpenAI form and finds no chat in the row."""
+    """(the form a row is in, the repair to count).
+
+    Another form than the dataset's is taken only where that is the OpenAI form and finds no chat in the row.
+    """
     if type(form) is not OpenAIFormat or not isinstance(row, Mapping) or form.system_key or form.system_prompt:
         return form, ()
     if _speaks_as(row.get(form.chat_key)) == "from":
@@ -347,7 +433,9 @@ class PreservingDataset:
         with_indices: bool = False,  # give the function the index of the row too
     ) -> "PreservingDataset":
         """Each row replaced by what the function makes of it."""
-        return PreservingDataset(tuple(function(row, i) if with_indices else function(row) for i, row in enumerate(self.rows)))
+        return PreservingDataset(
+            tuple(function(row, i) if with_indices else function(row) for i, row in enumerate(self.rows))
+        )
 
 # %% ../../nbs/data/16_sources.ipynb #6c3bc1c1
 @dataclass(frozen=True)
@@ -358,7 +446,7 @@ class TaskDataSpec:
     prompt_file: str | None = None
     system_prompt_file: str | None = None
 
-
+# %% ../../nbs/data/16_sources.ipynb #c3572e07
 @dataclass(frozen=True)
 class DataBlock:
     """One block of a `data:` section."""
@@ -374,11 +462,17 @@ class DataBlock:
 
     def __post_init__(self) -> None:
         if not 0 <= self.split_validation_size < 1:
-            raise UserError(f"split_validation_size is {self.split_validation_size}", where="data", fix="give a share between 0 and 1")
+            raise UserError(
+                f"split_validation_size is {self.split_validation_size}",
+                where="data",
+                fix="give a share between 0 and 1",
+            )
         if self.processor != "sft_processor":
-            raise UserError(f"unknown processor {self.processor!r}", where="data", fix=nearest(self.processor, ["sft_processor"]))
+            raise UserError(
+                f"unknown processor {self.processor!r}", where="data", fix=nearest(self.processor, ["sft_processor"])
+            )
 
-
+# %% ../../nbs/data/16_sources.ipynb #467c81d1
 @dataclass(frozen=True)
 class SftDataset:
     """Chats to train on, and perhaps chats to measure on, in the views that NeMo RL's code expects."""
@@ -409,20 +503,27 @@ class SftDataset:
         part = lambda wanted: PreservingDataset(tuple(r for i, r in enumerate(self.dataset) if (i in held) == wanted))
         return SftDataset(part(False), self.task_spec, part(True), self.rejects) if count else self
 
-
+# %% ../../nbs/data/16_sources.ipynb #b60cae9c
 def _task_name(path: str) -> str:
     """The last two parts of a path, without the ending."""
     return "-".join(Path(path).with_suffix("").parts[-2:]).strip("-/")
 
-
+# %% ../../nbs/data/16_sources.ipynb #1a8053a3
 def _dataset(block: DataBlock) -> Dataset:
     """A block as an entry of a blend."""
     local = Path(block.data_path).expanduser().exists() or "://" in block.data_path
     split = "" if Path(block.data_path).expanduser().is_file() else block.split or ""
     name = folder_name(_task_name(block.data_path))
-    return Dataset(name, block.data_path if local else f"hf://{block.data_path}", split=split, subset=block.subset or "", format=block.dataset_name, options=dict(block.options))
+    return Dataset(
+        name,
+        block.data_path if local else f"hf://{block.data_path}",
+        split=split,
+        subset=block.subset or "",
+        format=block.dataset_name,
+        options=dict(block.options),
+    )
 
-
+# %% ../../nbs/data/16_sources.ipynb #71a66be1
 def load_sft_dataset(
     block: DataBlock,
     downloads: str | Path = "output/downloads",  # for files that are fetched
@@ -440,12 +541,14 @@ def load_sft_dataset(
                 rejects.append(Reject(str(file), line, e.reason, e.what))
     name = _task_name(block.data_path)
     spec = TaskDataSpec(name, block.options.get("prompt_file"), block.options.get("system_prompt_file"))
-    return SftDataset(PreservingDataset(tuple(c | {"task_name": name} for c in chats)), spec, None, tuple(rejects)).split_train_validation(block.split_validation_size, block.seed)
+    return SftDataset(
+        PreservingDataset(tuple(c | {"task_name": name} for c in chats)), spec, None, tuple(rejects)
+    ).split_train_validation(block.split_validation_size, block.seed)
 
-
+# %% ../../nbs/data/16_sources.ipynb #062ebf25
 _BLOCK_NAMES = {f.name for f in fields(DataBlock)} - {"options"}
 
-
+# %% ../../nbs/data/16_sources.ipynb #c308381c
 def data_section(
     section: Mapping[str, Any],  # train, validation, default
 ) -> dict[str, DataBlock]:
@@ -463,7 +566,9 @@ def data_section(
         # A default may hold keys of another format than this dataset's; a key of the dataset itself must fit.
         values = {k: v for k, v in default.items() if k in allowed} | own
         plain = {k: v for k, v in values.items() if k in _BLOCK_NAMES and v is not None}
-        blocks[name] = from_mapping(DataBlock, plain | {"options": {k: v for k, v in values.items() if k not in _BLOCK_NAMES}}, f"data.{name}")
+        blocks[name] = from_mapping(
+            DataBlock, plain | {"options": {k: v for k, v in values.items() if k not in _BLOCK_NAMES}}, f"data.{name}"
+        )
         row_format(blocks[name].dataset_name, blocks[name].options, f"data.{name}")
     return blocks
 
@@ -476,15 +581,25 @@ def blend_of_section(
     blocks = {}
     for name, block in data_section(section).items():
         if share := block.split_validation_size:
-            raise UserError(f"split_validation_size is {share:g}", where=f"data.{name}", why="chats are split by conversation, by the ratios of the settings", fix=f"leave it out, and set train_ratio={1 - share:g} valid_ratio={share:g} test_ratio=0 in the section data")
+            raise UserError(
+                f"split_validation_size is {share:g}",
+                where=f"data.{name}",
+                why="chats are split by conversation, by the ratios of the settings",
+                fix=f"leave it out, and set train_ratio={1 - share:g} valid_ratio={share:g} test_ratio=0 in the "
+                    "section data",
+            )
         blocks[name] = (_dataset(block),)
     if "train" not in blocks:
-        raise UserError("there is no block train", where=f"{source}: data" if source else "data", fix="say what to train on: data: {train: {data_path: chats.jsonl}}")
+        raise UserError(
+            "there is no block train",
+            where=f"{source}: data" if source else "data",
+            fix="say what to train on: data: {train: {data_path: chats.jsonl}}",
+        )
     if "validation" not in blocks:
         return Blend({"all": blocks["train"]}, source)
     return Blend({"train": blocks["train"], "valid": blocks["validation"]}, source)
 
-
+# %% ../../nbs/data/16_sources.ipynb #39d6224f
 def read_blend(
     path: str | Path,  # a JSON file of datasets, or a YAML file with a section `data`
 ) -> Blend:
@@ -499,5 +614,10 @@ def read_blend(
     if not isinstance(content, Mapping) or not isinstance(content.get("data"), Mapping):
         raise UserError("has no section data", where=str(path), fix="write data: {train: {data_path: chats.jsonl}}")
     if others := [key for key in content if key != "data"]:
-        raise UserError(f"{', '.join(map(str, others))} beside data", where=str(path), why="only the data of such a file can be taken over, and the rest would be ignored", fix="keep the section data alone, and give the other settings with -c or on the command line")
+        raise UserError(
+            f"{', '.join(map(str, others))} beside data",
+            where=str(path),
+            why="only the data of such a file can be taken over, and the rest would be ignored",
+            fix="keep the section data alone, and give the other settings with -c or on the command line",
+        )
     return blend_of_section(content["data"], str(path))

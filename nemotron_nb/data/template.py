@@ -21,7 +21,7 @@ from ..viz import ROLE_COLOURS, Picture, clipped, escape, fitting, token_strip, 
 # %% ../../nbs/data/07_template.ipynb #76eee489
 Piece = tuple[str, bool]  # (text, is it written by the format?)
 
-
+# %% ../../nbs/data/07_template.ipynb #5ff88362
 class Chunk(NamedTuple):
     """A run of rendered text: who it belongs to, whether the model would sample it, and from which message it came."""
 
@@ -59,10 +59,12 @@ multiple lines
 
 <IMPORTANT>
 Reminder:
-- Function calls MUST follow the specified format: an inner <function=...></function> block must be nested within <tool_call></tool_call> XML tags
+- Function calls MUST follow the specified format: an inner <function=...></function> block must be nested within \
+<tool_call></tool_call> XML tags
 - Required parameters MUST be specified
 - You may provide optional reasoning for your function call in natural language BEFORE the function call, but NOT after
-- If there is no function call available, answer the question like normal with your current knowledge and do not tell the user about function calls
+- If there is no function call available, answer the question like normal with your current knowledge and do not tell \
+the user about function calls
 </IMPORTANT>"""
 
 # %% ../../nbs/data/07_template.ipynb #250a9abc
@@ -88,7 +90,7 @@ def _parameter(name: str, fields: Any) -> str:
         text += _extras(fields, ("name", "type", "description", "enum"))
     return text + "\n</parameter>"
 
-
+# %% ../../nbs/data/07_template.ipynb #7addad2f
 def _declared(tool: Mapping[str, Any]) -> str:
     """One tool as the system turn declares it."""
     tool = tool.get("function", tool)
@@ -100,7 +102,11 @@ def _declared(tool: Mapping[str, Any]) -> str:
         properties = parameters.get("properties")
         text += "".join(_parameter(n, f) for n, f in properties.items()) if isinstance(properties, Mapping) else ""
         text += _extras(parameters, ("type", "properties", "required"))
-        text += f"\n<required>{json.dumps(parameters['required'], ensure_ascii=False)}</required>" if "required" in parameters else ""
+        text += (
+            f"\n<required>{json.dumps(parameters['required'], ensure_ascii=False)}</required>"
+            if "required" in parameters
+            else ""
+        )
     return text + "\n</parameters>" + _extras(tool, ("type", "name", "description", "parameters")) + "\n</function>"
 
 # %% ../../nbs/data/07_template.ipynb #bbf49bc9
@@ -109,7 +115,13 @@ def _called(call: Mapping[str, Any]) -> list[Piece]:
     call = call.get("function", call)
     pieces: list[Piece] = [("<tool_call>\n<function=", True), (str(call["name"]), False), (">\n", True)]
     for name, value in (call.get("arguments") or {}).items():
-        pieces += [("<parameter=", True), (str(name), False), (">\n", True), (_value(value), False), ("\n</parameter>\n", True)]
+        pieces += [
+            ("<parameter=", True),
+            (str(name), False),
+            (">\n", True),
+            (_value(value), False),
+            ("\n</parameter>\n", True),
+        ]
     return [*pieces, ("</function>\n</tool_call>\n", True)]
 
 # %% ../../nbs/data/07_template.ipynb #81d1b80f
@@ -129,9 +141,12 @@ def _spoken(message: Mapping[str, Any], live: bool) -> tuple[str, list[Piece]]:
     kept = ("\n" + answer if thought else answer).rstrip()
     return NO_THOUGHT, [(kept, False)]
 
-
+# %% ../../nbs/data/07_template.ipynb #024559b3
 def _spoken_with_tags(whole: str, live: bool, calls: bool) -> tuple[str, list[Piece]]:
-    """The rules for content that holds think tags itself. Data preparation moves or refuses such tags; `render` must still know."""
+    """The rules for content that holds think tags itself.
+
+    Data preparation moves or refuses such tags; `render` must still know.
+    """
     if live:
         return "", [(whole.strip(), False)]
     if calls:
@@ -151,7 +166,7 @@ def _system(text: str, tools: Sequence[Mapping[str, Any]]) -> tuple[Piece, ...]:
     header, footer = ("\n\n" if text else "") + TOOLS_HEADER, TOOLS_FOOTER + TOOLS_INSTRUCTION
     return opening, (text, False), (header, True), (declared, False), (footer, True), closing
 
-
+# %% ../../nbs/data/07_template.ipynb #695dd3a7
 def _assistant(message: Mapping[str, Any], index: int, live: bool) -> tuple[Chunk, Chunk]:
     """An assistant turn as two chunks: the opening that inference gives, and what the model writes after it."""
     opening, said = _spoken(message, live)
@@ -160,17 +175,23 @@ def _assistant(message: Mapping[str, Any], index: int, live: bool) -> tuple[Chun
     for call in calls:
         said += _called(call)
     said.append((f"{IM_END}\n", True))
-    return Chunk("assistant", ((f"{IM_START}assistant\n{opening}", True),), False, index), Chunk("assistant", tuple(said), True, index)
+    return Chunk("assistant", ((f"{IM_START}assistant\n{opening}", True),), False, index), Chunk(
+        "assistant", tuple(said), True, index
+    )
 
-
+# %% ../../nbs/data/07_template.ipynb #5604110b
 def _tool_results(results: Sequence[Mapping[str, Any]], index: int) -> Chunk:
     """A run of tool results, which the model reads as one user turn."""
     pieces: list[Piece] = [(f"{IM_START}user\n", True)]
     for result in results:
-        pieces += [("<tool_response>\n", True), (str(result.get("content") or ""), False), ("\n</tool_response>\n", True)]
+        pieces += [
+            ("<tool_response>\n", True),
+            (str(result.get("content") or ""), False),
+            ("\n</tool_response>\n", True),
+        ]
     return Chunk("tool", (*pieces, (f"{IM_END}\n", True)), False, index)
 
-
+# %% ../../nbs/data/07_template.ipynb #15a6509a
 def said_turn(
     message: Mapping[str, Any],
     index: int,  # its place among the messages
@@ -179,11 +200,22 @@ def said_turn(
 ) -> Chunk:
     """The turn of a user, or of a system message inside the chat."""
     budget = "" if reasoning_budget is None else f"\n\n{{thinking token budget: {reasoning_budget}}}"
-    return Chunk(message["role"], ((f"{IM_START}{message['role']}\n", True), (str(message.get("content") or "") + low_effort_marker, False), (f"{budget}{IM_END}\n", True)), False, index)
+    return Chunk(
+        message["role"],
+        (
+            (f"{IM_START}{message['role']}\n", True),
+            (str(message.get("content") or "") + low_effort_marker, False),
+            (f"{budget}{IM_END}\n", True),
+        ),
+        False,
+        index,
+    )
 
 # %% ../../nbs/data/07_template.ipynb #b00a440e
 def _turn(messages: Sequence[Mapping[str, Any]], index: int, live: bool) -> tuple[Chunk, ...]:
-    """The chunks of one message: two of an assistant, none of a tool result that an earlier one has taken along, else one."""
+    """The chunks of one message: two of an assistant, none of a tool result that an earlier one has taken along,
+    else one.
+    """
     role = messages[index]["role"]
     if role == "assistant":
         return _assistant(messages[index], index, live)
@@ -194,14 +226,19 @@ def _turn(messages: Sequence[Mapping[str, Any]], index: int, live: bool) -> tupl
     end = next((i for i in range(index, len(messages)) if messages[i]["role"] != "tool"), len(messages))
     return (_tool_results(messages[index:end], index),)
 
-
+# %% ../../nbs/data/07_template.ipynb #160a3305
 def first_turn(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] | None,
 ) -> Chunk:
     """The system turn that opens every chat."""
     hoisted = bool(messages) and messages[0]["role"] == "system"
-    return Chunk("system", _system(str(messages[0].get("content") or "") if hoisted else "", tools or ()), False, 0 if hoisted else -1)
+    return Chunk(
+        "system",
+        _system(str(messages[0].get("content") or "") if hoisted else "", tools or ()),
+        False,
+        0 if hoisted else -1,
+    )
 
 # %% ../../nbs/data/07_template.ipynb #4dcbd2cd
 def chunks(
@@ -214,7 +251,10 @@ def chunks(
     truncate_history_thinking: bool = True,  # drop the thoughts of earlier user turns
     low_effort_marker: str = "",  # words that ask for low effort, told to the model in the last user turn
 ) -> list[Chunk]:
-    """A chat in the nano3 format, cut where inference would stop and sample. The texts joined are `render`'s string. `UserError` unless `messages` is a list of messages."""
+    """A chat in the nano3 format, cut where inference would stop and sample.
+
+    The texts joined are `render`'s string. `UserError` unless `messages` is a list of messages.
+    """
     expect(messages, (list, tuple), "messages of a chat", "give the list under \"messages\", or conversation.messages")
     for message in messages[:1]:
         expect(message, Mapping, "message 0", 'give {"role": ..., "content": ...}')
@@ -226,10 +266,12 @@ def chunks(
         else:
             result += _turn(messages, i, live=i > last_user or not truncate_history_thinking)
     if add_generation_prompt:
-        result.append(Chunk("assistant", ((f"{IM_START}assistant\n{OPEN_THOUGHT if enable_thinking else NO_THOUGHT}", True),)))
+        result.append(
+            Chunk("assistant", ((f"{IM_START}assistant\n{OPEN_THOUGHT if enable_thinking else NO_THOUGHT}", True),))
+        )
     return result
 
-
+# %% ../../nbs/data/07_template.ipynb #bc0357b4
 def render(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] | None = None,
@@ -258,7 +300,9 @@ def x_ray(
     title: str = "",
 ) -> Picture:
     """Rendered text in the colours of its roles; underlined where the model would be the writer."""
-    return token_strip([c.text for c in parts], [int(c.generated) for c in parts], roles=[c.role for c in parts], title=title)
+    return token_strip(
+        [c.text for c in parts], [int(c.generated) for c in parts], roles=[c.role for c in parts], title=title
+    )
 
 # %% ../../nbs/data/07_template.ipynb #53ce0f75
 class Turns(NamedTuple):
@@ -268,15 +312,17 @@ class Turns(NamedTuple):
     history: list[Chunk]  # [C] as remembered later; the same object where nothing is forgotten
     starts: list[int]  # [M + 1] the chunk at which each message begins
 
-
+# %% ../../nbs/data/07_template.ipynb #935cd872
 def _forgets(message: Mapping[str, Any]) -> bool:
     """Does this message read differently once a user has spoken after it?"""
     if message["role"] != "assistant":
         return False
     content = str(message.get("content") or "")
-    return bool(message.get("reasoning_content") or "think>" in content or (message.get("tool_calls") and content[:1].isspace()))
+    return bool(
+        message.get("reasoning_content") or "think>" in content or (message.get("tool_calls") and content[:1].isspace())
+    )
 
-
+# %% ../../nbs/data/07_template.ipynb #7b7faadb
 def turns(
     messages: Sequence[Mapping[str, Any]],
 ) -> Turns:
@@ -301,16 +347,20 @@ def _spans(parts: Sequence[Chunk]) -> str:
     """Chunks as coloured text, those the model writes underlined."""
     line = {True: "2px solid #0a6b2d", False: "2px solid #ffffff"}
     style = "background:{};color:#111111;border-bottom:{};padding:0 1px"
-    return "".join(f'<span style="{style.format(ROLE_COLOURS.get(c.role, "#eeeeee"), line[c.generated])}">{escape(clipped(c.text, LONGEST))}</span>' for c in parts)
+    return "".join(
+        f'<span style="{style.format(ROLE_COLOURS.get(c.role, "#eeeeee"), line[c.generated])}">'
+        f'{escape(clipped(c.text, LONGEST))}</span>'
+        for c in parts
+    )
 
-
+# %% ../../nbs/data/07_template.ipynb #854692b8
 def _side_by_side(left: str, right: str, width: int) -> str:
     """Two texts as two columns of plain text; long lines of the left one are broken."""
     lines = [line[i : i + width] for line in visible(left).split("\n") for i in range(0, max(len(line), 1), width)]
     pairs = itertools.zip_longest(lines, visible(right).split("\n"), fillvalue="")
     return "\n".join(f"{a:<{width}} | {b}".rstrip() for a, b in pairs)
 
-
+# %% ../../nbs/data/07_template.ipynb #4324426b
 def x_ray_beside(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] | None = None,
@@ -327,12 +377,29 @@ def x_ray_beside(
         source += [messages[index]] if index >= 0 else []
         if index >= 0 and messages[index]["role"] == "tool":
             source += itertools.takewhile(lambda m: m["role"] == "tool", messages[index + 1 :])
-        rows.append(("\n".join(json.dumps(m, indent=2, ensure_ascii=False) for m in source) or "(no message)", list(group)))
-    cell = '<td style="vertical-align:top;text-align:left;padding:4px 10px;border-bottom:1px solid #cccccc;font-family:monospace;font-size:12px;background:#ffffff;color:#111111">{}</td>'
-    drawn, body = fitting((1, f"<tr>{cell.format(escape(clipped(source, LONGEST)).replace('&#8629;<br>', '<br>'))}{cell.format(_spans(group))}</tr>") for source, group in rows)
-    body += f"<tr>{cell.format(f'... and {len(rows) - drawn} more messages')}<td></td></tr>" if drawn < len(rows) else ""
+        rows.append(
+            ("\n".join(json.dumps(m, indent=2, ensure_ascii=False) for m in source) or "(no message)", list(group))
+        )
+    cell = (
+        '<td style="vertical-align:top;text-align:left;padding:4px 10px;border-bottom:1px solid '
+        '#cccccc;font-family:monospace;font-size:12px;background:#ffffff;color:#111111">{}</td>'
+    )
+    drawn, body = fitting(
+        (
+            1,
+            f"<tr>{cell.format(escape(clipped(source, LONGEST)).replace('&#8629;<br>', '<br>'))}"
+            f"{cell.format(_spans(group))}</tr>",
+        )
+        for source, group in rows
+    )
+    body += (
+        f"<tr>{cell.format(f'... and {len(rows) - drawn} more messages')}<td></td></tr>" if drawn < len(rows) else ""
+    )
     page = f'<div><b>{escape(clipped(title, 200))}</b></div><table style="border-collapse:collapse">{body}</table>'
-    shown = [_side_by_side(source, "".join(f"\u00ab{c.text}\u00bb" if c.generated else c.text for c in group), width) for source, group in rows]
+    shown = [
+        _side_by_side(source, "".join(f"\u00ab{c.text}\u00bb" if c.generated else c.text for c in group), width)
+        for source, group in rows
+    ]
     rule = "\n" + "-" * width + "-+-" + "-" * 30 + "\n"
     return Picture(page, (f"{title}\n" if title else "") + rule.join(shown))
 

@@ -53,7 +53,7 @@ from .tokenizer import ChatTokenizer, load_tokenizer
 # %% ../../nbs/data/20_tokenized.ipynb #5eb9a736
 JUDGES = ("none", "rules", "endpoint")
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #d0c1f2f9
 @dataclass(frozen=True)
 class JudgeSection:
     """Who is asked whether what a chat does fits what it says."""
@@ -78,10 +78,16 @@ class JudgeSection:
     ) -> Judge | None:
         """The judge, or None."""
         if self.kind == "endpoint":
-            return endpoint_judge(Endpoint(self.base_url, self.model, self.api_key_env, self.timeout, concurrency=self.concurrency, cache_dir=cache_dir), unusable=self.unusable)
+            return endpoint_judge(
+                Endpoint(
+                    self.base_url, self.model, self.api_key_env, self.timeout, concurrency=self.concurrency,
+                    cache_dir=cache_dir,
+                ),
+                unusable=self.unusable,
+            )
         return rule_judge if self.kind == "rules" else None
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #2a9f95f2
 @dataclass(frozen=True)
 class RowSettings:
     """Everything that decides what a row becomes, apart from its bytes."""
@@ -104,8 +110,12 @@ class RowSettings:
     compat: str = "fixed"  # "nvidia" does what NVIDIA's public data preparation does, faults included
     max_rows: int = 0  # of the unit; 0 = all
 
-
-_MODULES = ("core", "data/records", "data/levels", "data/files", "data/tokenizer", "data/encoder", "data/template", "data/sandbox", "data/jinja_template", "data/mask", "data/nvidia_prep", "data/sources", "data/filters", "endpoint", "data/judge", "data/reasoning", "data/tokenized")
+# %% ../../nbs/data/20_tokenized.ipynb #0de0fe66
+_MODULES = (
+    "core", "data/records", "data/levels", "data/files", "data/tokenizer", "data/encoder", "data/template",
+    "data/sandbox", "data/jinja_template", "data/mask", "data/nvidia_prep", "data/sources", "data/filters",
+    "endpoint", "data/judge", "data/reasoning", "data/tokenized",
+)
 
 
 @functools.cache
@@ -116,16 +126,27 @@ def code_digest(
     folder = Path(str(files("nemotron_nb")))
     return digest("".join(file_digest(folder / f"{m}.py") for m in modules).encode())
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #631491f2
 def settings_digest(
     settings: RowSettings,
     tokenizer: ChatTokenizer,
     template: Template,
 ) -> str:
-    """16 digits that name how rows are tokenized: names of files and models are replaced by digests of their content."""
-    dataset = {k: v for k, v in asdict(settings.dataset).items() if k in ("name", "format", "options", "license", "low_effort")}
+    """16 digits that name how rows are tokenized: names of files and models are replaced by digests of their
+    content.
+    """
+    dataset = {
+        k: v for k, v in asdict(settings.dataset).items() if k in ("name", "format", "options", "license", "low_effort")
+    }
     lists = [file_digest(list_path(name)) for name in settings.filters.narrative_lists] if settings.filter_chats else []
-    content = {"dataset": dataset, "lists": lists, "tokenizer": tokenizer.digest, "chat_template": template.digest, "code": code_digest(), "version": __version__}
+    content = {
+        "dataset": dataset,
+        "lists": lists,
+        "tokenizer": tokenizer.digest,
+        "chat_template": template.digest,
+        "code": code_digest(),
+        "version": __version__,
+    }
     return digest(asdict(settings) | content)
 
 # %% ../../nbs/data/20_tokenized.ipynb #0f11b935
@@ -135,7 +156,7 @@ def _used_in(record: Any, settings: RowSettings) -> bool:
     marks = [m.strip() for m in marks.split(",")] if isinstance(marks, str) else marks
     return isinstance(marks, (list, tuple)) and settings.used_in_filter in marks
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #c34a403a
 _BOS = Chunk("system", (("<s>", True),))
 
 
@@ -143,7 +164,7 @@ def _with_bos(drafts: Sequence[Draft]) -> list[Draft]:
     """An untrained <s> before each sequence."""
     return [Draft((_BOS, *d.chunks), (False, *d.trained), d.turn) for d in drafts]
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #ac9b6c32
 @dataclass
 class UnitRecord:
     """What happened to the rows of a unit."""
@@ -158,7 +179,12 @@ class UnitRecord:
     def to_json(self) -> dict[str, Any]:
         """As record.json holds it."""
         lists = {name: [asdict(r) for r in getattr(self, name)] for name in ("rejects", "left_out", "changes")}
-        return {"rows": self.rows, **lists, "repairs": dict(sorted(self.repairs.items())), "unprinted": dict(sorted(self.unprinted.items()))}
+        return {
+            "rows": self.rows,
+            **lists,
+            "repairs": dict(sorted(self.repairs.items())),
+            "unprinted": dict(sorted(self.unprinted.items())),
+        }
 
 # %% ../../nbs/data/20_tokenized.ipynb #e0000001
 def dataset_form(
@@ -170,7 +196,7 @@ def dataset_form(
         options = {"chat_key": settings.messages_field, "tool_key": settings.tools_field} | options
     return row_format(settings.dataset.format, options)
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #479b399e
 class Chat(NamedTuple):
     """A chat of a row, and what the row says about it."""
 
@@ -179,16 +205,25 @@ class Chat(NamedTuple):
     licence: Any
     low_effort: bool
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #65546716
 def _is_low_effort(row: Mapping[str, Any], conversation: Conversation, settings: RowSettings) -> bool:
-    """Was the thought of a chat written with low effort? The row says so, in its own field or in the switches of its template; else the dataset does."""
+    """Was the thought of a chat written with low effort?
+
+    The row says so, in its own field or in the switches of its template; else the dataset does.
+    """
     own, switched = row.get(settings.reasoning.low_effort_field), conversation.low_effort
     if own is not None and switched is not None and own != switched:
-        raise BadRecord("two_values", f"{settings.reasoning.low_effort_field} and chat_template_kwargs differ about low effort")
+        raise BadRecord(
+            "two_values", f"{settings.reasoning.low_effort_field} and chat_template_kwargs differ about low effort"
+        )
     said = switched if own is None else own
-    return low_effort_flag({settings.reasoning.low_effort_field: settings.dataset.low_effort or None if said is None else said}, settings.dataset.name, settings.reasoning)
+    return low_effort_flag(
+        {settings.reasoning.low_effort_field: settings.dataset.low_effort or None if said is None else said},
+        settings.dataset.name,
+        settings.reasoning,
+    )
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #b46de08c
 def chats_of_row(
     value: Any,  # one parsed row
     source: str,  # its file
@@ -197,22 +232,32 @@ def chats_of_row(
     form: Any,  # as `dataset_form` gives it
     row: int = 0,  # its place in the unit, counted from 0
 ) -> list[Chat]:
-    """The chats of a row in normal form, and what the row says about them; `BadRecord` where it holds none. Whoever reads rows reads them here."""
+    """The chats of a row in normal form, and what the row says about them; `BadRecord` where it holds none.
+
+    Whoever reads rows reads them here.
+    """
     form, noted = form_of(value, form)
     fields = value if isinstance(value, Mapping) else {}
     flag = settings.reasoning.low_effort_field
     passed = (settings.used_in_field, *([flag] if flag != "low_effort" else []))
-    options = {"allow_empty_turns": settings.allow_empty_turns, "row": form.row_name, "turn": form.turn_name, "passed": passed, "noted": noted}
+    options = {
+        "allow_empty_turns": settings.allow_empty_turns, "row": form.row_name, "turn": form.turn_name,
+        "passed": passed, "noted": noted,
+    }
     chats = form.chats(value) if isinstance(value, Mapping) else [value]
     conversations = [parse_conversation(chat, source=source, line=line, **options) for chat in chats]
     licence = fields.get("license") or settings.dataset.license or None
     return [Chat(c, row, licence, _is_low_effort(fields, c, settings)) for c in conversations]
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #6ed229db
 def _admitted(value: Any, line: int, unit: Unit, settings: RowSettings, form: Any, record: UnitRecord) -> list[Chat]:
     """The chats of a row in normal form; what is wrong goes into the record."""
     if settings.used_in_filter and not _used_in(value, settings):
-        record.left_out.append(Reject(unit.path, line, "not_used_in", f"not marked {settings.used_in_filter!r} in {settings.used_in_field}"))
+        record.left_out.append(
+            Reject(
+                unit.path, line, "not_used_in", f"not marked {settings.used_in_filter!r} in {settings.used_in_field}"
+            )
+        )
         return []
     try:
         return chats_of_row(value, unit.path, line, settings, form, record.rows - 1)
@@ -227,21 +272,31 @@ def _filtered(chats: Sequence[Chat], settings: RowSettings, judge: Judge | None,
         return list(chats)
     licences = iter([c.licence for c in chats])
     kept = []
-    for chat, result in zip(chats, apply_filters([c.conversation for c in chats], settings.filters, lambda _: next(licences), judge), strict=True):
+    for chat, result in zip(
+        chats,
+        apply_filters([c.conversation for c in chats], settings.filters, lambda _: next(licences), judge),
+        strict=True,
+    ):
         if isinstance(result, Reject):
             record.left_out.append(result)
         else:
             kept.append(chat)
     return kept
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #595b6fcd
 def _book_untrained(conversation: Conversation, settings: RowSettings, record: UnitRecord) -> None:
     """Note a chat of which nothing is trained: left out where its own flags say so, else lost."""
     asked = not any(map(is_trained, conversation.messages))
-    why = "every assistant turn is marked as not trained" if asked else f"no assistant turn is trained with loss_mode={settings.loss_mode}"
-    (record.left_out if asked else record.rejects).append(Reject(conversation.source, conversation.line, "nothing_trained", why))
+    why = (
+        "every assistant turn is marked as not trained"
+        if asked
+        else f"no assistant turn is trained with loss_mode={settings.loss_mode}"
+    )
+    (record.left_out if asked else record.rejects).append(
+        Reject(conversation.source, conversation.line, "nothing_trained", why)
+    )
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #5fd4959b
 def _drafts(chat: Chat, settings: RowSettings, tools: "_Tools", record: UnitRecord) -> list[Draft]:
     """The training sequences of a chat after reasoning control, before encoding."""
     conversation, change = apply_reasoning(chat.conversation, settings.reasoning, tools.tokenizer, chat.low_effort)
@@ -258,8 +313,10 @@ def _drafts(chat: Chat, settings: RowSettings, tools: "_Tools", record: UnitReco
         _book_untrained(conversation, settings, record)
     return _with_bos(drafts) if settings.add_bos else drafts
 
-
-def _as_nvidia(value: Any, line: int, unit: Unit, settings: RowSettings, special: SpecialTokens, record: UnitRecord) -> list[Draft]:
+# %% ../../nbs/data/20_tokenized.ipynb #78faeb47
+def _as_nvidia(
+    value: Any, line: int, unit: Unit, settings: RowSettings, special: SpecialTokens, record: UnitRecord
+) -> list[Draft]:
     """What NVIDIA's preparation makes of a row."""
     names = {n: getattr(settings, n) for n in ("messages_field", "tools_field", "used_in_filter", "used_in_field")}
     drafts = reference_drafts(value, **names, special=special)
@@ -271,7 +328,7 @@ def _as_nvidia(value: Any, line: int, unit: Unit, settings: RowSettings, special
 # %% ../../nbs/data/20_tokenized.ipynb #5c2496f0
 BATCH_ROWS = 512  # rows whose texts are encoded together
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #3d408258
 @dataclass(frozen=True)
 class Task:
     """One unit to tokenize, and where the result goes."""
@@ -289,7 +346,7 @@ class Task:
         """Is the result there? It appears complete or not at all."""
         return Path(self.folder).is_dir()
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #2d01518f
 @dataclass(frozen=True)
 class _Tools:
     """What a process needs for every unit."""
@@ -299,19 +356,29 @@ class _Tools:
     encoder: SegmentEncoder
     special: SpecialTokens
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #c1de5d4f
 @functools.lru_cache(maxsize=2)
 def _tools(tokenizer: str, template: str, version: str, tier: str, num_bytes: int, tables: str | None) -> _Tools:
-    """Made once in each process; forked workers inherit it. `version` keeps an edited file from meeting an old copy of it."""
+    """Made once in each process; forked workers inherit it.
+
+    `version` keeps an edited file from meeting an old copy of it.
+    """
     loaded = load_tokenizer(tokenizer)
-    return _Tools(loaded, chat_template(template, tokenizer), make_encoder(loaded, tier, num_bytes, tables), SpecialTokens(loaded.special_ids))
+    return _Tools(
+        loaded,
+        chat_template(template, tokenizer),
+        make_encoder(loaded, tier, num_bytes, tables),
+        SpecialTokens(loaded.special_ids),
+    )
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #cdf0dc5d
 def _tools_of(task: Task) -> _Tools:
     """The tools for a task."""
-    return _tools(task.settings.tokenizer, task.settings.chat_template, task.version, task.encoder, task.num_bytes, table_folder())
+    return _tools(
+        task.settings.tokenizer, task.settings.chat_template, task.version, task.encoder, task.num_bytes, table_folder()
+    )
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #e15822da
 @dataclass
 class _Tables:
     """The tables of a unit while it is being tokenized."""
@@ -334,11 +401,16 @@ class _Tables:
         """As .npy files."""
         whole = lambda parts, kind: np.concatenate([np.zeros(0, kind), *parts]).astype(kind)
         tables = {"lengths": whole(self.lengths, np.int64), "trained": whole(self.trained, np.int64)}
-        tables |= {"conversation": np.array(self.conversation, np.int32), "conversation_ids": np.array(self.ids, "S16"), "lines": np.array(self.lines, np.int64), "rows": np.array(self.rows, np.int64)}
+        tables |= {
+            "conversation": np.array(self.conversation, np.int32),
+            "conversation_ids": np.array(self.ids, "S16"),
+            "lines": np.array(self.lines, np.int64),
+            "rows": np.array(self.rows, np.int64),
+        }
         for name, table in tables.items():
             np.save(folder / f"{name}.npy", table)
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #c292b0b5
 def _trained_labels(mask_N: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """[S] the trained tokens of each sequence that have a token before them to be predicted from."""
     lengths = np.diff(offsets)
@@ -349,18 +421,22 @@ def _trained_labels(mask_N: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         trained[filled] = np.add.reduceat(mask_N, begins, dtype=np.int64) - mask_N[begins]
     return trained
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #b203a996
 def _as_python(data: bytes) -> Any:
-    """A row as Python's own parser takes it, NaN, repeated keys and half characters included: so does NVIDIA's preparation."""
+    """A row as Python's own parser takes it, NaN, repeated keys and half characters included: so does NVIDIA's
+    preparation.
+    """
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as e:
         raise BadJson("not_json", str(e)) from None
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #400586e6
 def _rows(task: Task, record: UnitRecord, told: Callable[[int], None]) -> Iterator[tuple[int, Any]]:
     """(line, value) of each row that can be read; the others go into the record."""
-    for line, value in read_unit(task.unit, parse=_as_python if task.settings.compat == "nvidia" else parse_json, told=told):
+    for line, value in read_unit(
+        task.unit, parse=_as_python if task.settings.compat == "nvidia" else parse_json, told=told
+    ):
         if task.settings.max_rows and record.rows == task.settings.max_rows:
             return
         record.rows += 1
@@ -369,27 +445,54 @@ def _rows(task: Task, record: UnitRecord, told: Callable[[int], None]) -> Iterat
         else:
             yield line, value
 
-
-def _batches(task: Task, tools: _Tools, record: UnitRecord, tables: _Tables, told: Callable[[int], None]) -> Iterator[list[Draft]]:
+# %% ../../nbs/data/20_tokenized.ipynb #1f6af264
+def _batches(
+    task: Task, tools: _Tools, record: UnitRecord, tables: _Tables, told: Callable[[int], None]
+) -> Iterator[list[Draft]]:
     """Drafts of the unit's chats, some rows at a time; whose they are is noted in the tables."""
-    settings = task.settings
-    form, judge = dataset_form(settings), settings.judge.asked(str(Path(task.kept) / "judge") if task.kept else "")
+    form, judge = dataset_form(task.settings), task.settings.judge.asked(_answers(task))
     rows = _rows(task, record, told)
     while some := list(itertools.islice(((line, value, record.rows - 1) for line, value in rows), BATCH_ROWS)):
         batch: list[Draft] = []
-        if settings.compat == "nvidia":
-            found = [(digest([task.unit.path, line]), line, row, _as_nvidia(value, line, task.unit, settings, tools.special, record)) for line, value, row in some]
+        if task.settings.compat == "nvidia":
+            found = _nvidia_drafts(some, task, tools, record)
         else:
-            chats = [chat._replace(row=row) for line, value, row in some for chat in _admitted(value, line, task.unit, settings, form, record)]
-            kept = _filtered(chats, settings, judge, record)
-            found = [(c.conversation.id, c.conversation.line, c.row, _drafts(c, settings, tools, record)) for c in kept]
+            found = _drafts_of(some, task, tools, record, form, judge)
         for name, line, row, drafts in found:
             if drafts:
                 tables.add(name, line, row, drafts)
                 batch += drafts
         yield batch
 
+# %% ../../nbs/data/20_tokenized.ipynb #24ccd1cb
+_Found = list[tuple[str, int, int, list[Draft]]]  # id of a chat, its line, its row in the unit, its sequences
 
+
+def _answers(task: Task) -> str:
+    """The folder for answers of a judge; empty: none are kept."""
+    return str(Path(task.kept) / "judge") if task.kept else ""
+
+
+def _nvidia_drafts(some: Sequence[tuple[int, Any, int]], task: Task, tools: _Tools, record: UnitRecord) -> _Found:
+    """What NVIDIA's preparation makes of some rows."""
+    make = lambda value, line: _as_nvidia(value, line, task.unit, task.settings, tools.special, record)
+    return [(digest([task.unit.path, line]), line, row, make(value, line)) for line, value, row in some]
+
+# %% ../../nbs/data/20_tokenized.ipynb #4f678245
+def _drafts_of(
+    some: Sequence[tuple[int, Any, int]], task: Task, tools: _Tools, record: UnitRecord, form: Any, judge: Judge | None
+) -> _Found:
+    """What becomes of some rows: read, filtered, rendered."""
+    settings = task.settings
+    chats = [
+        chat._replace(row=row)
+        for line, value, row in some
+        for chat in _admitted(value, line, task.unit, settings, form, record)
+    ]
+    kept = _filtered(chats, settings, judge, record)
+    return [(c.conversation.id, c.conversation.line, c.row, _drafts(c, settings, tools, record)) for c in kept]
+
+# %% ../../nbs/data/20_tokenized.ipynb #6cb3dcb3
 @contextmanager
 def _without_collection() -> Iterator[None]:
     """No garbage collection while the block runs: a unit makes a million small objects, none of them in a cycle."""
@@ -401,7 +504,7 @@ def _without_collection() -> Iterator[None]:
         if was_on:
             gc.enable()
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #a1a6f9c4
 def tokenize_unit(
     task: Task,
     told: Callable[[int], None] = lambda size: None,  # told how many more bytes of the file have been read
@@ -415,7 +518,9 @@ def tokenize_unit(
     with new_folder(task.folder, same_content=True) as folder, _without_collection():
         with open(folder / "tokens.bin", "wb") as tokens, open(folder / "mask.bin", "wb") as mask:
             for batch in _batches(task, tools, record, tables, told):
-                encoded = encode_drafts(batch, tools.tokenizer, tools.encoder, allow_special_in_text=task.settings.allow_special_in_text)
+                encoded = encode_drafts(
+                    batch, tools.tokenizer, tools.encoder, allow_special_in_text=task.settings.allow_special_in_text
+                )
                 tokens.write(encoded.input_ids.data)
                 mask.write(encoded.loss_mask.data)
                 tables.lengths.append(np.diff(encoded.offsets))
@@ -425,52 +530,69 @@ def tokenize_unit(
     return tools.encoder.tier
 
 # %% ../../nbs/data/20_tokenized.ipynb #e0a7d58f
+def _damaged(folder: Path, what: str) -> UserError:
+    """The error for a unit that is not what was written."""
+    return UserError(
+        f"a tokenized unit is damaged: {what}",
+        where=str(folder),
+        why="its tokens could be wrong",
+        fix="remove this folder; its rows are tokenized again",
+    )
+
+
+def _table(folder: Path, name: str) -> np.ndarray:
+    """One table, read whole."""
+    try:
+        return np.load(folder / f"{name}.npy", allow_pickle=False)
+    except (ValueError, EOFError, FileNotFoundError) as e:
+        raise _damaged(folder, f"{name}.npy: {e}") from None
+
+# %% ../../nbs/data/20_tokenized.ipynb #c30a9c1a
 @dataclass(frozen=True)
-class Spooled:
-    """A tokenized unit on disk."""
+class _UnitTables:
+    """The tables of a tokenized unit on disk, each read when it is asked for."""
 
     folder: Path
-
-    def _damaged(self, what: str) -> UserError:
-        """The error for a unit that is not what was written."""
-        return UserError(f"a tokenized unit is damaged: {what}", where=str(self.folder), why="its tokens could be wrong", fix="remove this folder; its rows are tokenized again")
-
-    def _table(self, name: str) -> np.ndarray:
-        """One table, read whole."""
-        try:
-            return np.load(self.folder / f"{name}.npy", allow_pickle=False)
-        except (ValueError, EOFError, FileNotFoundError) as e:
-            raise self._damaged(f"{name}.npy: {e}") from None
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """int64 [S] tokens of each sequence."""
-        return self._table("lengths")
+        return _table(self.folder, "lengths")
 
     @cached_property
     def trained(self) -> np.ndarray:
         """int64 [S] trained labels of each sequence."""
-        return self._table("trained")
+        return _table(self.folder, "trained")
 
     @cached_property
     def conversation(self) -> np.ndarray:
         """int32 [S] which chat of the unit each sequence belongs to."""
-        return self._table("conversation")
+        return _table(self.folder, "conversation")
 
     @cached_property
     def conversation_ids(self) -> list[str]:
         """[C] the id of each chat."""
-        return [i.decode() for i in self._table("conversation_ids").tolist()]
+        return [i.decode() for i in _table(self.folder, "conversation_ids").tolist()]
 
     @cached_property
     def lines(self) -> np.ndarray:
         """int64 [C] the line of each chat, counted from 1."""
-        return self._table("lines")
+        return _table(self.folder, "lines")
 
     @cached_property
     def rows(self) -> np.ndarray:
         """int64 [C] the place of each chat among the rows of the unit, counted from 0."""
-        return self._table("rows")
+        return _table(self.folder, "rows")
+
+# %% ../../nbs/data/20_tokenized.ipynb #55c3ac30
+def _flat(path: Path, kind: type) -> np.ndarray:
+    """A flat file as an array that is read when it is used."""
+    return np.memmap(path, kind, mode="r") if path.stat().st_size else np.zeros(0, kind)
+
+
+@dataclass(frozen=True)
+class Spooled(_UnitTables):
+    """A tokenized unit on disk."""
 
     @cached_property
     def record(self) -> dict[str, Any]:
@@ -478,28 +600,27 @@ class Spooled:
         try:
             return json.loads((self.folder / "record.json").read_bytes())
         except (ValueError, FileNotFoundError) as e:
-            raise self._damaged(f"record.json: {e}") from None
-
-    def _flat(self, name: str, kind: type) -> np.ndarray:
-        """A flat file as an array that is read when it is used."""
-        path = self.folder / name
-        return np.memmap(path, kind, mode="r") if path.stat().st_size else np.zeros(0, kind)
+            raise _damaged(self.folder, f"record.json: {e}") from None
 
     @property
     def tokens(self) -> np.ndarray:
         """int32 [N] all tokens, sequence after sequence. The file is open while the array is held."""
-        return self._flat("tokens.bin", np.int32)
+        return _flat(self.folder / "tokens.bin", np.int32)
 
     @property
     def mask(self) -> np.ndarray:
         """uint8 [N] 1 = the model must produce this token. The file is open while the array is held."""
-        return self._flat("mask.bin", np.uint8)
+        return _flat(self.folder / "mask.bin", np.uint8)
 
     def flat_files(self, files: "OpenFiles") -> tuple["FlatFile", "FlatFile"]:
-        """(tokens, mask) as files that are opened when they are read. `UserError` if they are not as long as the tables say."""
-        found = FlatFile(self.folder / "tokens.bin", np.int32, files), FlatFile(self.folder / "mask.bin", np.uint8, files)
+        """(tokens, mask) as files that are opened when they are read.
+
+        `UserError` if they are not as long as the tables say.
+        """
+        tokens = FlatFile(self.folder / "tokens.bin", np.int32, files)
+        found = (tokens, FlatFile(self.folder / "mask.bin", np.uint8, files))
         if wrong := [f.path.name for f in found if len(f) != self.lengths.sum()]:
-            raise self._damaged(f"{wrong[0]} is not as long as its sequences")
+            raise _damaged(self.folder, f"{wrong[0]} is not as long as its sequences")
         return found
 
 # %% ../../nbs/data/20_tokenized.ipynb #08b2
@@ -514,7 +635,7 @@ class _Handle:
         if self.number >= 0:
             os.close(self.number)
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #e0e4fc49
 class OpenFiles:
     """Reads stretches of any number of files and keeps a few of them open. Threads may share it."""
 
@@ -543,7 +664,7 @@ class OpenFiles:
             start, size = start + len(data), size - len(data)
         return b"".join(parts)
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #acc6b868
 class FlatFile:
     """A flat file of numbers, as an array to take stretches from. A stretch is a copy."""
 
@@ -596,7 +717,7 @@ def _die_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #34b7d3d7
 def in_processes(
     work: Callable[[Any], Any],
     jobs: Sequence[Any],
@@ -613,11 +734,16 @@ def in_processes(
             for future in as_completed(waiting):
                 yield waiting[future], future.result()
         except BrokenProcessPool:
-            raise UserError("a worker was killed", where="data preparation", why="most often the machine ran out of memory", fix="give fewer workers; what is finished is kept, the same command goes on from there") from None
+            raise UserError(
+                "a worker was killed",
+                where="data preparation",
+                why="most often the machine ran out of memory",
+                fix="give fewer workers; what is finished is kept, the same command goes on from there",
+            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #d88ec007
 def _local(tasks: Sequence[Task], workers: int, told: Callable[[int], None]) -> Iterator[tuple[Task, str]]:
     """Tasks in this process, or in several. The encoder is made before they fork, so that they share its tables."""
     if tasks:
@@ -625,28 +751,31 @@ def _local(tasks: Sequence[Task], workers: int, told: Callable[[int], None]) -> 
     alone = workers <= 1 or len(tasks) <= 1
     return in_processes(functools.partial(tokenize_unit, told=told) if alone else tokenize_unit, tasks, workers)
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #e548f383
 def _ray(tasks: Sequence[Task]) -> Iterator[tuple[Task, str]]:
-    """Tasks on a Ray cluster, one core each. The spool must lie on a file system that all nodes see."""
+    """Tasks on a Ray cluster, one core each. The cache must lie on a file system that all nodes see."""
     try:
         import ray
     except ImportError:
-        raise UserError("Ray is not installed", where="executor=ray", fix="pip install 'nemotron_nb[ray]', or take executor=local") from None
+        raise UserError(
+            "Ray is not installed", where="executor=ray", fix="pip install 'nemotron_nb[ray]', or take executor=local"
+        ) from None
     if not ray.is_initialized():
-        ray.init(address=os.environ.get("RAY_ADDRESS"), include_dashboard=False, log_to_driver=False, configure_logging=False)
+        ray.init(
+            address=os.environ.get("RAY_ADDRESS"), include_dashboard=False, log_to_driver=False, configure_logging=False
+        )
     remote = ray.remote(num_cpus=1)(tokenize_unit)
     waiting = {remote.remote(task): task for task in tasks}
     while waiting:
         (ready,), _ = ray.wait(list(waiting), num_returns=1)
         yield waiting.pop(ready), ray.get(ready)
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #23a5a3b1
 def worker_count(
     workers: int,  # 0 = one a core
 ) -> int:
     """How many processes to use."""
     return workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
-
 
 # %% ../../nbs/data/20_tokenized.ipynb #08b6
 def _sizes(tasks: Sequence[Task]) -> dict[str, int]:
@@ -654,10 +783,12 @@ def _sizes(tasks: Sequence[Task]) -> dict[str, int]:
     groups: Counter[str] = Counter()
     for unit in (t.unit for t in tasks):
         groups[unit.path] = max(groups[unit.path], unit.end)
-    share = lambda u: u.size * (u.end - u.start) // groups[u.path] if u.format == "parquet" else u.end - u.start or u.size
+    share = lambda u: (
+        u.size * (u.end - u.start) // groups[u.path] if u.format == "parquet" else u.end - u.start or u.size
+    )
     return {t.folder: max(1, share(t.unit)) for t in tasks}
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #ba3f144e
 @dataclass
 class _Meter:
     """Tells how many bytes are done, of how many."""
@@ -677,7 +808,7 @@ class _Meter:
         self.finished, self.inside = self.finished + size, 0
         self.progress(self.finished, self.total)
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #74b5ee49
 def tokenize(
     tasks: Sequence[Task],
     workers: int = 1,  # processes on this machine
@@ -695,5 +826,7 @@ def tokenize(
     for task, tier in _ray(todo) if executor == "ray" else _local(todo, workers, meter.read):
         tiers[tier] += 1
         meter.finish(sizes[task.folder])
-    said = ", ".join(f"{n} units by {tier}" if tier != "found" else f"{n} units found" for tier, n in sorted((+tiers).items()))
+    said = ", ".join(
+        f"{n} units by {tier}" if tier != "found" else f"{n} units found" for tier, n in sorted((+tiers).items())
+    )
     return said + (f" ({_tools_of(todo[0]).encoder.note})" if todo and executor == "local" else "")

@@ -32,7 +32,10 @@ from ..viz import Picture, clipped, escape, fitting
 SPECIAL_TOKENS: tuple[str, ...] = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
     *("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]"),
-    *("<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
+    *(
+        "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>",
+        "</tool_response>",
+    ),
 )
 CHAT_TOKENS = SPECIAL_TOKENS[10:]  # without these the chat format cannot be written
 
@@ -43,12 +46,14 @@ WORDS_PATTERN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-
+# %% ../../nbs/data/05_tokenizer.ipynb #3e8b6610
 def _byte_level(model: models.BPE) -> Tokenizer:
     """A tokenizer that cuts text into words, words into bytes, and leaves the merging to `model`."""
     tokenizer = Tokenizer(model)
     words = pre_tokenizers.Split(Regex(WORDS_PATTERN), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
@@ -57,9 +62,12 @@ def _assets() -> Path:
     """The folder of files that ship with the package."""
     return Path(str(importlib.resources.files("nemotron_nb"))) / "data" / "assets"
 
-
+# %% ../../nbs/data/05_tokenizer.ipynb #a4829d8f
 def _spoken(chat: Mapping[str, Any]) -> Iterator[str]:
-    """All that is said in a chat, and the name of the role in each turn. Calls stand in the form that the chat format gives them."""
+    """All that is said in a chat, and the name of the role in each turn.
+
+    Calls stand in the form that the chat format gives them.
+    """
     for message in chat["messages"]:
         yield message["role"] + "\n"
         yield from filter(None, (message.get("reasoning_content"), message.get("content")))
@@ -69,17 +77,23 @@ def _spoken(chat: Mapping[str, Any]) -> Iterator[str]:
             lines = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in arguments.items())
             yield f"\n<function={name}>\n{lines}</function>\n"
 
-
+# %% ../../nbs/data/05_tokenizer.ipynb #03843350
 def _declared(chat: Mapping[str, Any]) -> Iterator[str]:
     """The tools a chat declares, about as the chat format writes them."""
     for tool in chat.get("tools", []):
         function = tool["function"]
-        yield f"\n<function>\n<name>{function['name']}</name>\n<description>{function['description']}</description>\n<parameters>"
+        yield (
+            f"\n<function>\n<name>{function['name']}</name>"
+            f"\n<description>{function['description']}</description>\n<parameters>"
+        )
         for name, about in function["parameters"]["properties"].items():
-            yield f"\n<parameter>\n<name>{name}</name>\n" + "\n".join(f"<{key}>{value}</{key}>" for key, value in about.items())
-        yield f"\n</parameter>\n<required>{json.dumps(function['parameters']['required'])}</required>\n</parameters>\n</function>"
+            yield f"\n<parameter>\n<name>{name}</name>\n" + "\n".join(
+                f"<{key}>{value}</{key}>" for key, value in about.items()
+            )
+        required = json.dumps(function["parameters"]["required"])
+        yield f"\n</parameter>\n<required>{required}</required>\n</parameters>\n</function>"
 
-
+# %% ../../nbs/data/05_tokenizer.ipynb #9cbd9d2e
 def tiny_corpus(
     licence: str,  # text of the licence of this repository
 ) -> list[str]:
@@ -91,7 +105,7 @@ def tiny_corpus(
     said = [text for chat in chats for text in (*_spoken(chat), *_declared(chat))]
     return [*said, *[instructions] * 3, licence, words, words]
 
-
+# %% ../../nbs/data/05_tokenizer.ipynb #882bab15
 def train_tokenizer(
     corpus: Iterable[str],
     vocab_size: int = 4096,  # special tokens and the 256 bytes included
@@ -99,7 +113,13 @@ def train_tokenizer(
     """Learn a byte-level BPE with Nemotron's special tokens at the front. The same corpus gives the same vocabulary."""
     tokenizer = _byte_level(models.BPE())
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=1, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=1,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(corpus, trainer)
     return tokenizer
 
@@ -123,9 +143,15 @@ def _without_special(content: dict[str, Any]) -> Tokenizer:
 def any_of(
     words: Iterable[str],
 ) -> str:
-    """A regular expression for the longest of some words. Words that begin alike share that beginning, so a thousand cost little more than ten."""
+    """A regular expression for the longest of some words.
+
+    Words that begin alike share that beginning, so a thousand cost little more than ten.
+    """
     words = sorted(set(words))
-    branches = [re.escape(first) + any_of(word[1:] for word in same) for first, same in itertools.groupby(filter(None, words), key=lambda w: w[0])]
+    branches = [
+        re.escape(first) + any_of(word[1:] for word in same)
+        for first, same in itertools.groupby(filter(None, words), key=lambda w: w[0])
+    ]
     body = branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
     return "" if not branches else f"(?:{body})?" if "" in words else body
 
@@ -180,7 +206,10 @@ class ChatTokenizer:
         self,
         pieces: Sequence[tuple[str, bool]],  # text, and whether it is trusted
     ) -> list[int]:
-        """The ids of one chunk of a chat. Special tokens come from trusted pieces alone; plain text merges across pieces."""
+        """The ids of one chunk of a chat.
+
+        Special tokens come from trusted pieces alone; plain text merges across pieces.
+        """
         ids: list[int] = []
         waiting = ""  # plain text since the last special token
         for trusted, group in itertools.groupby(pieces, key=lambda piece: bool(piece[1])):
@@ -211,16 +240,22 @@ class ChatTokenizer:
         return _save(self, Path(folder), chat_template)
 
     def __repr__(self) -> str:
-        return f"ChatTokenizer {self.name!r}: {self.vocab_size} entries, {len(self.special_ids)} special, digest {self.digest}"
+        return (
+            f"ChatTokenizer {self.name!r}: {self.vocab_size} entries, {len(self.special_ids)} special, digest "
+            f"{self.digest}"
+        )
 
 # %% ../../nbs/data/05_tokenizer.ipynb #c5d0c492
 def _byte_alphabet() -> dict[str, int]:
-    """The 256 characters of a byte-level vocabulary. Printable bytes stand for themselves, the rest follow from 256 on."""
+    """The 256 characters of a byte-level vocabulary.
+
+    Printable bytes stand for themselves, the rest follow from 256 on.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
-
+# %% ../../nbs/data/05_tokenizer.ipynb #24922651
 BYTE_OF: Mapping[str, int] = _byte_alphabet()
 
 
@@ -231,7 +266,7 @@ def _shown(raw: bytes) -> str:
     except UnicodeDecodeError as error:
         return raw[: error.start].decode() + f"<0x{raw[error.start]:02X}>" + _shown(raw[error.start + 1 :])
 
-
+# %% ../../nbs/data/05_tokenizer.ipynb #87a95db6
 def _readable(token: str | None, special: Mapping[str, int]) -> str:
     """A vocabulary entry as a person would write it."""
     if token is None or token in special:
@@ -250,7 +285,12 @@ def _check_foreign(content: Mapping[str, Any], name: str) -> None:
             fix="use the tokenizer of a Nemotron 3 model, or 'tekken', or 'tiny'",
         )
     if content["model"]["type"] != "BPE" or "ByteLevel" not in json.dumps(content["pre_tokenizer"]):
-        raise UserError("not a byte-level BPE", where=f"tokenizer {name!r}", why="text could be lost on the way to ids", fix="use the tokenizer of a Nemotron 3 model")
+        raise UserError(
+            "not a byte-level BPE",
+            where=f"tokenizer {name!r}",
+            why="text could be lost on the way to ids",
+            fix="use the tokenizer of a Nemotron 3 model",
+        )
     if greedy := [text for text, token in added.items() if token["lstrip"] or token["rstrip"] or token["single_word"]]:
         raise UserError(
             f"special tokens swallow their surroundings: {' '.join(greedy)}",
@@ -259,14 +299,14 @@ def _check_foreign(content: Mapping[str, Any], name: str) -> None:
             fix="set lstrip, rstrip and single_word to false in tokenizer.json",
         )
 
-
+# %% ../../nbs/data/05_tokenizer.ipynb #7dddd6f2
 def _digest(content: Mapping[str, Any]) -> str:
     """A digest of what decides the ids, and of nothing else."""
     model = content["model"]
     added = sorted((token["id"], token["content"]) for token in content["added_tokens"])
     return digest([model["vocab"], model["merges"], added, content["normalizer"], content["pre_tokenizer"]])
 
-
+# %% ../../nbs/data/05_tokenizer.ipynb #7f7fd4f8
 def chat_tokenizer(
     tokenizer: Tokenizer,
     name: str,  # for messages
@@ -274,7 +314,10 @@ def chat_tokenizer(
     """Make a `ChatTokenizer` of a tokenizer of the `tokenizers` package, if it is fit for chats."""
     content = json.loads(tokenizer.to_str())
     _check_foreign(content, name)
-    special_ids, name_of_content = {token["content"]: token["id"] for token in content["added_tokens"]}, _digest(content)
+    special_ids, name_of_content = (
+        {token["content"]: token["id"] for token in content["added_tokens"]},
+        _digest(content),
+    )
     return ChatTokenizer(name, tokenizer, _without_special(content), special_ids, name_of_content)
 
 # %% ../../nbs/data/05_tokenizer.ipynb #8a0aff40
@@ -320,27 +363,36 @@ def build_tekken(
     source = json.loads(Path(path).read_text(encoding="utf-8"))
     assert source["config"]["pattern"] == WORDS_PATTERN, "tekken cuts words in another way"
     character = {byte: char for char, byte in BYTE_OF.items()}
-    ranks = {base64.b64decode(entry["token_bytes"]): entry["rank"] for entry in source["vocab"][: vocab_size - num_special]}
+    ranks = {
+        base64.b64decode(entry["token_bytes"]): entry["rank"] for entry in source["vocab"][: vocab_size - num_special]
+    }
     spelt = {token: "".join(map(character.__getitem__, token)) for token in ranks}
     special = [*SPECIAL_TOKENS, *(f"<SPECIAL_{i}>" for i in range(len(SPECIAL_TOKENS), num_special))]
-    vocab = {token: i for i, token in enumerate(special)} | {spelt[token]: rank + num_special for token, rank in ranks.items()}
+    vocab = {token: i for i, token in enumerate(special)} | {
+        spelt[token]: rank + num_special for token, rank in ranks.items()
+    }
     merges = [(spelt[left], spelt[right]) for token in ranks for left, right in _halves(token, ranks)]
     tokenizer = _byte_level(models.BPE(vocab, merges, ignore_merges=True))
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return tokenizer
 
-
+# %% ../../nbs/data/05_tokenizer.ipynb #82d99b57
 def _halves(token: bytes, ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The ways to put a token together from two known ones, lowest ranks first."""
     ways = ((token[:i], token[i:]) for i in range(1, len(token)))
-    return sorted(((a, b) for a, b in ways if a in ranks and b in ranks), key=lambda way: (ranks[way[0]], ranks[way[1]]))
+    return sorted(
+        ((a, b) for a, b in ways if a in ranks and b in ranks), key=lambda way: (ranks[way[0]], ranks[way[1]])
+    )
 
 # %% ../../nbs/data/05_tokenizer.ipynb #28162c50
 def cache_folder() -> Path:
-    """Where things are kept that can be made again but take long: nemotron_nb in the user's cache folder. It need not exist."""
+    """Where things are kept that can be made again but take long: nemotron_nb in the user's cache folder.
+
+    It need not exist.
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemotron_nb"
 
-
+# %% ../../nbs/data/05_tokenizer.ipynb #8b5ab3ea
 def _cached_tekken() -> Path:
     """The built vocabulary in the user's cache folder; built now if it is not there."""
     package = importlib.util.find_spec("mistral_common")
@@ -360,12 +412,14 @@ def _cached_tekken() -> Path:
         cache.mkdir(parents=True, exist_ok=True)  # before the building, which would otherwise be for nothing
         return write_atomic(path, build_tekken(source).to_str())
     except OSError as error:
-        raise UserError(f"cannot write: {error}", where=str(cache), fix="set XDG_CACHE_HOME to a folder you may write") from error
+        raise UserError(
+            f"cannot write: {error}", where=str(cache), fix="set XDG_CACHE_HOME to a folder you may write"
+        ) from error
 
 # %% ../../nbs/data/05_tokenizer.ipynb #1499839e
 BUILT_IN = ("tiny", "tekken")
 
-
+# %% ../../nbs/data/05_tokenizer.ipynb #be47d2cd
 def load_tokenizer(
     name: str | os.PathLike,  # "tiny", "tekken", a folder, or a model on the Hugging Face hub as in org/name
 ) -> ChatTokenizer:
@@ -377,17 +431,26 @@ def load_tokenizer(
         return _read(Path(name) / "tokenizer.json", name)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return _read(_from_hub(name), name)
-    raise UserError("no such tokenizer", where=repr(name), why="it is no built-in name, no folder, and not of the form org/name", fix=nearest(name, BUILT_IN))
+    raise UserError(
+        "no such tokenizer",
+        where=repr(name),
+        why="it is no built-in name, no folder, and not of the form org/name",
+        fix=nearest(name, BUILT_IN),
+    )
 
-
+# %% ../../nbs/data/05_tokenizer.ipynb #cdc58443
 def _read(path: Path, name: str) -> ChatTokenizer:
     """The tokenizer in a file. One that was read before and has not changed since is the same object."""
     if not path.is_file():
-        raise UserError("there is no tokenizer.json", where=str(path.parent), fix="give a folder that holds one, such as an exported model")
+        raise UserError(
+            "there is no tokenizer.json",
+            where=str(path.parent),
+            fix="give a folder that holds one, such as an exported model",
+        )
     facts = path.stat()
     return _read_once(path.absolute(), name, facts.st_size, facts.st_mtime_ns)
 
-
+# %% ../../nbs/data/05_tokenizer.ipynb #8e7aa3a6
 @functools.lru_cache(maxsize=4)
 def _read_once(path: Path, name: str, size: int, changed: int) -> ChatTokenizer:
     """The tokenizer in a file. Its size and time are arguments so that an edited file is read again."""
@@ -410,5 +473,6 @@ def _from_hub(name: str) -> Path:
             f"could not be fetched ({type(error).__name__})",
             where=f"tokenizer.json of {name!r}, which is no folder here, on the Hugging Face hub",
             why="its ids are needed, and no other tokenizer has the same",
-            fix=f"where there is a network: hf download {name} tokenizer.json --local-dir FOLDER, then give FOLDER; a gated model asks for hf auth login",
+            fix=f"where there is a network: hf download {name} tokenizer.json --local-dir FOLDER, then give FOLDER; a "
+                "gated model asks for hf auth login",
         ) from error

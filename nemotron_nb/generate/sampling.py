@@ -29,9 +29,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not (self.temperature >= 0 and 0 < self.top_p <= 1 and self.top_k >= 0):
-            raise UserError(f"temperature {self.temperature}, top_p {self.top_p}, top_k {self.top_k}", where="generation", fix="let temperature >= 0, 0 < top_p <= 1 and top_k >= 0; temperature 0 is greedy")
+            raise UserError(
+                f"temperature {self.temperature}, top_p {self.top_p}, top_k {self.top_k}",
+                where="generation",
+                fix="let temperature >= 0, 0 < top_p <= 1 and top_k >= 0; temperature 0 is greedy",
+            )
 
-
+# %% ../../nbs/generate/03_sampling.ipynb #f83dfb45
 GREEDY = Sampling()
 
 
@@ -40,16 +44,20 @@ def _place_of(p_RV: torch.Tensor, uniform_R: torch.Tensor) -> torch.Tensor:
     up_to_RV = p_RV.cumsum(-1)
     place_R1 = torch.searchsorted(up_to_RV, uniform_R[:, None] * up_to_RV[:, -1:], right=True)
     size = p_RV.shape[-1]
-    last_R1 = size - 1 - (p_RV > 0).flip(-1).byte().argmax(-1, keepdim=True)  # rounding must not lead to a token that was ruled out
+    # rounding must not lead to a token that was ruled out
+    last_R1 = size - 1 - (p_RV > 0).flip(-1).byte().argmax(-1, keepdim=True)
     return torch.minimum(place_R1, last_R1)[:, 0]
 
-
+# %% ../../nbs/generate/03_sampling.ipynb #8d1c6902
 def pick(
     logits_RV: torch.Tensor,
     sampling: Sampling,
     uniform_R: torch.Tensor,  # float64, one number in [0, 1) for each row
 ) -> torch.Tensor:
-    """The chosen token of each row, int64 [R]: the place where the probabilities add up to the uniform number. They are sorted only where the rarest are ruled out."""
+    """The chosen token of each row, int64 [R]: the place where the probabilities add up to the uniform number.
+
+    They are sorted only where the rarest are ruled out.
+    """
     if sampling.temperature == 0:
         return logits_RV.argmax(-1)
     if sampling.top_p == 1 and not sampling.top_k:
@@ -72,14 +80,18 @@ class ThoughtBudget:
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
-            raise UserError(f"a budget of {self.tokens} tokens", where="thinking budget", fix="give at least 1; no thought at all is the mode off")
+            raise UserError(
+                f"a budget of {self.tokens} tokens",
+                where="thinking budget",
+                fix="give at least 1; no thought at all is the mode off",
+            )
 
     def closing(self, thought: Sequence[int]) -> list[int]:
         """What closes a thought: a line break, unless it ends with one, and </think>."""
         line = [] if self.tokenizer.decode(thought[-1:]).endswith("\n") else self.tokenizer.encode("\n", special=False)
         return [*line, self.tokenizer.special_ids["</think>"]]
 
-
+# %% ../../nbs/generate/03_sampling.ipynb #40828d9c
 class _Turn:
     """A turn while it is written."""
 
@@ -111,7 +123,7 @@ def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tupl
     mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
-
+# %% ../../nbs/generate/03_sampling.ipynb #a4625477
 @torch.no_grad()
 def _continue(
     model: NemotronHForCausalLM,
@@ -143,7 +155,9 @@ def generate(
     budget: ThoughtBudget | None = None,
     tests: int = 1,  # continuations of each prompt
 ) -> list[list[int]]:
-    """Continuations, in the order of the prompts, those of one prompt together, each up to and with its end token if it has one."""
+    """Continuations, in the order of the prompts, those of one prompt together, each up to and with its end token
+    if it has one.
+    """
     streams = [(i, test) for i in range(len(prompts)) for test in range(tests)]
     order = sorted(range(len(streams)), key=lambda j: len(prompts[streams[j][0]]), reverse=True)
     turns = [_Turn(prompts[i], end_id, budget) for i, _ in streams]
@@ -151,5 +165,11 @@ def generate(
         side_by_side = max(1, max_tokens // (len(prompts[streams[order[0]][0]]) + max_new_tokens))
         chosen, order = order[:side_by_side], order[side_by_side:]
         draws = np.stack([np.random.default_rng([sampling.seed, *streams[j]]).random(max_new_tokens) for j in chosen])
-        _continue(model, [prompts[streams[j][0]] for j in chosen], [turns[j] for j in chosen], torch.from_numpy(draws).to(model.device), sampling)
+        _continue(
+            model,
+            [prompts[streams[j][0]] for j in chosen],
+            [turns[j] for j in chosen],
+            torch.from_numpy(draws).to(model.device),
+            sampling,
+        )
     return [turn.written for turn in turns]

@@ -25,19 +25,25 @@ def _template(prompt_template: str) -> Any:
     try:
         return environment.from_string(prompt_template)
     except TemplateError as error:
-        raise UserError(f"line {getattr(error, 'lineno', '?')}: {error}", where="prompt_template", fix="see the Jinja syntax: {{ field }}, {% if field %} ... {% endif %}") from None
+        raise UserError(
+            f"line {getattr(error, 'lineno', '?')}: {error}",
+            where="prompt_template",
+            fix="see the Jinja syntax: {{ field }}, {% if field %} ... {% endif %}",
+        ) from None
 
-
+# %% ../../nbs/generate/04_synthesise.ipynb #41c16abb
 def _rendered(template: Any, row: Mapping[str, Any]) -> str:
     """The prompt for a row; `ValueError` says why there is none."""
     try:
         prompt = template.render(row)
         prompt.encode()  # half of a surrogate pair cannot be sent
         return prompt
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+    except (
+        TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
+    ) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
-
+# %% ../../nbs/generate/04_synthesise.ipynb #9084b7bc
 def synthesise(
     rows: Iterable[Mapping[str, Any]],  # what fills the blanks, a mapping for each question
     prompt_template: str,  # Jinja
@@ -47,7 +53,10 @@ def synthesise(
     max_retries: int | None = None,  # further attempts for a row; None takes those of the endpoint
     source: str = "synthesis",  # named in rejects
 ) -> Iterator[dict[str, Any] | Reject]:
-    """For each row, in order, what the model made of it, or a `Reject` (`bad_prompt`, `invalid_answer`, `refused`). `EndpointError` if the model is not there."""
+    """For each row, in order, what the model made of it, or a `Reject` (`bad_prompt`, `invalid_answer`, `refused`).
+
+    `EndpointError` if the model is not there.
+    """
     template = _template(prompt_template)
     schema_validator(schema)
     if max_retries is not None:
@@ -76,7 +85,7 @@ def synthesise(
         line += 1
         yield Reject(source, line, "bad_prompt", str(error))
 
-
+# %% ../../nbs/generate/04_synthesise.ipynb #dfef7aee
 def _made(answer: Answer | EndpointError, source: str, line: int) -> dict[str, Any] | Reject:
     """What a row became. An unavailable model is no matter of one row."""
     if isinstance(answer, Answer):

@@ -17,13 +17,13 @@ class ToolCall:
     name: str
     arguments: dict[str, str]
 
-
+# %% ../../nbs/generate/02_turns.ipynb #1bee9086
 _CALL_OPEN, _CALL_CLOSE, _VALUE_END = "<tool_call>\n<function=", "</function>\n</tool_call>\n", "\n</parameter>\n"
 _NAME = re.compile(r"([^\s<>=]+)>\n")
 _TAG = re.compile(r"</?(tool_call|function|parameter)\b")
 _TAG_AT_LINE_START = re.compile(r"^</?(tool_call|function|parameter)\b", re.MULTILINE)
 
-
+# %% ../../nbs/generate/02_turns.ipynb #e168b6e7
 class _Malformed(Exception):
     """The text departs from the format of a call."""
 
@@ -35,20 +35,21 @@ def _name_at(text: str, place: int) -> tuple[str, int]:
         raise _Malformed
     return found[1], found.end()
 
-
+# %% ../../nbs/generate/02_turns.ipynb #e5fe72c5
 def _arguments_at(text: str, place: int) -> tuple[dict[str, str], int]:
     """Parameters one after the other; and the place behind the last."""
     arguments: dict[str, str] = {}
     while text.startswith("<parameter=", place):
         key, place = _name_at(text, place + len("<parameter="))
         end = text.find(_VALUE_END, place)
-        # A tag at the start of a line inside a value: a parameter that was never closed, or a value that looks like one.
+        # A tag at the start of a line inside a value: a parameter that was never closed, or a value that looks like
+        # one.
         if end < 0 or key in arguments or _TAG_AT_LINE_START.search(text[place:end]):
             raise _Malformed
         arguments[key], place = text[place:end], end + len(_VALUE_END)
     return arguments, place
 
-
+# %% ../../nbs/generate/02_turns.ipynb #0073be54
 def _call_at(text: str, place: int) -> tuple[ToolCall, int]:
     """One call; and the place behind it."""
     if not text.startswith(_CALL_OPEN, place):
@@ -93,7 +94,7 @@ class Health:
         """Thought closed, calls readable, turn ended."""
         return self.closed_think and self.ended and self.well_formed_tool_call is not False
 
-
+# %% ../../nbs/generate/02_turns.ipynb #3fadfefe
 def health(
     prompt: str,
     generated: str,  # without its end marker

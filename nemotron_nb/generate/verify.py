@@ -24,20 +24,27 @@ from ..viz import Picture, table
 
 # %% ../../nbs/generate/01_verify.ipynb #e68c79ce
 LONGEST_NUMBER = 100  # characters; what is longer is not read
-_SAME = str.maketrans({"−": "-", "–": "-", "\u00a0": "", "\u2009": "", "\u202f": "", "×": "*"})  # other minus signs, spaces inside numbers
+# other minus signs, spaces inside numbers
+_SAME = str.maketrans({"−": "-", "–": "-", "\u00a0": "", "\u2009": "", "\u202f": "", "×": "*"})
 _DROPPED = ("\\!", "\\,", "\\;", "\\ ", "{,}")  # LaTeX for thin spaces, and its comma inside numbers
 _DECIMAL = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 _POWER = r"(?:[eE](?P<e>[-+]?[0-9]{1,3})|\s*(?:\*|\\times|\\cdot)\s*10\^\{?(?P<ten>[-+]?[0-9]{1,3})\}?)?"
-_NUMBER = re.compile(rf"(?P<sign>[-+]?)\s*(?:\\?[$]|[€£])?\s*(?:(?P<decimal>{_DECIMAL}){_POWER}|(?P<above>[0-9]+)\s*/\s*(?P<below>[0-9]+)|\\[dt]?frac\{{(?P<over>-?[0-9]+)\}}\{{(?P<under>[0-9]+)\}})\s*(?P<percent>\\?%)?")
+_NUMBER = re.compile(
+    rf"(?P<sign>[-+]?)\s*(?:\\?[$]|[€£])?\s*(?:(?P<decimal>{_DECIMAL}){_POWER}"
+    r"|(?P<above>[0-9]+)\s*/\s*(?P<below>[0-9]+)"
+    rf"|\\[dt]?frac\{{(?P<over>-?[0-9]+)\}}\{{(?P<under>[0-9]+)\}})\s*(?P<percent>\\?%)?"
+)
 
-
+# %% ../../nbs/generate/01_verify.ipynb #c9d6694f
 def _one_spelling(text: str) -> str:
     """A text without LaTeX's spaces and math signs at its ends, and with plain minus signs."""
     for word in _DROPPED:
         text = text.replace(word, ",") if word == "{,}" else text.replace(word, "")
-    return text.translate(_SAME).strip().removeprefix("\\(").removesuffix("\\)").strip("$ \n\t").removesuffix(".").strip()
+    return (
+        text.translate(_SAME).strip().removeprefix("\\(").removesuffix("\\)").strip("$ \n\t").removesuffix(".").strip()
+    )
 
-
+# %% ../../nbs/generate/01_verify.ipynb #02c87b85
 def read_number(
     text: str,  # a number and nothing else; at most LONGEST_NUMBER characters
 ) -> Fraction | None:
@@ -72,7 +79,7 @@ def answer_of(
     _, closed, answer = text.rpartition("</think>")
     return answer.strip() if closed or not thinking else None
 
-
+# %% ../../nbs/generate/01_verify.ipynb #6a02db45
 def boxed(
     text: str,
 ) -> str | None:
@@ -89,10 +96,11 @@ def boxed(
 # %% ../../nbs/generate/01_verify.ipynb #6601e120
 _IN_TEXT = re.compile(
     r"\\[dt]?frac\{-?[0-9]+\}\{[0-9]+\}"
-    r"|(?<![A-Za-z0-9_.,/^])[-+−]?(?:\\?[$]|[€£])?(?:[0-9]|\.[0-9])[0-9.,]*(?:[eE][-+]?[0-9]+|\s?(?:×|\\times|\\cdot)\s?10\^\{?[-+−]?[0-9]+\}?|/[0-9]+)?(?:\s?\\?%)?"
+    r"|(?<![A-Za-z0-9_.,/^])[-+−]?(?:\\?[$]|[€£])?(?:[0-9]|\.[0-9])[0-9.,]*"
+    r"(?:[eE][-+]?[0-9]+|\s?(?:×|\\times|\\cdot)\s?10\^\{?[-+−]?[0-9]+\}?|/[0-9]+)?(?:\s?\\?%)?"
 )
 
-
+# %% ../../nbs/generate/01_verify.ipynb #78bf0459
 def last_number(
     text: str,
 ) -> str | None:
@@ -112,7 +120,7 @@ class Verdict:
     found: str  # what was taken for the answer
     expected: str
 
-
+# %% ../../nbs/generate/01_verify.ipynb #84dc0ac8
 def _squeezed(text: str) -> str:
     """A text in one Unicode form, its white space made single blanks."""
     return " ".join(unicodedata.normalize("NFC", text).split())
@@ -124,7 +132,7 @@ def _plain_latex(text: str) -> str:
         text = text.replace(word, "")
     return "".join(text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").split()).removesuffix(".")
 
-
+# %% ../../nbs/generate/01_verify.ipynb #fa54bd5a
 def _exact(answer: str, solution: str, rel_tol: float) -> Verdict:
     """The same text."""
     return Verdict(_squeezed(answer) == _squeezed(solution), "exact", answer, solution)
@@ -135,7 +143,7 @@ def _numeric(answer: str, solution: str, rel_tol: float) -> Verdict:
     pair = read_number(answer), read_number(solution)
     return Verdict(None not in pair and same_number(*pair, rel_tol), "numeric", answer, solution)
 
-
+# %% ../../nbs/generate/01_verify.ipynb #7f9ebf96
 def _boxed(answer: str, solution: str, rel_tol: float) -> Verdict:
     """The same in the box: as numbers if both are, else as text."""
     found = boxed(answer)
@@ -144,7 +152,7 @@ def _boxed(answer: str, solution: str, rel_tol: float) -> Verdict:
     as_number = _numeric(found, solution, rel_tol)
     return Verdict(as_number.right or _plain_latex(found) == _plain_latex(solution), "boxed", found, solution)
 
-
+# %% ../../nbs/generate/01_verify.ipynb #b2847f25
 def _last_number(answer: str, solution: str, rel_tol: float) -> Verdict:
     """The last number of the answer is the solution."""
     found = last_number(answer) or ""
@@ -157,8 +165,10 @@ def _auto(answer: str, solution: str, rel_tol: float) -> Verdict:
         return _boxed(answer, solution, rel_tol)
     return (_exact if read_number(solution) is None else _last_number)(answer, solution, rel_tol)
 
-
-VERIFIERS: Mapping[str, Callable[[str, str, float], Verdict]] = {"auto": _auto, "exact": _exact, "numeric": _numeric, "boxed": _boxed, "last_number": _last_number}
+# %% ../../nbs/generate/01_verify.ipynb #fff59bb5
+VERIFIERS: Mapping[str, Callable[[str, str, float], Verdict]] = {
+    "auto": _auto, "exact": _exact, "numeric": _numeric, "boxed": _boxed, "last_number": _last_number,
+}
 
 # %% ../../nbs/generate/01_verify.ipynb #4b7f217d
 def solution_of(
@@ -169,13 +179,13 @@ def solution_of(
     found = boxed(solution)
     return behind.strip() if marked else solution.strip() if found is None else found.strip()
 
-
+# %% ../../nbs/generate/01_verify.ipynb #c0507254
 def check_verifier(name: str) -> None:
     """`UserError` with the nearest name unless it is one of VERIFIERS."""
     if name not in VERIFIERS:
         raise UserError(f"unknown verifier {name!r}", where="eval.verifier", fix=nearest(name, VERIFIERS))
 
-
+# %% ../../nbs/generate/01_verify.ipynb #ab58bbd9
 def verify(
     answer: str | None,  # without its thought: see answer_of; None = there is none
     solution: str,
@@ -213,7 +223,7 @@ def wilson(
     reach = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     return max(0.0, min(share, middle - reach)), min(1.0, max(share, middle + reach))
 
-
+# %% ../../nbs/generate/01_verify.ipynb #5887b745
 @dataclass(frozen=True)
 class Score:
     """pass@k over some questions, with the range in which it lies 95 times in 100."""
@@ -232,9 +242,12 @@ class Score:
         return self.questions * self.tests
 
     def __repr__(self) -> str:
-        return f"pass@{self.k} {self.value:.1%} ({self.hits}/{self.total} right, {self.questions} questions; 95%: {self.low:.1%} to {self.high:.1%})"
+        return (
+            f"pass@{self.k} {self.value:.1%} ({self.hits}/{self.total} right, {self.questions} questions; 95%: "
+            f"{self.low:.1%} to {self.high:.1%})"
+        )
 
-
+# %% ../../nbs/generate/01_verify.ipynb #0661954b
 def score(
     right: Sequence[Sequence[bool]],  # for each question its answers, as many for each
     k: int = 1,
@@ -242,7 +255,9 @@ def score(
     """pass@k of all answers."""
     tests = len(right[0]) if right else 0
     if any(len(answers) != tests for answers in right):
-        raise UserError("questions with different numbers of answers", where="score", fix="answer each question equally often")
+        raise UserError(
+            "questions with different numbers of answers", where="score", fix="answer each question equally often"
+        )
     value = sum(pass_at(k, tests, sum(answers)) for answers in right) / len(right) if right else 0.0
     return Score(k, len(right), tests, sum(map(sum, right)), value, *wilson(value, len(right)))
 
@@ -256,7 +271,7 @@ class Question:
     domain: str  # what the row says under "domain", else the file's name
     line: int
 
-
+# %% ../../nbs/generate/01_verify.ipynb #d16080c3
 def _text(row: Any, key: str, what: str) -> str:
     """The text (or number) under a key of a row."""
     value = row.get(key) if isinstance(row, Mapping) else None
@@ -271,8 +286,10 @@ def _text(row: Any, key: str, what: str) -> str:
 class _Unusable(Exception):
     """A row that is no question: (reason, detail)."""
 
-
-def _question(row: Any, line: int, path: Path, problem_key: str, solution_key: str, seen: Mapping[str, int]) -> Question:
+# %% ../../nbs/generate/01_verify.ipynb #6cc960bf
+def _question(
+    row: Any, line: int, path: Path, problem_key: str, solution_key: str, seen: Mapping[str, int]
+) -> Question:
     """A row as a question; `_Unusable` if it is none."""
     problem, solution = _text(row, problem_key, "problem"), _text(row, solution_key, "solution")
     if problem in seen:
@@ -280,7 +297,7 @@ def _question(row: Any, line: int, path: Path, problem_key: str, solution_key: s
     domain = row.get("domain")
     return Question(problem, solution, domain if isinstance(domain, str) and domain.strip() else path.stem, line)
 
-
+# %% ../../nbs/generate/01_verify.ipynb #2f5ca1d9
 def read_questions(
     path: str | os.PathLike,  # JSONL, or any other file that chats may come in
     problem_key: str = "problem",
@@ -301,7 +318,13 @@ def read_questions(
         except _Unusable as e:
             rejects.append(Reject(str(path), line, *e.args))
     if not found:
-        raise UserError("no question in the file", where=str(path), why="; ".join(f"line {r.line}: {r.reason}: {r.detail}" for r in rejects[:3]), fix=f"write lines such as {{\"{problem_key}\": \"What is 2 + 2?\", \"{solution_key}\": \"4\"}}, or name the fields: data.problem_key=...")
+        raise UserError(
+            "no question in the file",
+            where=str(path),
+            why="; ".join(f"line {r.line}: {r.reason}: {r.detail}" for r in rejects[:3]),
+            fix=f"write lines such as {{\"{problem_key}\": \"What is 2 + 2?\", \"{solution_key}\": \"4\"}}, or name "
+                f"the fields: data.problem_key=...",
+        )
     return found, rejects
 
 # %% ../../nbs/generate/01_verify.ipynb #cb5cefe9
@@ -310,5 +333,7 @@ def verdict_picture(
 ) -> Picture:
     """How many answers each rule judged, and found right."""
     names = list(dict.fromkeys(v.by for v in verdicts))
-    rows = [(name, sum(v.by == name for v in verdicts), sum(v.right for v in verdicts if v.by == name)) for name in names]
+    rows = [
+        (name, sum(v.by == name for v in verdicts), sum(v.right for v in verdicts if v.by == name)) for name in names
+    ]
     return table(rows, header=["judged by", "answers", "right"])

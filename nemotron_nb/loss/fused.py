@@ -60,7 +60,7 @@ def _capped(z: Tensor, softcap: float) -> Tensor:
     """softcap * tanh(z / softcap), or `z` itself without a cap."""
     return softcap * torch.tanh(z / softcap) if softcap else z
 
-
+# %% ../../nbs/loss/03_fused.ipynb #76e4b7eb
 def _row_statistics(
     z_CV: Tensor,  # [C, V] logits before the soft cap; left alone
     labels_C: Tensor,  # [C] int64, column of the label; it may lie outside
@@ -72,7 +72,7 @@ def _row_statistics(
     target_C = _capped(z_CV.gather(1, (labels_C * here_C)[:, None]).squeeze(1), softcap)
     return torch.cat([z_CV.new_empty(0), *parts]), target_C.masked_fill(~here_C, -torch.inf)
 
-
+# %% ../../nbs/loss/03_fused.ipynb #50912fed
 def _row_gradients_(
     z_CV: Tensor,  # [C, V] logits before the soft cap; becomes their gradient
     labels_C: Tensor,  # [C] int64, column of the label
@@ -99,9 +99,12 @@ def _slices(weight_VH: Tensor, width: int) -> Iterator[slice]:
     """Slices of `width` words."""
     return (slice(start, start + width) for start in range(0, len(weight_VH), max(1, width)))
 
-
+# %% ../../nbs/loss/03_fused.ipynb #37c4f383
 class PyTorchSteps:
-    """The steps on a tile in plain PyTorch; `nemotron_nb.loss.kernel` has the same names. Both only write into memory they are given."""
+    """The steps on a tile in plain PyTorch; `nemotron_nb.loss.kernel` has the same names.
+
+    Both only write into memory they are given.
+    """
 
     @staticmethod
     def _cast(weight_VH: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -137,7 +140,9 @@ class PyTorchSteps:
         if combine is not None:
             lse_C, target_C = combine(lse_C, target_C)
         if dtype is not None:
-            _row_gradients_(z_CV, labels_C - vocab_start, lse_C, weights_C * (1 + 2 * z_coef * lse_C), weights_C, softcap)
+            _row_gradients_(
+                z_CV, labels_C - vocab_start, lse_C, weights_C * (1 + 2 * z_coef * lse_C), weights_C, softcap
+            )
         return lse_C, target_C, z_CV
 
     @staticmethod
@@ -150,7 +155,9 @@ class PyTorchSteps:
         softcap: float = 0.0,
         workspace_bytes: int = 1 << 25,  # bound for the logits in memory at once
     ) -> tuple[Tensor, Tensor]:
-        """Log-sum-exp [M] and the logit of the label [M] (-inf where it is not among these words), a slice of words at a time."""
+        """Log-sum-exp [M] and the logit of the label [M] (-inf where it is not among these words), a slice of words
+        at a time.
+        """
         lse_M = target_M = x_MH.new_full((len(x_MH),), -torch.inf)
         for v in _slices(weight_VH, PyTorchSteps.slice_words(len(x_MH) * x_MH.itemsize, workspace_bytes)):
             z_MS = torch.mm(x_MH, weight_VH[v].to(x_MH.dtype).T)
@@ -228,12 +235,21 @@ def loss_path(
     if not (hidden.is_cuda or interpreted):
         return "pytorch", f"the tensors are on {hidden.device.type}"
     if hidden.dtype != weight.dtype or hidden.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return "pytorch", f"the kernels take hidden states and output weight of one type of at most 32 bits, not {hidden.dtype} and {weight.dtype}"
+        return (
+            "pytorch",
+            f"the kernels take hidden states and output weight of one type of at most 32 bits, not {hidden.dtype} and "
+            f"{weight.dtype}",
+        )
     if importlib.util.find_spec("triton") is None:
         return "pytorch", "triton is not installed"
-    return "triton", "interpreted, for tests: TRITON_INTERPRET=1" if interpreted else "the tensors are on a GPU and triton is installed"
+    return (
+        "triton",
+        "interpreted, for tests: TRITON_INTERPRET=1"
+        if interpreted
+        else "the tensors are on a GPU and triton is installed",
+    )
 
-
+# %% ../../nbs/loss/03_fused.ipynb #2466dfff
 def _steps(hidden: Tensor, weight: Tensor) -> ModuleType | type[PyTorchSteps]:
     """The steps of that implementation."""
     path, why = loss_path(hidden, weight)
@@ -242,7 +258,11 @@ def _steps(hidden: Tensor, weight: Tensor) -> ModuleType | type[PyTorchSteps]:
 
         return kernel
     if hidden.is_cuda:
-        warnings.warn(f"masked loss without the GPU kernels: {why}. The result is right, but slow, and each call makes the GPU wait.", stacklevel=3)
+        warnings.warn(
+            f"masked loss without the GPU kernels: {why}. The result is right, but slow, and each call makes the GPU "
+            "wait.",
+            stacklevel=3,
+        )
     return PyTorchSteps
 
 # %% ../../nbs/loss/03_fused.ipynb #fe2676ae
@@ -250,10 +270,15 @@ def _given_rows(active_idx: Tensor, needed_N: Tensor) -> Tensor:
     """The rows of a given list that are needed. It must name each of those once."""
     times_N = torch.zeros_like(needed_N, dtype=torch.int64).index_add_(0, active_idx, torch.ones_like(active_idx))
     if (times_N > 1).any() or (needed_N & (times_N == 0)).any():
-        raise UserError("active_idx does not name every trained row once", where="active_idx", why="the loss would silently be wrong", fix="leave it out, or give (token_weights != 0).nonzero().squeeze(1)")
+        raise UserError(
+            "active_idx does not name every trained row once",
+            where="active_idx",
+            why="the loss would silently be wrong",
+            fix="leave it out, or give (token_weights != 0).nonzero().squeeze(1)",
+        )
     return active_idx[needed_N[active_idx]]
 
-
+# %% ../../nbs/loss/03_fused.ipynb #6fb31395
 def _refuse_labels(labels_M: Tensor, rows_M: Tensor, bad_M: Tensor, words: str) -> None:
     """Raise for the rows whose label no word has, if there is one."""
     if not bad_M.any():
@@ -266,7 +291,7 @@ def _refuse_labels(labels_M: Tensor, rows_M: Tensor, bad_M: Tensor, words: str) 
         fix="use the tokenizer the model was built for, or give the row weight 0",
     )
 
-
+# %% ../../nbs/loss/03_fused.ipynb #5741db48
 @dataclass(frozen=True)
 class _Rows:
     """The rows that are computed."""
@@ -277,8 +302,16 @@ class _Rows:
     weights_M: Tensor  # [M] weight times scale
     kept_M: Tensor | None  # [M] bool, False = named by the caller, but of weight 0; None = all are kept
 
-
-def _gather(hidden_NH: Tensor, labels_N: Tensor, weights_N: Tensor, scale: Tensor, active_idx: Tensor | None, ignore_index: int, host: bool) -> _Rows:
+# %% ../../nbs/loss/03_fused.ipynb #12b8de3d
+def _gather(
+    hidden_NH: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor,
+    scale: Tensor,
+    active_idx: Tensor | None,
+    ignore_index: int,
+    host: bool,
+) -> _Rows:
     """Leave out the rows of weight 0. With `host` the CPU looks at the numbers; without, it does not wait for them."""
     index_M = active_idx
     needed_N = (weights_N != 0) & (labels_N != ignore_index)
@@ -293,14 +326,16 @@ def _gather(hidden_NH: Tensor, labels_N: Tensor, weights_N: Tensor, scale: Tenso
     if host or active_idx is None:
         return _Rows(index_M, x_MH, labels_M, weights_M, None)
     kept_M = needed_N.index_select(0, index_M)  # the others may hold nan: nothing of them is read
-    return _Rows(index_M, x_MH.masked_fill(~kept_M[:, None], 0), labels_M * kept_M, weights_M.masked_fill(~kept_M, 0), kept_M)
+    return _Rows(
+        index_M, x_MH.masked_fill(~kept_M[:, None], 0), labels_M * kept_M, weights_M.masked_fill(~kept_M, 0), kept_M
+    )
 
 # %% ../../nbs/loss/03_fused.ipynb #1ab7c3ef
 def _group(name: str) -> dist.ProcessGroup | None:
     """The process group of that name; "" is no group."""
     return dist.distributed_c10d._resolve_process_group(name) if name else None
 
-
+# %% ../../nbs/loss/03_fused.ipynb #e8e81eb5
 def _of_all_shards(group: dist.ProcessGroup) -> Combine:
     """The exchange of two numbers per row."""
 
@@ -315,9 +350,12 @@ def _of_all_shards(group: dist.ProcessGroup) -> Combine:
 
     return combine
 
-
+# %% ../../nbs/loss/03_fused.ipynb #9d09e735
 def _largest_of_all(number: int, group: dist.ProcessGroup | None, device: torch.device) -> int:
-    """The largest of the processes' numbers. GPUs are not asked, they would have to wait: there, shards are of one size."""
+    """The largest of the processes' numbers.
+
+    GPUs are not asked, they would have to wait: there, shards are of one size.
+    """
     if group is None or device.type == "cuda":
         return number
     largest = torch.tensor(number)
@@ -339,7 +377,7 @@ class _Call:
     wants_hidden: bool  # is the gradient of the hidden states needed?
     wants_weight: bool  # is the gradient of the output weight needed? Not when it is frozen
 
-
+# %% ../../nbs/loss/03_fused.ipynb #ac867b13
 def _chunk_rows(M: int, weight_VH: Tensor, z_dtype: torch.dtype, call: _Call, sums_apart: bool) -> int:
     """Rows of logits in memory at once, at least one."""
     V, H = weight_VH.shape
@@ -348,14 +386,18 @@ def _chunk_rows(M: int, weight_VH: Tensor, z_dtype: torch.dtype, call: _Call, su
     chunks = 1 if M * V * z_dtype.itemsize <= call.workspace_bytes + saved_bytes else -(-M // fits)
     return max(1, -(-M // _largest_of_all(chunks, _group(call.group), weight_VH.device)))
 
-
+# %% ../../nbs/loss/03_fused.ipynb #4a01dc5a
 def _weight_buffer(weight_VH: Tensor, dtype: torch.dtype, empty: bool) -> Tensor:
     """Memory for the gradient of the output weight; zero unless it will be written as a whole."""
     return (torch.empty if empty else torch.zeros)(weight_VH.shape, dtype=dtype, device=weight_VH.device)
 
-
-def _speed(rows: _Rows, weight_VH: Tensor, grad_accum: Tensor | None, call: _Call, steps: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Chunk by chunk: lse [M], the label's logit [M], and the gradients of x [M, H] and the output weight [V, H] where wanted."""
+# %% ../../nbs/loss/03_fused.ipynb #da99d473
+def _speed(
+    rows: _Rows, weight_VH: Tensor, grad_accum: Tensor | None, call: _Call, steps: Any
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Chunk by chunk: lse [M], the label's logit [M], and the gradients of x [M, H] and the output weight [V, H]
+    where wanted.
+    """
     x_MH, M, group = rows.x_MH, len(rows.x_MH), _group(call.group)
     maths, low = rows.weights_M.dtype, x_MH.dtype
     z_dtype = low if call.low_logits else maths
@@ -372,8 +414,10 @@ def _speed(rows: _Rows, weight_VH: Tensor, grad_accum: Tensor | None, call: _Cal
         C = slice(start, start + chunk)
         z_CV = steps.logits(x_MH[C], weight_VH, workspace_CV[: len(x_MH[C])])
         lse_M[C], target_M[C], d_CV = steps.rows_(
-            z_CV, rows.labels_M[C], rows.weights_M[C], vocab_start=call.vocab_start, z_coef=call.z_coef, softcap=call.softcap,
-            dtype=low if call.wants_hidden or call.wants_weight else None, combine=_of_all_shards(group) if group else None,
+            z_CV, rows.labels_M[C], rows.weights_M[C], vocab_start=call.vocab_start, z_coef=call.z_coef,
+            softcap=call.softcap,
+            dtype=low if call.wants_hidden or call.wants_weight else None,
+            combine=_of_all_shards(group) if group else None,
         )  # fmt: skip
         if dx_MH is not None:
             steps.product(d_CV, weight_VH, dx_MH[C])
@@ -385,9 +429,18 @@ def _speed(rows: _Rows, weight_VH: Tensor, grad_accum: Tensor | None, call: _Cal
 
 # %% ../../nbs/loss/03_fused.ipynb #76a18d62
 def _memory_gradients(
-    rows: _Rows, weight_VH: Tensor, lse_M: Tensor, a_M: Tensor, b_M: Tensor, grad_accum: Tensor | None, call: _Call, steps: Any
+    rows: _Rows,
+    weight_VH: Tensor,
+    lse_M: Tensor,
+    a_M: Tensor,
+    b_M: Tensor,
+    grad_accum: Tensor | None,
+    call: _Call,
+    steps: Any,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Slice by slice: the gradients of x [M, H], in the type of the mathematics, and of the output weight [V, H], where wanted."""
+    """Slice by slice: the gradients of x [M, H], in the type of the mathematics, and of the output weight [V, H],
+    where wanted.
+    """
     x_MH, V = rows.x_MH, len(weight_VH)
     dx_MH = torch.zeros_like(x_MH, dtype=lse_M.dtype) if call.wants_hidden else None
     owns_sum = call.wants_weight and grad_accum is None
@@ -397,7 +450,17 @@ def _memory_gradients(
     for v in _slices(weight_VH, width) if len(x_MH) else ():
         part_SH = weight_VH[v]
         out_MS = workspace[: len(x_MH) * len(part_SH)].view(len(x_MH), len(part_SH))
-        d_MS = steps.slice_gradient(x_MH, part_SH, rows.labels_M, lse_M, a_M, b_M, out_MS, vocab_start=call.vocab_start + v.start, softcap=call.softcap)
+        d_MS = steps.slice_gradient(
+            x_MH,
+            part_SH,
+            rows.labels_M,
+            lse_M,
+            a_M,
+            b_M,
+            out_MS,
+            vocab_start=call.vocab_start + v.start,
+            softcap=call.softcap,
+        )
         if dx_MH is not None:
             steps.add_product_(dx_MH, d_MS, part_SH)
         if owns_sum:
@@ -416,7 +479,7 @@ def _losses(lse_M: Tensor, target_M: Tensor, rows: _Rows) -> Tensor:
     nll_M = (lse_M - target_M).masked_fill(target_M == -torch.inf, torch.nan)
     return nll_M if rows.kept_M is None else nll_M.masked_fill(~rows.kept_M, 0)
 
-
+# %% ../../nbs/loss/03_fused.ipynb #51c1e25c
 def _spread(part_M: Tensor | None, index_M: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The rows back in their places among zeros, in the type of `like`; of no size if there are none."""
     if part_M is None:
@@ -425,16 +488,27 @@ def _spread(part_M: Tensor | None, index_M: Tensor, like: Tensor, shape: tuple[i
 
 # %% ../../nbs/loss/03_fused.ipynb #938ea088
 def _prepare(
-    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, scale: Tensor, active_idx: Tensor | None, call: _Call
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    token_weights: Tensor,
+    scale: Tensor,
+    active_idx: Tensor | None,
+    call: _Call,
 ) -> tuple[Any, _Rows]:
-    """The steps of this device, and the rows. The PyTorch steps may look at the numbers, so they refuse a label outside the vocabulary."""
+    """The steps of this device, and the rows.
+
+    The PyTorch steps may look at the numbers, so they refuse a label outside the vocabulary.
+    """
     steps = _steps(hidden, weight)
     rows = _gather(hidden, labels, token_weights, scale, active_idx, call.ignore_index, host=steps is PyTorchSteps)
     if steps is PyTorchSteps and not call.group:
-        _refuse_labels(rows.labels_M, rows.index_M, (rows.labels_M < 0) | (rows.labels_M >= len(weight)), f" of {len(weight)}")
+        _refuse_labels(
+            rows.labels_M, rows.index_M, (rows.labels_M < 0) | (rows.labels_M >= len(weight)), f" of {len(weight)}"
+        )
     return steps, rows
 
-
+# %% ../../nbs/loss/03_fused.ipynb #4d9401e0
 def _check_shards(rows: _Rows, target_M: Tensor, call: _Call, steps: Any) -> None:
     """After the exchange: a label that no process has. Every process sees the same, so all raise or none."""
     if steps is PyTorchSteps and call.group:
@@ -445,7 +519,7 @@ def _count(rows: _Rows) -> Tensor:
     """Rows that were computed and count, 0-dim."""
     return torch.full((), len(rows.index_M), device=rows.index_M.device) if rows.kept_M is None else rows.kept_M.sum()
 
-
+# %% ../../nbs/loss/03_fused.ipynb #a1a0767b
 def _sum_over_shards(dx_MH: Tensor | None, call: _Call) -> None:
     """In place: each process has the part of its words."""
     if dx_MH is not None and call.group:
@@ -454,11 +528,17 @@ def _sum_over_shards(dx_MH: Tensor | None, call: _Call) -> None:
 # %% ../../nbs/loss/03_fused.ipynb #5b104abb
 @torch.library.custom_op(f"{_NAME}::masked_loss", mutates_args=("grad_accum",))
 def _masked_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, scale: Tensor, active_idx: Tensor | None, grad_accum: Tensor | None,
-    ignore_index: int, workspace_bytes: int, low_logits: bool, z_coef: float, softcap: float, group: str, vocab_start: int, wants_hidden: bool, wants_weight: bool,
+    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, scale: Tensor, active_idx: Tensor | None,
+    grad_accum: Tensor | None,
+    ignore_index: int, workspace_bytes: int, low_logits: bool, z_coef: float, softcap: float, group: str,
+    vocab_start: int, wants_hidden: bool, wants_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The speed strategy: loss, nll [N], lse [N], number of rows, gradient of hidden [N, H] and of weight [V, H] (of no size where not wanted)."""
-    call = _Call(ignore_index, workspace_bytes, low_logits, z_coef, softcap, group, vocab_start, wants_hidden, wants_weight)
+    """The speed strategy: loss, nll [N], lse [N], number of rows, gradient of hidden [N, H] and of weight [V, H]
+    (of no size where not wanted).
+    """
+    call = _Call(
+        ignore_index, workspace_bytes, low_logits, z_coef, softcap, group, vocab_start, wants_hidden, wants_weight
+    )
     with torch.autocast(hidden.device.type, enabled=False):
         steps, rows = _prepare(hidden, weight, labels, token_weights, scale, active_idx, call)
         lse_M, target_M, dx_MH, dweight_VH = _speed(rows, weight, grad_accum, call, steps)
@@ -471,7 +551,7 @@ def _masked_loss(
     dweight_VH = weight.new_empty(0) if dweight_VH is None or grad_accum is not None else dweight_VH.to(weight.dtype)
     return loss, nll_N, lse_N, _count(rows), dhidden_NH, dweight_VH
 
-
+# %% ../../nbs/loss/03_fused.ipynb #9b9c8d4b
 @_masked_loss.register_fake
 def _masked_loss_shapes(
     hidden, weight, labels, token_weights, scale, active_idx, grad_accum,
@@ -485,7 +565,9 @@ def _masked_loss_shapes(
 
 # %% ../../nbs/loss/03_fused.ipynb #e06190c3
 @torch.library.custom_op(f"{_NAME}::attach", mutates_args=())
-def _attach(hidden: Tensor, weight: Tensor, loss: Tensor, dhidden: Tensor, dweight: Tensor, accumulated: bool) -> Tensor:
+def _attach(
+    hidden: Tensor, weight: Tensor, loss: Tensor, dhidden: Tensor, dweight: Tensor, accumulated: bool
+) -> Tensor:
     """The loss, with gradients that are known already."""
     return loss.clone()
 
@@ -495,7 +577,7 @@ def _attach_shapes(hidden, weight, loss, dhidden, dweight, accumulated):
     """A loss is a number."""
     return loss.new_empty(())
 
-
+# %% ../../nbs/loss/03_fused.ipynb #295afc78
 def _keep_gradients(ctx: Any, inputs: tuple, output: Tensor) -> None:
     """What backward will need."""
     ctx.save_for_backward(inputs[3], inputs[4])
@@ -509,29 +591,42 @@ def _times(gradient: Tensor, upstream: Tensor) -> Tensor:
     _steps(gradient, gradient).scale_(gradient, upstream)
     return gradient
 
-
+# %% ../../nbs/loss/03_fused.ipynb #9ce2e9ce
 @once_differentiable
 def _hand_out(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     """Backward of `_attach`."""
     if ctx.accumulated:
-        torch._assert_async(upstream == 1, "grad_accum holds the gradient already, but the loss was multiplied after the call; use scale=, or the memory strategy")
-    gradients = (_times(g, upstream) if wanted and g.dim() == 2 else None for g, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False))
+        torch._assert_async(
+            upstream == 1,
+            "grad_accum holds the gradient already, but the loss was multiplied after the call; use scale=, or the "
+            "memory strategy",
+        )
+    gradients = (
+        _times(g, upstream) if wanted and g.dim() == 2 else None
+        for g, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+    )
     return *gradients, None, None, None, None
 
-
+# %% ../../nbs/loss/03_fused.ipynb #c29c7f7c
 _attach.register_autograd(_hand_out, setup_context=_keep_gradients)
 
 # %% ../../nbs/loss/03_fused.ipynb #52017df5
 @torch.library.custom_op(f"{_NAME}::linear_nll", mutates_args=())
 def _linear_nll(
-    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, scale: Tensor, active_idx: Tensor | None, grad_accum: Tensor | None,
+    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, scale: Tensor, active_idx: Tensor | None,
+    grad_accum: Tensor | None,
     ignore_index: int, workspace_bytes: int, softcap: float, group: str, vocab_start: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The memory strategy, forward: nll [N], lse [N], number of rows. `token_weights` and `scale` only say which rows and in which type."""
+    """The memory strategy, forward: nll [N], lse [N], number of rows.
+
+    `token_weights` and `scale` only say which rows and in which type.
+    """
     call = _Call(ignore_index, workspace_bytes, False, 0.0, softcap, group, vocab_start, False, False)
     with torch.autocast(hidden.device.type, enabled=False):
         steps, rows = _prepare(hidden, weight, labels, token_weights, scale, active_idx, call)
-        lse_M, target_M = steps.statistics(rows.x_MH, weight, rows.labels_M, vocab_start=vocab_start, softcap=softcap, workspace_bytes=workspace_bytes)
+        lse_M, target_M = steps.statistics(
+            rows.x_MH, weight, rows.labels_M, vocab_start=vocab_start, softcap=softcap, workspace_bytes=workspace_bytes
+        )
     if group:
         lse_M, target_M = _of_all_shards(_group(group))(lse_M, target_M)
     _check_shards(rows, target_M, call, steps)
@@ -539,20 +634,23 @@ def _linear_nll(
     nll_M = _losses(lse_M, target_M, rows)
     return *(_spread(part_M, rows.index_M, scale, labels.shape) for part_M in (nll_M, lse_M)), _count(rows)
 
-
+# %% ../../nbs/loss/03_fused.ipynb #9249d5dc
 @_linear_nll.register_fake
 def _linear_nll_shapes(
-    hidden, weight, labels, token_weights, scale, active_idx, grad_accum, ignore_index, workspace_bytes, softcap, group, vocab_start
+    hidden, weight, labels, token_weights, scale, active_idx, grad_accum, ignore_index, workspace_bytes, softcap, group,
+    vocab_start
 ):  # fmt: skip
     """Shapes and types of what `_linear_nll` returns."""
     return scale.new_empty(labels.shape), scale.new_empty(labels.shape), labels.new_empty(())
 
-
+# %% ../../nbs/loss/03_fused.ipynb #2af8ab3f
 @torch.library.custom_op(f"{_NAME}::linear_nll_backward", mutates_args=("grad_accum",))
 def _linear_nll_backward(
     nll_grad: Tensor, lse_grad: Tensor, lse: Tensor,
-    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, scale: Tensor, active_idx: Tensor | None, grad_accum: Tensor | None,
-    ignore_index: int, workspace_bytes: int, softcap: float, group: str, vocab_start: int, wants_hidden: bool, wants_weight: bool,
+    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, scale: Tensor, active_idx: Tensor | None,
+    grad_accum: Tensor | None,
+    ignore_index: int, workspace_bytes: int, softcap: float, group: str, vocab_start: int, wants_hidden: bool,
+    wants_weight: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The memory strategy, backward: gradients of hidden [N, H] and weight [V, H], of no size where not wanted."""
     call = _Call(ignore_index, workspace_bytes, False, 0.0, softcap, group, vocab_start, wants_hidden, wants_weight)
@@ -566,7 +664,7 @@ def _linear_nll_backward(
     _sum_over_shards(dx_MH, call)
     return _spread(dx_MH, rows.index_M, hidden, hidden.shape), weight.new_empty(0) if dweight_VH is None else dweight_VH
 
-
+# %% ../../nbs/loss/03_fused.ipynb #3780c3be
 @_linear_nll_backward.register_fake
 def _linear_nll_backward_shapes(
     nll_grad, lse_grad, lse, hidden, weight, labels, token_weights, scale, active_idx, grad_accum,
@@ -576,7 +674,7 @@ def _linear_nll_backward_shapes(
     dweight = weight.new_empty(weight.shape if wants_weight and grad_accum is None else 0)
     return hidden.new_empty(hidden.shape if wants_hidden else 0), dweight
 
-
+# %% ../../nbs/loss/03_fused.ipynb #e3f8568f
 def _keep_inputs(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     """The inputs, which are alive anyway, and the log-sum-exp."""
     ctx.save_for_backward(output[1], *inputs[:7])
@@ -590,7 +688,7 @@ def _nll_gradients(ctx: Any, nll_grad: Tensor, lse_grad: Tensor, count_grad: Ten
     gradients = _linear_nll_backward(nll_grad, lse_grad, *ctx.saved_tensors, *ctx.how, wants_hidden, wants_weight)
     return *(g if g.dim() == 2 else None for g in gradients), *(None for _ in range(10))
 
-
+# %% ../../nbs/loss/03_fused.ipynb #3140e8c0
 _linear_nll.register_autograd(_nll_gradients, setup_context=_keep_inputs)
 
 # %% ../../nbs/loss/03_fused.ipynb #6364cd07
@@ -599,7 +697,7 @@ _WORKSPACE = {"cuda": 1 << 30, "cpu": 1 << 25}
 _STRATEGIES = ("auto", "speed", "memory")
 _LOGITS_DTYPES = ("fp32", "bf16")
 
-
+# %% ../../nbs/loss/03_fused.ipynb #985b4aca
 @dataclass(frozen=True)
 class LossStats:
     """What the loss was made of. Not differentiable."""
@@ -613,12 +711,20 @@ class LossStats:
         """Rows that were computed, as a number. A GPU is waited for."""
         return int(self.count)
 
-
-def _checked_sizes(hidden: Tensor, weight: Tensor, labels: Tensor, grad_accum: Tensor | None, workspace_bytes: int | None) -> int:
+# %% ../../nbs/loss/03_fused.ipynb #6844f0e6
+def _checked_sizes(
+    hidden: Tensor, weight: Tensor, labels: Tensor, grad_accum: Tensor | None, workspace_bytes: int | None
+) -> int:
     """Bytes of the workspace, after a look at shapes and sizes."""
-    assert hidden.dim() == weight.dim() == 2 and labels.shape == hidden.shape[:1] and hidden.shape[1] == weight.shape[1], "expected [N, H], [V, H], [N]"
+    assert (
+        hidden.dim() == weight.dim() == 2 and labels.shape == hidden.shape[:1] and hidden.shape[1] == weight.shape[1]
+    ), "expected [N, H], [V, H], [N]"
     if workspace_bytes is not None and workspace_bytes < 1:
-        raise UserError(f"workspace_bytes must be positive, not {workspace_bytes}", where="workspace_bytes", fix="leave it out: 1 GiB on a GPU, 32 MiB on a CPU")
+        raise UserError(
+            f"workspace_bytes must be positive, not {workspace_bytes}",
+            where="workspace_bytes",
+            fix="leave it out: 1 GiB on a GPU, 32 MiB on a CPU",
+        )
     if grad_accum is not None and (grad_accum.shape != weight.shape or grad_accum.dtype != _maths(hidden, weight)):
         raise UserError(
             f"grad_accum is {grad_accum.dtype} {tuple(grad_accum.shape)}, the output weight is {tuple(weight.shape)}",
@@ -627,7 +733,7 @@ def _checked_sizes(hidden: Tensor, weight: Tensor, labels: Tensor, grad_accum: T
         )
     return workspace_bytes or _WORKSPACE.get(hidden.device.type, _WORKSPACE["cpu"])
 
-
+# %% ../../nbs/loss/03_fused.ipynb #321211a8
 def _maths(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """float64 if one of them is, else float32."""
     return torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
@@ -639,13 +745,13 @@ def _number(value: Tensor | float | None, maths: torch.dtype, device: torch.devi
         return value.detach().reshape(()).to(device, maths)
     return torch.full((), 1.0 if value is None else value, dtype=maths, device=device)
 
-
+# %% ../../nbs/loss/03_fused.ipynb #50512b24
 def _check_name(value: str, known: tuple[str, ...], where: str) -> None:
     """A misspelt choice is an error."""
     if value not in known:
         raise UserError(f"unknown {where} {value!r}", where=where, fix=nearest(value, known))
 
-
+# %% ../../nbs/loss/03_fused.ipynb #53c9b092
 def _choose(strategy: str, rows: int, row_bytes: int, workspace_bytes: int, learns: bool, hidden: Tensor) -> str:
     """The strategy that "auto" means for these sizes."""
     if strategy != "auto":
@@ -661,22 +767,29 @@ def masked_linear_cross_entropy(
     labels: Tensor,  # [N] int64, the token each row must predict
     token_weights: Tensor,  # [N] weight of each label, 0 = untrained, costs nothing
     *,
-    scale: Tensor | float | None = None,  # factor of the whole loss, e.g. 1 / denominator; None = 1. A tensor changes without recompiling
-    active_idx: Tensor | None = None,  # [M] int64, the rows with a weight, if they are known already: then a GPU is not waited for
+    # factor of the whole loss, e.g. 1 / denominator; None = 1. A tensor changes without recompiling
+    scale: Tensor | float | None = None,
+    # [M] int64, the rows with a weight, if they are known already: then a GPU is not waited for
+    active_idx: Tensor | None = None,
     ignore_index: int = -100,  # a label that is never trained
     strategy: str = "auto",  # "speed", "memory", or "auto": the one that fits the sizes
-    workspace_bytes: int | None = None,  # bound for the logits in memory at once, one row or word at least; None = 1 GiB on a GPU, else 32 MiB
-    logits_dtype: str = "fp32",  # "bf16": kernels of the speed strategy hold logits in the type of the inputs; half the memory, less exact
+    # bound for the logits in memory at once, one row or word at least; None = 1 GiB on a GPU, else 32 MiB
+    workspace_bytes: int | None = None,
+    # "bf16": kernels of the speed strategy hold logits in the type of the inputs; half the memory, less exact
+    logits_dtype: str = "fp32",
     z_coef: float = 0.0,  # strength of the z-loss
     softcap: float = 0.0,  # bound of the logits, 0 = none
-    grad_accum: Tensor | None = None,  # [V, H] float32 buffer; the weight's gradient is added there and `weight.grad` is left alone
+    # [V, H] float32 buffer; the weight's gradient is added there and `weight.grad` is left alone
+    grad_accum: Tensor | None = None,
     tp_group: dist.ProcessGroup | None = None,  # processes that share the vocabulary; all call with the same rows
     vocab_start: int = 0,  # number of this process's first word
 ) -> tuple[Tensor, LossStats]:
     """scale * sum(token_weights * nll), 0-dim, with gradients for `hidden` and `weight` only; no [N, V] is ever made.
 
-    With strategy "speed", `grad_accum` is added to in forward, and the loss may not be multiplied afterwards; with "memory" it is
-    added to in backward. A label outside the vocabulary in a trained row raises `UserError`; in the GPU kernels it makes the loss nan.
+    With strategy "speed", `grad_accum` is added to in forward, and the loss may not be multiplied afterwards; with
+    "memory" it is
+    added to in backward. A label outside the vocabulary in a trained row raises `UserError`; in the GPU kernels it
+    makes the loss nan.
     """
     workspace_bytes = _checked_sizes(hidden, weight, labels, grad_accum, workspace_bytes)
     _check_name(strategy, _STRATEGIES, "strategy")
@@ -689,7 +802,8 @@ def masked_linear_cross_entropy(
     row_bytes = len(weight) * (hidden.dtype if low else scale.dtype).itemsize
     if _choose(strategy, rows, row_bytes, workspace_bytes, any(learning), hidden) == "memory":
         nll_N, lse_N, count = _linear_nll(
-            hidden, weight, labels, token_weights, scale, active_idx, grad_accum, ignore_index, workspace_bytes, softcap, group, vocab_start
+            hidden, weight, labels, token_weights, scale, active_idx, grad_accum, ignore_index, workspace_bytes,
+            softcap, group, vocab_start,
         )
         weights_N = torch.where(labels == ignore_index, 0, token_weights).to(scale.dtype) * scale
         return (weights_N * (nll_N + z_coef * lse_N**2)).sum(), LossStats(nll_N.detach(), lse_N.detach(), count)
@@ -715,11 +829,17 @@ def linear_nll(
     tp_group: dist.ProcessGroup | None = None,
     vocab_start: int = 0,
 ) -> Tensor:
-    """[N] negative log-likelihood of each label in nats, 0 where not computed. Differentiable, with any gradient from above (memory strategy)."""
+    """[N] negative log-likelihood of each label in nats, 0 where not computed.
+
+    Differentiable, with any gradient from above (memory strategy).
+    """
     workspace_bytes = _checked_sizes(hidden, weight, labels, grad_accum, workspace_bytes)
     scale = _number(None, _maths(hidden, weight), hidden.device)
     wanted_N = torch.ones_like(labels, dtype=scale.dtype)
     if active_idx is not None:
         wanted_N = torch.zeros_like(wanted_N).index_fill_(0, active_idx, 1)
     group = tp_group.group_name if tp_group is not None else ""
-    return _linear_nll(hidden, weight, labels, wanted_N, scale, active_idx, grad_accum, ignore_index, workspace_bytes, softcap, group, vocab_start)[0]
+    return _linear_nll(
+        hidden, weight, labels, wanted_N, scale, active_idx, grad_accum, ignore_index, workspace_bytes, softcap,
+        group, vocab_start,
+    )[0]

@@ -26,7 +26,7 @@ def _tanh(x):
     t = (1.0 - e) / (1.0 + e)
     return tl.where(x < 0, -t, t)
 
-
+# %% ../../nbs/loss/04_kernel.ipynb #2c81737c
 @triton.jit
 def _row_lse(row_ptr, V, softcap, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
     """Log-sum-exp of the V logits at `row_ptr`, in one pass."""
@@ -46,7 +46,10 @@ def _row_lse(row_ptr, V, softcap, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr
 # %% ../../nbs/loss/04_kernel.ipynb #2f79a6ac
 @triton.jit
 def _row_gradient_(row_ptr, out_ptr, lse, label, w, V, z_coef, softcap, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
-    """From logits to their gradient; `out_ptr` may be the same memory in a smaller type. A label outside [0, V) is nobody's."""
+    """From logits to their gradient; `out_ptr` may be the same memory in a smaller type.
+
+    A label outside [0, V) is nobody's.
+    """
     a = w * (1.0 + 2.0 * z_coef * lse)
     for start in range(0, V, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -67,7 +70,9 @@ def rows_kernel(
     Z, z_stride, D, d_stride, LABEL, WEIGHT, LSE, TARGET, V, vocab_start, z_coef, softcap,
     STATISTICS: tl.constexpr, GRADIENT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """Row r: LSE[r] and TARGET[r] (the label's logit, -inf if it is not here) from logits Z; then their gradient into D."""
+    """Row r: LSE[r] and TARGET[r] (the label's logit, -inf if it is not here) from logits Z; then their gradient
+    into D.
+    """
     row = tl.program_id(0).to(tl.int64)
     row_ptr = Z + row * z_stride
     label = tl.load(LABEL + row) - vocab_start
@@ -85,7 +90,9 @@ def rows_kernel(
     else:
         lse = tl.load(LSE + row)
     if GRADIENT:
-        _row_gradient_(row_ptr, D + row * d_stride, lse, label, tl.load(WEIGHT + row), V, z_coef, softcap, HAS_SOFTCAP, BLOCK)
+        _row_gradient_(
+            row_ptr, D + row * d_stride, lse, label, tl.load(WEIGHT + row), V, z_coef, softcap, HAS_SOFTCAP, BLOCK
+        )
 
 # %% ../../nbs/loss/04_kernel.ipynb #0a772531
 Combine = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -96,7 +103,7 @@ def _row_blocks(V: int) -> dict[str, int]:
     block = min(triton.next_power_of_2(V), 16384)
     return {"BLOCK": block, "num_warps": min(32, max(4, block // 512))}
 
-
+# %% ../../nbs/loss/04_kernel.ipynb #d5e09091
 def rows_(
     z_CV: Tensor,  # [C, V] logits, float32 or the type of the inputs; becomes the gradients
     labels_C: Tensor,  # [C] int64, in the numbering of the whole vocabulary
@@ -108,7 +115,10 @@ def rows_(
     dtype: torch.dtype | None = None,  # of the gradients; None = none wanted
     combine: Combine | None = None,  # makes (lse, target) of this shard those of the whole vocabulary
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """In place. Returns log-sum-exp [C], the logit of the label [C], and the gradient of the logits [C, V] in the memory of `z_CV`."""
+    """In place.
+
+    Returns log-sum-exp [C], the logit of the label [C], and the gradient of the logits [C, V] in the memory of `z_CV`.
+    """
     C, V = z_CV.shape
     lse_C, target_C = z_CV.new_empty(C, dtype=torch.float32), z_CV.new_empty(C, dtype=torch.float32)
     d_CV = z_CV if dtype is None else z_CV.view(dtype)[:, :V]
@@ -119,7 +129,8 @@ def rows_(
             return
         with torch.cuda.device_of(z_CV):
             rows_kernel[(C,)](
-                z_CV, z_CV.stride(0), d_CV, d_CV.stride(0), labels_C, weights_C, lse_C, target_C, V, vocab_start, z_coef, softcap,
+                z_CV, z_CV.stride(0), d_CV, d_CV.stride(0), labels_C, weights_C, lse_C, target_C, V, vocab_start,
+                z_coef, softcap,
                 STATISTICS=statistics, GRADIENT=gradient, HAS_SOFTCAP=softcap != 0, **_row_blocks(V),
             )  # fmt: skip
 
@@ -143,7 +154,7 @@ def _tile_of(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
     height = tl.minimum(tl.cdiv(M, BM) - first, GROUP)
     return first + (pid % per_sweep) % height, (pid % per_sweep) // height
 
-
+# %% ../../nbs/loss/04_kernel.ipynb #a54e9d39
 @triton.jit
 def _tile_logits(
     X, x_stride, W, w_stride, w_step, row, column, M, N, K,
@@ -165,7 +176,7 @@ def _tile_logits(
         w_ptr += BK * w_step
     return acc
 
-
+# %% ../../nbs/loss/04_kernel.ipynb #24be473c
 @triton.jit
 def _labels_here(LABEL, row, M, N, vocab_start):
     """Column of each row's label, -1 if it is not among the N columns."""
@@ -175,8 +186,27 @@ def _labels_here(LABEL, row, M, N, vocab_start):
 # %% ../../nbs/loss/04_kernel.ipynb #1c240527
 @triton.jit(do_not_specialize=["M", "vocab_start"])
 def lse_tiles_kernel(
-    X, x_stride, W, w_stride, w_step, LABEL, LARGEST, SUM, TARGET, M, N, K, vocab_start, softcap,
-    HAS_SOFTCAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    X,
+    x_stride,
+    W,
+    w_stride,
+    w_step,
+    LABEL,
+    LARGEST,
+    SUM,
+    TARGET,
+    M,
+    N,
+    K,
+    vocab_start,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Tile (m, n): LARGEST[n, rows], SUM[n, rows] of its logits; TARGET[rows] where it has the label."""
     tile_m, tile_n = _tile_of(M, N, BM, BN, GROUP)
@@ -194,7 +224,7 @@ def lse_tiles_kernel(
     target = tl.sum(tl.where(column[None, :] == label[:, None], z, 0.0), 1)
     tl.store(TARGET + row, target, mask=(row < M) & (label >= tile_n * BN) & (label < tile_n * BN + BN))
 
-
+# %% ../../nbs/loss/04_kernel.ipynb #91334482
 @triton.jit(do_not_specialize=["M"])
 def combine_tiles_kernel(LARGEST, SUM, LSE, M, T, BM: tl.constexpr, BT: tl.constexpr):
     """LSE[rows] from the T partial results of each row, always in the same order."""
@@ -216,8 +246,29 @@ def combine_tiles_kernel(LARGEST, SUM, LSE, M, T, BM: tl.constexpr, BT: tl.const
 # %% ../../nbs/loss/04_kernel.ipynb #4014b08b
 @triton.jit(do_not_specialize=["M", "vocab_start"])
 def gradient_tiles_kernel(
-    X, x_stride, W, w_stride, w_step, LABEL, LSE, A, B, OUT, out_stride, M, N, K, vocab_start, softcap,
-    HAS_SOFTCAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    X,
+    x_stride,
+    W,
+    w_stride,
+    w_step,
+    LABEL,
+    LSE,
+    A,
+    B,
+    OUT,
+    out_stride,
+    M,
+    N,
+    K,
+    vocab_start,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Tile (m, n) of OUT: A * exp(logit - LSE), less B at the label; through the soft cap, if there is one."""
     tile_m, tile_n = _tile_of(M, N, BM, BN, GROUP)
@@ -248,16 +299,27 @@ def tile_shape(
         return {"BM": 32, "BN": 64, "BK": 32, "GROUP": 2}
     if dtype == torch.float32:
         return {"BM": 64, "BN": 64, "BK": 16, "GROUP": 8, "num_warps": 8, "num_stages": 2}
-    return {"BM": 128, "BN": 256 if capability // 10 in (9, 10) and not softcap else 128, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+    return {
+        "BM": 128,
+        "BN": 256 if capability // 10 in (9, 10) and not softcap else 128,
+        "BK": 64,
+        "GROUP": 8,
+        "num_warps": 8,
+        "num_stages": 3,
+    }
 
-
+# %% ../../nbs/loss/04_kernel.ipynb #f8662770
 def _tile_options(x_MH: Tensor, softcap: float) -> dict[str, object]:
     """Everything that a tile kernel is compiled for."""
     major, minor = torch.cuda.get_device_capability(x_MH.device) if x_MH.is_cuda else (0, 0)
     precision = "ieee" if x_MH.dtype == torch.float32 else "tf32"  # only float32 asks: products of 16 bits are exact
-    return tile_shape(x_MH.dtype, 10 * major + minor, softcap != 0) | {"HAS_SOFTCAP": softcap != 0, "UPCAST": not x_MH.is_cuda, "PRECISION": precision}
+    return tile_shape(x_MH.dtype, 10 * major + minor, softcap != 0) | {
+        "HAS_SOFTCAP": softcap != 0,
+        "UPCAST": not x_MH.is_cuda,
+        "PRECISION": precision,
+    }
 
-
+# %% ../../nbs/loss/04_kernel.ipynb #d60ea8ae
 def statistics(
     x_MH: Tensor,  # [M, H] contiguous
     weight_VH: Tensor,  # [V, H] any strides
@@ -276,12 +338,25 @@ def statistics(
     if M:
         with torch.cuda.device_of(x_MH):
             lse_tiles_kernel[(triton.cdiv(M, options["BM"]) * tiles,)](
-                x_MH, x_MH.stride(0), weight_VH, *weight_VH.stride(), labels_M, largest_TM, sum_TM, target_M, M, V, H, vocab_start, softcap, **options
+                x_MH,
+                x_MH.stride(0),
+                weight_VH,
+                *weight_VH.stride(),
+                labels_M,
+                largest_TM,
+                sum_TM,
+                target_M,
+                M,
+                V,
+                H,
+                vocab_start,
+                softcap,
+                **options,
             )
             combine_tiles_kernel[(triton.cdiv(M, 64),)](largest_TM, sum_TM, lse_M, M, tiles, BM=64, BT=64)
     return lse_M, target_M
 
-
+# %% ../../nbs/loss/04_kernel.ipynb #6ba942ff
 def slice_words(
     word_bytes: int,  # one word for all rows
     workspace_bytes: int,
@@ -289,7 +364,7 @@ def slice_words(
     """How many words a slice of the vocabulary has: whole tiles, and not more than keep the products busy."""
     return min(8192, max(256, workspace_bytes // max(1, word_bytes) // 256 * 256))
 
-
+# %% ../../nbs/loss/04_kernel.ipynb #4e67e93a
 def slice_gradient(
     x_MH: Tensor,  # [M, H] contiguous
     weight_SH: Tensor,  # [S, H] a slice of the output weight
@@ -308,7 +383,22 @@ def slice_gradient(
     if M:
         with torch.cuda.device_of(x_MH):
             gradient_tiles_kernel[(triton.cdiv(M, options["BM"]) * triton.cdiv(S, options["BN"]),)](
-                x_MH, x_MH.stride(0), weight_SH, *weight_SH.stride(), labels_M, lse_M, a_M, b_M, out_MS, out_MS.stride(0), M, S, H, vocab_start, softcap, **options
+                x_MH,
+                x_MH.stride(0),
+                weight_SH,
+                *weight_SH.stride(),
+                labels_M,
+                lse_M,
+                a_M,
+                b_M,
+                out_MS,
+                out_MS.stride(0),
+                M,
+                S,
+                H,
+                vocab_start,
+                softcap,
+                **options,
             )
     return out_MS
 
@@ -321,7 +411,7 @@ def logits(
     """[C, V] x times the output weight."""
     return product(x_CH, weight_VH.T, out_CV)
 
-
+# %% ../../nbs/loss/04_kernel.ipynb #6622ec8c
 def product(
     a: Tensor,  # [i, k]
     b: Tensor,  # [k, j], of the same type
@@ -334,7 +424,7 @@ def product(
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
     return out.copy_(a.float() @ b.float())
 
-
+# %% ../../nbs/loss/04_kernel.ipynb #94611698
 def add_product_(
     total: Tensor,  # [i, j] float32
     a: Tensor,  # [i, k]
@@ -358,7 +448,7 @@ def scale_kernel(P, FACTOR, n, BLOCK: tl.constexpr):
     value = tl.load(P + place, mask=place < n, other=0.0).to(tl.float32)
     tl.store(P + place, (value * factor).to(P.dtype.element_ty), mask=place < n)
 
-
+# %% ../../nbs/loss/04_kernel.ipynb #fa15f39e
 def scale_(
     x: Tensor,  # contiguous, becomes x * factor
     factor: Tensor,  # 0-dim, on the same device

@@ -23,7 +23,7 @@ from .two_stage import Denominators, answer_lengths, count, loss_by_hand, weight
 # %% ../../nbs/loss/05_mtp.ipynb #28d793c0
 IGNORED = -100  # the label of a position that has no target
 
-
+# %% ../../nbs/loss/05_mtp.ipynb #4d25848e
 def mtp_targets_by_hand(
     labels_T: Tensor,  # [T] int64, the next token of each position
     mask_T: Tensor,  # [T] bool or integer, label aligned, non-zero = trained
@@ -31,7 +31,10 @@ def mtp_targets_by_hand(
     depths: int,  # predictions beyond the next token
 ) -> tuple[Tensor, Tensor]:
     """(labels, mask), each [1+K, T], position by position. Row 0 is the next token. The oracle: slow."""
-    labels_KT, mask_KT = labels_T.new_full((1 + depths, len(labels_T)), IGNORED), mask_T.new_zeros(1 + depths, len(mask_T))
+    labels_KT, mask_KT = (
+        labels_T.new_full((1 + depths, len(labels_T)), IGNORED),
+        mask_T.new_zeros(1 + depths, len(mask_T)),
+    )
     for k in range(1 + depths):
         for t in range(len(labels_T) - k):
             if all(sequence_of_T[t + i] == sequence_of_T[t] for i in range(k + 1)):
@@ -46,7 +49,7 @@ def sequence_ids(
     """[T] int64: the index of the sequence of each position, from offsets."""
     return torch.bucketize(torch.arange(length, device=cu_seqlens_S.device), cu_seqlens_S[1:].contiguous(), right=True)
 
-
+# %% ../../nbs/loss/05_mtp.ipynb #6998b606
 def shifted(
     values: Tensor,  # [..., T] one value a position
     sequence_of: Tensor,  # [..., T] integer, same shape; a new sequence begins wherever it changes
@@ -63,16 +66,20 @@ def shifted(
     moved[..., :-by] = torch.where(run[..., by:] == run[..., :-by], values[..., by:], moved[..., by:])
     return moved
 
-
+# %% ../../nbs/loss/05_mtp.ipynb #3515cd07
 def mtp_targets(
     labels: Tensor,  # [..., T] int64, the next token of each position
     mask: Tensor,  # [..., T] bool or integer (or weights), label aligned, 0 = untrained
     sequence_of: Tensor,  # [..., T] integer; for offsets see `sequence_ids`
     depths: int = 2,  # predictions beyond the next token
 ) -> tuple[Tensor, Tensor]:
-    """(labels, mask), each [1+K, ..., T]: row k is moved k places to the left inside each sequence, row 0 is what was given."""
+    """(labels, mask), each [1+K, ..., T]: row k is moved k places to the left inside each sequence, row 0 is what
+    was given.
+    """
     moves = range(1 + depths)
-    return torch.stack([shifted(labels, sequence_of, k, IGNORED) for k in moves]), torch.stack([shifted(mask, sequence_of, k, 0) for k in moves])
+    return torch.stack([shifted(labels, sequence_of, k, IGNORED) for k in moves]), torch.stack(
+        [shifted(mask, sequence_of, k, 0) for k in moves]
+    )
 
 # %% ../../nbs/loss/05_mtp.ipynb #50cb844a
 NORMALIZATIONS = ("token", "stage")
@@ -86,7 +93,7 @@ def depth_lengths(
     """[1+K, ..., T] int64: `answer_lengths` counted again at each depth, on whole conversations."""
     return torch.stack([answer_lengths(mask, unit_of) for mask in mask_KT])
 
-
+# %% ../../nbs/loss/05_mtp.ipynb #c832cf77
 def count_depths(
     mask_KT: Tensor,  # [1+K, ..., T] from `mtp_targets`, of the GLOBAL batch
     unit_of: Tensor,  # [..., T] integer, of the GLOBAL batch
@@ -94,19 +101,25 @@ def count_depths(
     """The two counts of each depth, 0 to K. Call it once per global batch, before any split."""
     return tuple(count(mask, unit_of) for mask in mask_KT)
 
-
+# %% ../../nbs/loss/05_mtp.ipynb #1c164db2
 def mtp_weights(
     lengths_KT: Tensor,  # [1+K, ...] from `depth_lengths`, or any part of it along the positions
     counts: Sequence[Denominators],  # [1+K] of the GLOBAL batch, from `count_depths`
     stage: str,  # "token" or "sample": of the main loss
     *,
     factor: float = MTP_FACTOR,  # of all depths together
-    normalization: str = "token",  # of the depths: "token" = per token in both stages, as published; "stage" = as the main loss
+    # of the depths: "token" = per token in both stages, as published; "stage" = as the main loss
+    normalization: str = "token",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """[1+K, ...]: weights with factor and denominator in them, so that the loss is the sum of weight times nll. A depth without targets weighs nothing."""
+    """[1+K, ...]: weights with factor and denominator in them, so that the loss is the sum of weight times nll.
+
+    A depth without targets weighs nothing.
+    """
     if normalization not in NORMALIZATIONS:
-        raise UserError(f"unknown normalization {normalization!r}", where="mtp", fix=nearest(normalization, NORMALIZATIONS))
+        raise UserError(
+            f"unknown normalization {normalization!r}", where="mtp", fix=nearest(normalization, NORMALIZATIONS)
+        )
     depths = len(counts) - 1
     rows = [weights_of(lengths_KT[0], stage, dtype) / counts[0].of(stage)]
     stage = check_stage(stage) if normalization == "stage" else "token"
@@ -131,7 +144,9 @@ def mtp_loss_by_hand(
     loss = loss_by_hand(nll_KT[0], mask_T, sequence_of_T, stage)
     for nll, mask in zip(nll_KT[1:], mask_KT[1:], strict=True):
         if mask.any():
-            loss = loss + factor / depths * loss_by_hand(nll, mask, sequence_of_T, stage if normalization == "stage" else "token")
+            loss = loss + factor / depths * loss_by_hand(
+                nll, mask, sequence_of_T, stage if normalization == "stage" else "token"
+            )
     return loss
 
 # %% ../../nbs/loss/05_mtp.ipynb #455deb8d
@@ -147,7 +162,7 @@ class MTPStats:
         """The count as a number. On a GPU, reading it waits for the device."""
         return int(self.count)
 
-
+# %% ../../nbs/loss/05_mtp.ipynb #79bb4a7a
 def mtp_cross_entropy(
     hidden: Tensor | Sequence[Tensor],  # [1+K, ..., T, H], or 1+K tensors [..., T, H]: what each depth says it with
     weight: Tensor,  # [V, H] output weight
@@ -155,9 +170,14 @@ def mtp_cross_entropy(
     weights: Tensor,  # [1+K, ..., T] from `mtp_weights`, or a part of both along the positions
     **options: Any,  # handed on to `masked_linear_cross_entropy`: scale, workspace_bytes, ...
 ) -> tuple[Tensor, MTPStats]:
-    """(loss, 0-dim and differentiable; stats): all depths in one call of the fused loss. The contributions of pieces add up."""
+    """(loss, 0-dim and differentiable; stats): all depths in one call of the fused loss.
+
+    The contributions of pieces add up.
+    """
     hidden_NH = torch.cat([h.reshape(-1, h.shape[-1]) for h in hidden])
-    assert len(hidden_NH) == labels.numel() and labels.shape == weights.shape, "one hidden state, one label and one weight for each depth and position"
+    assert len(hidden_NH) == labels.numel() and labels.shape == weights.shape, (
+        "one hidden state, one label and one weight for each depth and position"
+    )
     loss, stats = masked_linear_cross_entropy(hidden_NH, weight, labels.reshape(-1), weights.reshape(-1), **options)
     return loss, MTPStats(stats.nll.view(labels.shape), stats.count)
 
@@ -169,7 +189,8 @@ class MTPBlock(nn.Module):
         self,
         hidden_size: int,  # H
         mtp_model_layer: nn.Module,  # [..., T, H] -> [..., T, H]; it must look back only, and not into other sequences
-        norm: Callable[[int], nn.Module] = lambda size: nn.RMSNorm(size, eps=1e-5),  # from a width, a norm of that width
+        # from a width, a norm of that width
+        norm: Callable[[int], nn.Module] = lambda size: nn.RMSNorm(size, eps=1e-5),
     ):
         super().__init__()
         self.enorm, self.hnorm, self.final_layernorm = norm(hidden_size), norm(hidden_size), norm(hidden_size)
@@ -186,7 +207,7 @@ class MTPBlock(nn.Module):
         told_and_known = torch.cat([self.enorm(embedded_TH), self.hnorm(hidden_TH)], dim=-1)
         return self.final_layernorm(self.mtp_model_layer(self.eh_proj(told_and_known), **layer_arguments))
 
-
+# %% ../../nbs/loss/05_mtp.ipynb #06dd8d0e
 def mtp_hidden_states(
     block: Callable[[Tensor, Tensor], Tensor],  # an `MTPBlock`, with whatever else its layer needs bound to it
     hidden: Tensor,  # [..., T, H] of the main model, behind its last norm
@@ -208,9 +229,18 @@ def acceptance_length(
     mask_KT: Tensor,  # [1+K, ..., T] from `mtp_targets`; only positions with a trained target at every depth are asked
     sequence_of: Tensor,  # [..., T] integer
 ) -> float:
-    """Mean tokens a step yields, 1 to 1+K, under greedy speculative decoding with K drafts. An estimate: the text read is given, not generated."""
-    kept = torch.stack([drafted == shifted(predictions_KT[0], sequence_of, k, -1) for k, drafted in enumerate(predictions_KT)])
+    """Mean tokens a step yields, 1 to 1+K, under greedy speculative decoding with K drafts.
+
+    An estimate: the text read is given, not generated.
+    """
+    kept = torch.stack(
+        [drafted == shifted(predictions_KT[0], sequence_of, k, -1) for k, drafted in enumerate(predictions_KT)]
+    )
     asked = (mask_KT != 0).all(0)
     if not asked.any():
-        raise UserError("no position has a trained target at every depth", where="acceptance length", fix="give longer sequences, or fewer depths")
+        raise UserError(
+            "no position has a trained target at every depth",
+            where="acceptance length",
+            fix="give longer sequences, or fewer depths",
+        )
     return kept.long().cumprod(0).sum(0)[asked].double().mean().item()

@@ -17,13 +17,14 @@ from ..core import UserError, from_mapping, nearest
 # %% ../../nbs/loss/01_schedule.ipynb #4a356de3
 COUNTS = ("tokens", "conversations")
 
-
+# %% ../../nbs/loss/01_schedule.ipynb #4b7701fb
 @dataclass(frozen=True)
 class LossStage:
     """A row of `LOSS_STAGES`: what a label weighs, and what the weighted sum is divided by."""
 
     counts: str  # what is counted on the global batch: "tokens" or "conversations", the fields of `Denominators`
-    divisor: Callable[[Any], Any]  # n, the trained labels of a conversation (number or float array) -> each weighs 1 / divisor(n)
+    # n, the trained labels of a conversation (number or float array) -> each weighs 1 / divisor(n)
+    divisor: Callable[[Any], Any]
 
     def __post_init__(self):
         if self.counts not in COUNTS:
@@ -31,7 +32,7 @@ class LossStage:
                 f"a loss stage cannot count {self.counts!r}", where="LossStage.counts", fix=nearest(self.counts, COUNTS)
             )
 
-
+# %% ../../nbs/loss/01_schedule.ipynb #647a7b65
 LOSS_STAGES: dict[str, LossStage] = {
     "token": LossStage("tokens", lambda n: 1),
     "sample": LossStage("conversations", lambda n: n),
@@ -50,14 +51,21 @@ def check_stage(
         raise UserError(f"unknown loss stage {stage!r}", where=where, fix=nearest(stage, LOSS_STAGES))
     return stage
 
-
+# %% ../../nbs/loss/01_schedule.ipynb #ac2915b3
 def check_unit(
     unit: str,
     where: str = "loss.conversation_unit",  # what to call the place in an error
 ) -> str:
-    """The name of a unit, unchanged, if it is one of `CONVERSATION_UNITS`: what counts as one conversation in the sample stage."""
+    """The name of a unit, unchanged, if it is one of `CONVERSATION_UNITS`: what counts as one conversation in the
+    sample stage.
+    """
     if unit not in CONVERSATION_UNITS:
-        raise UserError(f"unknown unit {unit!r}", where=where, why="it decides what counts as one conversation in the sample stage", fix=nearest(unit, CONVERSATION_UNITS))
+        raise UserError(
+            f"unknown unit {unit!r}",
+            where=where,
+            why="it decides what counts as one conversation in the sample stage",
+            fix=nearest(unit, CONVERSATION_UNITS),
+        )
     return unit
 
 # %% ../../nbs/loss/01_schedule.ipynb #0e3d5fea
@@ -70,18 +78,30 @@ class Phase:
     lr_factor: float = 1.0  # the learning rate of the scheduler is multiplied by it
     restart: bool = False  # warm-up and decay begin again with this stage
 
-
+# %% ../../nbs/loss/01_schedule.ipynb #cd10df01
 def _check_phase(phase: Phase, place: str, is_last: bool) -> None:
     """Refuse an unknown stage, an open end before the end, steps below one, and a factor that is no factor."""
     check_stage(phase.stage, place)
     if phase.steps is None and not is_last:
-        raise UserError("steps is missing", where=place, why="the stages after it would never begin", fix="say how many steps it lasts; only the last stage may leave it out")
+        raise UserError(
+            "steps is missing",
+            where=place,
+            why="the stages after it would never begin",
+            fix="say how many steps it lasts; only the last stage may leave it out",
+        )
     if phase.steps is not None and phase.steps < 1:
-        raise UserError(f"steps must be at least 1, not {phase.steps}", where=place, fix="leave the stage out if it should not run")
+        raise UserError(
+            f"steps must be at least 1, not {phase.steps}", where=place, fix="leave the stage out if it should not run"
+        )
     if not 0 < phase.lr_factor < math.inf:
-        raise UserError(f"lr_factor must be a positive number, not {phase.lr_factor}", where=place, why="a stage without a learning rate learns nothing", fix="leave the stage out if it should not run; 1.0 changes nothing")
+        raise UserError(
+            f"lr_factor must be a positive number, not {phase.lr_factor}",
+            where=place,
+            why="a stage without a learning rate learns nothing",
+            fix="leave the stage out if it should not run; 1.0 changes nothing",
+        )
 
-
+# %% ../../nbs/loss/01_schedule.ipynb #7070f0c1
 def _check_phases(phases: Sequence[Phase], where: str) -> None:
     """Refuse an empty schedule, and whatever is wrong with a single entry."""
     if not phases:
@@ -114,7 +134,9 @@ class StageSchedule:
         phases = []
         for i, entry in enumerate(stages):
             if isinstance(entry, Mapping) and "stage" not in entry:
-                raise UserError("an entry without a stage", where=f"{where}[{i}]", fix=f"name one of {', '.join(LOSS_STAGES)}")
+                raise UserError(
+                    "an entry without a stage", where=f"{where}[{i}]", fix=f"name one of {', '.join(LOSS_STAGES)}"
+                )
             phases.append(entry if isinstance(entry, Phase) else from_mapping(Phase, entry, f"{where}[{i}]"))
         _check_phases(phases, where)
         return cls(tuple(phases))
@@ -123,13 +145,20 @@ class StageSchedule:
         self,
         step: int,  # optimizer steps already done: the first step is 0
     ) -> tuple[int, Phase]:
-        """The phase of a step and the step it began at. Beyond the end of a closed schedule there is none: `UserError`."""
+        """The phase of a step and the step it began at.
+
+        Beyond the end of a closed schedule there is none: `UserError`.
+        """
         start = 0
         for phase in self.phases:
             if phase.steps is None or step < start + phase.steps:
                 return start, phase
             start += phase.steps
-        raise UserError(f"the schedule ends after step {start}", where="loss.stages", fix="leave out the steps of the last stage, or train for fewer steps")
+        raise UserError(
+            f"the schedule ends after step {start}",
+            where="loss.stages",
+            fix="leave out the steps of the last stage, or train for fewer steps",
+        )
 
     def stage_at(
         self,
@@ -142,7 +171,10 @@ class StageSchedule:
         self,
         num_steps: int,  # optimizer steps of the whole training
     ) -> list[tuple[str, int]]:
-        """Each phase with the steps it really gets, 0 if it is never reached. Asked before training, it finds a schedule that is too short."""
+        """Each phase with the steps it really gets, 0 if it is never reached.
+
+        Asked before training, it finds a schedule that is too short.
+        """
         self.stage_at(num_steps - 1)
         left, plan = num_steps, []
         for phase in self.phases:
@@ -152,7 +184,9 @@ class StageSchedule:
         return plan
 
     def _restarts(self, num_steps: int) -> list[int]:
-        """The steps at which the learning-rate schedule begins: 0, and the start of each restarting phase that is reached."""
+        """The steps at which the learning-rate schedule begins: 0, and the start of each restarting phase that is
+        reached.
+        """
         starts, start = [0], 0
         for phase, (_, steps) in zip(self.phases, self.plan(num_steps), strict=True):
             if phase.restart and 0 < start < num_steps:
@@ -165,7 +199,9 @@ class StageSchedule:
         step: int,  # optimizer steps already done: the first step is 0
         num_steps: int,  # optimizer steps of the whole training
     ) -> Clock:
-        """Where the learning rate stands: a rate of (steps done, steps in all) is asked at `(step, of)` and multiplied by `factor`."""
+        """Where the learning rate stands: a rate of (steps done, steps in all) is asked at `(step, of)` and
+        multiplied by `factor`.
+        """
         starts = [*self._restarts(num_steps), num_steps]
         begun = max(s for s in starts[:-1] if s <= step)
         return Clock(step - begun, starts[starts.index(begun) + 1] - begun, self.phase_at(step)[1].lr_factor)

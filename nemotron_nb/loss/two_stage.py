@@ -46,19 +46,22 @@ def _trained(mask_T: Tensor) -> Tensor:
         )
     return mask_T != 0
 
-
+# %% ../../nbs/loss/02_two_stage.ipynb #98321ecd
 def answer_lengths(
     mask_T: Tensor,  # [T] bool or integer, label aligned, non-zero = trained
     unit_of_T: Tensor,  # [T] integer, which conversation a label belongs to, any numbering; read at trained labels only
 ) -> Tensor:
-    """[T] int64: |O_c| of the conversation of each trained label, 0 where untrained. Needs whole conversations. Any shape, if both agree."""
+    """[T] int64: |O_c| of the conversation of each trained label, 0 where untrained.
+
+    Needs whole conversations. Any shape, if both agree.
+    """
     trained_T = _trained(mask_T)
     lengths_T = torch.zeros_like(trained_T, dtype=torch.int64)
     _, inverse_M, lengths_C = torch.unique(unit_of_T[trained_T], return_inverse=True, return_counts=True)
     lengths_T[trained_T] = lengths_C[inverse_M]
     return lengths_T
 
-
+# %% ../../nbs/loss/02_two_stage.ipynb #12dd94fd
 def weights_of(
     lengths_T: Tensor,  # [T] integer from `answer_lengths`, or any part of it in any order
     stage: str,  # "token" or "sample"
@@ -68,14 +71,17 @@ def weights_of(
     weights_T = (lengths_T > 0).to(dtype)
     return weights_T / LOSS_STAGES[check_stage(stage)].divisor(lengths_T.clamp(min=1).to(dtype))
 
-
+# %% ../../nbs/loss/02_two_stage.ipynb #5edf7b5d
 def token_weights(
     mask_T: Tensor,  # [T] bool or integer, label aligned, non-zero = trained
     sequence_of_T: Tensor,  # [T] integer, any numbering; read at trained labels only
     stage: str,  # "token" or "sample"
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """[T] the weight of each label: 1, or 1/|O_c|; 0 where untrained. Needs whole sequences. Any shape, if both agree."""
+    """[T] the weight of each label: 1, or 1/|O_c|; 0 where untrained.
+
+    Needs whole sequences. Any shape, if both agree.
+    """
     return weights_of(answer_lengths(mask_T, sequence_of_T), stage, dtype)
 
 # %% ../../nbs/loss/02_two_stage.ipynb #ffbe7fec
@@ -97,7 +103,7 @@ class Denominators:
             )
         return getattr(self, LOSS_STAGES[check_stage(stage)].counts)
 
-
+# %% ../../nbs/loss/02_two_stage.ipynb #e0e024fb
 def count(
     mask_T: Tensor,  # [T] bool or integer, of the GLOBAL batch
     sequence_of_T: Tensor,  # [T] integer, of the GLOBAL batch
@@ -109,15 +115,23 @@ def count(
 # %% ../../nbs/loss/02_two_stage.ipynb #5692e694
 def unit_of(
     sequence_of_T: Tensor,  # [T] integer: index of the sequence of each label, 0 to S-1; negative = padding
-    conversation_of_S: Sequence[Hashable],  # [S] the chat each sequence came from: a number or a name that no other chat has
+    # [S] the chat each sequence came from: a number or a name that no other chat has
+    conversation_of_S: Sequence[Hashable],
     unit: str,  # "sequence" or "conversation"
 ) -> Tensor:
-    """[T] int64: which unit each label belongs to, for `token_weights` and `count`. Negative indices stay as they are."""
+    """[T] int64: which unit each label belongs to, for `token_weights` and `count`.
+
+    Negative indices stay as they are.
+    """
     if check_unit(unit) == "sequence":
         return sequence_of_T
-    assert not sequence_of_T.numel() or sequence_of_T.max() < len(conversation_of_S), "a sequence without a conversation"
+    assert not sequence_of_T.numel() or sequence_of_T.max() < len(conversation_of_S), (
+        "a sequence without a conversation"
+    )
     numbers: dict[Hashable, int] = {}
-    unit_of_S = torch.tensor([numbers.setdefault(c, len(numbers)) for c in conversation_of_S], dtype=torch.int64, device=sequence_of_T.device)
+    unit_of_S = torch.tensor(
+        [numbers.setdefault(c, len(numbers)) for c in conversation_of_S], dtype=torch.int64, device=sequence_of_T.device
+    )
     return torch.where(sequence_of_T < 0, sequence_of_T, unit_of_S[sequence_of_T.clamp(min=0)])
 
 # %% ../../nbs/loss/02_two_stage.ipynb #c41f3fb8
@@ -167,7 +181,10 @@ class MeanPair:
         return MeanPair(total)
 
     def record(self) -> dict[str, float | int]:
-        """Every mean and what it is made of, under the names of the metrics file. `UserError` if nothing was trained."""
+        """Every mean and what it is made of, under the names of the metrics file.
+
+        `UserError` if nothing was trained.
+        """
         *sums, tokens, conversations = self.sums.tolist()
         counts = Denominators(round(tokens), round(conversations))
         means = {f"loss_{stage}": total / counts.of(stage) for stage, total in zip(LOSS_STAGES, sums, strict=True)}
@@ -184,14 +201,15 @@ class SplitResult:
     """What one way of cutting a batch gave."""
 
     loss: float  # sum of the contributions of all pieces
-    gradient_gap: float  # |gradient - gradient of the first way| / |gradient of the first way|, largest entry over largest entry
+    # |gradient - gradient of the first way| / |gradient of the first way|, largest entry over largest entry
+    gradient_gap: float
 
 
 def _gap(gradient: Tensor, reference: Tensor) -> float:
     """How far a gradient is from another: largest difference over largest entry."""
     return ((gradient - reference).abs().max() / reference.abs().max()).item()
 
-
+# %% ../../nbs/loss/02_two_stage.ipynb #8e504c75
 def split_invariance(
     contribution: Callable[[Tensor], Tensor],  # indices of one piece [P] -> its part of the loss, 0-dim
     parameter: Tensor,  # a leaf that requires gradients
@@ -221,11 +239,13 @@ def _packs(rows: Sequence[Tensor], untrained_T: Tensor) -> list[Tensor]:
     filler = untrained_T[:1].repeat(longest)
     return [torch.cat([pack, filler[: longest - len(pack)]]) for pack in packs]
 
-
+# %% ../../nbs/loss/02_two_stage.ipynb #f805eed1
 def _ranks(rows: Sequence[Tensor]) -> list[Tensor]:
     """Four data-parallel ranks with half of the sequences, a quarter, the rest, and none."""
     half, three_quarters = (len(rows) + 1) // 2, (3 * len(rows) + 3) // 4
-    return [torch.cat([*part, rows[0][:0]]) for part in (rows[:half], rows[half:three_quarters], rows[three_quarters:], [])]
+    return [
+        torch.cat([*part, rows[0][:0]]) for part in (rows[:half], rows[half:three_quarters], rows[three_quarters:], [])
+    ]
 
 
 def _slices(rows: Sequence[Tensor], ranks: int = 2) -> list[Tensor]:
@@ -233,7 +253,7 @@ def _slices(rows: Sequence[Tensor], ranks: int = 2) -> list[Tensor]:
     parts = [row.tensor_split(2 * ranks) for row in rows]
     return [torch.cat([torch.cat([part[r], part[2 * ranks - 1 - r]]) for part in parts]) for r in range(ranks)]
 
-
+# %% ../../nbs/loss/02_two_stage.ipynb #718956f5
 def _cuts(mask_T: Tensor, sequence_of_T: Tensor) -> dict[str, list[Tensor]]:
     """Name of a layout -> the pieces of the batch."""
     rows = _sequences(sequence_of_T)
@@ -321,11 +341,13 @@ class Rung:
     gradient_gap: float  # largest difference over largest entry of the oracle's gradient
     agrees: bool  # both gaps are within the tolerance
 
-
+# %% ../../nbs/loss/02_two_stage.ipynb #e9a5a514
 def _ways(batch: _Batch) -> list[tuple[str, bool, Callable[[], Tensor]]]:
     """(name, known mistake, how to compute it) for each rung, right ways first."""
     cuts = _cuts(batch.mask_T, batch.sequence_of_T)
-    one, micro, ranks, slices = (cuts[name] for name in ("one device", "3 micro-batches", "4 ranks, one idle", "2 context slices"))
+    one, micro, ranks, slices = (
+        cuts[name] for name in ("one device", "3 micro-batches", "4 ranks, one idle", "2 context slices")
+    )
     right = [(name, False, lambda pieces=pieces: batch.right(pieces)) for name, pieces in cuts.items()]
     return right + [
         ("mean of micro-batch means", True, lambda: batch.mean_of_means(micro)),
@@ -337,16 +359,19 @@ def _ways(batch: _Batch) -> list[tuple[str, bool, Callable[[], Tensor]]]:
         ("mask one label late", True, lambda: batch.late_mask(one)),
     ]
 
-
+# %% ../../nbs/loss/02_two_stage.ipynb #a260617a
 def accounting(
-    nll_of: Callable[[Tensor], Tensor],  # indices of labels [P], never empty -> their nll [P], differentiable; float64 for a strict verdict
+    # indices of labels [P], never empty -> their nll [P], differentiable; float64 for a strict verdict
+    nll_of: Callable[[Tensor], Tensor],
     parameter: Tensor,  # a leaf that requires gradients and that every nll depends on
     mask_T: Tensor,  # [T] bool or integer of one global batch, non-zero = trained
     sequence_of_T: Tensor,  # [T] integer, conversation of each label; negative = padding
     *,
     tolerance: float = 1e-9,  # largest relative gap that still agrees; 1e-4 for a float32 model
 ) -> list[Rung]:
-    """The same batch computed in the usual ways, right and wrong, in both stages, each measured against `loss_by_hand`. `UserError` if nothing is trained."""
+    """The same batch computed in the usual ways, right and wrong, in both stages, each measured against
+    `loss_by_hand`. `UserError` if nothing is trained.
+    """
     count(mask_T, sequence_of_T).of("token")
     rungs = []
     for stage in LOSS_STAGES:
@@ -364,19 +389,35 @@ def _percent(gap: float) -> str:
     """A relative gap for people: a dash if it is rounding."""
     return "-" if gap < 1e-4 else f"{gap:.1%}"
 
-
+# %% ../../nbs/loss/02_two_stage.ipynb #8a2d8de8
 def accounting_table(
     rungs: Sequence[Rung],
 ) -> Picture:
     """Each way with its loss, how far loss and gradient are off, and the verdict."""
-    rows = [[r.stage, r.way, f"{r.loss:.6f}", _percent(r.loss_gap), _percent(r.gradient_gap), "right" if r.agrees else "WRONG"] for r in rungs]
-    return table(rows, header=["stage", "computed as", "loss", "loss off by", "gradient off by", "verdict"], title="one batch, one loss?")
+    rows = [
+        [
+            r.stage,
+            r.way,
+            f"{r.loss:.6f}",
+            _percent(r.loss_gap),
+            _percent(r.gradient_gap),
+            "right" if r.agrees else "WRONG",
+        ]
+        for r in rungs
+    ]
+    return table(
+        rows,
+        header=["stage", "computed as", "loss", "loss off by", "gradient off by", "verdict"],
+        title="one batch, one loss?",
+    )
 
-
+# %% ../../nbs/loss/02_two_stage.ipynb #248f1def
 def accounting_ladder(
     rungs: Sequence[Rung],
 ) -> Picture:
-    """The rungs from top to bottom, their loss from left to right, a rail at the loss of the loop; a cross has the wrong loss or gradient."""
+    """The rungs from top to bottom, their loss from left to right, a rail at the loss of the loop; a cross has the
+    wrong loss or gradient.
+    """
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(LOSS_STAGES), figsize=(8.8, 4.2), sharey=True)
@@ -388,10 +429,20 @@ def accounting_ladder(
             axis.plot([shown[0].loss, rung.loss], [y, y], color="#bbbbbb", linewidth=1, zorder=0)
             axis.plot(rung.loss, y, markersize=7, **style)
         axis.axhline(sum(not r.known_mistake for r in shown) - 0.5, color="#888888", linewidth=0.7, linestyle=":")
-        axis.set(xlabel="loss of the same batch", yticks=range(len(shown)), yticklabels=[r.way for r in shown]), axis.margins(x=0.1)
+        (
+            axis.set(xlabel="loss of the same batch", yticks=range(len(shown)), yticklabels=[r.way for r in shown]),
+            axis.margins(x=0.1),
+        )
         axis.set_title(f"{stage} stage", fontsize=10)
     axes[0].invert_yaxis()
     figure.tight_layout()
     wrong = {stage: [r.way for r in rungs if r.stage == stage and not r.agrees] for stage in LOSS_STAGES}
-    told = "; ".join(f"in the {stage} stage {len(ways)} ways have a wrong loss or gradient ({', '.join(ways) or 'none'})" for stage, ways in wrong.items())
-    return png(figure, f"Loss accounting ladder: many ways to compute the loss of one batch; dots on the blue line agree with the loop, crosses do not; {told}.")
+    told = "; ".join(
+        f"in the {stage} stage {len(ways)} ways have a wrong loss or gradient ({', '.join(ways) or 'none'})"
+        for stage, ways in wrong.items()
+    )
+    return png(
+        figure,
+        "Loss accounting ladder: many ways to compute the loss of one batch; dots on the blue line agree with the "
+        f"loop, crosses do not; {told}.",
+    )

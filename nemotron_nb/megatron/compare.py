@@ -26,7 +26,7 @@ def steps_of(
         raise UserError("no training steps", where=str(file), fix="give the folder of a run that has begun to train")
     return steps
 
-
+# %% ../../nbs/megatron/10_compare.ipynb #afc65bd7
 def largest_gap(
     runs: Sequence[str | Path],  # folders of two runs
     name: str = "loss",  # of the metrics
@@ -35,7 +35,7 @@ def largest_gap(
     first, second = (steps_of(run) for run in runs)
     return max(abs(a[name] - b[name]) / abs(a[name]) for a, b in zip(first, second, strict=False))
 
-
+# %% ../../nbs/megatron/10_compare.ipynb #02c673a1
 def engine_picture(
     runs: Mapping[str, str | Path],  # name of a curve -> folder of a run; later curves are drawn thinner, on top
 ) -> Picture:
@@ -52,7 +52,9 @@ def engine_picture(
             axis.set_xlabel("step")
             axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(frameon=False, fontsize=9)
-    ends = "; ".join(f"{label} from {steps_of(run)[0]['loss']:.3f} to {steps_of(run)[-1]['loss']:.3f}" for label, run in runs.items())
+    ends = "; ".join(
+        f"{label} from {steps_of(run)[0]['loss']:.3f} to {steps_of(run)[-1]['loss']:.3f}" for label, run in runs.items()
+    )
     return png(figure, f"Loss and gradient norm by step. Loss: {ends}.")
 
 # %% ../../nbs/megatron/10_compare.ipynb #da88a0d4
@@ -66,7 +68,10 @@ def shared_settings(
     return {
         "data_dir": str(data_dir),
         "output_dir": str(output_dir),
-        "model": {"name": "tiny", "pattern": "MEM*", "hidden_size": 64, "attention_heads": 2, "mamba_heads": 2, "experts": 4, "expert_size": 32},
+        "model": {
+            "name": "tiny", "pattern": "MEM*", "hidden_size": 64, "attention_heads": 2, "mamba_heads": 2,
+            "experts": 4, "expert_size": 32,
+        },
         "train": {"engine": engine, "train_iters": steps, "global_batch_size": 2},
         "optimizer": {"lr": 3e-3},
         "scheduler": {"lr_warmup_iters": 4, "lr_decay_style": "cosine"},

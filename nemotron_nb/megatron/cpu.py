@@ -41,18 +41,24 @@ def _refuse(*arguments: Any, **options: Any) -> None:
     """A kernel that training does not call."""
     raise NotImplementedError("this kernel has no stand-in")
 
-
+# %% ../../nbs/megatron/08_cpu.ipynb #8b474337
 def _install_mamba() -> None:
     """Put plain PyTorch where Megatron-Core looks for the kernels of Mamba-2."""
 
-    def chunk_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, state_dtype: Any = None, **options: Any) -> None:
+    def chunk_scan(
+        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, state_dtype: Any = None, **options: Any
+    ) -> None:
         """Its parameters are looked at, so it must have these."""
         _refuse()
 
     for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton"):
         _module(name, __version__="2.3.0")
     _module("mamba_ssm.ops.triton.layernorm_gated", RMSNorm=GroupedRMSNorm)
-    _module("mamba_ssm.ops.triton.ssd_combined", mamba_chunk_scan_combined=chunk_scan, mamba_split_conv1d_scan_combined=split_conv_scan)
+    _module(
+        "mamba_ssm.ops.triton.ssd_combined",
+        mamba_chunk_scan_combined=chunk_scan,
+        mamba_split_conv1d_scan_combined=split_conv_scan,
+    )
     _module("causal_conv1d", __version__="1.6.0", causal_conv1d_fn=_refuse)
     _module("causal_conv1d.causal_conv1d_varlen", causal_conv1d_varlen_states=_refuse)
 
@@ -65,7 +71,10 @@ def _transformer_engine_names() -> Iterator[None]:
     import megatron.core.models.mamba.mamba_layer_specs  # noqa: F401
 
     names = ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.ops")
-    empty = {name: type(name, (torch.nn.Module,), {"__init__": _refuse}) for name in ("Sequential", "Linear", "LayerNormLinear")}
+    empty = {
+        name: type(name, (torch.nn.Module,), {"__init__": _refuse})
+        for name in ("Sequential", "Linear", "LayerNormLinear")
+    }
     operations = _module(names[2], Sequential=empty["Sequential"])
     layers = _module(names[1], ops=operations, Linear=empty["Linear"], LayerNormLinear=empty["LayerNormLinear"])
     _module(names[0], pytorch=layers)
@@ -75,10 +84,11 @@ def _transformer_engine_names() -> Iterator[None]:
         for name in names:
             del sys.modules[name]
 
-
+# %% ../../nbs/megatron/08_cpu.ipynb #0022a342
 def _import_bridge() -> None:
     """Import Megatron-Bridge with what its LoRA needs."""
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # fused helpers go through torch.compile, which would look for a device
+    # fused helpers go through torch.compile, which would look for a device
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if not hasattr(typing, "override"):  # Python 3.11; Megatron 0.19 imports it from typing
         typing.override = typing_extensions.override
     with _transformer_engine_names():
@@ -95,19 +105,26 @@ CPU = torch.device("cpu")
 
 def _on_cpu(device: Any) -> Any:
     """The CPU in place of any GPU; other devices and None as they are."""
-    gpu = device is not None and not isinstance(device, Tensor) and (isinstance(device, int) or torch.device(device).type == "cuda")
+    gpu = (
+        device is not None
+        and not isinstance(device, Tensor)
+        and (isinstance(device, int) or torch.device(device).type == "cuda")
+    )
     return CPU if gpu else device
 
-
+# %% ../../nbs/megatron/08_cpu.ipynb #dbdfd82e
 class CudaToCpu(TorchFunctionMode):
     """While it is entered, a GPU that is asked for is the CPU."""
 
-    def __torch_function__(self, func: Callable[..., Any], kinds: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], kinds: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         """One call of PyTorch."""
         kwargs = dict(kwargs or {})
         if func is Tensor.cuda:
             return args[0]
-        if func is Tensor.type and len(args) == 1 and not kwargs:  # the clipping of gradients asserts 'torch.cuda.FloatTensor'
+        # the clipping of gradients asserts 'torch.cuda.FloatTensor'
+        if func is Tensor.type and len(args) == 1 and not kwargs:
             return func(*args).replace("torch.", "torch.cuda.")
         if kwargs.get("device") is not None:
             kwargs["device"] = _on_cpu(kwargs["device"])
@@ -117,7 +134,7 @@ class CudaToCpu(TorchFunctionMode):
             kwargs["pin_memory"] = False
         return func(*args, **kwargs)
 
-
+# %% ../../nbs/megatron/08_cpu.ipynb #71f69970
 _MODE = CudaToCpu()
 
 # %% ../../nbs/megatron/08_cpu.ipynb #6c7e89a0
@@ -136,7 +153,7 @@ class _Nothing:
     def __exit__(self, *error: Any) -> bool:
         return False
 
-
+# %% ../../nbs/megatron/08_cpu.ipynb #df25cb95
 def _answer_for_driver() -> None:
     """Fixed answers to what Megatron asks `torch.cuda`."""
     cuda, nothing = torch.cuda, lambda *a, **k: None
@@ -152,10 +169,15 @@ def _answer_for_driver() -> None:
         "set_rng_state": lambda state, *a, **k: torch.set_rng_state(state),
         "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)) and None,
         "memory_stats": lambda *a, **k: defaultdict(int),
-        "get_device_properties": lambda *a, **k: types.SimpleNamespace(total_memory=1 << 34, major=0, minor=0, name="cpu", multi_processor_count=1),
+        "get_device_properties": lambda *a, **k: types.SimpleNamespace(
+            total_memory=1 << 34, major=0, minor=0, name="cpu", multi_processor_count=1
+        ),
         "get_device_capability": lambda *a, **k: (0, 0),
         "is_current_stream_capturing": lambda: False,
-        **dict.fromkeys(("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "set_stream", "ipc_collect"), nothing),
+        **dict.fromkeys(
+            ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "set_stream", "ipc_collect"),
+            nothing,
+        ),
     }
     vars(cuda).update(answers)
     vars(cuda.random).update({name: answers[name] for name in ("get_rng_state", "set_rng_state")})
@@ -175,11 +197,22 @@ def _replace_device_calls() -> None:
         """Sizes of the parts as gloo wants them."""
         return sizes.tolist() if isinstance(sizes, Tensor) else sizes
 
-    def all_to_all(out: Tensor, given: Tensor, output_split_sizes: Any = None, input_split_sizes: Any = None, group: Any = None, async_op: bool = False) -> Any:
+    def all_to_all(
+        out: Tensor,
+        given: Tensor,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
         """Experts of other ranks: the sizes stay tensors on a CPU."""
-        return exchange(out, given, numbers(output_split_sizes), numbers(input_split_sizes), group=group, async_op=async_op)
+        return exchange(
+            out, given, numbers(output_split_sizes), numbers(input_split_sizes), group=group, async_op=async_op
+        )
 
-    torch.distributed.barrier = lambda group=None, async_op=False, device_ids=None: barrier(group=group, async_op=async_op)
+    torch.distributed.barrier = lambda group=None, async_op=False, device_ids=None: barrier(
+        group=group, async_op=async_op
+    )
     torch.distributed.all_to_all_single = all_to_all
     random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
     setup.set_jit_fusion_options = lambda *a, **k: None
@@ -194,7 +227,7 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm, at least in float32."""
     return F.rms_norm(widened(x), (x.shape[-1],), widened(weight), eps).to(x.dtype)
 
-
+# %% ../../nbs/megatron/08_cpu.ipynb #5b75ef55
 class _GatherSequence(torch.autograd.Function):
     """The parts of a sequence from all ranks of a group, one behind the other; gradients go back to their rank."""
 
@@ -213,7 +246,7 @@ class _GatherSequence(torch.autograd.Function):
         torch.distributed.all_reduce(gradient, group=ctx.group)
         return gradient.chunk(ctx.group.size())[ctx.group.rank()].contiguous(), None
 
-
+# %% ../../nbs/megatron/08_cpu.ipynb #94aa2a25
 def _attend(query: Tensor, key: Tensor, value: Tensor, packed: Any, group: Any, scale: float | None) -> Tensor:
     """Core attention of a packed row; keys and values are gathered where context parallelism shares it."""
     q, k, v = (x.squeeze(1) if x.dim() == 4 else x for x in (query, key, value))
@@ -260,10 +293,22 @@ def _linear_layers() -> dict[str, type]:
             """Norm, then product."""
             return super().forward(_normed(x, self.layer_norm_weight, self.eps), *arguments, **options)
 
-        def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        def sharded_state_dict(
+            self, prefix: str = "", sharded_offsets: tuple = (), metadata: Mapping[str, Any] | None = None
+        ) -> dict[str, Any]:
             """What a checkpoint keeps."""
-            state, group = super().sharded_state_dict(prefix, sharded_offsets, metadata), (metadata or {}).get("dp_cp_group")
-            return state | make_sharded_tensors_for_checkpoint({"layer_norm_weight": self.layer_norm_weight}, prefix, {}, sharded_offsets, tp_group=self.tp_group, dp_cp_group=group)
+            state, group = (
+                super().sharded_state_dict(prefix, sharded_offsets, metadata),
+                (metadata or {}).get("dp_cp_group"),
+            )
+            return state | make_sharded_tensors_for_checkpoint(
+                {"layer_norm_weight": self.layer_norm_weight},
+                prefix,
+                {},
+                sharded_offsets,
+                tp_group=self.tp_group,
+                dp_cp_group=group,
+            )
 
     return {"Row": Row, "Column": Column, "NormColumn": LayerNormColumnParallelLinear}
 
@@ -275,11 +320,31 @@ def _other_layers() -> dict[str, type]:
     class PackedAttention(MegatronModule):
         """Core attention for packed rows."""
 
-        def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, attention_dropout: float | None = None, softmax_scale: float | None = None, cp_comm_type: str | None = None, pg_collection: Any = None, **options: Any):
+        def __init__(
+            self,
+            config: Any,
+            layer_number: int,
+            attn_mask_type: Any,
+            attention_type: str,
+            attention_dropout: float | None = None,
+            softmax_scale: float | None = None,
+            cp_comm_type: str | None = None,
+            pg_collection: Any = None,
+            **options: Any,
+        ):
             super().__init__(config=config)
             self.softmax_scale, self.cp = softmax_scale, getattr(pg_collection, "cp", None)
 
-        def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, attn_mask_type: Any = None, attention_bias: Any = None, packed_seq_params: Any = None) -> Tensor:
+        def forward(
+            self,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: Any,
+            attn_mask_type: Any = None,
+            attention_bias: Any = None,
+            packed_seq_params: Any = None,
+        ) -> Tensor:
             """[T,H*P] for a packed row; [T,B,H*P] for rows of one sequence each."""
             if packed_seq_params is not None:
                 return _attend(query, key, value, packed_seq_params, self.cp, self.softmax_scale)
@@ -307,7 +372,7 @@ def _layers() -> types.SimpleNamespace:
     """The classes that derive from Megatron's; made once, in the process that is patched."""
     return types.SimpleNamespace(**_linear_layers(), **_other_layers())
 
-
+# %% ../../nbs/megatron/08_cpu.ipynb #afe4eb57
 def _submodules(add: Any) -> dict[str, Any]:
     """The four kinds of layers."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
@@ -318,22 +383,33 @@ def _submodules(add: Any) -> dict[str, Any]:
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.mlp import MLP, MLPSubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer, TransformerLayerSubmodules
+    from megatron.core.transformer.transformer_layer import (
+        MoETransformerLayer,
+        TransformerLayer,
+        TransformerLayerSubmodules,
+    )
 
     own = _layers()
     parts = SelfAttentionSubmodules(linear_qkv=own.NormColumn, core_attention=own.PackedAttention, linear_proj=own.Row)
     attention = ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=parts)
     mixer = ModuleSpec(module=MambaMixer, submodules=MambaMixerSubmodules(in_proj=own.NormColumn, out_proj=own.Row))
-    dense = functools.partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=own.NormColumn, linear_fc2=own.Row))
+    dense = functools.partial(
+        MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=own.NormColumn, linear_fc2=own.Row)
+    )
     experts = get_moe_module_spec(use_te=False, num_experts=8, moe_grouped_gemm=False)
     return {
         "mamba_layer": ModuleSpec(module=MambaLayer, submodules=MambaLayerSubmodules(mixer=mixer, mamba_bda=add)),
-        "attention_layer": ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(self_attention=attention, self_attn_bda=add)),
+        "attention_layer": ModuleSpec(
+            module=TransformerLayer, submodules=TransformerLayerSubmodules(self_attention=attention, self_attn_bda=add)
+        ),
         "mlp_layer": ModuleSpec(module=MLPLayer, submodules=TransformerLayerSubmodules(mlp=dense, mlp_bda=add)),
-        "moe_layer": ModuleSpec(module=MoETransformerLayer, submodules=TransformerLayerSubmodules(pre_mlp_layernorm=own.Norm, mlp=experts, mlp_bda=add)),
+        "moe_layer": ModuleSpec(
+            module=MoETransformerLayer,
+            submodules=TransformerLayerSubmodules(pre_mlp_layernorm=own.Norm, mlp=experts, mlp_bda=add),
+        ),
     }
 
-
+# %% ../../nbs/megatron/08_cpu.ipynb #7db6fcf5
 def hybrid_stack_spec(
     config: Any = None,  # Megatron's configuration of the model; not needed
 ) -> Any:
@@ -344,20 +420,31 @@ def hybrid_stack_spec(
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     own = _layers()
-    parts = mtp.MultiTokenPredictionLayerSubmodules(enorm=own.Norm, hnorm=own.Norm, eh_proj=own.Column, mtp_model_layer=None, layer_norm=own.Norm)
+    parts = mtp.MultiTokenPredictionLayerSubmodules(
+        enorm=own.Norm, hnorm=own.Norm, eh_proj=own.Column, mtp_model_layer=None, layer_norm=own.Norm
+    )
     depth = ModuleSpec(module=mtp.MultiTokenPredictionLayer, submodules=parts)
-    block = ModuleSpec(module=mtp.MultiTokenPredictionBlock, submodules=mtp.MultiTokenPredictionBlockSubmodules(layer_specs=[depth]))
-    return ModuleSpec(module=HybridStack, params={"post_layer_norm": True}, submodules=HybridStackSubmodules(**_submodules(get_bias_dropout_add), mtp_block_spec=block))
+    block = ModuleSpec(
+        module=mtp.MultiTokenPredictionBlock, submodules=mtp.MultiTokenPredictionBlockSubmodules(layer_specs=[depth])
+    )
+    return ModuleSpec(
+        module=HybridStack,
+        params={"post_layer_norm": True},
+        submodules=HybridStackSubmodules(**_submodules(get_bias_dropout_add), mtp_block_spec=block),
+    )
 
-
+# %% ../../nbs/megatron/08_cpu.ipynb #beeb9ef1
 def _place_layers() -> None:
-    """Tell Megatron of what a spec cannot name: the last norm, the names for checkpoints, the slices of context parallelism."""
+    """Tell Megatron of what a spec cannot name: the last norm, the names for checkpoints, the slices of context
+    parallelism.
+    """
     import megatron.core.models.hybrid.hybrid_block as hybrid_block
     import megatron.core.ssm.mamba_context_parallel as mamba_cp
     import megatron.core.utils as core_utils
     from megatron.bridge.models.conversion.param_mapping import AutoMapping
 
-    hybrid_stack_spec.__module__ = "megatron.core.models.hybrid.cpu_stack"  # checkpoints name it, and are read with names of Megatron only
+    # checkpoints name it, and are read with names of Megatron only
+    hybrid_stack_spec.__module__ = "megatron.core.models.hybrid.cpu_stack"
     _module(hybrid_stack_spec.__module__, hybrid_stack_spec=hybrid_stack_spec)
     hybrid_block.TENorm = _layers().Norm
     for kind, how in (("Row", "row"), ("Column", "column")):
@@ -367,13 +454,17 @@ def _place_layers() -> None:
 
 # %% ../../nbs/megatron/08_cpu.ipynb #daac65ab
 _OFF = (
-    "moe_grouped_gemm", "moe_permute_fusion", "moe_shared_expert_overlap", "use_fused_weighted_squared_relu", "gradient_accumulation_fusion", "persist_layer_norm",
-    "masked_softmax_fusion", "bias_dropout_fusion", "cross_entropy_loss_fusion", "apply_rope_fusion", "sequence_parallel", "use_te_rng_tracker",
+    "moe_grouped_gemm", "moe_permute_fusion", "moe_shared_expert_overlap", "use_fused_weighted_squared_relu",
+    "gradient_accumulation_fusion", "persist_layer_norm",
+    "masked_softmax_fusion", "bias_dropout_fusion", "cross_entropy_loss_fusion", "apply_rope_fusion",
+    "sequence_parallel", "use_te_rng_tracker",
 )  # fmt: skip
 
-
+# %% ../../nbs/megatron/08_cpu.ipynb #5d7d6418
 def cpu_values() -> dict[str, Any]:
-    """Dotted names of Megatron-Bridge and the values that a CPU needs: kernels and overlaps off, one rank for each part of the layout, gloo."""
+    """Dotted names of Megatron-Bridge and the values that a CPU needs: kernels and overlaps off, one rank for each
+    part of the layout, gloo.
+    """
     return {
         **{f"model.{name}": False for name in _OFF},
         "model.hybrid_stack_spec": hybrid_stack_spec,
@@ -388,7 +479,10 @@ def cpu_values() -> dict[str, Any]:
         "ddp.overlap_param_gather": False,
         "optimizer.overlap_param_gather": False,
         "optimizer.use_precision_aware_optimizer": False,
-        **{f"optimizer.{name}": "float32" for name in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")},
+        **{
+            f"optimizer.{name}": "float32"
+            for name in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+        },
         "dataset.num_workers": 0,
         "dataset.pin_memory": False,
         "checkpoint.async_save": False,
@@ -412,22 +506,32 @@ def _install() -> None:
     _replace_device_calls()
     _place_layers()
 
-
+# %% ../../nbs/megatron/08_cpu.ipynb #5fa624a0
 def check_standins() -> None:
     """`UserError` where there is a GPU, and where Megatron-Bridge is not installed."""
     where = "megatron.cpu_standins"
     if torch.cuda.is_available():
-        raise UserError("this machine has a GPU", where=where, why="a training would crawl, and prove nothing about the GPU", fix="leave it out")
+        raise UserError(
+            "this machine has a GPU",
+            where=where,
+            why="a training would crawl, and prove nothing about the GPU",
+            fix="leave it out",
+        )
     if not installed_version("megatron-bridge"):
-        raise UserError("megatron-bridge is not installed", where=where, why="stand-ins are for its kernels, not for itself", fix="install it: .ci/setup dev does")
+        raise UserError(
+            "megatron-bridge is not installed",
+            where=where,
+            why="stand-ins are for its kernels, not for itself",
+            fix="install it: .ci/setup dev does",
+        )
 
-
+# %% ../../nbs/megatron/08_cpu.ipynb #59132b12
 def install_standins() -> None:
     """Make Megatron-Bridge run in this process without a GPU; `UserError` where that makes no sense."""
     check_standins()
     _install()
 
-
+# %% ../../nbs/megatron/08_cpu.ipynb #2b4af254
 @contextlib.contextmanager
 def on_cpu(
     standins: bool,  # False: nothing is done

@@ -50,7 +50,7 @@ def _borders(rows: Sequence[Sequence[int]]) -> np.ndarray:
     most = max(map(len, rows))
     return np.array([[*row, *([row[-1]] * (most - len(row)))] for row in rows], np.int32)
 
-
+# %% ../../nbs/megatron/03_data.ipynb #cb7825d1
 def _closed(borders: list[int], length: int) -> list[int]:
     """Borders whose last is the end of the row: what fills it up is one more sequence."""
     return borders if borders[-1] == length else [*borders, length]
@@ -60,7 +60,7 @@ def _row_length(places: Sequence[int], pack_size: int, fill: bool) -> int:
     """How long the rows of a batch are: the size of the packs, or the longest pack, rounded up to 16."""
     return pack_size if fill else min(pack_size, -(-max(places) // 16) * 16)
 
-
+# %% ../../nbs/megatron/03_data.ipynb #1b64357e
 def _logical_borders(pack: Pack, eos_id: int) -> list[int]:
     """Borders that would hold if the end-of-sequence tokens at the end of each sequence's inputs were not there."""
     ends = [np.flatnonzero(pack.input_ids[a : b - 1] != eos_id) for a, b in pack.spans]
@@ -71,7 +71,7 @@ def _pieces(pack: Pack, array: np.ndarray, first: int, last: int) -> np.ndarray:
     """A column of a pack with `first` places cut off the front of each sequence and `last` off its end."""
     return np.concatenate([array[a + first : b - last] for a, b in pack.spans])
 
-
+# %% ../../nbs/megatron/03_data.ipynb #5d810b7a
 def bridge_batch(
     packs: Sequence[Pack],  # the rows of one batch
     *,
@@ -80,7 +80,10 @@ def bridge_batch(
     pad_seq_to_mult: int = 1,  # what Bridge is told that sequences were padded to
     pad_to_max_length: bool = True,  # rows as long as the packs, as we ask for; else as the longest, rounded up to 16
 ) -> BridgeBatch:
-    """The batch that Megatron-Bridge 0.6 makes of packs. Its rule, not ours: it checks nothing, so `validate_packs` must."""
+    """The batch that Megatron-Bridge 0.6 makes of packs.
+
+    Its rule, not ours: it checks nothing, so `validate_packs` must.
+    """
     tokens = [_pieces(p, p.input_ids, 0, 1) for p in packs]
     labels = [_pieces(p, p.input_ids, 1, 0) for p in packs]
     mask = [_pieces(p, p.loss_mask, 0, 1) for p in packs]
@@ -108,7 +111,9 @@ def context_slices(
     ranks: int,  # context-parallel ranks
     rank: int,  # which of them
 ) -> np.ndarray:
-    """int64: the places of a row that a context-parallel rank gets: of each sequence part `rank` and part 2*ranks-1-rank. `UserError` if one cannot be cut evenly."""
+    """int64: the places of a row that a context-parallel rank gets: of each sequence part `rank` and part
+    2*ranks-1-rank. `UserError` if one cannot be cut evenly.
+    """
     edges = np.asarray(borders, np.int64)
     lengths = np.diff(edges)
     uneven = np.flatnonzero(lengths % (2 * ranks))
@@ -156,13 +161,39 @@ class _Rules:
         uneven, last = np.flatnonzero(places % self.pad_seq_to_mult), np.append(pack.seq_start_id[1:], len(pack)) - 1
         struck = np.flatnonzero((pack.input_ids == self.eos_id) & (pack.loss_mask == 1))
         again = "prepare the data again"
-        yield bool(pack.loss_mask[last].any()), "the mask is not aligned with the labels: the last token of a sequence is marked", "each mark would stand one place behind the prediction it is meant for", again
-        yield bool(len(uneven)), f"sequence {uneven[:1].sum()} has {places[uneven[:1]].sum()} places, not a multiple of {self.pad_seq_to_mult}", "Megatron-Bridge reads it without a word and cuts it in the wrong places", f"{again} with pad_to_multiple={self.pad_seq_to_mult}"
-        yield places.sum() > self.pack_size, f"{places.sum()} places do not fit in {self.pack_size}", "the training would stop when it meets this pack", "give the pack size that the data was prepared with"
-        yield bool(len(struck)), f"{len(struck)} predictions are to be trained from the end-of-sequence token {self.eos_id}", "Megatron-Bridge strikes them out without a word", "give the reader a tokenizer with another end token: reading_tokenizer"
-        yield self.vocab_size is not None and pack.input_ids.max() >= self.vocab_size, f"token {pack.input_ids.max()}, but the model knows {self.vocab_size}", "a token without an embedding cannot be looked up", f"{again} with the tokenizer of the model"
+        yield (
+            bool(pack.loss_mask[last].any()),
+            "the mask is not aligned with the labels: the last token of a sequence is marked",
+            "each mark would stand one place behind the prediction it is meant for",
+            again,
+        )
+        yield (
+            bool(len(uneven)),
+            f"sequence {uneven[:1].sum()} has {places[uneven[:1]].sum()} places, not a multiple of "
+            f"{self.pad_seq_to_mult}",
+            "Megatron-Bridge reads it without a word and cuts it in the wrong places",
+            f"{again} with pad_to_multiple={self.pad_seq_to_mult}",
+        )
+        yield (
+            places.sum() > self.pack_size,
+            f"{places.sum()} places do not fit in {self.pack_size}",
+            "the training would stop when it meets this pack",
+            "give the pack size that the data was prepared with",
+        )
+        yield (
+            bool(len(struck)),
+            f"{len(struck)} predictions are to be trained from the end-of-sequence token {self.eos_id}",
+            "Megatron-Bridge strikes them out without a word",
+            "give the reader a tokenizer with another end token: reading_tokenizer",
+        )
+        yield (
+            self.vocab_size is not None and pack.input_ids.max() >= self.vocab_size,
+            f"token {pack.input_ids.max()}, but the model knows {self.vocab_size}",
+            "a token without an embedding cannot be looked up",
+            f"{again} with the tokenizer of the model",
+        )
 
-
+# %% ../../nbs/megatron/03_data.ipynb #1deef891
 def validate_packs(
     folder: str | Path,  # a split: a folder of Parquet files
     *,
@@ -171,7 +202,9 @@ def validate_packs(
     pad_seq_to_mult: int = 1,  # 2 CP with context parallelism; see `nemotron_nb.data.pack.alignment`
     vocab_size: int | None = None,  # tokens that the model knows; None: not checked
 ) -> PackCheck:
-    """Read a split as Megatron-Bridge will; `UserError` for the first pack that would train on something else than was meant."""
+    """Read a split as Megatron-Bridge will; `UserError` for the first pack that would train on something else than
+    was meant.
+    """
     rules, counts = _Rules(pack_size, eos_id, pad_seq_to_mult, vocab_size), np.zeros(5, np.int64)
     for number, pack in enumerate(packs := PackReader(folder)):
         for broken, what, why, fix in rules.broken(pack):
@@ -180,7 +213,12 @@ def validate_packs(
         trained = np.add.reduceat(pack.loss_mask.astype(np.int64), pack.seq_start_id)
         counts += [len(trained), len(pack) - len(trained), trained.sum(), (trained > 0).sum(), not trained.any()]
     if not counts[2]:
-        raise UserError("no token of these packs is trained", where=str(folder), why="the loss would be 0/0", fix="look at the loss mask of the data")
+        raise UserError(
+            "no token of these packs is trained",
+            where=str(folder),
+            why="the loss would be 0/0",
+            fix="look at the loss mask of the data",
+        )
     return PackCheck(len(packs), *counts.tolist())
 
 # %% ../../nbs/megatron/03_data.ipynb #040bea78
@@ -192,18 +230,28 @@ def _renamed_end(text: str, end_token: str) -> str:
     values = json.loads(text)
     return json.dumps(values | {"eos_token": end_token}, indent=2, ensure_ascii=False) + "\n"
 
-
+# %% ../../nbs/megatron/03_data.ipynb #de046033
 def reading_tokenizer(
     source: str | Path,  # the folder of a tokenizer
     target: str | Path,  # files are written here; the same ones if called again, by any process
     end_token: str = END_TOKEN,  # a token of the vocabulary that no chat contains
 ) -> Path:
-    """A copy of a tokenizer for Megatron-Bridge's reader, with an end-of-sequence token from which nothing is predicted."""
+    """A copy of a tokenizer for Megatron-Bridge's reader, with an end-of-sequence token from which nothing is
+    predicted.
+    """
     source, target = Path(source), Path(target)
     tokens = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
     if end_token not in {t["content"] for t in tokens["added_tokens"]}:
-        raise UserError(f"the tokenizer has no token {end_token!r}", where=str(source), why="Megatron-Bridge strikes out what is predicted from the end-of-sequence token, so it must be one that no chat contains", fix="name another special token that is never used")
+        raise UserError(
+            f"the tokenizer has no token {end_token!r}",
+            where=str(source),
+            why="Megatron-Bridge strikes out what is predicted from the end-of-sequence token, so it must be one that "
+                "no chat contains",
+            fix="name another special token that is never used",
+        )
     for file in sorted(f for f in source.iterdir() if f.is_file()):
         ends = file.name in ("tokenizer_config.json", "special_tokens_map.json")
-        write_atomic(target / file.name, _renamed_end(file.read_text(encoding="utf-8"), end_token) if ends else file.read_bytes())
+        write_atomic(
+            target / file.name, _renamed_end(file.read_text(encoding="utf-8"), end_token) if ends else file.read_bytes()
+        )
     return target

@@ -53,7 +53,10 @@ from ..train.lr import learning_rate
 
 # %% ../../nbs/megatron/09_engine.ipynb #35788c39
 def _fits(value: Any, kind: Any) -> bool:
-    """Is a value of an annotated type? What cannot be judged fits, and so does None: Megatron-Bridge writes it where its annotations do not."""
+    """Is a value of an annotated type?
+
+    What cannot be judged fits, and so does None: Megatron-Bridge writes it where its annotations do not.
+    """
     if value is None:
         return True
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -66,9 +69,11 @@ def _fits(value: Any, kind: Any) -> bool:
         return True
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, kind)
-    return isinstance(value, (int, float) if kind is float else (list, tuple) if kind in (list, tuple) else kind) or not isinstance(value, (int, float, str))
+    return isinstance(
+        value, (int, float) if kind is float else (list, tuple) if kind in (list, tuple) else kind
+    ) or not isinstance(value, (int, float, str))
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #d98fea67
 def _kind(place: Any, name: str) -> Any:
     """The annotated type of a field, Any if it cannot be resolved."""
     try:
@@ -81,9 +86,11 @@ def _members(kind: Any) -> list[type]:
     """The classes that an annotation is made of."""
     return [k for k in (typing.get_args(kind) or (kind,)) if isinstance(k, type)]
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #ed3035af
 def _read(value: Any, kind: Any, current: Any, name: str) -> Any:
-    """A value as the field wants it: names of dtypes and of choices become what they name; `UserError` for the wrong kind."""
+    """A value as the field wants it: names of dtypes and of choices become what they name; `UserError` for the
+    wrong kind.
+    """
     if isinstance(value, str) and (isinstance(current, torch.dtype) or torch.dtype in _members(kind)):
         found = getattr(torch, value.removeprefix("torch."), None)
         if not isinstance(found, torch.dtype):
@@ -95,17 +102,28 @@ def _read(value: Any, kind: Any, current: Any, name: str) -> Any:
             raise UserError(f"unknown choice {value!r}", where=name, fix=nearest(value, choices.__members__))
         return choices[value]
     if typing.get_origin(kind) is typing.Literal and not _fits(value, kind):
-        raise UserError(f"unknown choice {value!r}", where=name, fix=nearest(str(value), map(str, typing.get_args(kind))))
+        raise UserError(
+            f"unknown choice {value!r}", where=name, fix=nearest(str(value), map(str, typing.get_args(kind)))
+        )
     if not _fits(value, kind):
-        raise UserError(f"{value!r} is not of the kind {getattr(kind, '__name__', kind)}", where=name, why="Megatron would fail later, or not at all", fix="write a value of that kind")
+        raise UserError(
+            f"{value!r} is not of the kind {getattr(kind, '__name__', kind)}",
+            where=name,
+            why="Megatron would fail later, or not at all",
+            fix="write a value of that kind",
+        )
     return value
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #71d799f3
 def _known_names(place: Any) -> list[str]:
     """The names that a part of a configuration has."""
-    return [f.name for f in dataclasses.fields(place)] if dataclasses.is_dataclass(place) else list(place if isinstance(place, Mapping) else vars(place))
+    return (
+        [f.name for f in dataclasses.fields(place)]
+        if dataclasses.is_dataclass(place)
+        else list(place if isinstance(place, Mapping) else vars(place))
+    )
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #49cf7c10
 def set_value(
     config: Any,  # Megatron-Bridge's configuration, or a part of it
     name: str,  # dotted, such as optimizer.lr
@@ -117,9 +135,19 @@ def set_value(
     for depth, part in enumerate([*parents, last]):
         here = ".".join(parents[:depth])
         if place is None:
-            raise UserError(f"{here} is not set in this recipe", where=name, why="so there is nothing to change in it", fix=f"set {here} as a whole, or take a recipe that has it")
+            raise UserError(
+                f"{here} is not set in this recipe",
+                where=name,
+                why="so there is nothing to change in it",
+                fix=f"set {here} as a whole, or take a recipe that has it",
+            )
         if not isinstance(place, Mapping) and part not in _known_names(place):
-            raise UserError(f"unknown setting {part!r} in {here or 'the configuration'}", where=name, why="a misspelt setting would leave its default in force without a word", fix=nearest(part, _known_names(place)))
+            raise UserError(
+                f"unknown setting {part!r} in {here or 'the configuration'}",
+                where=name,
+                why="a misspelt setting would leave its default in force without a word",
+                fix=nearest(part, _known_names(place)),
+            )
         if depth < len(parents):
             place = place[part] if isinstance(place, Mapping) else getattr(place, part)
     if isinstance(place, dict):
@@ -130,25 +158,39 @@ def set_value(
 # %% ../../nbs/megatron/09_engine.ipynb #57ff1f0a
 _FORMATS = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #c0d93f8b
 def precision_values(
     precision: str,  # of the shared settings
 ) -> dict[str, Any]:
     """Number formats under the names of Megatron-Bridge."""
     if precision == "bf16":
         return {"mixed_precision": "bf16_mixed"}
-    float32 = ("model.params_dtype", "model.pipeline_dtype", "model.autocast_dtype", "optimizer.params_dtype", *(f"optimizer.{name}" for name in _FORMATS))
+    float32 = (
+        "model.params_dtype",
+        "model.pipeline_dtype",
+        "model.autocast_dtype",
+        "optimizer.params_dtype",
+        *(f"optimizer.{name}" for name in _FORMATS),
+    )
     off = ("model.bf16", "model.fp16", "optimizer.bf16", "optimizer.fp16", "optimizer.use_precision_aware_optimizer")
     return {"mixed_precision": None, **dict.fromkeys(float32, "float32"), **dict.fromkeys(off, False)}
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #f91a1871
 def model_values(
     config: TrainConfig,
 ) -> dict[str, Any]:
     """What the shared settings say of the model itself."""
     m = config.model
-    further = {"model.mtp_num_layers": m.mtp_num_layers, "model.mtp_use_repeated_layer": True, "model.mtp_loss_scaling_factor": m.mtp_loss_scaling_factor}
-    recompute = {"model.recompute_granularity": "full", "model.recompute_method": "uniform", "model.recompute_num_layers": 1}
+    further = {
+        "model.mtp_num_layers": m.mtp_num_layers,
+        "model.mtp_use_repeated_layer": True,
+        "model.mtp_loss_scaling_factor": m.mtp_loss_scaling_factor,
+    }
+    recompute = {
+        "model.recompute_granularity": "full",
+        "model.recompute_method": "uniform",
+        "model.recompute_num_layers": 1,
+    }
     return {
         "model.moe_aux_loss_coeff": m.moe_aux_loss_coeff,
         "model.moe_router_bias_update_rate": config.router_bias_rate,
@@ -156,7 +198,7 @@ def model_values(
         **(recompute if config.train.recompute else {}),
     }
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #bee2318c
 def bridge_values(
     config: TrainConfig,
     global_batch_size: int,  # packs in a step
@@ -182,7 +224,8 @@ def bridge_values(
         "scheduler.lr_decay_iters": t.train_iters,
         "scheduler.lr_wsd_decay_iters": s.lr_wsd_decay_iters or None,
         "scheduler.lr_warmup_iters": s.lr_warmup_iters or math.ceil(s.lr_warmup_samples / global_batch_size),
-        "scheduler.override_opt_param_scheduler": True,  # a resumed run may have other settings than the one that wrote the checkpoint
+        # a resumed run may have other settings than the one that wrote the checkpoint
+        "scheduler.override_opt_param_scheduler": True,
     }
 
 # %% ../../nbs/megatron/09_engine.ipynb #27d40e03
@@ -191,15 +234,30 @@ def check_shared(
 ) -> None:
     """`UserError` for settings that mean something to the PyTorch engine only."""
     t, fix = config.train, "leave it out, or train with train.engine=torch"
-    _require(config.loss.conversation_unit == "sequence", "loss.conversation_unit", "Megatron-Bridge reads no conversation ids, so it cannot say which sequences are one chat", "use sequence, or train.engine=torch")
+    _require(
+        config.loss.conversation_unit == "sequence",
+        "loss.conversation_unit",
+        "Megatron-Bridge reads no conversation ids, so it cannot say which sequences are one chat",
+        "use sequence, or train.engine=torch",
+    )
     _require(t.precision != "bf16_pure", "train.precision", "Megatron keeps its main weights in float32", "use bf16")
-    _require(t.data_parallel == "ddp", "train.data_parallel", "Megatron shares weights and optimizer in ways of its own", "leave it out; megatron.ddp.use_distributed_optimizer=true shares the optimizer")
+    _require(
+        t.data_parallel == "ddp",
+        "train.data_parallel",
+        "Megatron shares weights and optimizer in ways of its own",
+        "leave it out; megatron.ddp.use_distributed_optimizer=true shares the optimizer",
+    )
     _require(not t.compile, "train.compile", "Megatron brings its own fused kernels", fix)
     _require(t.bad_step == "stop", "train.bad_step", "Megatron stops at a loss that is no number, and skips none", fix)
     _require(not t.spike_factor, "train.spike_factor", "Megatron does not look for spikes in our sense", fix)
-    _require(not config.checkpoint.keep_top_k, "checkpoint.keep_top_k", "Megatron-Bridge keeps the newest checkpoints, not the best", "set megatron.checkpoint.most_recent_k, or keep all with 0")
+    _require(
+        not config.checkpoint.keep_top_k,
+        "checkpoint.keep_top_k",
+        "Megatron-Bridge keeps the newest checkpoints, not the best",
+        "set megatron.checkpoint.most_recent_k, or keep all with 0",
+    )
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #4b23d88c
 def _require(holds: bool, where: str, what: str, fix: str) -> None:
     """`UserError` unless it holds."""
     if not holds:
@@ -222,21 +280,30 @@ class MegatronConfig:
         shared: TrainConfig,
         values: Mapping[str, Any],  # dotted names, or sections of them, from a file or the command line
     ) -> "MegatronConfig":
-        """Take `recipe.*`, `run.*`, `unchecked` and `cpu_standins` out of the values; the rest is for Megatron-Bridge."""
+        """Take `recipe.*`, `run.*`, `unchecked` and `cpu_standins` out of the values; the rest is for
+        Megatron-Bridge.
+        """
         flat = {name: value for name, value in _flat(values).items() if name != "unchecked"}
         standins = flat.pop("cpu_standins", False)
-        _require(standins in (True, False, "auto"), "megatron.cpu_standins", f"{standins!r} is not known", "write true, false, or auto: where there is no GPU")
+        _require(
+            standins in (True, False, "auto"),
+            "megatron.cpu_standins",
+            f"{standins!r} is not known",
+            "write true, false, or auto: where there is no GPU",
+        )
         standins = not torch.cuda.is_available() if standins == "auto" else standins
         recipe = {name.removeprefix("recipe."): value for name, value in flat.items() if name.startswith("recipe.")}
         rest = {name: value for name, value in flat.items() if not name.startswith(("recipe.", "run."))}
         return cls(shared, recipe.pop("_target_", "nemotron_3_nano"), recipe, rest, standins)
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #896feddc
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Sections inside sections as dotted names."""
     found = {}
     for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": value}
+        found |= (
+            _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": value}
+        )
     return found
 
 # %% ../../nbs/megatron/09_engine.ipynb #f2d18c70
@@ -249,7 +316,11 @@ def dataset_of(
 ) -> Any:
     """Megatron-Bridge's own configuration of a packed dataset."""
     names, splits = names_of(version), Path(data_dir) / "splits"
-    paths = {f"packed_{short}_data_path": str(splits / split) for short, split in (("train", "train"), ("val", "valid")) if any((splits / split).glob("*.parquet"))}
+    paths = {
+        f"packed_{short}_data_path": str(splits / split)
+        for short, split in (("train", "train"), ("val", "valid"))
+        if any((splits / split).glob("*.parquet"))
+    }
     specs = dotted(names.specs)(packed_sequence_size=row_length, pad_seq_to_mult=pad_seq_to_mult, **paths)
     switch = {names.switch: True} if names.switch else {}
     return dotted(names.dataset)(
@@ -263,7 +334,7 @@ def dataset_of(
         **{names.specs_field: specs, **switch},
     )
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #08d7ae68
 def layout_multiple(
     model: Any,  # Megatron-Bridge's configuration of the model
 ) -> int:
@@ -281,28 +352,86 @@ def check_layout(
     tp, pp, cp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size, m.context_parallel_size
     for name in ("num_attention_heads", "num_query_groups", "mamba_num_heads"):
         heads = getattr(m, name, None)
-        _require(not heads or heads % tp == 0 or (name == "num_query_groups" and tp % heads == 0), "model.tensor_model_parallel_size", f"{tp} ranks cannot share {heads} {name}", "give a divisor")
-    _require(world_size % (tp * pp * cp) == 0, "model", f"{world_size} processes cannot be divided by TP {tp} x PP {pp} x CP {cp}", "change the layout, or start as many processes as it needs")
-    experts = (getattr(m, "expert_model_parallel_size", None) or 1) * (getattr(m, "expert_tensor_parallel_size", None) or 1)
-    _require(world_size % (experts * pp) == 0, "model.expert_model_parallel_size", f"{world_size} processes cannot share the experts among {experts} ranks", "give a divisor, 1 for a single process")
+        _require(
+            not heads or heads % tp == 0 or (name == "num_query_groups" and tp % heads == 0),
+            "model.tensor_model_parallel_size",
+            f"{tp} ranks cannot share {heads} {name}",
+            "give a divisor",
+        )
+    _require(
+        world_size % (tp * pp * cp) == 0,
+        "model",
+        f"{world_size} processes cannot be divided by TP {tp} x PP {pp} x CP {cp}",
+        "change the layout, or start as many processes as it needs",
+    )
+    experts = (getattr(m, "expert_model_parallel_size", None) or 1) * (
+        getattr(m, "expert_tensor_parallel_size", None) or 1
+    )
+    _require(
+        world_size % (experts * pp) == 0,
+        "model.expert_model_parallel_size",
+        f"{world_size} processes cannot share the experts among {experts} ranks",
+        "give a divisor, 1 for a single process",
+    )
     ranks = world_size // (tp * pp * cp)
-    _require(t.global_batch_size % ranks == 0, "train.global_batch_size", f"{t.global_batch_size} packs cannot be shared by {ranks} data-parallel ranks", "give a multiple")
-    _require(t.micro_batch_size == 1, "train.micro_batch_size", f"{t.micro_batch_size}, but a micro-batch is one pack", "leave it at 1 and set train.global_batch_size")
-    _require(manifest["pad_to_multiple"] % layout_multiple(m) == 0, "model.context_parallel_size", f"the data was padded to multiples of {manifest['pad_to_multiple']}, but context parallelism over {cp} ranks needs {layout_multiple(m)}", f"prepare the data with pad_to_multiple={layout_multiple(m)}")
-    _require(m.seq_length % (layout_multiple(m) * (tp if m.sequence_parallel else 1)) == 0, "data.pack_size", f"rows of {m.seq_length} places cannot be shared by the ranks of CP {cp} and TP {tp}", "prepare the data with a pack_size that is a multiple, such as a power of two")
+    _require(
+        t.global_batch_size % ranks == 0,
+        "train.global_batch_size",
+        f"{t.global_batch_size} packs cannot be shared by {ranks} data-parallel ranks",
+        "give a multiple",
+    )
+    _require(
+        t.micro_batch_size == 1,
+        "train.micro_batch_size",
+        f"{t.micro_batch_size}, but a micro-batch is one pack",
+        "leave it at 1 and set train.global_batch_size",
+    )
+    _require(
+        manifest["pad_to_multiple"] % layout_multiple(m) == 0,
+        "model.context_parallel_size",
+        f"the data was padded to multiples of {manifest['pad_to_multiple']}, but context parallelism over {cp} ranks "
+        f"needs {layout_multiple(m)}",
+        f"prepare the data with pad_to_multiple={layout_multiple(m)}",
+    )
+    _require(
+        m.seq_length % (layout_multiple(m) * (tp if m.sequence_parallel else 1)) == 0,
+        "data.pack_size",
+        f"rows of {m.seq_length} places cannot be shared by the ranks of CP {cp} and TP {tp}",
+        "prepare the data with a pack_size that is a multiple, such as a power of two",
+    )
     _require(m.calculate_per_token_loss, "model.calculate_per_token_loss", "it is not set", "both stages need it")
-    _require(not config.ddp.average_in_collective, "ddp.average_in_collective", "it is set", "gradients are sums that are divided once, by the number of the global batch")
-    _require((config.dataset.dataset_kwargs or {}).get("answer_only_loss", True), "dataset.dataset_kwargs.answer_only_loss", "it is not set", "the mask of the packs would be ignored")
+    _require(
+        not config.ddp.average_in_collective,
+        "ddp.average_in_collective",
+        "it is set",
+        "gradients are sums that are divided once, by the number of the global batch",
+    )
+    _require(
+        (config.dataset.dataset_kwargs or {}).get("answer_only_loss", True),
+        "dataset.dataset_kwargs.answer_only_loss",
+        "it is not set",
+        "the mask of the packs would be ignored",
+    )
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #a5f83dfd
 def own_schedule(
     overrides: Mapping[str, Any],  # dotted names of Megatron-Bridge
     schedule: StageSchedule,
 ) -> bool:
-    """Does the learning rate follow our schedule? Not if Megatron's own is asked for by name; `UserError` if stages then have rates of their own."""
-    named = [name for name in overrides if name.startswith("scheduler.") or name in ("optimizer.lr", "optimizer.min_lr")]
+    """Does the learning rate follow our schedule?
+
+    Not if Megatron's own is asked for by name; `UserError` if stages then have rates of their own.
+    """
+    named = [
+        name for name in overrides if name.startswith("scheduler.") or name in ("optimizer.lr", "optimizer.min_lr")
+    ]
     for i, phase in enumerate(schedule.phases):
-        _require(not named or (phase.lr_factor == 1 and not phase.restart), f"loss.stages[{i}]", f"it has a learning rate of its own, but {', '.join(named)} asks for Megatron's schedule", "use the sections optimizer and scheduler, which both engines know")
+        _require(
+            not named or (phase.lr_factor == 1 and not phase.restart),
+            f"loss.stages[{i}]",
+            f"it has a learning rate of its own, but {', '.join(named)} asks for Megatron's schedule",
+            "use the sections optimizer and scheduler, which both engines know",
+        )
     return not named
 
 # %% ../../nbs/megatron/09_engine.ipynb #edd74dff
@@ -311,19 +440,43 @@ def _checkpoint_values(run: MegatronConfig) -> dict[str, Any]:
     c = run.shared.checkpoint
     save = str(run.overrides.get("checkpoint.save") or c.save or Path(run.shared.output_dir) / "checkpoints")
     load = next((folder for folder in (save, c.load) if folder and _has_checkpoint(folder)), None)
-    _require(load is not None or not c.load, "checkpoint.load", f"Megatron-Bridge has written no checkpoint to {c.load}", "name the folder that holds latest_train_state.pt")
-    weights = c.pretrained_checkpoint if c.pretrained_checkpoint and not (Path(c.pretrained_checkpoint) / "config.json").is_file() else str(start_folder(run.shared))
+    _require(
+        load is not None or not c.load,
+        "checkpoint.load",
+        f"Megatron-Bridge has written no checkpoint to {c.load}",
+        "name the folder that holds latest_train_state.pt",
+    )
+    weights = (
+        c.pretrained_checkpoint
+        if c.pretrained_checkpoint and not (Path(c.pretrained_checkpoint) / "config.json").is_file()
+        else str(start_folder(run.shared))
+    )
     _check_weights(weights)
-    return {"checkpoint.save": save, "checkpoint.save_interval": c.save_interval or None, "checkpoint.load": load, "checkpoint.pretrained_checkpoint": weights}
+    return {
+        "checkpoint.save": save,
+        "checkpoint.save_interval": c.save_interval or None,
+        "checkpoint.load": load,
+        "checkpoint.pretrained_checkpoint": weights,
+    }
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #bac021cc
 def _check_weights(folder: str) -> None:
     """Raise `UserError` unless Megatron-Bridge may be given this folder to begin with."""
-    _require(Path(folder).exists(), "checkpoint.pretrained_checkpoint", f"{folder} does not exist", "name a folder in Hugging Face form, or of checkpoints of Megatron-Bridge")
+    _require(
+        Path(folder).exists(),
+        "checkpoint.pretrained_checkpoint",
+        f"{folder} does not exist",
+        "name a folder in Hugging Face form, or of checkpoints of Megatron-Bridge",
+    )
     ours = [Path(folder) / "complete.json", *Path(folder).glob("step_*")]
-    _require(not any(path.exists() for path in ours), "checkpoint.pretrained_checkpoint", f"{folder} holds checkpoints of the PyTorch engine, which Megatron-Bridge does not know", "name the folder model of that run, or export a checkpoint to Hugging Face form")
+    _require(
+        not any(path.exists() for path in ours),
+        "checkpoint.pretrained_checkpoint",
+        f"{folder} holds checkpoints of the PyTorch engine, which Megatron-Bridge does not know",
+        "name the folder model of that run, or export a checkpoint to Hugging Face form",
+    )
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #93d4e8cb
 def _has_checkpoint(folder: str) -> bool:
     """Has Megatron-Bridge written a whole checkpoint here?"""
     return (Path(folder) / "latest_train_state.pt").exists()
@@ -331,12 +484,19 @@ def _has_checkpoint(folder: str) -> bool:
 
 def _peft_values(run: MegatronConfig) -> dict[str, Any]:
     """LoRA of the shared settings, as Megatron-Bridge's own object."""
-    return {"peft": dotted("megatron.bridge.peft.lora.LoRA")(**megatron_peft(run.shared.peft))} if run.shared.peft.enabled else {}
+    return (
+        {"peft": dotted("megatron.bridge.peft.lora.LoRA")(**megatron_peft(run.shared.peft))}
+        if run.shared.peft.enabled
+        else {}
+    )
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #1f4e578e
 def _engine_values(run: MegatronConfig, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What this engine needs, whatever the recipe says; then the shared settings."""
-    shared, tokenizer = run.shared, reading_tokenizer(Path(run.shared.data_dir) / "tokenizer", Path(run.shared.output_dir) / "tokenizer_of_reader")
+    shared, tokenizer = (
+        run.shared,
+        reading_tokenizer(Path(run.shared.data_dir) / "tokenizer", Path(run.shared.output_dir) / "tokenizer_of_reader"),
+    )
     return {
         **(cpu_values() if run.cpu_standins else {}),
         "train.micro_batch_size": 1,
@@ -353,22 +513,31 @@ def _engine_values(run: MegatronConfig, manifest: Mapping[str, Any]) -> dict[str
         **_peft_values(run),
     }
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #7567f55e
 def _data_ranks(model: Any, world_size: int) -> int:
     """How many ranks see different packs, at least 1."""
-    return max(1, world_size // (model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size))
+    return max(
+        1,
+        world_size
+        // (model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size),
+    )
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #2b2d3cb2
 def evaluation_values(
     held_out: int,  # packs of the valid split
     batch: int,  # packs in a step of training
     ranks: int,  # data-parallel ranks
 ) -> dict[str, int]:
-    """An evaluation that sees as many held-out packs as can be shared evenly, each once; none if there are fewer packs than ranks."""
+    """An evaluation that sees as many held-out packs as can be shared evenly, each once; none if there are fewer
+    packs than ranks.
+    """
     size = min(batch, held_out) // ranks * ranks
-    return {"validation.eval_global_batch_size": size or batch, "validation.eval_iters": held_out // size if size else 0}
+    return {
+        "validation.eval_global_batch_size": size or batch,
+        "validation.eval_iters": held_out // size if size else 0,
+    }
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #80996ce6
 def build_config(
     run: MegatronConfig,
     world_size: int = 1,  # processes
@@ -379,10 +548,16 @@ def build_config(
     manifest, recipe = Manifest.load(run.shared.data_dir), recipe_function(run.recipe)
     with local_model(recipe, start_folder(run.shared)):
         config = recipe(**run.recipe_arguments)
-    config.dataset = dataset_of(run.shared.data_dir, manifest["pack_size"], 1, run.shared.train.seed, installed_version("megatron-bridge"))
+    config.dataset = dataset_of(
+        run.shared.data_dir, manifest["pack_size"], 1, run.shared.train.seed, installed_version("megatron-bridge")
+    )
     for name, value in (_engine_values(run, manifest.values) | dict(run.overrides)).items():
         set_value(config, name, value)
-    for name, value in evaluation_values(manifest["splits"].get("valid", {"packs": 0})["packs"], config.train.global_batch_size, _data_ranks(config.model, world_size)).items():
+    for name, value in evaluation_values(
+        manifest["splits"].get("valid", {"packs": 0})["packs"],
+        config.train.global_batch_size,
+        _data_ranks(config.model, world_size),
+    ).items():
         if name not in run.overrides:
             set_value(config, name, value)
     specs = getattr(config.dataset, names_of(installed_version("megatron-bridge")).specs_field)
@@ -398,18 +573,25 @@ def balance_of(
     train = manifest["splits"]["train"]
     return max(1, round(train["trained_tokens"] / max(1, train["sequences"])))
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #6ee41850
 def check_packs(
     config: Any,  # Megatron-Bridge's configuration
     data_dir: str | Path,
 ) -> dict[str, PackCheck]:
-    """Read the splits that will be trained and evaluated as Megatron-Bridge will; `UserError` for what it would take without a word."""
+    """Read the splits that will be trained and evaluated as Megatron-Bridge will; `UserError` for what it would
+    take without a word.
+    """
     build_tokenizer = dotted("megatron.bridge.training.tokenizers.tokenizer.build_tokenizer")
-    rules = {"pack_size": config.model.seq_length, "eos_id": build_tokenizer(config.tokenizer).eos_id, "pad_seq_to_mult": layout_multiple(config.model), "vocab_size": config.model.vocab_size}
+    rules = {
+        "pack_size": config.model.seq_length,
+        "eos_id": build_tokenizer(config.tokenizer).eos_id,
+        "pad_seq_to_mult": layout_multiple(config.model),
+        "vocab_size": config.model.vocab_size,
+    }
     splits = ["train", *(["valid"] if config.validation.eval_iters else [])]
     return {split: validate_packs(Path(data_dir) / "splits" / split, **rules) for split in splits}
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #8082cb38
 def _start_line(run: MegatronConfig, config: Any, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What follows from settings, data and model, for the first line of the metrics."""
     train, steps, size = manifest["splits"]["train"], config.train.train_iters, config.train.global_batch_size
@@ -417,9 +599,15 @@ def _start_line(run: MegatronConfig, config: Any, manifest: Mapping[str, Any]) -
     sums = {"rows": train["sequences"], "tokens": train["tokens"], "trained_tokens": train["trained_tokens"]}
     return {
         "kind": "start",
-        "engine": f"megatron-bridge {installed_version('megatron-bridge')}, megatron-core {installed_version('megatron-core')}" + (f", {SAID}" if run.cpu_standins else ""),
+        "engine": f"megatron-bridge {installed_version('megatron-bridge')}, megatron-core "
+                  f"{installed_version('megatron-core')}"
+        + (f", {SAID}" if run.cpu_standins else ""),
         "recipe": run.recipe,
-        "parameters": sum(math.prod(shape) for name, shape in shapes(start_folder(run.shared)).items() if not name.endswith("e_score_correction_bias")),  # the routers' bias is not trained by gradients
+        "parameters": sum(
+            math.prod(shape)
+            for name, shape in shapes(start_folder(run.shared)).items()
+            if not name.endswith("e_score_correction_bias")
+        ),  # the routers' bias is not trained by gradients
         "packs": train["packs"],
         **sums,
         **{f"{name}_per_step": total * share for name, total in sums.items()},
@@ -435,18 +623,25 @@ def _lone_process() -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+    for name, value in {
+        "RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+    }.items():
         os.environ.setdefault(name, str(value))
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #904cdf24
 def _wait_for(file: Path, minutes: float = 60) -> None:
     """Wait until the first process has written a file; `UserError` if it does not come."""
     deadline = time.monotonic() + 60 * minutes
     while not file.exists():
-        _require(time.monotonic() < deadline, str(file), f"the first process has not written it in {minutes:g} minutes", "look at its log; the folder of the run must be on a disk that all nodes see")
+        _require(
+            time.monotonic() < deadline,
+            str(file),
+            f"the first process has not written it in {minutes:g} minutes",
+            "look at its log; the folder of the run must be on a disk that all nodes see",
+        )
         time.sleep(0.2)
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #d0c253f4
 def _prepare(run: MegatronConfig, ready: Path) -> None:
     """What the first process does before any training: the model to begin with, and a look at it."""
     Path(run.shared.output_dir).mkdir(parents=True, exist_ok=True)
@@ -454,7 +649,7 @@ def _prepare(run: MegatronConfig, ready: Path) -> None:
     examine(run.shared, "before", start, 0)
     write_atomic(ready, "\n")
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #1933094b
 def _begin_record(run: MegatronConfig, config: Any, manifest: Mapping[str, Any], step: TwoStageStep) -> None:
     """Check the packs, say what is about to happen, and begin metrics.jsonl unless the run goes on."""
     for split, check in check_packs(config, run.shared.data_dir).items():
@@ -463,26 +658,46 @@ def _begin_record(run: MegatronConfig, config: Any, manifest: Mapping[str, Any],
         print("no held-out loss: fewer held-out packs than data-parallel ranks", flush=True)
     line, output = _start_line(run, config, manifest), Path(run.shared.output_dir)
     _say_changes(run, output)
-    print(f"{line['engine']}: {names_of(installed_version('megatron-bridge')).note}; recipe {run.recipe}; conversations count {step.balance} in the sample stage", flush=True)
+    print(
+        f"{line['engine']}: {names_of(installed_version('megatron-bridge')).note}; recipe {run.recipe}; conversations "
+        f"count {step.balance} in the sample stage",
+        flush=True,
+    )
     if run.shared.model.mtp_num_layers and any(stage != "token" for stage, _ in line["plan"]):
-        print("MTP depths: in a stage other than the token stage they are weighted like the loss; the PyTorch engine averages them over tokens", flush=True)
+        print(
+            "MTP depths: in a stage other than the token stage they are weighted like the loss; the PyTorch engine "
+            "averages them over tokens",
+            flush=True,
+        )
     (output / STOP).unlink(missing_ok=True)  # it was obeyed
     if config.checkpoint.load is None:
         write_atomic(output / METRICS, "")
         append_line(output, line)
         before = output / "evaluation_before.json"
         if before.exists():
-            append_line(output, {"kind": "valid", "step": 0} | {name: value for name, value in json.loads(before.read_text()).items() if name in ("loss_token", "loss_sample", "trained_tokens", "conversations")})
+            append_line(
+                output,
+                {"kind": "valid", "step": 0}
+                | {
+                    name: value
+                    for name, value in json.loads(before.read_text()).items()
+                    if name in ("loss_token", "loss_sample", "trained_tokens", "conversations")
+                },
+            )
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #52de8f98
 def _in_steps(run: MegatronConfig) -> MegatronConfig:
     """The run with its length in steps; a batch that is given under Megatron's own name counts for the epochs."""
     manifest = Manifest.load(run.shared.data_dir)
     size = run.overrides.get("train.global_batch_size") or run.shared.train.packs_in_step(manifest["pack_size"])
-    counted = replace(run.shared.train, global_batch_size=size).in_steps(manifest["splits"]["train"]["packs"], manifest["pack_size"])
-    return replace(run, shared=replace(run.shared, train=replace(counted, global_batch_size=run.shared.train.global_batch_size)))
+    counted = replace(run.shared.train, global_batch_size=size).in_steps(
+        manifest["splits"]["train"]["packs"], manifest["pack_size"]
+    )
+    return replace(
+        run, shared=replace(run.shared, train=replace(counted, global_batch_size=run.shared.train.global_batch_size))
+    )
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #8320057c
 SETTINGS = "settings.json"  # in the output folder: what decided the steps up to now
 
 
@@ -493,32 +708,51 @@ def _say_changes(run: MegatronConfig, output: Path) -> None:
         print(f"{name} was {was!r} and is {is_now!r} from here on", flush=True)
     write_json(file, now)
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #ec9747d5
 def _finetune(run: MegatronConfig, stop: StopSignals) -> Recorder:
     """Megatron-Bridge's own `finetune` with our configuration, step and listener."""
     rank, manifest = int(os.environ["RANK"]), Manifest.load(run.shared.data_dir).values
-    config, schedule, packs = build_config(run, int(os.environ["WORLD_SIZE"])), StageSchedule.from_config(run.shared.loss.stages), manifest["splits"]["train"]["packs"]
+    config, schedule, packs = (
+        build_config(run, int(os.environ["WORLD_SIZE"])),
+        StageSchedule.from_config(run.shared.loss.stages),
+        manifest["splits"]["train"]["packs"],
+    )
     step, size = TwoStageStep(schedule, balance_of(manifest)), config.train.global_batch_size
-    timed = replace(run.shared, train=replace(run.shared.train, global_batch_size=size, train_iters=config.train.train_iters))
+    timed = replace(
+        run.shared, train=replace(run.shared.train, global_batch_size=size, train_iters=config.train.train_iters)
+    )
     rate = partial(learning_rate, config=timed) if own_schedule(run.overrides, schedule) else None
     if rank == 0:
         _begin_record(run, config, manifest, step)
-    recorder = Recorder(run.shared.output_dir, step, rate, lambda done: done * size / packs, partial(write_model, run.shared, config.peft), stop)
+    recorder = Recorder(
+        run.shared.output_dir,
+        step,
+        rate,
+        lambda done: done * size / packs,
+        partial(write_model, run.shared, config.peft),
+        stop,
+    )
 
     def order(places: int) -> list[int]:
         """The packs of all steps, one after the other."""
-        return [pack for done in range(places // size) for pack in packs_of_step(done, packs, size, run.shared.train.seed)]
+        return [
+            pack for done in range(places // size) for pack in packs_of_step(done, packs, size, run.shared.train.seed)
+        ]
 
     with packs_in_order(order, installed_version("megatron-bridge")):
-        dotted("megatron.bridge.training.finetune.finetune")(config, step, callbacks=recorder.register(dotted("megatron.bridge.training.callbacks.CallbackManager")()))
+        dotted("megatron.bridge.training.finetune.finetune")(
+            config, step, callbacks=recorder.register(dotted("megatron.bridge.training.callbacks.CallbackManager")())
+        )
     return recorder
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #6b52dc20
 def train(
     run: MegatronConfig,
     stop: StopSignals | None = None,  # what asks the training to end, besides a file STOP in the output folder
 ) -> None:
-    """Train with Megatron-Bridge: metrics.jsonl, checkpoints/, evaluation_*.json and model/ are written to the output folder. Start it on every rank, as torchrun does, or alone."""
+    """Train with Megatron-Bridge: metrics.jsonl, checkpoints/, evaluation_*.json and model/ are written to the
+    output folder. Start it on every rank, as torchrun does, or alone.
+    """
     run = _in_steps(run)
     check_shared(run.shared)
     (check_standins if run.cpu_standins else require_megatron)()
@@ -534,7 +768,7 @@ def train(
         if first:
             _end(run, recorder, began)
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #125fd0bf
 def _end(run: MegatronConfig, recorder: Recorder, began: float) -> None:
     """The last lines, and the look at the trained model. One process calls it."""
     output = Path(run.shared.output_dir)
@@ -553,7 +787,12 @@ def export_hf(
 ) -> Path:
     """Write a trained model in Hugging Face form."""
     require_megatron()
-    _require(not Path(target).exists(), str(target), "the folder exists already", "give another folder, results are never overwritten")
+    _require(
+        not Path(target).exists(),
+        str(target),
+        "the folder exists already",
+        "give another folder, results are never overwritten",
+    )
     bridge = dotted("megatron.bridge.AutoBridge").from_hf_pretrained(str(hf_model))
     bridge.export_ckpt(str(checkpoint), str(target), show_progress=False)
     return Path(target)

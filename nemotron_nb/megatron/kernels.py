@@ -23,21 +23,32 @@ def stretches(
     cuts = (torch.nonzero(numbers_T.diff()).flatten() + 1).tolist()
     return list(itertools.pairwise([0, *cuts, len(numbers_T)]))
 
-
+# %% ../../nbs/megatron/07_kernels.ipynb #a595dfc0
 def widened(
     x: Tensor,
 ) -> Tensor:
     """At least in float32, as the kernels compute."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-
-def _scan_of_one(zxbcdt_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, dt_bias_H: Tensor, a_H: Tensor, d: Tensor, groups: int, dt_limit: tuple[float, float]) -> Tensor:
+# %% ../../nbs/megatron/07_kernels.ipynb #6f741cb0
+def _scan_of_one(
+    zxbcdt_BTC: Tensor,
+    weight_CW: Tensor,
+    bias_C: Tensor | None,
+    dt_bias_H: Tensor,
+    a_H: Tensor,
+    d: Tensor,
+    groups: int,
+    dt_limit: tuple[float, float],
+) -> Tensor:
     """Filter, scan and gate of one sequence: [B,T,inner], at least in float32."""
     heads = len(dt_bias_H)
     channels = len(weight_CW)
     inner = zxbcdt_BTC.shape[-1] - channels - heads
     gate, mixed, dt = zxbcdt_BTC.split([inner, channels, heads], -1)
-    x, b, c = widened(F.silu(causal_conv(mixed, weight_CW, bias_C)[0])).split([inner, (channels - inner) // 2, (channels - inner) // 2], -1)
+    x, b, c = widened(F.silu(causal_conv(mixed, weight_CW, bias_C)[0])).split(
+        [inner, (channels - inner) // 2, (channels - inner) // 2], -1
+    )
     x, b, c = x.unflatten(-1, (heads, -1)), b.unflatten(-1, (groups, -1)), c.unflatten(-1, (groups, -1))
     y = chunked_scan(x, F.softplus(widened(dt) + widened(dt_bias_H)).clamp(*dt_limit), widened(a_H), b, c)[0]
     y = y + x * (widened(d)[:, None] if d.dim() == 1 else widened(d))
@@ -66,19 +77,40 @@ def split_conv_scan(
     norm_before_gate: bool = True,
     state_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """[B,T,inner]: what `mamba_split_conv1d_scan_combined` of mamba_ssm returns for the arguments that Megatron gives it. `NotImplementedError` for others."""
-    if rmsnorm_weight is not None or outproj_weight is not None or initial_states is not None or return_final_states or activation != "silu":
+    """[B,T,inner]: what `mamba_split_conv1d_scan_combined` of mamba_ssm returns for the arguments that Megatron
+    gives it. `NotImplementedError` for others.
+    """
+    if (
+        rmsnorm_weight is not None
+        or outproj_weight is not None
+        or initial_states is not None
+        or return_final_states
+        or activation != "silu"
+    ):
         raise NotImplementedError("Megatron's training asks for none of this")
-    rows = [stretches(numbers) for numbers in seq_idx] if seq_idx is not None else [[(0, zxbcdt.shape[1])]] * len(zxbcdt)
+    rows = (
+        [stretches(numbers) for numbers in seq_idx] if seq_idx is not None else [[(0, zxbcdt.shape[1])]] * len(zxbcdt)
+    )
     options = (conv1d_weight, conv1d_bias, dt_bias, A, D, ngroups, dt_limit)
-    out = [torch.cat([_scan_of_one(row[None, a:b], *options) for a, b in spans], 1) for row, spans in zip(zxbcdt, rows, strict=True)]
+    out = [
+        torch.cat([_scan_of_one(row[None, a:b], *options) for a, b in spans], 1)
+        for row, spans in zip(zxbcdt, rows, strict=True)
+    ]
     return torch.cat(out).to(zxbcdt.dtype)
 
 # %% ../../nbs/megatron/07_kernels.ipynb #478a30b3
 class GroupedRMSNorm(torch.nn.Module):
     """RMSNorm over groups of channels, with the signature of mamba_ssm's gated norm; the gate was applied before."""
 
-    def __init__(self, hidden_size: int, eps: float = 1e-5, group_size: int | None = None, norm_before_gate: bool = True, device: Any = None, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        group_size: int | None = None,
+        norm_before_gate: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.eps, self.group_size = eps, group_size or hidden_size
         self.weight, self.bias = torch.nn.Parameter(torch.ones(hidden_size, dtype=dtype)), None
@@ -105,8 +137,16 @@ def packed_attention(
     for a, b in itertools.pairwise(borders.tolist()):
         mine = (places_T >= a) & (places_T < b)
         seen = places_T[mine][:, None] >= torch.arange(a, b)
-        q, k, v = query_THP[mine].transpose(0, 1), key_SKP[a:b].repeat_interleave(repeats, 1).transpose(0, 1), value_SKP[a:b].repeat_interleave(repeats, 1).transpose(0, 1)
-        out.append(F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=seen, scale=scale)[0].transpose(0, 1) if b > a else query_THP[:0])
+        q, k, v = (
+            query_THP[mine].transpose(0, 1),
+            key_SKP[a:b].repeat_interleave(repeats, 1).transpose(0, 1),
+            value_SKP[a:b].repeat_interleave(repeats, 1).transpose(0, 1),
+        )
+        out.append(
+            F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=seen, scale=scale)[0].transpose(0, 1)
+            if b > a
+            else query_THP[:0]
+        )
     return torch.cat(out).flatten(1)
 
 # %% ../../nbs/megatron/07_kernels.ipynb #a6050503
@@ -116,7 +156,9 @@ def partitioned_indices(
     cp_size: int,  # context-parallel ranks
     cp_rank: int,  # which of them
 ) -> Tensor:
-    """int64: the places of a row that a rank gets, with the signature of Transformer Engine's `thd_get_partitioned_indices`. `ValueError` for a sequence that cannot be cut evenly."""
+    """int64: the places of a row that a rank gets, with the signature of Transformer Engine's
+    `thd_get_partitioned_indices`. `ValueError` for a sequence that cannot be cut evenly.
+    """
     if (cu_seqlens.diff() % (2 * cp_size)).any():
         raise ValueError(f"sequences must be multiples of {2 * cp_size} places: {cu_seqlens.tolist()}")
     parts = [torch.arange(a, b).chunk(2 * cp_size) for a, b in itertools.pairwise(cu_seqlens.tolist()) if b > a]

@@ -37,34 +37,40 @@ def _source(config: TrainConfig) -> str:
     weights = config.checkpoint.pretrained_checkpoint
     return weights if weights and (Path(weights) / "config.json").is_file() else config.model.name
 
-
+# %% ../../nbs/megatron/06_lifecycle.ipynb #2f5be48f
 def _must_be_written(source: str) -> bool:
     """Is it a model that Megatron-Bridge cannot read where it is?"""
     file = Path(source) / "config.json"
     return source == TINY or (file.is_file() and "hybrid_override_pattern" not in json.loads(file.read_text()))
 
-
+# %% ../../nbs/megatron/06_lifecycle.ipynb #4ecb3228
 def start_folder(
     config: TrainConfig,
 ) -> Path:
-    """Where the model lies that a training begins with, as Megatron-Bridge reads it. `UserError` if there is none of that name."""
+    """Where the model lies that a training begins with, as Megatron-Bridge reads it.
+
+    `UserError` if there is none of that name.
+    """
     source = _source(config)
     if _must_be_written(source):
         return Path(config.output_dir) / START
     return checkpoint_folder(source)
 
-
+# %% ../../nbs/megatron/06_lifecycle.ipynb #9c65f1a9
 def _write_tiny(config: TrainConfig, tokenizer_dir: Path, folder: Path) -> None:
     """The tiny model, with its block for further predictions if it has one."""
     model = build_model(config.model, load_tokenizer(str(tokenizer_dir)).vocab_size, config.train.seed)
     block = mtp_tensors(make_mtp(model, config.train.seed).state_dict()) if config.model.mtp_num_layers else None
     export_hf(model, tokenizer_dir, folder, block)
 
-
+# %% ../../nbs/megatron/06_lifecycle.ipynb #748e137f
 def write_start(
     config: TrainConfig,
 ) -> Path:
-    """Write the model that a training begins with, where that is needed and not yet done. One process calls it. `UserError` for further predictions of a checkpoint that has none."""
+    """Write the model that a training begins with, where that is needed and not yet done.
+
+    One process calls it. `UserError` for further predictions of a checkpoint that has none.
+    """
     source, folder, tokenizer_dir = _source(config), start_folder(config), Path(config.data_dir) / "tokenizer"
     if _must_be_written(source) and not folder.exists():
         if source == TINY:
@@ -72,7 +78,12 @@ def write_start(
         else:
             release_folder(source, folder, tokenizer_dir)
     if config.model.mtp_num_layers and not any(name.startswith("mtp.") for name in shapes(folder)):
-        raise UserError("this checkpoint has no tensors for further predictions", where="model.mtp_num_layers", why="Megatron-Bridge cannot begin them at random beside given weights", fix="set it to 0, or train the checkpoint with train.engine=torch first, which begins them and writes them")
+        raise UserError(
+            "this checkpoint has no tensors for further predictions",
+            where="model.mtp_num_layers",
+            why="Megatron-Bridge cannot begin them at random beside given weights",
+            fix="set it to 0, or train the checkpoint with train.engine=torch first, which begins them and writes them",
+        )
     return folder
 
 # %% ../../nbs/megatron/06_lifecycle.ipynb #a929d500
@@ -81,10 +92,14 @@ def room_for(
 ) -> bool:
     """Does this model fit twice over, in float32, in the memory that this process can still have?"""
     needed = 2 * 4 * sum(math.prod(shape) for shape in shapes(folder).values())
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = (
+        torch.cuda.mem_get_info()[0]
+        if torch.cuda.is_available()
+        else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    )
     return needed < free
 
-
+# %% ../../nbs/megatron/06_lifecycle.ipynb #7c1c1434
 def examine(
     config: TrainConfig,
     name: str,  # "before" or "after"
@@ -101,11 +116,24 @@ def examine(
     if not any((Path(config.data_dir) / "splits" / "valid").glob("*.parquet")):
         print(f"{name}: not looked at, there are no held-out packs", flush=True)
         return
-    tokenizer, held_out = load_tokenizer(str(Path(config.data_dir) / "tokenizer")), read_packs(Path(config.data_dir) / "splits" / "valid")
-    model = build_model(ModelConfig(name=str(folder)), tokenizer.vocab_size).to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    found = evaluate(model, held_out, tokenizer, step, e.num_generations, e.max_new_tokens, config.train.micro_batch_tokens)
+    tokenizer, held_out = (
+        load_tokenizer(str(Path(config.data_dir) / "tokenizer")),
+        read_packs(Path(config.data_dir) / "splits" / "valid"),
+    )
+    model = (
+        build_model(ModelConfig(name=str(folder)), tokenizer.vocab_size)
+        .to("cuda" if torch.cuda.is_available() else "cpu")
+        .eval()
+    )
+    found = evaluate(
+        model, held_out, tokenizer, step, e.num_generations, e.max_new_tokens, config.train.micro_batch_tokens
+    )
     write_json(file, found)
-    print(f"{name}: held-out loss {found['loss_token']:.3f}, {found['well_formed_rate']:.0%} of {found['num_generations']} generations well formed", flush=True)
+    print(
+        f"{name}: held-out loss {found['loss_token']:.3f}, {found['well_formed_rate']:.0%} of "
+        f"{found['num_generations']} generations well formed",
+        flush=True,
+    )
     del model
     gc.collect()
     if torch.cuda.is_available():
@@ -113,22 +141,31 @@ def examine(
 
 # %% ../../nbs/megatron/06_lifecycle.ipynb #e4e880f9
 def _finished(partial_folder: Path, folder: Path, tokenizer_dir: Path | None) -> None:
-    """Give a folder its name, in place of one that an earlier part of this run wrote; with the tokenizer beside a model."""
+    """Give a folder its name, in place of one that an earlier part of this run wrote; with the tokenizer beside a
+    model.
+    """
     if tokenizer_dir is not None:
         shutil.copytree(tokenizer_dir, partial_folder, dirs_exist_ok=True)
     give_usual_rights(partial_folder)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial_folder, folder)
 
-
+# %% ../../nbs/megatron/06_lifecycle.ipynb #5436790e
 def _check_export(start: Path, folder: Path, further: bool) -> None:
-    """`UserError` unless an export has the names and shapes of the model it began as; without its further predictions if they were not trained."""
+    """`UserError` unless an export has the names and shapes of the model it began as; without its further
+    predictions if they were not trained.
+    """
     wanted = {name: shape for name, shape in shapes(start).items() if further or not name.startswith("mtp.")}
     differing = sorted(name for name, _ in wanted.items() ^ shapes(folder).items())
     if differing:
-        raise UserError(f"{len(differing)} tensors of the export are missing, new or of another shape, e.g. {differing[0]}", where=str(folder), why="it would load, and be another model", fix="keep the checkpoint; the export can be repeated with nemotron_nb.megatron.engine.export_hf")
+        raise UserError(
+            f"{len(differing)} tensors of the export are missing, new or of another shape, e.g. {differing[0]}",
+            where=str(folder),
+            why="it would load, and be another model",
+            fix="keep the checkpoint; the export can be repeated with nemotron_nb.megatron.engine.export_hf",
+        )
 
-
+# %% ../../nbs/megatron/06_lifecycle.ipynb #0cc5222e
 def write_model(
     config: TrainConfig,
     peft: Any,  # Megatron-Bridge's LoRA; None: the whole model was trained
@@ -136,12 +173,22 @@ def write_model(
 ) -> None:
     """Write model/ or adapter/ in Hugging Face form. Every rank calls it."""
     start, output, first = start_folder(config), Path(config.output_dir), torch.distributed.get_rank() == 0
-    bridge, adapter, whole = dotted("megatron.bridge.AutoBridge").from_hf_pretrained(str(start)), output / ".adapter.partial", output / ".model.partial"
+    bridge, adapter, whole = (
+        dotted("megatron.bridge.AutoBridge").from_hf_pretrained(str(start)),
+        output / ".adapter.partial",
+        output / ".model.partial",
+    )
     if first:
         shutil.rmtree(adapter, ignore_errors=True), shutil.rmtree(whole, ignore_errors=True)
     torch.distributed.barrier()
     if peft is not None:
-        bridge.save_hf_adapter(model, adapter, peft, base_model_name_or_path=str(start) if _must_be_written(_source(config)) else _source(config), show_progress=False)
+        bridge.save_hf_adapter(
+            model,
+            adapter,
+            peft,
+            base_model_name_or_path=str(start) if _must_be_written(_source(config)) else _source(config),
+            show_progress=False,
+        )
         if first:
             _finished(adapter, output / "adapter", None)
     if peft is None or config.peft.merge:

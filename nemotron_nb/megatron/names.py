@@ -33,10 +33,14 @@ def names_version() -> str:
     """The version of megatron-bridge that the names are of."""
     return _asset()["version"]
 
-
+# %% ../../nbs/megatron/02_names.ipynb #4bcbf970
 def known_bridge_names() -> frozenset[str]:
-    """Every dotted name of Megatron-Bridge's configuration, such as model.tensor_model_parallel_size; one that ends in .* takes any name below it."""
-    return frozenset(f"{section}.{name}" if section else name for section, names in _asset()["names"].items() for name in names)
+    """Every dotted name of Megatron-Bridge's configuration, such as model.tensor_model_parallel_size; one that ends
+    in .* takes any name below it.
+    """
+    return frozenset(
+        f"{section}.{name}" if section else name for section, names in _asset()["names"].items() for name in names
+    )
 
 
 def open_bridge_names() -> frozenset[str]:
@@ -55,7 +59,7 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
     beside = [other for other in known if other.rpartition(".")[0] == section and not other.endswith(".*")]
     return nearest(name, beside or [other for other in known if not other.endswith(".*")])
 
-
+# %% ../../nbs/megatron/02_names.ipynb #fd01bf90
 def check_bridge_names(
     values: Mapping[str, Any],  # dotted names of Megatron-Bridge and their values
 ) -> None:
@@ -65,7 +69,12 @@ def check_bridge_names(
     for name in values:
         if name.startswith(OWN) or name in OWN_NAMES or name in passed or _is_known(name, known, open_below):
             continue
-        raise UserError(f"Megatron-Bridge {names_version()} has no setting of that name", where=f"megatron.{name}", why="it would fail when the job has started, on every GPU", fix=f"{_suggestion(name, known)}; a newer one is passed with megatron.unchecked=[{name}]")
+        raise UserError(
+            f"Megatron-Bridge {names_version()} has no setting of that name",
+            where=f"megatron.{name}",
+            why="it would fail when the job has started, on every GPU",
+            fix=f"{_suggestion(name, known)}; a newer one is passed with megatron.unchecked=[{name}]",
+        )
 
 # %% ../../nbs/megatron/02_names.ipynb #75242a4f
 def needed_multiple(
@@ -78,7 +87,7 @@ def needed_multiple(
 # %% ../../nbs/megatron/02_names.ipynb #fddce0f4
 OPTIONAL = {"peft": "megatron.bridge.peft.lora.LoRA"}  # what can stand in a place that the recipes leave empty
 
-
+# %% ../../nbs/megatron/02_names.ipynb #2694523c
 def _fields(place: Any, prefix: str = "") -> dict[str, list[str]]:
     """Section -> names of its fields, of a configuration and all below it."""
     here, below = [], {}
@@ -91,7 +100,7 @@ def _fields(place: Any, prefix: str = "") -> dict[str, list[str]]:
             here.append(f"{name}.*")
     return {prefix.rstrip("."): here} | below
 
-
+# %% ../../nbs/megatron/02_names.ipynb #64098c85
 def installed_names(
     model: str | Path,  # a model in Hugging Face form, whose sizes the recipes read
 ) -> dict[str, Any]:
@@ -111,7 +120,12 @@ def installed_names(
         function = recipe_function(recipe)
         with local_model(function, model):
             config = function()
-        config.dataset = dotted(names.dataset)(seq_length=1, dataset_root=str(model), **{names.specs_field: dotted(names.specs)(packed_sequence_size=1)}, **({names.switch: True} if names.switch else {}))
+        config.dataset = dotted(names.dataset)(
+            seq_length=1,
+            dataset_root=str(model),
+            **{names.specs_field: dotted(names.specs)(packed_sequence_size=1)},
+            **({names.switch: True} if names.switch else {}),
+        )
         for place, kind in OPTIONAL.items():
             setattr(config, place, dotted(kind)())
         for section, fields in _fields(config).items():
@@ -120,12 +134,14 @@ def installed_names(
     assert names is BRIDGE_NAMES[-1]
     return {"version": version, "names": found}
 
-
+# %% ../../nbs/megatron/02_names.ipynb #90afdc5b
 def write_names(
     model: str | Path,  # see `installed_names`
     target: str | Path = ASSET,
 ) -> Path:
     """Write the list for the Megatron-Bridge that is installed, a section a line."""
     found = installed_names(model)
-    lines = ",\n".join(f"  {json.dumps(section)}: {json.dumps(names)}" for section, names in sorted(found["names"].items()))
+    lines = ",\n".join(
+        f"  {json.dumps(section)}: {json.dumps(names)}" for section, names in sorted(found["names"].items())
+    )
     return write_atomic(target, f'{{"version": {json.dumps(found["version"])}, "names": {{\n{lines}\n}}}}\n')

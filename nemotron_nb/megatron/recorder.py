@@ -32,22 +32,26 @@ def append_line(
     with open(Path(folder) / METRICS, "a", encoding="utf-8") as file:
         file.write(json.dumps(line, allow_nan=False) + "\n")
 
-
+# %% ../../nbs/megatron/05_recorder.ipynb #b89ecae1
 def kept_lines(
     path: str | Path,  # metrics.jsonl of an interrupted run
     step: int,  # optimizer steps done when the checkpoint was written
 ) -> list[tuple[str, dict[str, Any]]]:
-    """The lines of an earlier part of a run that still hold, as they are and as JSON. Half a line at the end does not."""
+    """The lines of an earlier part of a run that still hold, as they are and as JSON.
+
+    Half a line at the end does not.
+    """
     return [(text, line) for text, line in metric_lines(path) if line.get("step", 0) <= step and line["kind"] != "end"]
 
-
+# %% ../../nbs/megatron/05_recorder.ipynb #01934059
 def go_on(
     folder: str | Path,  # the folder of the run
     step: int,  # optimizer steps done when the checkpoint was written
 ) -> None:
     """Cut metrics.jsonl back to a checkpoint and mark the seam."""
     kept = kept_lines(Path(folder) / METRICS, step)
-    attempt = 1 + max([1, *(line["attempt"] for _, line in kept if line["kind"] == "resume")])  # the first begins, and says nothing
+    # the first begins, and says nothing
+    attempt = 1 + max([1, *(line["attempt"] for _, line in kept if line["kind"] == "resume")])
     seam = {"kind": "resume", "step": step, "attempt": attempt}
     write_atomic(Path(folder) / METRICS, "".join(text for text, _ in kept) + json.dumps(seam) + "\n")
 
@@ -61,7 +65,8 @@ class Recorder:
         step: TwoStageStep,
         rate: Callable[[int], float] | None = None,  # learning rate by steps done; None: Megatron's schedule
         epoch: Callable[[int], float] = lambda done: 0.0,  # epochs of the data by steps done
-        at_end: Callable[[list[Any]], None] | None = None,  # called on every rank with the trained model, unless the run was stopped
+        # called on every rank with the trained model, unless the run was stopped
+        at_end: Callable[[list[Any]], None] | None = None,
         stop: StopSignals | None = None,  # what asks the run to end, besides a file STOP
     ):
         self.folder, self.step, self.rate, self.epoch, self.at_end = Path(folder), step, rate, epoch, at_end
@@ -70,7 +75,10 @@ class Recorder:
 
     def register(self, callbacks: Any) -> Any:
         """Register with a CallbackManager of Megatron-Bridge, and return it."""
-        for event in ("on_train_start", "on_train_step_start", "on_train_step_end", "on_eval_start", "on_eval_end", "on_train_end"):
+        for event in (
+            "on_train_start", "on_train_step_start", "on_train_step_end", "on_eval_start", "on_eval_end",
+            "on_train_end",
+        ):
             callbacks.register(event, getattr(self, event))
         return callbacks
 
@@ -82,7 +90,9 @@ class Recorder:
         return groups.pp.rank() == groups.pp.size() - 1 and groups.tp.rank() == groups.dp_cp.rank() == 0
 
     def _summed(self, model: Any) -> tuple[MeanPair, int]:
-        """(sums of the losses, places), over all ranks of the last stage of the pipeline; nothing on the other stages."""
+        """(sums of the losses, places), over all ranks of the last stage of the pipeline; nothing on the other
+        stages.
+        """
         from megatron.bridge.training.utils.pg_utils import get_pg_collection
 
         groups = get_pg_collection(model)
@@ -123,7 +133,16 @@ class Recorder:
         stage, means = self.step.schedule.stage_at(self.done - 1), pair.record()
         norm = None if context.grad_norm is None else float(context.grad_norm)
         kind = "skipped" if context.skipped_iter else "train"
-        line = {"kind": kind, "step": self.done, "stage": stage, "loss": means[f"loss_{stage}"], **means, "lr": self.lr, "grad_norm": norm, "tokens": places}
+        line = {
+            "kind": kind,
+            "step": self.done,
+            "stage": stage,
+            "loss": means[f"loss_{stage}"],
+            **means,
+            "lr": self.lr,
+            "grad_norm": norm,
+            "tokens": places,
+        }
         return line | {"seconds": time.perf_counter() - self.step_began, "epoch": self.epoch(self.done)}
 
     def _asked_to_stop(self, model: Any) -> bool:

@@ -29,12 +29,15 @@ def owners(
     inside_BT = torch.searchsorted(borders_BK[:, 1:].to(torch.int64).contiguous(), places_BT, right=True)
     return inside_BT + most * torch.arange(rows, device=borders_BK.device)[:, None]
 
-
+# %% ../../nbs/megatron/04_step.ipynb #d5fba9b1
 def riding_lengths(
     loss_mask_BT: Tensor,  # [B,T] integer, 1 = trained
     borders_BK: Tensor,  # [B,K] integer, where sequences lie in each row: the padded borders, if there are two kinds
 ) -> tuple[Tensor, Denominators]:
-    """([B,T] int64: length of the answer of each trained label, else 0; the two counts). Of whole rows, before any slicing."""
+    """([B,T] int64: length of the answer of each trained label, else 0; the two counts).
+
+    Of whole rows, before any slicing.
+    """
     unit_BT = owners(borders_BK, loss_mask_BT.shape[1])
     return answer_lengths(loss_mask_BT, unit_BT), count(loss_mask_BT, unit_BT)
 
@@ -65,7 +68,12 @@ class Share:
         """What this micro-batch adds to the number that the gradient is divided by."""
         own = getattr(self.counts, LOSS_STAGES[check_stage(self.stage)].counts)
         if own * self.factor >= 1 << 31:
-            raise UserError(f"{own * self.factor} does not fit in 32 bits", where="megatron step", why="Megatron adds up such numbers as 32-bit integers", fix="train with fewer tokens in a micro-batch")
+            raise UserError(
+                f"{own * self.factor} does not fit in 32 bits",
+                where="megatron step",
+                why="Megatron adds up such numbers as 32-bit integers",
+                fix="train with fewer tokens in a micro-batch",
+            )
         return own * self.factor if self.counted_here else 0
 
     @property
@@ -73,7 +81,7 @@ class Share:
         """The counts for the metrics, once."""
         return MeanPair.counted(self.counts) if self.counted_here else MeanPair.nothing()
 
-
+# %% ../../nbs/megatron/04_step.ipynb #30507f76
 def weighted_loss(
     lengths: Tensor,  # [..., T] integer from `riding_lengths`, as this rank has it
     share: Share,
@@ -85,7 +93,10 @@ def weighted_loss(
     number = torch.tensor(share.number, dtype=torch.int32, device=nll.device)
     *sums, tokens, conversations = MeanPair.of(nll, lengths).sums + share.pair.sums.to(nll.device)
     counted = {"tokens": tokens, "conversations": conversations}
-    means = {f"loss_{name}": torch.stack([part, counted[row.counts]]) for (name, row), part in zip(LOSS_STAGES.items(), sums, strict=True)}
+    means = {
+        f"loss_{name}": torch.stack([part, counted[row.counts]])
+        for (name, row), part in zip(LOSS_STAGES.items(), sums, strict=True)
+    }
     return total, number, {"lm loss": torch.stack([total.detach().double(), number.double()])} | means
 
 # %% ../../nbs/megatron/04_step.ipynb #42f15d93
@@ -104,14 +115,33 @@ def physical_borders(
 def check_model_settings(
     config: Any,  # Megatron's configuration of the model
 ) -> None:
-    """`UserError` if the model would divide the loss by something else, leak its state, or hand out the step in pieces."""
-    pattern = str(getattr(config, "hybrid_layer_pattern", None) or getattr(config, "hybrid_override_pattern", None) or "")
+    """`UserError` if the model would divide the loss by something else, leak its state, or hand out the step in
+    pieces.
+    """
+    pattern = str(
+        getattr(config, "hybrid_layer_pattern", None) or getattr(config, "hybrid_override_pattern", None) or ""
+    )
     if not getattr(config, "calculate_per_token_loss", False):
-        raise UserError("it is not set", where="model.calculate_per_token_loss", why="the loss would be a mean of the means of micro-batches", fix="set it to true; both stages need it")
+        raise UserError(
+            "it is not set",
+            where="model.calculate_per_token_loss",
+            why="the loss would be a mean of the means of micro-batches",
+            fix="set it to true; both stages need it",
+        )
     if "M" in pattern and not getattr(config, "is_hybrid_model", False):
-        raise UserError("it is not set, but the model has Mamba layers", where="model.is_hybrid_model", why="Megatron-Bridge then tells them no borders, and their state leaks from one conversation into the next", fix="set it to true")
+        raise UserError(
+            "it is not set, but the model has Mamba layers",
+            where="model.is_hybrid_model",
+            why="Megatron-Bridge then tells them no borders, and their state leaks from one conversation into the next",
+            fix="set it to true",
+        )
     if getattr(config, "overlap_moe_expert_parallel_comm", False):
-        raise UserError("it is set", where="model.overlap_moe_expert_parallel_comm", why="it asks for a plan of the step, and this step computes at once", fix="set it to false")
+        raise UserError(
+            "it is set",
+            where="model.overlap_moe_expert_parallel_comm",
+            why="it asks for a plan of the step, and this step computes at once",
+            fix="set it to false",
+        )
 
 # %% ../../nbs/megatron/04_step.ipynb #b51d5238
 class TwoStageStep:
@@ -123,7 +153,12 @@ class TwoStageStep:
         balance: int = 64,  # K, see `Share`; of `PackCheck.mean_answer`
     ):
         if balance < 1:
-            raise UserError(f"balance is {balance}", where="megatron step", why="conversations would count nothing", fix="give the mean length of an answer, at least 1")
+            raise UserError(
+                f"balance is {balance}",
+                where="megatron step",
+                why="conversations would count nothing",
+                fix="give the mean length of an answer, at least 1",
+            )
         self.schedule, self.balance = schedule, balance
         self.checked = False
         self.forget()
@@ -148,14 +183,25 @@ class TwoStageStep:
         lengths, counts = riding_lengths(batch["loss_mask"], batch["cu_seqlens_q"] if borders is None else borders)
         return dict(batch, loss_mask=lengths), Share(self.schedule.stage_at(step), self.balance, counts, counted_here)
 
-    def remember(self, lengths: Tensor, share: Share, places: int, nll: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def remember(
+        self, lengths: Tensor, share: Share, places: int, nll: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The loss for Megatron; its sums are kept."""
         loss, number, reported = weighted_loss(lengths, share, nll)
-        self.sums.append(torch.cat([torch.stack([reported[f"loss_{name}"][0] for name in LOSS_STAGES]), share.pair.sums[-2:].to(nll.device)]))
+        self.sums.append(
+            torch.cat(
+                [
+                    torch.stack([reported[f"loss_{name}"][0] for name in LOSS_STAGES]),
+                    share.pair.sums[-2:].to(nll.device),
+                ]
+            )
+        )
         self.places += places if share.counted_here else 0
         return loss, number, reported
 
-    def __call__(self, state: Any, data_iterator: Iterator[Mapping[str, Any]], model: Any, return_schedule_plan: bool = False) -> tuple[Tensor, Any]:
+    def __call__(
+        self, state: Any, data_iterator: Iterator[Mapping[str, Any]], model: Any, return_schedule_plan: bool = False
+    ) -> tuple[Tensor, Any]:
         """One micro-batch through the model: (output, the function that makes the loss of it)."""
         from megatron.bridge.training import gpt_step
         from megatron.bridge.training.utils.packed_seq_utils import get_packed_seq_params
@@ -172,9 +218,18 @@ class TwoStageStep:
         raw, share = self.share(raw, state.train_state.step, groups.cp.rank() == 0)
         stage_of_pipeline = gpt_step.get_model_chunk_vp_stage(model)
         uses_mtp = (getattr(config, "mtp_num_layers", None) or 0) > 0
-        tokens, labels, lengths, attention, positions, packed = gpt_step.get_batch(iter([raw]), state.cfg, uses_mtp, pg_collection=groups, vp_stage=stage_of_pipeline)
+        tokens, labels, lengths, attention, positions, packed = gpt_step.get_batch(
+            iter([raw]), state.cfg, uses_mtp, pg_collection=groups, vp_stage=stage_of_pipeline
+        )
         here = next((t for t in (tokens, labels) if t is not None), None)
         packed = physical_borders(packed, config.seq_length // groups.cp.size() if here is None else here.size(1))
         weights = None if lengths is None else share.weights(lengths)
-        output = model(input_ids=tokens, position_ids=positions, attention_mask=attention, labels=labels, loss_mask=weights, packed_seq_params=get_packed_seq_params(packed))
+        output = model(
+            input_ids=tokens,
+            position_ids=positions,
+            attention_mask=attention,
+            labels=labels,
+            loss_mask=weights,
+            packed_seq_params=get_packed_seq_params(packed),
+        )
         return output, partial(self.remember, lengths, share, places)

@@ -21,9 +21,12 @@ import torch
 from ..core import UserError, nearest
 
 # %% ../../nbs/megatron/01_versions.ipynb #59d1a236
-INSTALL = "use one of NVIDIA's NeMo containers; or, to try it without a GPU, `.ci/setup dev` and the setting megatron.cpu_standins=true"
+INSTALL = (
+    "use one of NVIDIA's NeMo containers; or, to try it without a GPU, `.ci/setup dev` and the setting "
+    "megatron.cpu_standins=true"
+)
 
-
+# %% ../../nbs/megatron/01_versions.ipynb #d59ef7e7
 def installed_version(
     package: str,  # e.g. megatron-bridge
 ) -> str:
@@ -33,7 +36,7 @@ def installed_version(
     except importlib.metadata.PackageNotFoundError:
         return ""
 
-
+# %% ../../nbs/megatron/01_versions.ipynb #a4438041
 def missing_reason() -> str:
     """Why Megatron-Bridge cannot be used in this process, or an empty text. Imports it if it is installed."""
     if not installed_version("megatron-bridge"):
@@ -41,14 +44,21 @@ def missing_reason() -> str:
     try:
         importlib.import_module("megatron.bridge.training.finetune")
     except Exception as error:  # whatever its dependencies raise when they are imported
-        return f"megatron-bridge {installed_version('megatron-bridge')} is installed, but {type(error).__name__}: {error}"
+        return (
+            f"megatron-bridge {installed_version('megatron-bridge')} is installed, but {type(error).__name__}: {error}"
+        )
     return ""
 
-
+# %% ../../nbs/megatron/01_versions.ipynb #4b2d724a
 def require_megatron() -> None:
     """`UserError` unless Megatron-Bridge can be imported and is a version that reads our packs."""
     if reason := missing_reason():
-        raise UserError(reason, where="train.engine=megatron", why="this engine is NVIDIA's Megatron-Bridge; nothing stands in for it", fix=f"{INSTALL}; train.engine=torch needs none of it")
+        raise UserError(
+            reason,
+            where="train.engine=megatron",
+            why="this engine is NVIDIA's Megatron-Bridge; nothing stands in for it",
+            fix=f"{INSTALL}; train.engine=torch needs none of it",
+        )
     names_of(installed_version("megatron-bridge"))
 
 # %% ../../nbs/megatron/01_versions.ipynb #bcf14641
@@ -63,36 +73,59 @@ class BridgeNames:
     switch: str  # the field that turns packs on; empty: there is none
     note: str  # what to say when a run meets this version
 
-
+# %% ../../nbs/megatron/01_versions.ipynb #bfabc498
 BRIDGE_NAMES = (
-    BridgeNames((0, 4), "megatron.bridge.training.config.FinetuningDatasetConfig", "megatron.bridge.data.datasets.packed_sequence.PackedSequenceSpecs", "packed_sequence_specs", "", "names of Megatron-Bridge 0.4 and 0.5; read in its source, not run by our tests"),
-    BridgeNames((0, 6), "megatron.bridge.data.builders.gpt_sft.GPTSFTDatasetConfig", "megatron.bridge.data.packing.config.PackedSequenceSpecs", "offline_packing_specs", "enable_offline_packing", "names of Megatron-Bridge 0.6, which our tests run"),
+    BridgeNames(
+        (0, 4),
+        "megatron.bridge.training.config.FinetuningDatasetConfig",
+        "megatron.bridge.data.datasets.packed_sequence.PackedSequenceSpecs",
+        "packed_sequence_specs",
+        "",
+        "names of Megatron-Bridge 0.4 and 0.5; read in its source, not run by our tests",
+    ),
+    BridgeNames(
+        (0, 6),
+        "megatron.bridge.data.builders.gpt_sft.GPTSFTDatasetConfig",
+        "megatron.bridge.data.packing.config.PackedSequenceSpecs",
+        "offline_packing_specs",
+        "enable_offline_packing",
+        "names of Megatron-Bridge 0.6, which our tests run",
+    ),
 )
 
-
+# %% ../../nbs/megatron/01_versions.ipynb #3c12ca40
 def _release(version: str) -> tuple[int, int]:
     """The first two numbers of a version: (0, 6) for 0.6.2 and for 0.6.0rc1."""
     numbers = ["".join(c for c in part if c.isdigit()) for part in version.replace("rc", ".").split(".")[:2]]
     return int(numbers[0] or 0), int((numbers + ["0"])[1] or 0)
 
-
+# %% ../../nbs/megatron/01_versions.ipynb #9a8c62c6
 def names_of(
     version: str,  # of megatron-bridge, e.g. 0.6.2
 ) -> BridgeNames:
-    """The names of a version; `UserError` for one that cannot read packs in Parquet. Newer ones get the newest names known."""
+    """The names of a version; `UserError` for one that cannot read packs in Parquet.
+
+    Newer ones get the newest names known.
+    """
     fitting = [names for names in BRIDGE_NAMES if names.since <= _release(version)]
     if not fitting:
-        raise UserError(f"megatron-bridge {version} reads packs from .npy files only", where="train.engine=megatron", why="data preparation writes Parquet, which 0.4 and later read", fix="install 0.6.2, or the container of the recipe")
+        raise UserError(
+            f"megatron-bridge {version} reads packs from .npy files only",
+            where="train.engine=megatron",
+            why="data preparation writes Parquet, which 0.4 and later read",
+            fix="install 0.6.2, or the container of the recipe",
+        )
     return fitting[-1]
 
 # %% ../../nbs/megatron/01_versions.ipynb #2bc9429e
 _PLACE = "megatron.bridge.recipes.nemotronh"
 RECIPES = {
-    family: tuple(f"{_PLACE}.{family}_{kind}_config" for kind in ("sft", "finetune"))  # of the release, of the containers
+    # of the release, of the containers
+    family: tuple(f"{_PLACE}.{family}_{kind}_config" for kind in ("sft", "finetune"))
     for family in ("nemotron_3_nano", "nemotron_3_super")
 }
 
-
+# %% ../../nbs/megatron/01_versions.ipynb #97376fe2
 def dotted(
     name: str,  # e.g. package.module.function
 ) -> Any:
@@ -100,20 +133,28 @@ def dotted(
     module, _, attribute = name.rpartition(".")
     return getattr(importlib.import_module(module), attribute)
 
-
+# %% ../../nbs/megatron/01_versions.ipynb #f6a26d47
 def recipe_function(
     name: str,  # "nemotron_3_nano", "nemotron_3_super", or a dotted name
 ) -> Callable[..., Any]:
     """The function that makes the configuration; `UserError` if there is none of that name."""
     if name not in RECIPES and "." not in name:
-        raise UserError(f"unknown recipe {name!r}", where="recipe._target_", fix=f"{nearest(name, RECIPES)}, or give a dotted name of a function")
+        raise UserError(
+            f"unknown recipe {name!r}",
+            where="recipe._target_",
+            fix=f"{nearest(name, RECIPES)}, or give a dotted name of a function",
+        )
     errors = []
     for candidate in RECIPES.get(name, (name,)):
         try:
             return dotted(candidate)
         except (ImportError, AttributeError) as error:
             errors.append(f"{candidate}: {error}")
-    raise UserError(f"no recipe {name!r}: {'; '.join(errors)}", where="recipe._target_", fix="look into megatron.bridge.recipes for its name in this version")
+    raise UserError(
+        f"no recipe {name!r}: {'; '.join(errors)}",
+        where="recipe._target_",
+        fix="look into megatron.bridge.recipes for its name in this version",
+    )
 
 # %% ../../nbs/megatron/01_versions.ipynb #3ed9b21c
 def _hub_names(function: Callable[..., Any]) -> dict[str, str]:
@@ -121,7 +162,7 @@ def _hub_names(function: Callable[..., Any]) -> dict[str, str]:
     found = vars(sys.modules[function.__module__])
     return {name: value for name, value in found.items() if name.endswith("MODEL_ID") and isinstance(value, str)}
 
-
+# %% ../../nbs/megatron/01_versions.ipynb #f7a0a33c
 @contextmanager
 def local_model(
     function: Callable[..., Any],  # a recipe
@@ -130,7 +171,12 @@ def local_model(
     """While the block runs, the recipe finds its model in a local folder."""
     module, names = sys.modules[function.__module__], _hub_names(function) if str(folder) else {}
     if names and not (Path(folder) / "config.json").is_file():
-        raise UserError("no config.json here", where=str(folder), why="the recipe reads the sizes of the model from it", fix="give a folder in Hugging Face form")
+        raise UserError(
+            "no config.json here",
+            where=str(folder),
+            why="the recipe reads the sizes of the model from it",
+            fix="give a folder in Hugging Face form",
+        )
     try:
         vars(module).update(dict.fromkeys(names, str(folder)))
         yield
@@ -144,17 +190,22 @@ def order_table(
 ) -> list[int]:
     """The table for a dataset that Megatron-Bridge goes through in the order of `torch.randperm(len(order))`."""
     table = [0] * len(order)
-    for place, pack in zip(torch.randperm(len(order), generator=torch.Generator().manual_seed(seed)).tolist(), order, strict=True):
+    for place, pack in zip(
+        torch.randperm(len(order), generator=torch.Generator().manual_seed(seed)).tolist(), order, strict=True
+    ):
         table[place] = int(pack)
     return table
 
-
+# %% ../../nbs/megatron/01_versions.ipynb #53011473
 @contextmanager
 def packs_in_order(
     order: Callable[[int], Sequence[int]],  # number of packs that the training will see -> their indices
     version: str,  # of megatron-bridge
 ) -> Iterator[None]:
-    """While the block runs, Megatron-Bridge trains on packs in this order. A version that cannot be told says so, and keeps its own."""
+    """While the block runs, Megatron-Bridge trains on packs in this order.
+
+    A version that cannot be told says so, and keeps its own.
+    """
     try:
         registry, kind = dotted("megatron.bridge.data.utils._REGISTRY"), dotted(names_of(version).dataset)
         build = registry[kind]
@@ -163,7 +214,9 @@ def packs_in_order(
         yield
         return
 
-    def provider(train_val_test_num_samples: list[int], dataset_config: Any, tokenizer: Any = None, pg_collection: Any = None) -> tuple[Any, ...]:
+    def provider(
+        train_val_test_num_samples: list[int], dataset_config: Any, tokenizer: Any = None, pg_collection: Any = None
+    ) -> tuple[Any, ...]:
         """Megatron-Bridge's datasets, with a table for the first of them."""
         train, *rest = build(train_val_test_num_samples, dataset_config, tokenizer, pg_collection)
         train.samples_mapping = order_table(order(train_val_test_num_samples[0]), dataset_config.seed)

@@ -20,11 +20,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core import UserError, digest, file_digest, from_mapping, locked, nearest, publish, sweep, temporary_name, write_atomic, write_json
+from nemotron_nb.core import (
+    UserError, digest, file_digest, from_mapping, locked, nearest, publish, sweep, temporary_name, write_atomic,
+    write_json,
+)
 from ..data.manifest import Manifest
 from .run_folder import environment, read_metrics
 from ..viz import Picture, png, table
 
+# %% ../../nbs/ops/04_artifacts.ipynb #8af12079
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -36,10 +40,15 @@ _VERSION = re.compile(r"v[1-9][0-9]{0,8}")
 def _check_word(word: str, what: str) -> str:
     """A word that is safe as a file name; `UserError` for any other."""
     if not isinstance(word, str) or not _WORD.fullmatch(word):
-        raise UserError(f"{word!r} cannot be {what}", where="artifact", why="names become folders", fix="use letters, digits, dot, dash and underscore, at most 128, a letter or digit first")
+        raise UserError(
+            f"{word!r} cannot be {what}",
+            where="artifact",
+            why="names become folders",
+            fix="use letters, digits, dot, dash and underscore, at most 128, a letter or digit first",
+        )
     return word
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #be243b61
 @dataclass(frozen=True)
 class Address:
     """Which version of which artifact."""
@@ -50,16 +59,19 @@ class Address:
     def __str__(self) -> str:
         return f"art://{self.name}:{self.version}"
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #c2a52161
 def parse_address(
     text: str,  # art://NAME:VERSION, NAME:v3, NAME:latest or NAME
 ) -> Address:
     """Read an address. `UserError` for what is none."""
     name, colon, version = str(text).removeprefix("art://").partition(":")
-    return Address(_check_word(name, "the name of an artifact"), _check_word(version, "a version") if colon else "latest")
+    return Address(
+        _check_word(name, "the name of an artifact"), _check_word(version, "a version") if colon else "latest"
+    )
 
 # %% ../../nbs/ops/04_artifacts.ipynb #97d37b41
-DATA_ARTIFACTS: Mapping[str, str] = {"nano3": "DataBlendsArtifact", "super3": "SFTDataArtifact"}  # packed arrays, packed Parquet
+# packed arrays, packed Parquet
+DATA_ARTIFACTS: Mapping[str, str] = {"nano3": "DataBlendsArtifact", "super3": "SFTDataArtifact"}
 
 
 def data_name(
@@ -69,7 +81,7 @@ def data_name(
     """The name of prepared data: DataBlendsArtifact-sft for Nano, SFTDataArtifact-sft for Super."""
     return f"{DATA_ARTIFACTS.get(family, 'DataBlendsArtifact')}-{stage}"
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #44213ef7
 def model_name(
     stage: str = "sft",  # pretrain, sft, rl
 ) -> str:
@@ -85,7 +97,7 @@ class FileRecord:
     mtime_ns: int  # when it was changed last
     sha256: str  # 64 digits
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #c0cab3f8
 @dataclass(frozen=True)
 class Content:
     """The files of a folder."""
@@ -98,12 +110,17 @@ class Content:
         """64 digits: the same for the same names and bytes."""
         return digest([[name, f.size, f.sha256] for name, f in sorted(self.files.items())], 64)
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #7f8d748f
 def _odd(path: Path, what: str) -> UserError:
     """The error for something in a folder that has no bytes of its own."""
-    return UserError(what, where=str(path), why="its content could not be read the same way again", fix="remove it, or put a file in its place")
+    return UserError(
+        what,
+        where=str(path),
+        why="its content could not be read the same way again",
+        fix="remove it, or put a file in its place",
+    )
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #4e4591f7
 def _names(root: Path, leave_out: Sequence[str]) -> list[str]:
     """The names of all files of a folder, sorted. For a file, its own name."""
     if not root.is_dir():
@@ -119,12 +136,12 @@ def _names(root: Path, leave_out: Sequence[str]) -> list[str]:
         names += [(inside / f).relative_to(root).as_posix() for f in files]
     return sorted(names)
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #9dd66e5c
 def _cannot_read(error: OSError) -> None:
     """What to do with a folder that cannot be listed: nothing is left out silently."""
     raise error
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #8521570b
 def _read(path: Path, known: FileRecord | None) -> tuple[FileRecord, bool]:
     """(record, was it read): a file whose size and time are those of `known` is not read again."""
     name = ascii(str(path))
@@ -135,14 +152,20 @@ def _read(path: Path, known: FileRecord | None) -> tuple[FileRecord, bool]:
         return known, False
     found, after = file_digest(path, 64), path.stat()
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise UserError("changed while it was read", where=str(path), why="a digest of half the old and half the new file belongs to neither", fix="wait until it is written, and try again")
+        raise UserError(
+            "changed while it was read",
+            where=str(path),
+            why="a digest of half the old and half the new file belongs to neither",
+            fix="wait until it is written, and try again",
+        )
     return FileRecord(after.st_size, after.st_mtime_ns, found), True
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #03cfc1bf
 def content(
     path: str | os.PathLike,  # a folder, or one file
     leave_out: Sequence[str] = (),  # names directly in the folder that do not belong to it
-    known: Mapping[str, FileRecord] | None = None,  # of an earlier time: files of the same size and time are not read again
+    # of an earlier time: files of the same size and time are not read again
+    known: Mapping[str, FileRecord] | None = None,
 ) -> Content:
     """Size and SHA-256 of every file. `UserError` where there is none, and for what cannot be read twice the same."""
     root, known = Path(path), known or {}
@@ -157,7 +180,7 @@ def content(
         records = list(pool.map(lambda n: _read(root / n if root.is_dir() else root, known.get(n)), names))
     return Content({n: record for n, (record, _) in zip(names, records)}, sum(read for _, read in records))
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #30745d04
 def _is_utf8(name: str) -> bool:
     """Can the name be written down? Linux allows any bytes."""
     try:
@@ -181,7 +204,7 @@ class Source:
         """Is it in the register itself?"""
         return self.uri.startswith("art://")
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #4ff79b9d
 def source(
     path: str | os.PathLike,  # a file or folder, read in full
     role: str = "file",
@@ -189,9 +212,11 @@ def source(
     """A raw input with the digest of its bytes."""
     found = content(path)
     only = next(iter(found.files.values()))
-    return Source(Path(path).name, role, str(Path(path).absolute()), found.digest if Path(path).is_dir() else only.sha256)
+    return Source(
+        Path(path).name, role, str(Path(path).absolute()), found.digest if Path(path).is_dir() else only.sha256
+    )
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #2d2d811e
 @dataclass(frozen=True)
 class Artifact:
     """One version of a named folder, as the register knows it."""
@@ -215,15 +240,23 @@ class Artifact:
 
     def field(self, name: str) -> Any:
         """What `${art:slot,name}` means. Names ending in `path` are absolute. `UserError` for an unknown name."""
-        values = dict(self.metadata) | {"path": str(self.path), "name": self.name, "version": self.version, "digest": self.digest}
-        values = {k: v for k, v in values.items() if v is not None}
-        if name not in values:
-            raise UserError(f"{self.name}:{self.version} has no {name!r}", where=self.address, fix=nearest(name, values))
-        return str(self.path / values[name]) if name.endswith("_path") and isinstance(values[name], str) else values[name]
+        return _field(self, name)
 
     def __repr__(self) -> str:
-        lines = [f"{self.address}  {self.kind}  {self.digest[:12]}"] + [f"  from {s.role}: {s.name} {s.digest[:12]}".rstrip() for s in self.inputs]
+        lines = [f"{self.address}  {self.kind}  {self.digest[:12]}"]
+        lines += [f"  from {s.role}: {s.name} {s.digest[:12]}".rstrip() for s in self.inputs]
         return "\n".join(lines + ([f"  {self.note}"] if self.note else []))
+
+# %% ../../nbs/ops/04_artifacts.ipynb #558c7b1d
+def _field(artifact: Artifact, name: str) -> Any:
+    """A value of the metadata, or one of the four that every artifact has."""
+    own = {"path": str(artifact.path), "name": artifact.name, "version": artifact.version, "digest": artifact.digest}
+    values = {k: v for k, v in (dict(artifact.metadata) | own).items() if v is not None}
+    if name not in values:
+        what = f"{artifact.name}:{artifact.version} has no {name!r}"
+        raise UserError(what, where=artifact.address, fix=nearest(name, values))
+    inside = name.endswith("_path") and isinstance(values[name], str)
+    return str(artifact.path / values[name]) if inside else values[name]
 
 # %% ../../nbs/ops/04_artifacts.ipynb #ae6f5e1a
 def _numbers(folder: Path) -> list[int]:
@@ -252,37 +285,58 @@ class _Record:
     inputs: list[Source]
     leave_out: list[str]
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #409aa6de
 def _json(path: Path) -> Any:
     """A JSON file of the register, or a `UserError` that says where the damage is."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as e:
-        raise UserError(f"cannot be read: {e.strerror if isinstance(e, OSError) else e}", where=str(path), why="the register is damaged here", fix="restore the file, or move the version's folder away and log the artifact again") from None
+        raise UserError(
+            f"cannot be read: {e.strerror if isinstance(e, OSError) else e}",
+            where=str(path),
+            why="the register is damaged here",
+            fix="restore the file, or move the version's folder away and log the artifact again",
+        ) from None
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #483e4fac
 def _record(folder: Path) -> _Record:
     """The record in the folder of a version."""
     return from_mapping(_Record, _json(folder / "manifest.json"), str(folder / "manifest.json"))
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #8c396e6b
 def _files(folder: Path) -> dict[str, FileRecord]:
     """The files of a version."""
     rows = _json(folder / "files.json")
     return {name: from_mapping(FileRecord, row, f"{folder / 'files.json'}: {name}") for name, row in rows.items()}
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #b785f93c
 def _aliases(folder: Path) -> dict[str, str]:
     """The aliases of an artifact and the versions they say."""
-    names = [p.name for p in folder.iterdir() if _WORD.fullmatch(p.name) and not _VERSION.fullmatch(p.name) and p.is_file()] if folder.is_dir() else []
+    names = (
+        [p.name for p in folder.iterdir() if _WORD.fullmatch(p.name) and not _VERSION.fullmatch(p.name) and p.is_file()]
+        if folder.is_dir()
+        else []
+    )
     return {name: (folder / name).read_text(errors="replace").strip() for name in sorted(names)}
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #fcc7d632
 def _artifact(folder: Path, note: str = "") -> Artifact:
     """A version as users see it."""
     r = _record(folder)
     said = tuple(alias for alias, version in _aliases(folder.parent).items() if version == folder.name)
-    return Artifact(r.name, r.version, r.kind, r.digest, Path(r.path), _json(folder / "metadata.json"), tuple(r.inputs), r.created, r.producer, said, note)
+    return Artifact(
+        r.name,
+        r.version,
+        r.kind,
+        r.digest,
+        Path(r.path),
+        _json(folder / "metadata.json"),
+        tuple(r.inputs),
+        r.created,
+        r.producer,
+        said,
+        note,
+    )
 
 # %% ../../nbs/ops/04_artifacts.ipynb #ed195fa8
 def _plain(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -290,29 +344,132 @@ def _plain(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     try:
         return json.loads(json.dumps(dict(metadata or {}), allow_nan=False))
     except (TypeError, ValueError) as e:
-        raise UserError(f"cannot be written as JSON: {e}", where="metadata of an artifact", fix="give words, numbers, lists and mappings") from None
+        raise UserError(
+            f"cannot be written as JSON: {e}",
+            where="metadata of an artifact",
+            fix="give words, numbers, lists and mappings",
+        ) from None
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #63ea8945
 def _writable(folder: Path) -> None:
     """Make a folder of the register; `UserError` if that is not allowed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".lock").touch()
     except OSError as e:
-        raise UserError(f"the register cannot be written: {e.strerror}", where=str(folder), fix="give a folder that can be written: root in the section [artifacts] of env.toml") from None
+        raise UserError(
+            f"the register cannot be written: {e.strerror}",
+            where=str(folder),
+            fix="give a folder that can be written: root in the section [artifacts] of env.toml",
+        ) from None
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #af682f5c
 _PATIENCE = 30.0  # seconds of waiting for another writer; nothing is lost without the lock
 
+# %% ../../nbs/ops/04_artifacts.ipynb #a9490325
+def _folders(root: Path) -> list[Path]:
+    """The folder of every version, by name and number."""
+    if not root.is_dir():
+        return []
+    names = sorted(p for p in root.iterdir() if _WORD.fullmatch(p.name) and p.is_dir())
+    return [folder / f"v{n}" for folder in names for n in _numbers(folder)]
 
-class Store:
-    """The register of artifacts: a folder of JSON files."""
+# %% ../../nbs/ops/04_artifacts.ipynb #2e478a61
+def _folder(root: Path, address: Address) -> Path:
+    """The folder of the version that an address means."""
+    folder = root / address.name
+    version = address.version
+    if not _VERSION.fullmatch(version):
+        version = _aliases(folder).get(version, version)
+    if _VERSION.fullmatch(version) and (folder / version).is_dir():
+        return folder / version
+    raise UserError(
+        f"there is no artifact {address.name}:{address.version}", where=str(root), fix=_choices(root, address)
+    )
+
+
+def _choices(root: Path, address: Address) -> str:
+    """What exists, as a sentence."""
+    known: dict[str, Any] = {}
+    for folder in _folders(root):
+        known.setdefault(folder.parent.name, []).append(folder.name)
+    if not known:
+        return "the register is empty; prepare data or train a model first"
+    if address.name in known:
+        return f"of {address.name} there are {', '.join([*known[address.name], *_aliases(root / address.name)])}"
+    listed = "; ".join(f"{n}: " + ", ".join(vs) for n, vs in known.items())
+    return f"{nearest(address.name, known)}; there are {listed}"
+
+# %% ../../nbs/ops/04_artifacts.ipynb #3b0647ac
+def _known(folder: Path, path: Path) -> dict[str, FileRecord]:
+    """The files of the newest readable version that was logged from the same place."""
+    for number in reversed(_numbers(folder)):
+        try:
+            if _record(folder / f"v{number}").path == str(path):
+                return _files(folder / f"v{number}")
+        except UserError:
+            continue
+    return {}
+
+# %% ../../nbs/ops/04_artifacts.ipynb #5892f0a3
+def _new_record(
+    name: str, kind: str, path: Path, found: Content, sources: Sequence[Source], metadata: Mapping[str, Any]
+) -> dict[str, Any]:
+    """manifest.json of a version that has no number yet."""
+    made_from = sorted([s.name, s.role, s.digest or s.uri] for s in sources)
+    return {
+        "format": 1,
+        "name": name,
+        "version": "",
+        "kind": kind,
+        "digest": found.digest,
+        "path": str(path),
+        "created": f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}",
+        "identity": digest([kind, found.digest, made_from, metadata], 64),
+    }
+
+# %% ../../nbs/ops/04_artifacts.ipynb #025a1a65
+class _Reader:
+    """The register of artifacts, for reading."""
 
     def __init__(
         self,
         root: str | os.PathLike = "output/artifacts",  # made when the first artifact is logged
     ):
         self.root = Path(root)
+
+    def get(
+        self,
+        address: str,  # art://NAME:VERSION, NAME:VERSION or NAME
+        verify: bool = False,  # read the content and compare it with the record
+    ) -> Artifact:
+        """An artifact. `UserError` with those that exist where it does not."""
+        found = _artifact(_folder(self.root, parse_address(address)))
+        return self.verify(found) if verify else found
+
+    def verify(
+        self,
+        artifact: Artifact | str,  # or its address
+    ) -> Artifact:
+        """Read the content of an artifact again. `UserError` names each file that is not as it was entered."""
+        address = parse_address(artifact.address if isinstance(artifact, Artifact) else artifact)
+        folder = _folder(self.root, address)
+        _verify(folder, address)
+        return _artifact(folder)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for everything in the register, the damaged records too."""
+        return [_row(folder) for folder in _folders(self.root)]
+
+    def overview(self) -> Picture:
+        """The rows as a table."""
+        rows = self.rows()
+        none = Picture("<p>no artifacts</p>", f"no artifacts in {self.root}")
+        return table(rows, title="artifacts") if rows else none
+
+# %% ../../nbs/ops/04_artifacts.ipynb #63c93652
+class _Writer(_Reader):
+    """The register of artifacts, for reading and writing."""
 
     def log(
         self,
@@ -329,29 +486,11 @@ class Store:
         folder, path = self.root / _check_word(name, "the name of an artifact"), Path(path).absolute()
         for alias in aliases:
             _check_alias(alias)
-        plain, sources = _plain(metadata), [self._source(i) for i in inputs]
-        found = content(path, leave_out, self._known(folder, path))
-        made_from = sorted([s.name, s.role, s.digest or s.uri] for s in sources)
-        identity = digest([kind, found.digest, made_from, plain], 64)
-        record = {"format": 1, "name": name, "version": "", "kind": kind, "digest": found.digest, "path": str(path), "created": f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"}
-        record |= {"identity": identity, "producer": _plain(producer), "inputs": [vars(s) for s in sources], "leave_out": list(leave_out)}
-        _writable(folder)
-        with locked(folder / ".lock", _PATIENCE):
-            sweep(folder)
-            version, note = _commit(folder, record, plain, found)
-            for alias in aliases:
-                _point(folder, alias, version)
-        known = f"; {len(found.files) - found.read} of {len(found.files)} files known by size and time, not read again" if found.read < len(found.files) else ""
-        return _artifact(folder / version, note + known)
-
-    def get(
-        self,
-        address: str,  # art://NAME:VERSION, NAME:VERSION or NAME
-        verify: bool = False,  # read the content and compare it with the record
-    ) -> Artifact:
-        """An artifact. `UserError` with those that exist where it does not."""
-        found = _artifact(self._folder(parse_address(address)))
-        return self.verify(found) if verify else found
+        plain, sources = _plain(metadata), [_source_of(self, i) for i in inputs]
+        found = content(path, leave_out, _known(folder, path))
+        record = _new_record(name, kind, path, found, sources, plain)
+        record |= {"producer": _plain(producer), "inputs": [vars(s) for s in sources], "leave_out": list(leave_out)}
+        return _enter(folder, record, plain, found, aliases)
 
     def tag(
         self,
@@ -359,23 +498,24 @@ class Store:
         alias: str,  # what it is called from now on
     ) -> Artifact:
         """Let an alias mean a version."""
-        folder = self._folder(parse_address(address))
+        folder = _folder(self.root, parse_address(address))
         with locked(folder.parent / ".lock", _PATIENCE):
             _point(folder.parent, _check_alias(alias), folder.name)
         return _artifact(folder)
 
-    def verify(
-        self,
-        artifact: Artifact | str,  # or its address
-    ) -> Artifact:
-        """Read the content of an artifact again. `UserError` names each file that is not as it was entered."""
-        address = artifact.address if isinstance(artifact, Artifact) else artifact
-        folder = self._folder(parse_address(address))
-        record, files = _record(folder), _files(folder)
-        if Content(files).digest != record.digest:
-            raise UserError("the list of files does not have the digest of the record", where=str(folder), why="the register itself was changed", fix="restore the folder, or log the artifact again")
-        _compare(files, content(record.path, record.leave_out), parse_address(address), Path(record.path))
-        return _artifact(folder)
+# %% ../../nbs/ops/04_artifacts.ipynb #29cbe7ff
+class Store(_Writer):
+    """The register of artifacts: a folder of JSON files."""
+
+    def list(self) -> list[Artifact]:
+        """Every version that can be read, by name and number. `overview` shows the others too."""
+        found = []
+        for folder in _folders(self.root):
+            try:
+                found.append(_artifact(folder))
+            except UserError:
+                continue
+        return found
 
     def lineage(
         self,
@@ -394,78 +534,29 @@ class Store:
         address = (artifact if isinstance(artifact, Artifact) else self.get(artifact)).address
         return tuple(a for a in self.list() if any(s.uri == address for s in a.inputs))
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One row for everything in the register, the damaged records too."""
-        return [_row(folder) for folder in self._folders()]
-
-    def overview(self) -> Picture:
-        """The rows as a table."""
-        rows = self.rows()
-        return table(rows, title="artifacts") if rows else Picture("<p>no artifacts</p>", f"no artifacts in {self.root}")
-
-    def _folders(self) -> Sequence[Path]:
-        """The folder of every version, by name and number."""
-        names = sorted(p for p in self.root.iterdir() if _WORD.fullmatch(p.name) and p.is_dir()) if self.root.is_dir() else []
-        return [folder / f"v{n}" for folder in names for n in _numbers(folder)]
-
-    def _folder(self, address: Address) -> Path:
-        """The folder of the version that an address means."""
-        folder = self.root / address.name
-        version = address.version
-        if not _VERSION.fullmatch(version):
-            version = _aliases(folder).get(version, version)
-        if _VERSION.fullmatch(version) and (folder / version).is_dir():
-            return folder / version
-        raise UserError(f"there is no artifact {address.name}:{address.version}", where=str(self.root), fix=self._choices(address))
-
-    def _choices(self, address: Address) -> str:
-        """What exists, as a sentence."""
-        known: dict[str, Any] = {}
-        for folder in self._folders():
-            known.setdefault(folder.parent.name, []).append(folder.name)
-        if not known:
-            return "the register is empty; prepare data or train a model first"
-        if address.name in known:
-            return f"of {address.name} there are {', '.join([*known[address.name], *_aliases(self.root / address.name)])}"
-        return f"{nearest(address.name, known)}; there are {'; '.join(f'{n}: ' + ', '.join(vs) for n, vs in known.items())}"
-
-    def _source(self, given: str | Source | Artifact) -> Source:
-        """An input as it is recorded: artifacts by number and digest, files by their bytes."""
-        if isinstance(given, Source) and not given.is_artifact:
-            return given
-        if isinstance(given, str) and not given.startswith("art://"):
-            return source(given)
-        found = given if isinstance(given, Artifact) else self.get(given.uri if isinstance(given, Source) else given)
-        return Source(found.name, found.kind, found.address, found.digest)
-
-    def _known(self, folder: Path, path: Path) -> dict[str, FileRecord]:
-        """The files of the newest readable version that was logged from the same place."""
-        for number in reversed(_numbers(folder)):
-            try:
-                if _record(folder / f"v{number}").path == str(path):
-                    return _files(folder / f"v{number}")
-            except UserError:
-                continue
-        return {}
-
-    def list(self) -> list[Artifact]:
-        """Every version that can be read, by name and number. `overview` shows the others too."""
-        found = []
-        for folder in self._folders():
-            try:
-                found.append(_artifact(folder))
-            except UserError:
-                continue
-        return found
-
 # %% ../../nbs/ops/04_artifacts.ipynb #9060d9f1
+def _source_of(register: _Reader, given: str | Source | Artifact) -> Source:
+    """An input as it is recorded: artifacts by number and digest, files by their bytes."""
+    if isinstance(given, Source) and not given.is_artifact:
+        return given
+    if isinstance(given, str) and not given.startswith("art://"):
+        return source(given)
+    found = given if isinstance(given, Artifact) else register.get(given.uri if isinstance(given, Source) else given)
+    return Source(found.name, found.kind, found.address, found.digest)
+
+# %% ../../nbs/ops/04_artifacts.ipynb #294d7809
 def _check_alias(alias: str) -> str:
     """A word that can be an alias: no version, no name of a file of the register."""
     if _VERSION.fullmatch(_check_word(alias, "an alias")):
-        raise UserError(f"{alias!r} cannot be an alias", where="artifact", why="it looks like a version", fix="give a word such as latest")
+        raise UserError(
+            f"{alias!r} cannot be an alias",
+            where="artifact",
+            why="it looks like a version",
+            fix="give a word such as latest",
+        )
     return alias
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #cc75a89d
 def _same(folder: Path, record: Mapping[str, Any]) -> str:
     """The newest version that is the same as `record` and whose content is still there; empty if there is none."""
     for number in reversed(_numbers(folder)):
@@ -477,7 +568,7 @@ def _same(folder: Path, record: Mapping[str, Any]) -> str:
             return known.version
     return ""
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #4da778dd
 def _commit(folder: Path, record: dict[str, Any], metadata: Mapping[str, Any], found: Content) -> tuple[str, str]:
     """(version, what there is to say): the version that is the same, or the next free number."""
     written = temporary_name(folder / "record")
@@ -485,7 +576,8 @@ def _commit(folder: Path, record: dict[str, Any], metadata: Mapping[str, Any], f
         while not (same := _same(folder, record)):
             number = max(_numbers(folder), default=0) + 1
             record["version"] = f"v{number}"
-            extra = {"path": record["path"], "type": record["name"].partition("-")[0], "name": record["name"], "version": record["version"]}
+            kind = record["name"].partition("-")[0]
+            extra = {"path": record["path"], "type": kind, "name": record["name"], "version": record["version"]}
             write_json(written / "metadata.json", extra | metadata)
             write_json(written / "files.json", {name: vars(f) for name, f in found.files.items()})
             write_json(written / "manifest.json", record)
@@ -495,24 +587,84 @@ def _commit(folder: Path, record: dict[str, Any], metadata: Mapping[str, Any], f
     finally:
         shutil.rmtree(written, ignore_errors=True)
 
+# %% ../../nbs/ops/04_artifacts.ipynb #2678e846
+def _enter(
+    folder: Path, record: dict[str, Any], metadata: Mapping[str, Any], found: Content, aliases: Sequence[str]
+) -> Artifact:
+    """Write a record under its number and let the aliases say it. What a killed writer left is removed."""
+    _writable(folder)
+    with locked(folder / ".lock", _PATIENCE):
+        sweep(folder)
+        version, note = _commit(folder, record, metadata, found)
+        for alias in aliases:
+            _point(folder, alias, version)
+    known = len(found.files) - found.read
+    if known:
+        note += f"; {known} of {len(found.files)} files known by size and time, not read again"
+    return _artifact(folder / version, note)
 
+# %% ../../nbs/ops/04_artifacts.ipynb #293b652d
+def _verify(folder: Path, address: Address) -> None:
+    """Read the content of a version again; `UserError` that names what is not as it was entered."""
+    record, files = _record(folder), _files(folder)
+    if Content(files).digest != record.digest:
+        raise UserError(
+            "the list of files does not have the digest of the record",
+            where=str(folder),
+            why="the register itself was changed",
+            fix="restore the folder, or log the artifact again",
+        )
+    _compare(files, content(record.path, record.leave_out), address, Path(record.path))
+
+# %% ../../nbs/ops/04_artifacts.ipynb #0457abf3
 def _compare(recorded: Mapping[str, FileRecord], found: Content, address: Address, path: Path) -> None:
     """Raise `UserError` that names what differs."""
-    same = {n for n in recorded.keys() & found.files.keys() if recorded[n].sha256 == found.files[n].sha256}
-    kinds = {"changed": recorded.keys() & found.files.keys() - same, "missing": recorded.keys() - found.files.keys(), "new": found.files.keys() - recorded.keys()}
+    both = recorded.keys() & found.files.keys()
+    kinds = {
+        "changed": {n for n in both if recorded[n].sha256 != found.files[n].sha256},
+        "missing": recorded.keys() - found.files.keys(),
+        "new": found.files.keys() - recorded.keys(),
+    }
     if any(kinds.values()):
-        parts = [f"{kind}: {', '.join(sorted(names)[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}" for kind, names in kinds.items() if names]
-        raise UserError(f"the content is not what was entered as {address.name}:{address.version}; {'; '.join(parts)}", where=str(path), why="what was made from it was made from something else", fix="restore the folder, or log it as a new version")
+        raise UserError(
+            f"the content is not what was entered as {address.name}:{address.version}; {_listed(kinds)}",
+            where=str(path),
+            why="what was made from it was made from something else",
+            fix="restore the folder, or log it as a new version",
+        )
 
 
+def _listed(kinds: Mapping[str, set[str]], most: int = 5) -> str:
+    """Names by kind, a few of each, and how many more there are."""
+    return "; ".join(
+        f"{kind}: {', '.join(sorted(names)[:most])}{f' and {len(names) - most} more' if len(names) > most else ''}"
+        for kind, names in kinds.items()
+        if names
+    )
+
+# %% ../../nbs/ops/04_artifacts.ipynb #14fd8169
 def _row(folder: Path) -> dict[str, str]:
     """A line of the table of all artifacts."""
     try:
         a = _artifact(folder)
     except UserError as e:
-        return {"artifact": f"{folder.parent.name}:{folder.name}", "aliases": "", "kind": "", "digest": "", "created": "", "content": f"damaged record: {e.what}"}
+        return {
+            "artifact": f"{folder.parent.name}:{folder.name}",
+            "aliases": "",
+            "kind": "",
+            "digest": "",
+            "created": "",
+            "content": f"damaged record: {e.what}",
+        }
     place = str(a.path) if a.path.exists() else f"{a.path} (gone)"
-    return {"artifact": f"{a.name}:{a.version}", "aliases": ", ".join(a.aliases), "kind": a.kind, "digest": a.digest[:12], "created": a.created, "content": place}
+    return {
+        "artifact": f"{a.name}:{a.version}",
+        "aliases": ", ".join(a.aliases),
+        "kind": a.kind,
+        "digest": a.digest[:12],
+        "created": a.created,
+        "content": place,
+    }
 
 # %% ../../nbs/ops/04_artifacts.ipynb #7c5af46d
 @dataclass(frozen=True)
@@ -520,7 +672,8 @@ class Lineage:
     """An artifact or a raw input, and what it was made from."""
 
     source: Source  # as the one that consumed it recorded it
-    artifact: Artifact | None = None  # None for a raw input, and for an artifact that the register does not hold any more
+    # None for a raw input, and for an artifact that the register does not hold any more
+    artifact: Artifact | None = None
     inputs: tuple["Lineage", ...] = ()
     problem: str = ""
     again: bool = False  # shown before, with its inputs
@@ -554,13 +707,13 @@ class Lineage:
         """The graph from raw files (top) to the artifact (bottom), as PNG with its text."""
         return _draw(self)
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #1f057ba8
 def _one_line(text: str, longest: int = 120) -> str:
     """Text from a record as one printable line."""
     shown = "".join(c if c.isprintable() else "?" for c in text)
     return shown if len(shown) <= longest else f"{shown[: longest - 1]}\u2026"
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #cf82e794
 def _walk(store: Store, wanted: Source, seen: dict[str, str]) -> Lineage:
     """The tree under one input. `seen` holds what was shown before, so that a shared input is followed once."""
     if not wanted.is_artifact:
@@ -575,12 +728,16 @@ def _walk(store: Store, wanted: Source, seen: dict[str, str]) -> Lineage:
     seen[wanted.uri] = found.digest
     return Lineage(wanted, found, tuple(_walk(store, s, seen) for s in found.inputs), _differs(wanted, found.digest))
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #2128ce2b
 def _differs(wanted: Source, found: str) -> str:
     """What to say of an input whose record is not the one that was consumed."""
-    return f"the register now has {found[:12]}, consumed was {wanted.digest[:12]}" if found and wanted.digest and found != wanted.digest else ""
+    return (
+        f"the register now has {found[:12]}, consumed was {wanted.digest[:12]}"
+        if found and wanted.digest and found != wanted.digest
+        else ""
+    )
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #a48a60df
 def _branches(node: Lineage, first: str, rest: str) -> Iterator[str]:
     """The lines of a tree."""
     parts = [node.label, node.source.role, node.source.digest[:12] or "no digest"]
@@ -588,13 +745,19 @@ def _branches(node: Lineage, first: str, rest: str) -> Iterator[str]:
         made = node.artifact.producer
         parts += [f"by {node.command}"] if node.command else []
         parts += [f"run {made['run']}"] if made.get("run") else []
-        parts += [f"commit {str(made['commit'])[:12]}{' and changes' if made.get('dirty') else ''}"] if made.get("commit") else []
+        parts += (
+            [f"commit {str(made['commit'])[:12]}{' and changes' if made.get('dirty') else ''}"]
+            if made.get("commit")
+            else []
+        )
     parts += ["(as above)"] if node.again else []
     parts += [f"PROBLEM: {node.problem}"] if node.problem else []
     yield first + "  ".join(_one_line(p) for p in parts)
     for i, part in enumerate(node.inputs):
         last = i == len(node.inputs) - 1
-        yield from _branches(part, rest + ("\u2514\u2500 " if last else "\u251c\u2500 "), rest + ("   " if last else "\u2502  "))
+        yield from _branches(
+            part, rest + ("\u2514\u2500 " if last else "\u251c\u2500 "), rest + ("   " if last else "\u2502  ")
+        )
 
 # %% ../../nbs/ops/04_artifacts.ipynb #04f8e8c5
 _COLOURS = {"artifact": "#e1f5fe", "raw": "#f3e5f5", "command": "#ffffff", "problem": "#ffcdd2"}
@@ -610,12 +773,16 @@ class _Box:
     colour: str
     feeds: tuple[str, ...]  # keys of what points at it
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #e9f44a6b
 def _key(node: Lineage) -> str:
     """What makes two nodes the same box."""
-    return node.source.uri if node.source.is_artifact else f"{node.source.role} {node.source.name} {node.source.digest} {node.source.uri}"
+    return (
+        node.source.uri
+        if node.source.is_artifact
+        else f"{node.source.role} {node.source.name} {node.source.digest} {node.source.uri}"
+    )
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #2ba7a770
 def _boxes(tree: Lineage) -> dict[str, _Box]:
     """The boxes by key. What was made by a command is fed by that command's box, and the box by the inputs."""
     boxes: dict[str, _Box] = {}
@@ -625,10 +792,12 @@ def _boxes(tree: Lineage) -> dict[str, _Box]:
         if node.command:
             boxes[f"command {key}"] = _Box(f"command {key}", node.command, "", _COLOURS["command"], feeds)
             feeds = (f"command {key}",)
-        boxes[key] = _Box(key, node.label, _one_line(f"{node.source.role} {node.source.digest[:12]}".strip(), 40), colour, feeds)
+        boxes[key] = _Box(
+            key, node.label, _one_line(f"{node.source.role} {node.source.digest[:12]}".strip(), 40), colour, feeds
+        )
     return boxes
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #9be8bd60
 def _rows(boxes: Mapping[str, _Box], top: str) -> dict[str, int]:
     """How far each box stands from the final one: the longest way, so that every arrow points down."""
     rows = {top: 0}
@@ -641,14 +810,14 @@ def _rows(boxes: Mapping[str, _Box], top: str) -> dict[str, int]:
                 queue.append(feed)
     return rows
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #7514b09d
 def _sentence(tree: Lineage) -> str:
     """The graph in words."""
     made = [f"{n.label} comes from {' and '.join(i.label for i in n.inputs)}" for n in tree.nodes() if n.inputs]
     wrong = [f"{n.label}: {n.problem}" for n in tree.nodes() if n.problem]
     return f"Lineage of {tree.label}: {'; '.join([*made, *wrong]) or 'it has no recorded inputs'}."
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #331f7d78
 def _draw(tree: Lineage) -> Picture:
     """The graph as a picture."""
     from matplotlib.figure import Figure
@@ -668,7 +837,7 @@ def _draw(tree: Lineage) -> Picture:
         _draw_box(axes, box, boxes, places)
     return png(figure, _sentence(tree))
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #dc6584e3
 def _draw_box(axes: "Axes", box: _Box, boxes: Mapping[str, _Box], places: Mapping[str, tuple[float, int]]) -> None:
     """One box and the arrows that point at it. Names are text, never formulas."""
     x, y = places[box.key]
@@ -677,9 +846,15 @@ def _draw_box(axes: "Axes", box: _Box, boxes: Mapping[str, _Box], places: Mappin
     axes.text(x, y, text, ha="center", va="center", fontsize=9, parse_math=False, bbox=style, zorder=2)
     for feed in (boxes[k] for k in box.feeds if k in boxes):
         start = places[feed.key]
-        axes.annotate("", (x, y + _half(box)), (start[0], start[1] - _half(feed)), arrowprops={"arrowstyle": "->", "color": "#555555", "shrinkA": 0, "shrinkB": 0}, zorder=1)
+        axes.annotate(
+            "",
+            (x, y + _half(box)),
+            (start[0], start[1] - _half(feed)),
+            arrowprops={"arrowstyle": "->", "color": "#555555", "shrinkA": 0, "shrinkB": 0},
+            zorder=1,
+        )
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #8e7bdd40
 def _half(box: _Box) -> float:
     """Half the height of a box; a row has the height 1."""
     return 0.25 if box.below else 0.17
@@ -694,7 +869,11 @@ def art_resolver(
     def resolve(slot: str, field: str = "path") -> Any:
         """One field of the artifact in a slot."""
         if not slots.get(slot):
-            raise UserError(f"nothing fills the slot {slot!r}", where=f"${{art:{slot},{field}}}", fix=f"say run.{slot}=NAME:VERSION" if slot in slots else nearest(slot, slots))
+            raise UserError(
+                f"nothing fills the slot {slot!r}",
+                where=f"${{art:{slot},{field}}}",
+                fix=f"say run.{slot}=NAME:VERSION" if slot in slots else nearest(slot, slots),
+            )
         return store.get(slots[slot]).field(field)
 
     return resolve
@@ -707,13 +886,21 @@ def producer(
     """Who made an artifact."""
     path = Path(run) / "env.json"
     git = (_json(path) if run and path.exists() else environment()).get("git", {})
-    return {"command": command, "run": str(Path(run).absolute()) if run else "", "commit": git.get("commit"), "dirty": git.get("dirty")}
+    return {
+        "command": command,
+        "run": str(Path(run).absolute()) if run else "",
+        "commit": git.get("commit"),
+        "dirty": git.get("dirty"),
+    }
 
 # %% ../../nbs/ops/04_artifacts.ipynb #36118fbd
-_DATA_FIELDS = ("pack_size", "training_path", "validation_path", "test_path", "blend_path", "total_tokens", "total_sequences", "num_shards", "data_format")
+_DATA_FIELDS = (
+    "pack_size", "training_path", "validation_path", "test_path", "blend_path", "total_tokens", "total_sequences",
+    "num_shards", "data_format",
+)
 _NOT_DATA = ("runs", ".lock", "report.html")  # tokenized rows for the next time, and a page for people
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #1971311f
 def data_sources(
     manifest: Manifest,  # of prepared data
     blend_path: str = "",  # the blend file, where there was one
@@ -722,9 +909,12 @@ def data_sources(
     v = manifest.values
     parts = [source(blend_path, "blend")] if blend_path else []
     parts += [Source(d["name"], "chats", d["path"], d["digest"]) for d in v["datasets"]]
-    return parts + [Source(v["tokenizer"], "tokenizer", v["tokenizer"], v["tokenizer_digest"]), Source(v["template"], "template", "", v["template_digest"])]
+    return parts + [
+        Source(v["tokenizer"], "tokenizer", v["tokenizer"], v["tokenizer_digest"]),
+        Source(v["template"], "template", "", v["template_digest"]),
+    ]
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #32df60a2
 def log_data(
     store: Store,
     family: str,  # nano3 or super3
@@ -738,11 +928,24 @@ def log_data(
     """Enter prepared data, with the files it was made from. `UserError` if the folder holds none."""
     manifest = Manifest.load(folder)
     written = _json(Path(folder) / "metadata.json")
-    fields = {name: written[name] for name in _DATA_FIELDS if written.get(name) is not None} | {"metadata_path": "metadata.json", "family": family, "key": manifest["key"]} | dict(about or {})
+    fields = (
+        {name: written[name] for name in _DATA_FIELDS if written.get(name) is not None}
+        | {"metadata_path": "metadata.json", "family": family, "key": manifest["key"]}
+        | dict(about or {})
+    )
     sources = data_sources(manifest, blend_path)
-    return store.log(name or data_name(family, stage), "data", folder, fields, sources, ("latest", family), producer(command), _NOT_DATA)
+    return store.log(
+        name or data_name(family, stage),
+        "data",
+        folder,
+        fields,
+        sources,
+        ("latest", family),
+        producer(command),
+        _NOT_DATA,
+    )
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #d28f6325
 def log_model(
     store: Store,
     family: str,  # nano3 or super3
@@ -756,12 +959,14 @@ def log_model(
     """Enter the model that a run wrote. `iteration` is the last step that its metrics hold."""
     steps = [line["step"] for line in read_metrics(Path(run) / "metrics.jsonl") if line.get("kind") == "train"]
     fields = {"family": family, "iteration": max(steps, default=0)} | dict(metadata or {})
-    return store.log(model_name(stage), "model", Path(run) / folder, fields, inputs, ("latest", family), producer(command, run))
+    return store.log(
+        model_name(stage), "model", Path(run) / folder, fields, inputs, ("latest", family), producer(command, run)
+    )
 
 # %% ../../nbs/ops/04_artifacts.ipynb #9cb4dbdf
 BACKENDS = ("local", "wandb")  # "wandb": Weights & Biases is told too; the register is always written
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #04edca7f
 @dataclass(frozen=True)
 class ArtifactsSection:
     """The section [artifacts] of env.toml."""
@@ -771,9 +976,13 @@ class ArtifactsSection:
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
-            raise UserError(f"unknown backend {self.backend!r}", where="env.toml [artifacts] backend", fix=nearest(self.backend, BACKENDS))
+            raise UserError(
+                f"unknown backend {self.backend!r}",
+                where="env.toml [artifacts] backend",
+                fix=nearest(self.backend, BACKENDS),
+            )
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #c35407ca
 def open_store(
     section: Mapping[str, Any] | None = None,  # [artifacts] of env.toml
     output_root: str | os.PathLike = "output",

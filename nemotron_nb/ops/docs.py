@@ -28,14 +28,19 @@ from .config import project_root
 
 # %% ../../nbs/ops/11_docs.ipynb #d4230778
 CHAPTERS: Mapping[str, str] = {
-    **{"": "Start", "data": "Chats to packs", "loss": "The loss", "generate": "What a model writes", "pretrain": "Text to a base model"},
-    **{"train": "Training", "megatron": "Megatron-Bridge", "rl": "Reinforcement learning", "ops": "Runs", "stages": "The stages"},
+    **{
+        "": "Start", "data": "Chats to packs", "loss": "The loss", "generate": "What a model writes",
+        "pretrain": "Text to a base model",
+    },
+    **{
+        "train": "Training", "megatron": "Megatron-Bridge", "rl": "Reinforcement learning", "ops": "Runs",
+        "stages": "The stages",
+    },
     **{"runs": "Run notebooks", "help": "Help"},
 }
+FRONT = ("index", "tour", "map")
 
-FRONT = ("index", "tour")
-
-
+# %% ../../nbs/ops/11_docs.ipynb #df834a5a
 @dataclass(frozen=True)
 class Page:
     """A notebook as a page of the site."""
@@ -49,7 +54,7 @@ class Page:
         """The folder it lies in, one of `CHAPTERS`."""
         return self.path.rpartition("/")[0]
 
-
+# %% ../../nbs/ops/11_docs.ipynb #6c02277a
 def page_of(
     notebook: Path,
     root: Path,  # the folder nbs/
@@ -59,12 +64,16 @@ def page_of(
     first = next(("".join(c["source"]) for c in cells if c["cell_type"] == "markdown"), "")
     title, question = re.search(r"^# (.+)$", first, re.M), re.search(r"^> (.+)$", first, re.M)
     if not (title and question):
-        raise UserError("no title or no question in the first text cell", where=str(notebook), fix="begin with `# Title` and `> One question?`")
+        raise UserError(
+            "no title or no question in the first text cell",
+            where=str(notebook),
+            fix="begin with `# Title` and `> One question?`",
+        )
     return Page(notebook.relative_to(root).with_suffix("").as_posix(), title[1], question[1])
 
-
+# %% ../../nbs/ops/11_docs.ipynb #3321fc1c
 def _order(page: Page) -> tuple:
-    """Chapters in their order; the front page, then the tour, then what has a number, then names."""
+    """Chapters in their order; the front page, then the tour and the map, then what has a number, then names."""
     front = FRONT.index(page.path) if page.path in FRONT else len(FRONT)
     return list(CHAPTERS).index(page.chapter), front, page.path
 
@@ -88,11 +97,14 @@ def step_line(
     link = os.path.relpath(after.path, Path(page.path).parent).replace(os.sep, "/")
     return f"{STEP}[{after.title}]({link}.ipynb). {after.question}"
 
-
+# %% ../../nbs/ops/11_docs.ipynb #10665ac3
 def reading_steps(
     pages: Sequence[Page],
 ) -> dict[str, str]:
-    """For each notebook the line it should end with. Front page and tour have their own ways on, run notebooks and the last one lead nowhere."""
+    """For each notebook the line it should end with.
+
+    Front page, tour and map have their own ways on, run notebooks and the last one lead nowhere.
+    """
     read = [p for p in pages if p.path not in FRONT and p.chapter != "runs"]
     return {page.path: step_line(page, after) for page, after in zip(read, read[1:])}
 
@@ -105,7 +117,7 @@ def with_step(
     kept = [c for c in cells if not (c["cell_type"] == "markdown" and "".join(c["source"]).startswith(STEP))]
     return [*kept, {"cell_type": "markdown", "id": "next-notebook", "metadata": {}, "source": [line]}]
 
-
+# %% ../../nbs/ops/11_docs.ipynb #8570361c
 def write_steps(
     root: Path,  # the folder nbs/
 ) -> list[str]:
@@ -126,7 +138,7 @@ def write_steps(
 _DIRECTIVE = re.compile(r"^#\|.*\n?", re.MULTILINE)
 _DROPPED = re.compile(r"^#\|\s*(hide\s*$|default_exp\b|eval:\s*false.*\n#\|\s*hide)", re.MULTILINE)
 
-
+# %% ../../nbs/ops/11_docs.ipynb #d1bafd2e
 def page_cells(
     cells: Iterable[Mapping[str, Any]],  # of a notebook
 ) -> list[dict[str, Any]]:
@@ -146,7 +158,7 @@ def page_cells(
 # %% ../../nbs/ops/11_docs.ipynb #6d7a085a
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?![a-z]+:|#)([^)\s]+)\)")
 
-
+# %% ../../nbs/ops/11_docs.ipynb #ad314990
 def local_links(
     markdown: str,
     folder: Path,  # the notebook's folder
@@ -170,9 +182,10 @@ def mathml(
     """A formula as MathML."""
     from latex2mathml.converter import convert
 
-    return convert(re.sub(r"\\\\\[\d+pt\]", r"\\\\", latex), display="block" if display else "inline")  # it knows no distances between lines
+    # it knows no distances between lines
+    return convert(re.sub(r"\\\\\[\d+pt\]", r"\\\\", latex), display="block" if display else "inline")
 
-
+# %% ../../nbs/ops/11_docs.ipynb #08317d60
 def setup(
     app: Any,  # Sphinx
 ) -> dict[str, bool]:
@@ -198,38 +211,52 @@ def setup(
 # %% ../../nbs/ops/11_docs.ipynb #5c5d092b
 _CODE = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
-
+# %% ../../nbs/ops/11_docs.ipynb #959d50c6
 def _named(statement: ast.stmt) -> list[str]:
     """The names that a statement at the top of a module gives to something."""
     if isinstance(statement, _CODE):
         return [statement.name]
-    targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target] if isinstance(statement, ast.AnnAssign) else []
+    targets = (
+        statement.targets
+        if isinstance(statement, ast.Assign)
+        else [statement.target]
+        if isinstance(statement, ast.AnnAssign)
+        else []
+    )
     return [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
 
-
+# %% ../../nbs/ops/11_docs.ipynb #54e4c006
 def _head(node: ast.stmt, lines: Sequence[str]) -> str:
     """The code of a function or class up to its docstring, or to the first method of a class."""
     first, begin = node.body[0], min(n.lineno for n in (node, *node.decorator_list))
     documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
     fields = [n for n in node.body if isinstance(n, ast.AnnAssign)] if isinstance(node, ast.ClassDef) else []
     head = lines[begin - 1 : first.lineno - documented]
-    return textwrap.dedent("\n".join([*head, *(line for n in fields if n is not first for line in lines[n.lineno - 1 : n.end_lineno])]))
+    return textwrap.dedent(
+        "\n".join([*head, *(line for n in fields if n is not first for line in lines[n.lineno - 1 : n.end_lineno])])
+    )
 
 
 def _described(name: str, node: ast.stmt, lines: Sequence[str], level: int) -> str:
     """A function or class as Markdown: signature and docstring."""
     return f"{'#' * level} {name}\n\n```python\n{_head(node, lines)}\n```\n\n{ast.get_docstring(node) or ''}\n"
 
-
+# %% ../../nbs/ops/11_docs.ipynb #ccbe8ed7
 def _entry(name: str, node: ast.stmt, lines: Sequence[str]) -> str:
     """A public name as Markdown; of a constant, what it is set to."""
     if not isinstance(node, _CODE):
         text = "\n".join(lines[node.lineno - 1 : node.end_lineno])
         return f"## {name}\n\n```python\n{text if len(text) <= 300 else text[:300] + ' ...'}\n```\n"
-    methods = [n for n in node.body if isinstance(n, _CODE[:2]) and not n.name.startswith("_")] if isinstance(node, ast.ClassDef) else []
-    return "\n".join([_described(name, node, lines, 2), *(_described(f"{name}.{n.name}", n, lines, 3) for n in methods)])
+    methods = (
+        [n for n in node.body if isinstance(n, _CODE[:2]) and not n.name.startswith("_")]
+        if isinstance(node, ast.ClassDef)
+        else []
+    )
+    return "\n".join(
+        [_described(name, node, lines, 2), *(_described(f"{name}.{n.name}", n, lines, 3) for n in methods)]
+    )
 
-
+# %% ../../nbs/ops/11_docs.ipynb #d8889164
 def reference_page(
     module: str,  # dotted name
     page: Page,  # the notebook it comes from
@@ -239,9 +266,18 @@ def reference_page(
     lines, top = text.splitlines(), {name: node for node in ast.parse(text).body for name in _named(node)}
     names = [n for n in ast.literal_eval(top["__all__"].value) if n != "setup"]
     link = f"[{page.title}](../{page.path}.ipynb)"
-    return "\n".join([f"# {module.removeprefix('nemotron_nb.')}\n", f"{page.question} Explained in {link}.\n", *(_entry(n, top[n], lines) if n in top else f"## {n}\n\nOf another module, and offered here as well.\n" for n in names)])
+    return "\n".join(
+        [
+            f"# {module.removeprefix('nemotron_nb.')}\n",
+            f"{page.question} Explained in {link}.\n",
+            *(
+                _entry(n, top[n], lines) if n in top else f"## {n}\n\nOf another module, and offered here as well.\n"
+                for n in names
+            ),
+        ]
+    )
 
-
+# %% ../../nbs/ops/11_docs.ipynb #25bf0a6a
 def modules_of(
     pages: Sequence[Page],
     root: Path,  # the folder nbs/
@@ -259,20 +295,35 @@ def recipes_page(
     root: Path,  # papermill_runs/
 ) -> str:
     """Markdown: every recipe file, by family and stage."""
-    parts = ["# Recipes\n", "What `-c NAME` reads, for each family and stage. `default` holds the published numbers, `tiny` what a laptop can run. Later layers win: `default`, the file of `-c`, the profile, the command line.\n"]
+    parts = [
+        "# Recipes\n",
+        "What `-c NAME` reads, for each family and stage. `default` holds the published numbers, `tiny` what a laptop "
+        "can run. Later layers win: `default`, the file of `-c`, the profile, the command line.\n",
+    ]
     for path in sorted(root.glob("*/*/*.yaml")):
         family, stage = path.parts[-3:-1]
-        parts.append(f"## {family} {stage}: {path.stem}\n\n`papermill_runs/{family}/{stage}/{path.name}`\n\n```yaml\n{path.read_text(encoding='utf-8').strip()}\n```\n")
+        parts.append(
+            f"## {family} {stage}: "
+            f"{path.stem}\n\n`papermill_runs/{family}/{stage}/{path.name}`"
+            f"\n\n```yaml\n{path.read_text(encoding='utf-8').strip()}\n```\n"
+        )
     return "\n".join(parts)
 
 # %% ../../nbs/ops/11_docs.ipynb #83cf8241
 def _contents(pages: Sequence[Page], modules: Iterable[str]) -> str:
     """The lists of pages at the end of the front page, one a chapter."""
-    lists = {title: [p.path for p in pages if p.chapter == chapter and p.path != "index"] for chapter, title in CHAPTERS.items()}
+    lists = {
+        title: [p.path for p in pages if p.chapter == chapter and p.path != "index"]
+        for chapter, title in CHAPTERS.items()
+    }
     lists["Reference"] = ["recipes", *(f"api/{m.removeprefix('nemotron_nb.')}" for m in modules)]
-    return "\n\n".join(f"```{{toctree}}\n:hidden:\n:caption: {title}\n\n" + "\n".join(names) + "\n```" for title, names in lists.items() if names)
+    return "\n\n".join(
+        f"```{{toctree}}\n:hidden:\n:caption: {title}\n\n" + "\n".join(names) + "\n```"
+        for title, names in lists.items()
+        if names
+    )
 
-
+# %% ../../nbs/ops/11_docs.ipynb #9b209a02
 CONF = '''project = "nemotron_nb"
 extensions = ["myst_nb", "nemotron_nb.ops.docs"]
 nb_execution_mode = "off"
@@ -286,7 +337,7 @@ highlight_language = "python"
 suppress_warnings = ["mystnb.unknown_mime_type", "misc.highlighting_failure", "myst.header"]
 '''
 
-
+# %% ../../nbs/ops/11_docs.ipynb #4716d8e5
 def write_sources(
     target: Path,  # an empty folder
     root: Path,  # the checkout
@@ -301,7 +352,9 @@ def write_sources(
         for cell in (c for c in notebook["cells"] if c["cell_type"] == "markdown"):
             cell["source"] = local_links("".join(cell["source"]), (nbs / page.path).parent, nbs)
         if page.path == "index":
-            notebook["cells"].append({"cell_type": "markdown", "id": "contents", "metadata": {}, "source": _contents(pages, modules)})
+            notebook["cells"].append(
+                {"cell_type": "markdown", "id": "contents", "metadata": {}, "source": _contents(pages, modules)}
+            )
         write_atomic(target / f"{page.path}.ipynb", json.dumps(notebook))
     for module, page in modules.items():
         write_atomic(target / f"api/{module.removeprefix('nemotron_nb.')}.md", reference_page(module, page))
@@ -310,14 +363,16 @@ def write_sources(
     shutil.copytree(nbs / "images", target / "images")
     return len(pages) + len(modules) + 1
 
-
+# %% ../../nbs/ops/11_docs.ipynb #4bdc2c5c
 def build_site(
     out: str | os.PathLike = "output/docs",  # replaced when the new site is complete
     root: Path | None = None,  # the checkout; None: where the library lies
 ) -> Path:
     """Build the site; its first page. What Sphinx complains about is a `UserError`."""
     if importlib.util.find_spec("myst_nb") is None or importlib.util.find_spec("furo") is None:
-        raise UserError("Sphinx, MyST-NB or furo is not installed", where="make docs", fix="pip install 'nemotron_nb[docs]'")
+        raise UserError(
+            "Sphinx, MyST-NB or furo is not installed", where="make docs", fix="pip install 'nemotron_nb[docs]'"
+        )
     out, root = Path(out).absolute(), root or project_root()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".docs-") as folder:
@@ -326,7 +381,11 @@ def build_site(
         command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", str(source), str(site)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"the site was not built:\n{done.stderr.replace(str(source), 'nbs')[-4000:]}", where="make docs", fix="mend the pages that are named")
+            raise UserError(
+                f"the site was not built:\n{done.stderr.replace(str(source), 'nbs')[-4000:]}",
+                where="make docs",
+                fix="mend the pages that are named",
+            )
         shutil.rmtree(out, ignore_errors=True)
         os.replace(site, out)
     print(f"{count} pages: {out / 'index.html'}")

@@ -80,54 +80,86 @@ class Profile:
 # %% ../../nbs/ops/01_profiles.ipynb #8b2c3ee4
 PLANNED = ("docker", "skypilot", "dgxcloud", "lepton")
 NOTES = {
-    "container_image": "container_image stands in the profile; images belong in the recipe, and one named there is taken instead",
+    "container_image": "container_image stands in the profile; images belong in the recipe, and one named there is "
+                       "taken instead",
     "ray_working_dir": "ray_working_dir is for reinforcement learning; nothing here reads it",
     "cloud": "cloud is for a cloud executor; Slurm does not read it",
     "gpus": "gpus is for a cloud executor; for Slurm give gpus_per_node",
     "identity": "identity is for an ssh tunnel; this machine submits itself",
 }
 
-
+# %% ../../nbs/ops/01_profiles.ipynb #a530bc9f
 def _where(profile: Profile, key: str) -> str:
     """How an error names a key of a profile."""
     return f"profile {profile.name!r}: {key}"
 
-
+# %% ../../nbs/ops/01_profiles.ipynb #32a85e84
 def _check_executor(profile: Profile) -> None:
     """Slurm from this machine, or this machine itself; all else is refused by name."""
     if profile.executor in PLANNED:
-        raise UserError(f"{profile.executor!r} is planned and not there yet", where=_where(profile, "executor"), fix='give "slurm" or "local"')
+        raise UserError(
+            f"{profile.executor!r} is planned and not there yet",
+            where=_where(profile, "executor"),
+            fix='give "slurm" or "local"',
+        )
     if profile.executor not in ("slurm", "local"):
-        raise UserError(f"unknown executor {profile.executor!r}", where=_where(profile, "executor"), fix=nearest(profile.executor, ("slurm", "local", *PLANNED)))
+        raise UserError(
+            f"unknown executor {profile.executor!r}",
+            where=_where(profile, "executor"),
+            fix=nearest(profile.executor, ("slurm", "local", *PLANNED)),
+        )
     if profile.tunnel != "local":
-        raise UserError(f"a tunnel of kind {profile.tunnel!r} is not there yet", where=_where(profile, "tunnel"), fix='log in to a node where sbatch works, give tunnel = "local", and submit there')
+        raise UserError(
+            f"a tunnel of kind {profile.tunnel!r} is not there yet",
+            where=_where(profile, "tunnel"),
+            fix='log in to a node where sbatch works, give tunnel = "local", and submit there',
+        )
 
 # %% ../../nbs/ops/01_profiles.ipynb #22fe6aa2
 TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}|UNLIMITED|INFINITE")  # minutes, m:s, h:m:s, days-hours, ...
 MEMORY = re.compile(r"\d+[KMGT]?")
 
-
+# %% ../../nbs/ops/01_profiles.ipynb #353aad5f
 def _check_numbers(profile: Profile) -> None:
     """Counts are counts, times are times."""
-    for key, least in {"nodes": 1, "ntasks_per_node": 1, "nproc_per_node": 1, "gpus_per_node": 0, "signal_seconds": 1}.items():
+    for key, least in {
+        "nodes": 1, "ntasks_per_node": 1, "nproc_per_node": 1, "gpus_per_node": 0, "signal_seconds": 1,
+    }.items():
         value = getattr(profile, key)
         if value is not None and value < least:
-            raise UserError(f"{value} is less than {least}", where=_where(profile, key), fix=f"give at least {least}, or leave it out")
-    for key, form, example in (("time", TIME, '"04:00:00" or "2-00:00:00"'), ("mem", MEMORY, '"64G", or "0" for all of a node')):
+            raise UserError(
+                f"{value} is less than {least}",
+                where=_where(profile, key),
+                fix=f"give at least {least}, or leave it out",
+            )
+    for key, form, example in (
+        ("time", TIME, '"04:00:00" or "2-00:00:00"'),
+        ("mem", MEMORY, '"64G", or "0" for all of a node'),
+    ):
         value = getattr(profile, key)
         if value and not form.fullmatch(value):
             raise UserError(f"{value!r} is not understood", where=_where(profile, key), fix=f"write it as {example}")
 
-
+# %% ../../nbs/ops/01_profiles.ipynb #f3d4486c
 def _check_words(profile: Profile) -> None:
     """Mounts are pairs of paths, variables have names of variables, options are names."""
     for mount in profile.mounts:
         if not re.fullmatch(r"[^:,\n]+:/[^:,\n]*(:[\w+-]+)?", mount):
-            raise UserError(f"{mount!r} is not host:container", where=_where(profile, "mounts"), fix='write "/folder/on/the/host:/folder/in/the/container", without commas')
+            raise UserError(
+                f"{mount!r} is not host:container",
+                where=_where(profile, "mounts"),
+                fix='write "/folder/on/the/host:/folder/in/the/container", without commas',
+            )
     for key, form in (("env_vars", r"[A-Za-z_]\w*"), ("additional_parameters", r"[a-z][a-z-]*")):
         for name in getattr(profile, key):
             if not re.fullmatch(form, name, re.ASCII):
-                raise UserError(f"{name!r} is no name", where=_where(profile, key), fix="give letters and digits" if key == "env_vars" else "give a long option of sbatch, without the dashes")
+                raise UserError(
+                    f"{name!r} is no name",
+                    where=_where(profile, key),
+                    fix="give letters and digits"
+                    if key == "env_vars"
+                    else "give a long option of sbatch, without the dashes",
+                )
 
 # %% ../../nbs/ops/01_profiles.ipynb #1c30243c
 PLACES = "./env.toml, env.toml in the checkout, $NEMOTRON_ENV_TOML"
@@ -137,23 +169,31 @@ def checkout() -> Path:
     """The folder above the library: scripts, recipes and notebooks lie there."""
     return Path(nemotron_nb.__file__).resolve().parents[1]
 
-
+# %% ../../nbs/ops/01_profiles.ipynb #65601ded
 def find_env_toml() -> Path | None:
     """The env.toml in force; `None` where there is none."""
     named = os.environ.get("NEMOTRON_ENV_TOML")
     candidates = [Path("env.toml"), checkout() / "env.toml", *([Path(named)] if named else [])]
     return next((path.absolute() for path in candidates if path.is_file()), None)
 
-
+# %% ../../nbs/ops/01_profiles.ipynb #024ca491
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     """The tables of the file. What stands outside of any table is refused: it would belong to nothing."""
     try:
         tables = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-        raise UserError(f"cannot be read as TOML: {e}", where=str(path), fix="mend the file; papermill_runs/env.toml.example shows its form") from None
+        raise UserError(
+            f"cannot be read as TOML: {e}",
+            where=str(path),
+            fix="mend the file; papermill_runs/env.toml.example shows its form",
+        ) from None
     loose = [name for name, value in tables.items() if not isinstance(value, dict)]
     if loose:
-        raise UserError(f"{loose[0]!r} stands in no table", where=str(path), fix="put it under the name of a profile, such as [cluster]")
+        raise UserError(
+            f"{loose[0]!r} stands in no table",
+            where=str(path),
+            fix="put it under the name of a profile, such as [cluster]",
+        )
     return tables
 
 # %% ../../nbs/ops/01_profiles.ipynb #31be830e
@@ -164,7 +204,7 @@ SECTIONS = {
     "cache": {"git_dir": str},
 }
 
-
+# %% ../../nbs/ops/01_profiles.ipynb #243db61e
 def env_section(
     name: str,  # a key of SECTIONS
     path: str | os.PathLike | None = None,  # None: where find_env_toml finds it
@@ -176,7 +216,12 @@ def env_section(
     for key, value in section.items():
         where = f"{file}: [{name}] {key}"
         if key not in kinds:
-            raise UserError("unknown key", where=where, why="a misspelt key would change nothing, without a word", fix=nearest(key, kinds))
+            raise UserError(
+                "unknown key",
+                where=where,
+                why="a misspelt key would change nothing, without a word",
+                fix=nearest(key, kinds),
+            )
         if not isinstance(value, kinds[key]):
             raise UserError(f"expected {kinds[key].__name__}, got {value!r}", where=where, fix="mend the value")
     return section
@@ -184,14 +229,22 @@ def env_section(
 # %% ../../nbs/ops/01_profiles.ipynb #5ab14eb4
 def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """A profile over the one it extends."""
-    both = {key: {**base[key], **own[key]} for key in own if isinstance(own[key], dict) and isinstance(base.get(key), dict)}
+    both = {
+        key: {**base[key], **own[key]} for key in own if isinstance(own[key], dict) and isinstance(base.get(key), dict)
+    }
     return {**base, **own, **both}
 
-
-def _extended(name: str, profiles: Mapping[str, Mapping[str, Any]], file: Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+# %% ../../nbs/ops/01_profiles.ipynb #4c3b537f
+def _extended(
+    name: str, profiles: Mapping[str, Mapping[str, Any]], file: Path, seen: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """The keys of a profile, those it inherits included."""
     if name in seen:
-        raise UserError(f"profiles extend each other in a circle: {' -> '.join([*seen, name])}", where=str(file), fix="take one `extends` out")
+        raise UserError(
+            f"profiles extend each other in a circle: {' -> '.join([*seen, name])}",
+            where=str(file),
+            fix="take one `extends` out",
+        )
     if name not in profiles:
         asked = f"{seen[-1]!r} extends {name!r}, which is not there" if seen else f"there is no profile {name!r}"
         raise UserError(asked, where=str(file), fix=nearest(name, profiles) if profiles else f"add a table [{name}]")
@@ -200,10 +253,14 @@ def _extended(name: str, profiles: Mapping[str, Mapping[str, Any]], file: Path, 
     if base is None:
         return own
     if not isinstance(base, str):
-        raise UserError(f"expected the name of a profile, got {base!r}", where=f"{file}: [{name}] extends", fix='write extends = "NAME"')
+        raise UserError(
+            f"expected the name of a profile, got {base!r}",
+            where=f"{file}: [{name}] extends",
+            fix='write extends = "NAME"',
+        )
     return _merged(_extended(base, profiles, file, (*seen, name)), own)
 
-
+# %% ../../nbs/ops/01_profiles.ipynb #dd6b0db3
 def load_profile(
     name: str,  # the table's name
     path: str | os.PathLike | None = None,  # None: where find_env_toml finds it
@@ -211,10 +268,18 @@ def load_profile(
     """A profile of env.toml. A missing file, an unknown profile and an unknown key are each one clear error."""
     file = Path(path) if path is not None else find_env_toml()
     if file is None:
-        raise UserError(f"there is no env.toml, so no profile {name!r}", where=PLACES, fix="copy papermill_runs/env.toml.example to env.toml and put your account and partition in")
+        raise UserError(
+            f"there is no env.toml, so no profile {name!r}",
+            where=PLACES,
+            fix="copy papermill_runs/env.toml.example to env.toml and put your account and partition in",
+        )
     profiles = {table: keys for table, keys in _read(file).items() if table not in SECTIONS}
     if "name" in profiles.get(name, {}):
-        raise UserError("unknown key 'name'", where=f"{file}: [{name}]", fix="the table's name is the profile's name; for the job give job_name")
+        raise UserError(
+            "unknown key 'name'",
+            where=f"{file}: [{name}]",
+            fix="the table's name is the profile's name; for the job give job_name",
+        )
     return from_mapping(Profile, {**_extended(name, profiles, file), "name": name}, f"{file}: [{name}]")
 
 # %% ../../nbs/ops/01_profiles.ipynb #4c1b99ca
@@ -223,5 +288,9 @@ def profile_picture(
 ) -> Picture:
     """The keys that a profile gives, and their values."""
     unset = Profile(name=profile.name)
-    said: Iterable[str] = (f.name for f in dataclasses.fields(profile) if f.name == "executor" or getattr(profile, f.name) != getattr(unset, f.name))
+    said: Iterable[str] = (
+        f.name
+        for f in dataclasses.fields(profile)
+        if f.name == "executor" or getattr(profile, f.name) != getattr(unset, f.name)
+    )
     return table([{"key": key, "value": getattr(profile, key)} for key in said], title=f"Profile {profile.name}")

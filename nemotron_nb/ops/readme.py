@@ -26,9 +26,11 @@ def moved_links(
     folder: str,  # where the relative links of the text start, seen from the new place
 ) -> str:
     """Markdown whose relative links still lead to the same files from another folder."""
-    return re.sub(r"(\]\()(?![a-z]+:|/|#)([^)\s]+)", lambda found: found[1] + posixpath.normpath(f"{folder}/{found[2]}"), markdown)
+    return re.sub(
+        r"(\]\()(?![a-z]+:|/|#)([^)\s]+)", lambda found: found[1] + posixpath.normpath(f"{folder}/{found[2]}"), markdown
+    )
 
-
+# %% ../../nbs/ops/10_readme.ipynb #33acfddf
 def readme(
     notebook: str | Path,  # nbs/index.ipynb
 ) -> str:
@@ -56,7 +58,7 @@ PICTURES: Mapping[str, str] = {
     "before_after": "joined([strip(",
 }
 
-
+# %% ../../nbs/ops/10_readme.ipynb #44f864d3
 def stored_picture(
     cells: Sequence[Mapping[str, Any]],  # of a notebook, with outputs
     words: str,  # in the code of the cell
@@ -69,9 +71,11 @@ def stored_picture(
                     return base64.b64decode("".join(data["image/png"]))
                 if "text/html" in data:
                     return "".join(data["text/html"])
-    raise UserError(f"no cell with {words!r} has left a picture", where="nbs/tour.ipynb", fix="run the tour and store its outputs")
+    raise UserError(
+        f"no cell with {words!r} has left a picture", where="nbs/tour.ipynb", fix="run the tour and store its outputs"
+    )
 
-
+# %% ../../nbs/ops/10_readme.ipynb #0558bd01
 def screenshot(
     html: str,
     width: int = 900,  # pixels
@@ -84,8 +88,22 @@ def screenshot(
         raise UserError(f"there is no {browser} here", where="make pictures", fix="apt-get install chromium")
     with tempfile.TemporaryDirectory() as folder:
         page, shot = Path(folder) / "page.html", Path(folder) / "shot.png"
-        page.write_text(f'<meta charset="utf-8"><body style="margin:12px;background:#ffffff;font-family:sans-serif;font-size:13px">{html}</body>', encoding="utf-8")
-        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/user", "--hide-scrollbars", f"--window-size={width},6000", f"--screenshot={shot}", page.as_uri()]
+        page.write_text(
+            '<meta charset="utf-8"><body '
+            f'style="margin:12px;background:#ffffff;font-family:sans-serif;font-size:13px">{html}</body>',
+            encoding="utf-8",
+        )
+        command = [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={folder}/user",
+            "--hide-scrollbars",
+            f"--window-size={width},6000",
+            f"--screenshot={shot}",
+            page.as_uri(),
+        ]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
         image = Image.open(shot).convert("RGB")
     bottom = ImageChops.difference(image, Image.new("RGB", image.size, "#ffffff")).getbbox()[3]
@@ -93,7 +111,7 @@ def screenshot(
     image.crop((0, 0, width, bottom + 12)).quantize(64).save(data, "PNG", optimize=True)
     return data.getvalue()
 
-
+# %% ../../nbs/ops/10_readme.ipynb #2ce865bc
 def write_pictures(
     tour: str | Path = "nbs/tour.ipynb",
     folder: str | Path = "nbs/images",
@@ -101,4 +119,7 @@ def write_pictures(
     """Write the pictures of the front page."""
     cells = json.loads(Path(tour).read_text(encoding="utf-8"))["cells"]
     found = {name: stored_picture(cells, words) for name, words in PICTURES.items()}
-    return [write_atomic(Path(folder) / f"{name}.png", picture if isinstance(picture, bytes) else screenshot(picture)) for name, picture in found.items()]
+    return [
+        write_atomic(Path(folder) / f"{name}.png", picture if isinstance(picture, bytes) else screenshot(picture))
+        for name, picture in found.items()
+    ]

@@ -27,6 +27,7 @@ from .run_folder import job_of, read_metrics, read_status, read_tail, resume_com
 from .stage import stage_of
 from ..viz import Picture, joined, png, table, token_strip
 
+# %% ../../nbs/ops/07_report.ipynb #99dcf170
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -53,18 +54,28 @@ class Run:
         """The metrics lines of one kind: start, train, valid, skipped, resume, paused or end."""
         return [m for m in self.metrics if m.get("kind") == kind]
 
-
+# %% ../../nbs/ops/07_report.ipynb #9d498783
 def _json(path: Path) -> dict[str, Any]:
     """A file of a run folder; empty where it is not there. `UserError` where it is damaged."""
     try:
         found = json.loads(path.read_bytes()) if path.exists() else {}
     except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"cannot be read: {e}", where=str(path), why="the file is damaged", fix="take it from a backup, or remove it: the report leaves out what is missing") from None
+        raise UserError(
+            f"cannot be read: {e}",
+            where=str(path),
+            why="the file is damaged",
+            fix="take it from a backup, or remove it: the report leaves out what is missing",
+        ) from None
     if not isinstance(found, dict):
-        raise UserError("is no JSON object", where=str(path), why="the file is damaged", fix="take it from a backup, or remove it: the report leaves out what is missing")
+        raise UserError(
+            "is no JSON object",
+            where=str(path),
+            why="the file is damaged",
+            fix="take it from a backup, or remove it: the report leaves out what is missing",
+        )
     return found
 
-
+# %% ../../nbs/ops/07_report.ipynb #9790e0cc
 def read_run(
     folder: str | os.PathLike,
 ) -> Run:
@@ -75,7 +86,11 @@ def read_run(
 
     folder = Path(folder)
     if not (folder / "status.json").exists():
-        raise UserError("this is not a run folder: it has no status.json", where=str(folder), fix="list the runs there are: nemotron runs")
+        raise UserError(
+            "this is not a run folder: it has no status.json",
+            where=str(folder),
+            fix="list the runs there are: nemotron runs",
+        )
     config = folder / "config.yaml"
     return Run(
         folder=folder,
@@ -96,40 +111,51 @@ def read_run(
 def _perplexity(loss: float) -> str:
     return f"{math.exp(min(loss, 100.0)):,.1f}"
 
-
+# %% ../../nbs/ops/07_report.ipynb #d6f44294
 def _loss_sentence(run: Run) -> list[str]:
     """Held-out loss before and after, if both are known; that there is none, where nothing was held out."""
     if run.manifest and not _held_out(run.manifest):
-        return ["No chats are held out, so there is no held-out loss: whether the model learned or memorised, this run cannot say."]
+        return [
+            "No chats are held out, so there is no held-out loss: whether the model learned or memorised, this run "
+            "cannot say."
+        ]
     if any(not isinstance(e.get("loss_token"), float) for e in (run.before, run.after)):
         return []
     old, new = run.before["loss_token"], run.after["loss_token"]
-    return [f"Loss on held-out chats: {old:.3f} before, {new:.3f} after (nats a trained token; perplexity {_perplexity(old)}, then {_perplexity(new)})."]
+    return [
+        f"Loss on held-out chats: {old:.3f} before, {new:.3f} after (nats a trained token; perplexity "
+        f"{_perplexity(old)}, then {_perplexity(new)})."
+    ]
 
-
+# %% ../../nbs/ops/07_report.ipynb #16b17fa3
 def _held_out(manifest: Mapping[str, Any]) -> int:
     """Packs that are held out to be measured on."""
     return manifest["splits"].get("valid", {}).get("packs", 0)
 
-
+# %% ../../nbs/ops/07_report.ipynb #c7052381
 def _form_sentence(run: Run) -> list[str]:
     """How many held-out answers were well formed before and after."""
     if not run.before.get("num_generations") or not run.after.get("num_generations"):
         return []
-    good = [f"{round(e['well_formed_rate'] * e['num_generations'])} of {e['num_generations']}" for e in (run.before, run.after)]
+    good = [
+        f"{round(e['well_formed_rate'] * e['num_generations'])} of {e['num_generations']}"
+        for e in (run.before, run.after)
+    ]
     sentences = [f"Well-formed answers on held-out prompts: {good[0]} before, {good[1]} after."]
     if "exact_rate" in run.after:
-        sentences.append(f"After training, {_calls_in_words(run.after)}{run.after['exact_rate']:.0%} are the reference, word for word.")
+        sentences.append(
+            f"After training, {_calls_in_words(run.after)}{run.after['exact_rate']:.0%} are the reference, word for "
+            "word."
+        )
     return sentences
 
-
+# %% ../../nbs/ops/07_report.ipynb #753d8346
 def _calls_in_words(after: Mapping[str, Any]) -> str:
     """Whether tools are called where they should be; nothing where no answer, wanted or given, calls one."""
     texts = (text for said in after.get("generations", ()) for text in (said["expected"], said["generated"]))
     if not any("<tool_call>" in text for text in texts):
         return ""
     return f"{after['called_as_expected_rate']:.0%} of them call a tool exactly where the reference does; "
-
 
 # %% ../../nbs/ops/07_report.ipynb #32992e08
 def _work_sentence(run: Run) -> list[str]:
@@ -138,9 +164,12 @@ def _work_sentence(run: Run) -> list[str]:
         return []
     seconds = sum(s["seconds"] for s in steps)
     trained = sum(s["trained_tokens"] for s in steps)
-    return [f"{len(steps)} steps, {trained:,} trained tokens in {seconds:.1f} seconds: {trained / max(seconds, 1e-9):,.0f} a second."]
+    return [
+        f"{len(steps)} steps, {trained:,} trained tokens in {seconds:.1f} seconds: "
+        f"{trained / max(seconds, 1e-9):,.0f} a second."
+    ]
 
-
+# %% ../../nbs/ops/07_report.ipynb #f38d65aa
 def _attempts_sentence(run: Run) -> list[str]:
     """How often the run was begun, if more than once, and where training went on."""
     if len(run.attempts) < 2:
@@ -151,21 +180,32 @@ def _attempts_sentence(run: Run) -> list[str]:
 
 # %% ../../nbs/ops/07_report.ipynb #e0e375da
 def _loads(model: Path, base: str = "", adapter: Path | None = None) -> str:
-    """The line that loads a model, or an adapter on its base. Without use_chunked_scan a model of this form is slow, or needs CUDA kernels."""
+    """The line that loads a model, or an adapter on its base.
+
+    Without use_chunked_scan a model of this form is slow, or needs CUDA kernels.
+    """
     if adapter is None:
-        return f"use_chunked_scan(AutoModelForCausalLM.from_pretrained({str(model)!r})), with use_chunked_scan from nemotron_nb.train.scan"
+        return (
+            f"use_chunked_scan(AutoModelForCausalLM.from_pretrained({str(model)!r})), with use_chunked_scan from "
+            "nemotron_nb.train.scan"
+        )
     loaded = f"use_chunked_scan(AutoModelForCausalLM.from_pretrained({base!r}))"
-    return f"load_adapter({loaded}, {str(adapter)!r}), with load_adapter from nemotron_nb.train.lora and use_chunked_scan from nemotron_nb.train.scan"
+    return (
+        f"load_adapter({loaded}, {str(adapter)!r}), with load_adapter from nemotron_nb.train.lora and "
+        "use_chunked_scan from nemotron_nb.train.scan"
+    )
 
-
+# %% ../../nbs/ops/07_report.ipynb #76299408
 def _adapter_base(run: Run) -> str:
-    """The folder or hub name of the weights that an adapter belongs to; empty where they were random and are kept nowhere."""
+    """The folder or hub name of the weights that an adapter belongs to; empty where they were random and are kept
+    nowhere.
+    """
     told = _json(run.folder / "adapter" / "adapter_config.json").get("base_model_name_or_path") or ""
     given = run.config.get("checkpoint.pretrained_checkpoint") or run.config.get("model.name") or told
     kept = run.folder / "base"
     return str(kept) if kept.is_dir() else "" if given in ("", "tiny") else str(given)
 
-
+# %% ../../nbs/ops/07_report.ipynb #58202862
 def _where_it_lies(run: Run) -> list[str]:
     """Where the result lies, and what loads it."""
     model, adapter = run.folder / "model", run.folder / "adapter"
@@ -175,7 +215,10 @@ def _where_it_lies(run: Run) -> list[str]:
         return [f"The model lies in {model}; load it with {_loads(model)}."]
     base = _adapter_base(run)
     if not base:
-        return [f"The adapter lies in {adapter}. Its base had random weights, which lie nowhere: for a model that can be loaded, train with peft.merge=true."]
+        return [
+            f"The adapter lies in {adapter}. Its base had random weights, which lie nowhere: for a model that can be "
+            "loaded, train with peft.merge=true."
+        ]
     return [f"The adapter lies in {adapter}, its base is {base}; load both with {_loads(model, base, adapter)}."]
 
 # %% ../../nbs/ops/07_report.ipynb #a5382614
@@ -209,7 +252,16 @@ def headline(
     }
     said = [state.get(run.state, "The state of the run is not known.")]
     said += [resume] if run.state in ("preempted", "lost", "unfollowed", "failed") and run.config else []
-    return [*said, *_attempts_sentence(run), *_loss_sentence(run), *_form_sentence(run), *_work_sentence(run), *_said_in_training(run), *_where_it_lies(run), *_sent_later(run)]
+    return [
+        *said,
+        *_attempts_sentence(run),
+        *_loss_sentence(run),
+        *_form_sentence(run),
+        *_work_sentence(run),
+        *_said_in_training(run),
+        *_where_it_lies(run),
+        *_sent_later(run),
+    ]
 
 # %% ../../nbs/ops/07_report.ipynb #295e168a
 def funnel_picture(
@@ -222,16 +274,22 @@ def funnel_picture(
         ("rows read", manifest["rows"], str(manifest["source"])),
         ("chats accepted", manifest["accepted"], f"{manifest['rows'] - manifest['accepted']:,} rejected"),
         ("training sequences", manifest["sequences"], f"{manifest['truncated_sequences']:,} cut to fit the pack"),
-        ("tokens", manifest["tokens"], f"{manifest['truncated_tokens']:,} tokens cut off, {manifest['dropped_tokens']:,} tokens left out"),
+        (
+            "tokens",
+            manifest["tokens"],
+            f"{manifest['truncated_tokens']:,} tokens cut off, {manifest['dropped_tokens']:,} tokens left out",
+        ),
         ("trained tokens", manifest["trained_tokens"], f"{share:.0%} of all tokens"),
         ("packs", sum(s["packs"] for s in splits), f"of {manifest['pack_size']:,} tokens each"),
     ]
     for name, counts in (("rows rejected", manifest["rejects"]), ("sequences left out", manifest["dropped_sequences"])):
-        rows += [(f"{name}: {reason}", count, "listed in rejects.jsonl beside the packs") for reason, count in counts.items()]
+        rows += [
+            (f"{name}: {reason}", count, "listed in rejects.jsonl beside the packs") for reason, count in counts.items()
+        ]
     rows += [("warning", "", text) for text in manifest["warnings"]]
     return table(rows, header=["", "number", "remark"])
 
-
+# %% ../../nbs/ops/07_report.ipynb #3ce7c07b
 def splits_picture(
     manifest: Mapping[str, Any],
 ) -> Picture:
@@ -244,19 +302,30 @@ def splits_picture(
 def preparation_notes(
     manifest: Mapping[str, Any],
 ) -> list[str]:
-    """What somebody should know about the data before they train on it: rows and chats that are not there, and the notes of the preparation."""
+    """What somebody should know about the data before they train on it: rows and chats that are not there, and the
+    notes of the preparation.
+    """
     lost = [("rows", "could not be read", "rejects"), ("chats", "were left out", "left_out")]
     notes = []
     for what, words, name in lost:
         reasons = manifest.get(name, {})
         if reasons:
             counted = ", ".join(f"{n:,} {reason}" for reason, n in reasons.items())
-            notes.append(f"{sum(reasons.values()):,} of {manifest['rows']:,} {what} {words}: {counted}; see rejects.jsonl beside the packs")
+            notes.append(
+                f"{sum(reasons.values()):,} of {manifest['rows']:,} {what} {words}: {counted}; see rejects.jsonl "
+                "beside the packs"
+            )
     splits = manifest["splits"]
     if not _held_out(manifest):
-        notes.append("no chats are held out: there will be no held-out loss, and nobody can say whether the model learned or memorised; data.valid_ratio=0.05 holds some out")
+        notes.append(
+            "no chats are held out: there will be no held-out loss, and nobody can say whether the model learned or "
+            "memorised; data.valid_ratio=0.05 holds some out"
+        )
     if splits.get("train", {}).get("trained_tokens") == 0:
-        notes.append("no token is trained: every assistant turn is masked; look at one chat with `nemotron inspect FILE:LINE`, and at data.loss_mode and the train and weight marks of its turns")
+        notes.append(
+            "no token is trained: every assistant turn is masked; look at one chat with `nemotron inspect FILE:LINE`, "
+            "and at data.loss_mode and the train and weight marks of its turns"
+        )
     return notes + [w for w in manifest["warnings"] if w != "the valid split is empty"]
 
 # %% ../../nbs/ops/07_report.ipynb #6af809ba
@@ -273,7 +342,7 @@ def _axes(width: float = 6.4, height: float = 2.4) -> tuple["Figure", "Axes"]:
     axes.locator_params(axis="x", integer=True)  # steps are whole
     return figure, axes
 
-
+# %% ../../nbs/ops/07_report.ipynb #0b77f99b
 def fill_picture(
     manifest: Mapping[str, Any],
 ) -> Picture:
@@ -294,7 +363,10 @@ def arithmetic_picture(
     start: Mapping[str, Any],  # the metrics line of kind "start"
 ) -> Picture:
     """The arithmetic of a step and of the run."""
-    names = ("parameters", "packs", "rows", "tokens", "trained_tokens", "rows_per_step", "tokens_per_step", "trained_tokens_per_step", "steps_per_epoch", "train_iters", "epochs")
+    names = (
+        "parameters", "packs", "rows", "tokens", "trained_tokens", "rows_per_step", "tokens_per_step",
+        "trained_tokens_per_step", "steps_per_epoch", "train_iters", "epochs",
+    )
     rows = [(name.replace("_", " "), round(start[name], 2)) for name in names if name in start]
     stages = [(f"{stage} stage", f"{steps:,} steps") for stage, steps in start.get("plan", [])]
     return table([*rows, *stages], header=["", ""])
@@ -313,21 +385,41 @@ def seams(
     """The steps after which another attempt went on with the training."""
     return [m["step"] for m in metrics if m["kind"] == "resume"]
 
-
+# %% ../../nbs/ops/07_report.ipynb #0c7c9825
 def _mark_seams(axes: "Axes", metrics: Sequence[Mapping[str, Any]]) -> None:
     """A solid grey line where one attempt ends and the next begins."""
     for number, step in enumerate(seams(metrics), 2):
         axes.axvline(step + 0.5, color=GREY, linewidth=1)
-        axes.annotate(f"attempt {number}", (step + 0.5, 0.03), xytext=(3, 0), xycoords=("data", "axes fraction"), textcoords="offset points", va="bottom", rotation=90, fontsize=8, color=GREY)
+        axes.annotate(
+            f"attempt {number}",
+            (step + 0.5, 0.03),
+            xytext=(3, 0),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            va="bottom",
+            rotation=90,
+            fontsize=8,
+            color=GREY,
+        )
 
-
+# %% ../../nbs/ops/07_report.ipynb #a4d13b1c
 def _mark_switches(axes: "Axes", steps: Sequence[Mapping[str, Any]]) -> None:
     """A dotted line where the stage of the loss changes."""
     for step, stage in stage_switches(steps):
         axes.axvline(step - 0.5, color=GREY, linestyle=":", linewidth=1)
-        axes.annotate(f"{stage} stage", (step - 0.5, 0.97), xytext=(3, 0), xycoords=("data", "axes fraction"), textcoords="offset points", va="top", rotation=90, fontsize=8, color=GREY)
+        axes.annotate(
+            f"{stage} stage",
+            (step - 0.5, 0.97),
+            xytext=(3, 0),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            va="top",
+            rotation=90,
+            fontsize=8,
+            color=GREY,
+        )
 
-
+# %% ../../nbs/ops/07_report.ipynb #753f29e9
 def loss_picture(
     metrics: Sequence[Mapping[str, Any]],  # metrics lines of any kind
 ) -> Picture:
@@ -335,9 +427,20 @@ def loss_picture(
     steps = [m for m in metrics if m["kind"] == "train"]
     valid = [m for m in metrics if m["kind"] == "valid"]
     figure, axes = _axes(height=2.8)
-    for name, label, colour, dash, mark in (("loss_token", "mean over tokens", BLUE, "-", "o"), ("loss_sample", "mean over chats", ORANGE, "--", "s")):
+    for name, label, colour, dash, mark in (
+        ("loss_token", "mean over tokens", BLUE, "-", "o"),
+        ("loss_sample", "mean over chats", ORANGE, "--", "s"),
+    ):
         axes.plot([m["step"] for m in steps], [m[name] for m in steps], dash, color=colour, linewidth=1.2, label=label)
-        axes.plot([m["step"] for m in valid], [m[name] for m in valid], mark, color=colour, markersize=5, markeredgecolor="white", label=f"held-out, {label}" if valid else None)
+        axes.plot(
+            [m["step"] for m in valid],
+            [m[name] for m in valid],
+            mark,
+            color=colour,
+            markersize=5,
+            markeredgecolor="white",
+            label=f"held-out, {label}" if valid else None,
+        )
     _mark_switches(axes, steps)
     _mark_seams(axes, metrics)
     axes.set(xlabel="step", ylabel="loss (nats)")
@@ -345,7 +448,7 @@ def loss_picture(
     axes.legend(frameon=False, fontsize=8)
     return png(figure, _loss_alt(steps, seams(metrics)))
 
-
+# %% ../../nbs/ops/07_report.ipynb #cef879d3
 def _loss_alt(steps: Sequence[Mapping[str, Any]], after: Sequence[int]) -> str:
     """The loss curve in a few sentences."""
     if not steps:
@@ -353,7 +456,11 @@ def _loss_alt(steps: Sequence[Mapping[str, Any]], after: Sequence[int]) -> str:
     first, last = steps[0], steps[-1]
     switches = "".join(f" The {stage} stage begins at step {step}." for step, stage in stage_switches(steps))
     switches += "".join(f" Attempt {number} goes on after step {step}." for number, step in enumerate(after, 2))
-    return f"Loss over {last['step']} steps: mean over tokens from {first['loss_token']:.2f} to {last['loss_token']:.2f}, mean over chats from {first['loss_sample']:.2f} to {last['loss_sample']:.2f}.{switches}"
+    return (
+        f"Loss over {last['step']} steps: mean over tokens from {first['loss_token']:.2f} to "
+        f"{last['loss_token']:.2f}, mean over chats from {first['loss_sample']:.2f} to "
+        f"{last['loss_sample']:.2f}.{switches}"
+    )
 
 # %% ../../nbs/ops/07_report.ipynb #0e6a3871
 class LivePicture:
@@ -403,7 +510,7 @@ def lr_picture(
     rates = [m["lr"] for m in steps]
     return png(figure, f"Learning rate: highest {max(rates):.2g}, at the end {rates[-1]:.2g}.")
 
-
+# %% ../../nbs/ops/07_report.ipynb #4f403b4e
 def speed_picture(
     metrics: Sequence[Mapping[str, Any]],
 ) -> Picture:
@@ -430,7 +537,12 @@ def shortened(
         for name, values in kept.items():
             values += [example[name][i] for i in where] if shown else []
         if not shown:
-            for name, value in (("pieces", f"[... {len(where)} token{'s' if len(where) > 1 else ''} ...]\n"), ("roles", example["roles"][where[-1]]), ("trained", 0), ("nll", None)):
+            for name, value in (
+                ("pieces", f"[... {len(where)} token{'s' if len(where) > 1 else ''} ...]\n"),
+                ("roles", example["roles"][where[-1]]),
+                ("trained", 0),
+                ("nll", None),
+            ):
                 kept[name].append(value)
     return kept
 
@@ -440,10 +552,16 @@ def strips_picture(
     after: Mapping[str, Any],  # evaluation_after.json
 ) -> Picture:
     """The loss of each trained token of one held-out chat, before and after training, on one scale."""
-    examples = [(f"{name} (a chat of {len(e['example']['pieces'])} tokens)", shortened(e["example"])) for name, e in (("before", before), ("after", after)) if e.get("example")]
+    examples = [
+        (f"{name} (a chat of {len(e['example']['pieces'])} tokens)", shortened(e["example"]))
+        for name, e in (("before", before), ("after", after))
+        if e.get("example")
+    ]
     top = max((v for _, e in examples for v in e["nll"] if v is not None), default=1.0)
     return joined(
-        token_strip(e["pieces"], e["trained"], roles=e["roles"], values=e["nll"], value_name="loss", title=name, top=top)
+        token_strip(
+            e["pieces"], e["trained"], roles=e["roles"], values=e["nll"], value_name="loss", title=name, top=top
+        )
         for name, e in examples
     )
 
@@ -454,10 +572,14 @@ def form_in_words(
     """Well formed, or what is missing."""
     if said["well_formed"]:
         return "well formed"
-    faults = [("closed_think", "thinking not closed"), ("well_formed_tool_call", "tool call broken"), ("ended", "does not end")]
+    faults = [
+        ("closed_think", "thinking not closed"),
+        ("well_formed_tool_call", "tool call broken"),
+        ("ended", "does not end"),
+    ]
     return ", ".join(text for name, text in faults if said[name] is False) or "not well formed"
 
-
+# %% ../../nbs/ops/07_report.ipynb #1d757e2a
 def clipped(
     text: str,
     limit: int,  # characters
@@ -468,7 +590,7 @@ def clipped(
         return text
     return "... " + text[-limit:] if from_end else text[:limit] + " ..."
 
-
+# %% ../../nbs/ops/07_report.ipynb #092c776f
 def generations_picture(
     before: Mapping[str, Any],
     after: Mapping[str, Any],
@@ -478,7 +600,10 @@ def generations_picture(
     old = {(g["conversation_id"], g["prompt"]): g for g in before.get("generations", [])}
     tables = []
     for said in after.get("generations", [])[:count]:
-        rows = [("prompt (its end)", clipped(said["prompt"], 300, from_end=True), ""), ("expected", clipped(said["expected"], 500), "")]
+        rows = [
+            ("prompt (its end)", clipped(said["prompt"], 300, from_end=True), ""),
+            ("expected", clipped(said["expected"], 500), ""),
+        ]
         earlier = old.get((said["conversation_id"], said["prompt"]))
         rows += [("before", clipped(earlier["generated"], 500), form_in_words(earlier))] if earlier else []
         rows += [("after", clipped(said["generated"], 500), form_in_words(said))]
@@ -493,13 +618,25 @@ def settings_picture(
     from nemotron_nb.ops.config import changed_names
 
     changed = changed_names(run.origins)
-    rows = [("*" if name in changed else "", name, value, run.origins.get(name, "")) for name, value in run.config.items()]
+    rows = [
+        ("*" if name in changed else "", name, value, run.origins.get(name, "")) for name, value in run.config.items()
+    ]
     shown, rest = ([row for row in rows if bool(row[0]) == marked] for marked in (True, False))
     head = ["", "setting", "value", "from"]
-    top = table(shown, header=head) if shown else Picture("<div>Nobody changed a setting.</div>", "Nobody changed a setting.")
+    top = (
+        table(shown, header=head)
+        if shown
+        else Picture("<div>Nobody changed a setting.</div>", "Nobody changed a setting.")
+    )
     folded = table(rest, header=head)
     summary = f"{len(rest)} settings as the recipe has them"
-    return joined([top, Picture(f"<details><summary>{summary}</summary>{folded.html}</details>", f"{summary}\n{folded.text}")]) if rest else top
+    return (
+        joined(
+            [top, Picture(f"<details><summary>{summary}</summary>{folded.html}</details>", f"{summary}\n{folded.text}")]
+        )
+        if rest
+        else top
+    )
 
 # %% ../../nbs/ops/07_report.ipynb #4221a481
 def _places(env: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -507,33 +644,57 @@ def _places(env: Mapping[str, Any]) -> list[tuple[str, str]]:
     job = ", ".join(f"{name} {value}" for name, value in env.get("slurm", {}).items())
     return [(name, said) for name, said in (("GPUs", "; ".join(env.get("gpus", []))), ("Slurm", job)) if said]
 
-
+# %% ../../nbs/ops/07_report.ipynb #14827304
 def attempts_picture(
     attempts: Sequence[Mapping[str, Any]],
 ) -> Picture:
     """Each attempt: when, where, how it ended."""
     names = ("attempt", "state", "started", "ended", "host")
-    return table([{name: a.get(name, "") for name in names} | {"job": a.get("slurm", {}).get("job", ""), "said": a.get("message", "")} for a in attempts])
+    return table(
+        [
+            {name: a.get(name, "") for name in names}
+            | {"job": a.get("slurm", {}).get("job", ""), "said": a.get("message", "")}
+            for a in attempts
+        ]
+    )
 
-
+# %% ../../nbs/ops/07_report.ipynb #6accdda2
 def artifacts_picture(
     artifacts: Mapping[str, Any],  # artifacts.json
 ) -> Picture:
     """What went into the run, and what it made."""
-    rows = [{"": word, **{name: part[name] for name in ("name", "what", "address")}, "digest": part["digest"][:12]} for word in ("consumed", "made") for part in artifacts[word]]
+    rows = [
+        {"": word, **{name: part[name] for name in ("name", "what", "address")}, "digest": part["digest"][:12]}
+        for word in ("consumed", "made")
+        for part in artifacts[word]
+    ]
     return table(rows)
 
-
+# %% ../../nbs/ops/07_report.ipynb #66aac47f
 def environment_picture(
     env: Mapping[str, Any],
 ) -> Picture:
     """The code and the machine, and the versions of the packages that matter most."""
     code = env["git"]
-    commit = "not in a git repository" if code["commit"] is None else code["commit"] + (" with uncommitted changes" if code["dirty"] else "")
+    commit = (
+        "not in a git repository"
+        if code["commit"] is None
+        else code["commit"] + (" with uncommitted changes" if code["dirty"] else "")
+    )
     main = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "papermill")
     versions = ", ".join(f"{name} {env['packages'][name]}" for name in main if name in env["packages"])
     machine = ", ".join(str(env["host"][k]) for k in ("name", "cpu", "system") if k in env["host"])
-    return table([("code", commit), ("python", env["python"]), ("packages", versions), ("machine", machine), ("processors", env["host"]["cpus"]), *_places(env)], header=["", ""])
+    return table(
+        [
+            ("code", commit),
+            ("python", env["python"]),
+            ("packages", versions),
+            ("machine", machine),
+            ("processors", env["host"]["cpus"]),
+            *_places(env),
+        ],
+        header=["", ""],
+    )
 
 # %% ../../nbs/ops/07_report.ipynb #6b963ef7
 def _took(run: Run) -> str:
@@ -546,15 +707,17 @@ def _clock(seconds: float) -> str:
     seconds = round(seconds)
     return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
-
+# %% ../../nbs/ops/07_report.ipynb #91b5eb26
 def _time_of_steps(steps: Sequence[Mapping[str, Any]], whole: bool) -> str:
-    """How long the steps took; where only the last ones were read, all are taken to be like them, and a wave says so."""
+    """How long the steps took; where only the last ones were read, all are taken to be like them, and a wave says
+    so.
+    """
     if not steps:
         return ""
     seconds = sum(s["seconds"] for s in steps)
     return _clock(seconds) if whole else f"~{_clock(seconds / len(steps) * steps[-1]['step'])}"
 
-
+# %% ../../nbs/ops/07_report.ipynb #3b414726
 def _final_loss(folder: Path) -> str:
     """The held-out loss after training, from the first lines of its file."""
     path = folder / "evaluation_after.json"
@@ -564,7 +727,6 @@ def _final_loss(folder: Path) -> str:
         found = re.search(rb'"loss_token": ([0-9.eE+-]+)', f.read(4096))
     return f"{float(found[1]):.3f}" if found else ""
 
-
 # %% ../../nbs/ops/07_report.ipynb #5dc3ce26
 def run_row(
     folder: str | os.PathLike,  # a run folder
@@ -573,15 +735,20 @@ def run_row(
     folder = Path(folder)
     try:
         return _row(folder)
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as e:  # whatever lies there, the others are listed
+    # whatever lies there, the others are listed
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as e:
         said = e.what if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
         where = Path(e.where).name if isinstance(e, UserError) and e.where else ""
-        return dict.fromkeys(_COLUMNS, "") | {"run": str(folder), "state": "damaged", "said": _in_a_line(f"{where}: {said}" if where else said)}
+        return dict.fromkeys(_COLUMNS, "") | {
+            "run": str(folder),
+            "state": "damaged",
+            "said": _in_a_line(f"{where}: {said}" if where else said),
+        }
 
-
+# %% ../../nbs/ops/07_report.ipynb #16fb64a9
 _COLUMNS = ("run", "state", "steps", "held-out loss", "loss", "stage", "time", "attempts", "job", "said", "report")
 
-
+# %% ../../nbs/ops/07_report.ipynb #535a8ad0
 def _row(folder: Path) -> dict[str, Any]:
     """A run as one row. Raises what damage makes of its files."""
     state, status = run_state(folder), read_status(folder)
@@ -590,11 +757,25 @@ def _row(folder: Path) -> dict[str, Any]:
     last: Mapping[str, Any] = steps[-1] if steps else {}
     up = resume_command(folder) if stage_of(folder).resumes else status.get("command", "")
     said = {"lost": f"take it up: {up}", "unfollowed": f"nobody follows its training; take it up: {up}"}
-    values = [str(folder), state, last.get("step", 0), _final_loss(folder), f"{last['loss']:.3f}" if last else "", last.get("stage", ""), _time_of_steps(steps, whole)]
-    values += [len(status.get("attempts", [])), job_of(folder), _in_a_line(said.get(state) or status.get("message", ""))]
-    return dict(zip(_COLUMNS, [*values, str(folder / "report.html") if (folder / "report.html").exists() else ""], strict=True))
+    values = [
+        str(folder),
+        state,
+        last.get("step", 0),
+        _final_loss(folder),
+        f"{last['loss']:.3f}" if last else "",
+        last.get("stage", ""),
+        _time_of_steps(steps, whole),
+    ]
+    values += [
+        len(status.get("attempts", [])),
+        job_of(folder),
+        _in_a_line(said.get(state) or status.get("message", "")),
+    ]
+    return dict(
+        zip(_COLUMNS, [*values, str(folder / "report.html") if (folder / "report.html").exists() else ""], strict=True)
+    )
 
-
+# %% ../../nbs/ops/07_report.ipynb #999ff0ed
 def _in_a_line(text: str, most: int = 120) -> str:
     """The first line of a message."""
     return clipped(next(iter(str(text).strip().splitlines()), ""), most)
@@ -608,36 +789,100 @@ class Section:
     how: str  # how to read the picture, one sentence
     picture: Picture
 
-
+# %% ../../nbs/ops/07_report.ipynb #caa154bc
 def sections(
     run: Run,
 ) -> list[Section]:
     """The parts of the report that the run folder has data for."""
     data, steps, evaluated = bool(run.manifest), bool(run.lines("train")), bool(run.before and run.after)
     plan: list[tuple[bool, str, str, Callable[[], Picture]]] = [
-        (data, "What became of the chats", "Each row is what was left after one step of preparation, with what was lost beside it.", lambda: joined([funnel_picture(run.manifest), splits_picture(run.manifest)])),
-        (data, "Length of the sequences", "Each bar counts the training sequences of that many tokens, then those with that share of trained tokens.", lambda: length_histogram(Manifest(run.manifest))),
-        (data, "How full the packs are", "The solid part of a bar holds tokens; the hatched part would be padding.", lambda: fill_picture(run.manifest)),
-        (bool(run.lines("start")), "The arithmetic of a step", "An epoch is one pass over all packs; rows are chats; only trained tokens have a loss.", lambda: arithmetic_picture(run.lines("start")[0])),
-        (steps, "Loss", "Lines are training steps, points are held-out chats, a dotted line is a change of stage, a solid grey one a new attempt; lower is better.", lambda: loss_picture(run.metrics)),
+        (
+            data,
+            "What became of the chats",
+            "Each row is what was left after one step of preparation, with what was lost beside it.",
+            lambda: joined([funnel_picture(run.manifest), splits_picture(run.manifest)]),
+        ),
+        (
+            data,
+            "Length of the sequences",
+            "Each bar counts the training sequences of that many tokens, then those with that share of trained tokens.",
+            lambda: length_histogram(Manifest(run.manifest)),
+        ),
+        (
+            data,
+            "How full the packs are",
+            "The solid part of a bar holds tokens; the hatched part would be padding.",
+            lambda: fill_picture(run.manifest),
+        ),
+        (
+            bool(run.lines("start")),
+            "The arithmetic of a step",
+            "An epoch is one pass over all packs; rows are chats; only trained tokens have a loss.",
+            lambda: arithmetic_picture(run.lines("start")[0]),
+        ),
+        (
+            steps,
+            "Loss",
+            "Lines are training steps, points are held-out chats, a dotted line is a change of stage, a solid grey "
+            "one a new attempt; lower is better.",
+            lambda: loss_picture(run.metrics),
+        ),
         (steps, "Learning rate", "The step size the schedule gave at each step.", lambda: lr_picture(run.metrics)),
-        (steps, "Speed", "Only tokens the model must produce are counted; a dip is a slow step.", lambda: speed_picture(run.metrics)),
-        (evaluated, "One held-out chat, token by token", "The darker a token, the more it surprised the model; underlined tokens are the ones it must produce; both strips share one scale.", lambda: strips_picture(run.before, run.after)),
-        (evaluated, "Answers to held-out prompts", "The same prompts, answered greedily before and after training.", lambda: generations_picture(run.before, run.after)),
-        (bool(run.artifacts), "What came from what", "Digests say which bytes they were; `nemotron lineage NAME` follows each of them back to the raw data.", lambda: artifacts_picture(run.artifacts)),
-        (len(run.attempts) > 1, "Attempts", "Each row is one attempt at this run; what follows the first went on from its newest checkpoint.", lambda: attempts_picture(run.attempts)),
-        (bool(run.config), "Settings in force", "What somebody changed, with the place where it was written; all other settings are folded away below.", lambda: settings_picture(run)),
-        (bool(run.env), "Code and machine", "What is needed to repeat the run; all package versions are in env.json.", lambda: environment_picture(run.env)),
+        (
+            steps,
+            "Speed",
+            "Only tokens the model must produce are counted; a dip is a slow step.",
+            lambda: speed_picture(run.metrics),
+        ),
+        (
+            evaluated,
+            "One held-out chat, token by token",
+            "The darker a token, the more it surprised the model; underlined tokens are the ones it must produce; "
+            "both strips share one scale.",
+            lambda: strips_picture(run.before, run.after),
+        ),
+        (
+            evaluated,
+            "Answers to held-out prompts",
+            "The same prompts, answered greedily before and after training.",
+            lambda: generations_picture(run.before, run.after),
+        ),
+        (
+            bool(run.artifacts),
+            "What came from what",
+            "Digests say which bytes they were; `nemotron lineage NAME` follows each of them back to the raw data.",
+            lambda: artifacts_picture(run.artifacts),
+        ),
+        (
+            len(run.attempts) > 1,
+            "Attempts",
+            "Each row is one attempt at this run; what follows the first went on from its newest checkpoint.",
+            lambda: attempts_picture(run.attempts),
+        ),
+        (
+            bool(run.config),
+            "Settings in force",
+            "What somebody changed, with the place where it was written; all other settings are folded away below.",
+            lambda: settings_picture(run),
+        ),
+        (
+            bool(run.env),
+            "Code and machine",
+            "What is needed to repeat the run; all package versions are in env.json.",
+            lambda: environment_picture(run.env),
+        ),
     ]
     return [Section(title, how, draw()) for there, title, how, draw in plan if there]
 
 # %% ../../nbs/ops/07_report.ipynb #715eeb72
 _STYLE = (
-    "body{max-width:72rem;margin:2rem auto;padding:0 1rem;font:16px/1.5 system-ui,sans-serif;color-scheme:light dark;background:Canvas;color:CanvasText}"
-    "h2{margin:2.2rem 0 .2rem}p.how{margin:.2rem 0 .8rem;opacity:.75}.scroll{overflow-x:auto}img{background:#fff}td{vertical-align:top}"
+    "body{max-width:72rem;margin:2rem auto;padding:0 1rem;font:16px/1.5 system-ui,sans-serif;color-scheme:light "
+    "dark;background:Canvas;color:CanvasText}"
+    "h2{margin:2.2rem 0 .2rem}p.how{margin:.2rem 0 "
+    ".8rem;opacity:.75}.scroll{overflow-x:auto}img{background:#fff}td{vertical-align:top}"
 )
 
-
+# %% ../../nbs/ops/07_report.ipynb #a36e2ccc
 def html_page(
     title: str,
     words: Sequence[str],  # sentences at the top, a paragraph each
@@ -645,13 +890,18 @@ def html_page(
 ) -> str:
     """One HTML page that needs nothing else. Title and sentences are escaped, pictures have done it themselves."""
     title, said = html.escape(title), "".join(f"<p>{html.escape(sentence)}</p>" for sentence in words)
-    body = "".join(f'<section><h2>{html.escape(s.title)}</h2><p class="how">{html.escape(s.how)}</p><div class="scroll">{s.picture.html}</div></section>' for s in parts)
+    body = "".join(
+        f'<section><h2>{html.escape(s.title)}</h2><p class="how">{html.escape(s.how)}</p><div '
+        f'class="scroll">{s.picture.html}</div></section>'
+        for s in parts
+    )
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width,initial-scale=1">'
         f"<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1>{said}{body}</body></html>\n"
     )
 
-
+# %% ../../nbs/ops/07_report.ipynb #74bd5efa
 def page(
     run: Run,
 ) -> str:

@@ -43,7 +43,7 @@ ANY = "stage"  # the script of every stage that has none of its own
 # script -> what it takes of a profile's size
 TAKES = {stage.name: stage.takes for stage in STAGES.values()} | {ANY: SIZES}
 
-
+# %% ../../nbs/ops/09_slurm.ipynb #8c47b49e
 def profile_options(
     profile: Profile,
     script: str | Stage,  # a key of TAKES, or a row of the table of stages
@@ -53,13 +53,28 @@ def profile_options(
     takes = script.takes if isinstance(script, Stage) else TAKES[script]
     size = {"nodes": profile.nodes, "gpus-per-node": profile.gpus_per_node}
     said = {name: str(size[name]) for name in takes if size[name] is not None}
-    words = {"account": profile.account, "partition": profile.partition_for(mode), "mem": profile.mem, "time": profile.time, "job-name": profile.job_name}
+    words = {
+        "account": profile.account,
+        "partition": profile.partition_for(mode),
+        "mem": profile.mem,
+        "time": profile.time,
+        "job-name": profile.job_name,
+    }
     said |= {name: value for name, value in words.items() if value}
     if profile.signal_seconds is not None:
         said["signal"] = f"B:USR1@{profile.signal_seconds}"
-    gone = [("gpus-per-node", profile.gpus_per_node == 0), ("exclusive", profile.exclusive is False), ("requeue", profile.requeue is False)]
+    gone = [
+        ("gpus-per-node", profile.gpus_per_node == 0),
+        ("exclusive", profile.exclusive is False),
+        ("requeue", profile.requeue is False),
+    ]
     switched = [("exclusive", profile.exclusive), ("no-requeue", profile.requeue is False)]
-    return said | {name: "" for name, on in switched if on} | {name: None for name, off in gone if off} | profile.additional_parameters
+    return (
+        said
+        | {name: "" for name, on in switched if on}
+        | {name: None for name, off in gone if off}
+        | profile.additional_parameters
+    )
 
 # %% ../../nbs/ops/09_slurm.ipynb #9734790b
 def sbatch_line(
@@ -68,7 +83,11 @@ def sbatch_line(
 ) -> str:
     """One option as a `#SBATCH` line that Slurm reads back as it was given."""
     if re.search(r"[\x00-\x1f\x7f]", value):
-        raise UserError(f"{value!r} holds a character that no line of a job script can hold", where=f"sbatch --{name}", fix="take line breaks and control characters out")
+        raise UserError(
+            f"{value!r} holds a character that no line of a job script can hold",
+            where=f"sbatch --{name}",
+            fix="take line breaks and control characters out",
+        )
     plain = re.fullmatch(r"[\w@%+=:,./\[\]-]*", value)
     quoted = value if plain else '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
     return f"#SBATCH --{name}={quoted}" if value else f"#SBATCH --{name}"
@@ -86,7 +105,7 @@ def shell_line(
 # %% ../../nbs/ops/09_slurm.ipynb #4a37b003
 BODY = "slurm/body.sh"  # what all scripts do, beside them
 
-
+# %% ../../nbs/ops/09_slurm.ipynb #c1f881fd
 def _body(text: str, stage: Stage | None) -> str:
     """A script without its first line and its options, told its stage, and with the lines that it reads in.
 
@@ -96,24 +115,34 @@ def _body(text: str, stage: Stage | None) -> str:
         text = re.sub(r"^stage=.*$", lambda _: shell_line(stage), text, count=1, flags=re.MULTILINE)
     shared = (checkout() / BODY).read_text().strip("\n").splitlines()
     lines = [line for line in text.splitlines()[1:] if not line.startswith("#SBATCH")]
-    return "\n".join(inner for line in lines for inner in (shared if line.startswith(". ") and BODY in line else [line]))
+    return "\n".join(
+        inner for line in lines for inner in (shared if line.startswith(". ") and BODY in line else [line])
+    )
 
-
+# %% ../../nbs/ops/09_slurm.ipynb #8a3249dc
 def _environment(profile: Profile, run_dir: str, image: str, mounts: Sequence[str]) -> dict[str, str]:
     """What the script is told by variables."""
-    told = {"NEMOTRON_ROOT": str(checkout()), "NEMOTRON_BIN": str(Path(sys.executable).parent), "NEMOTRON_RANKS_PER_NODE": str(profile.ranks_per_node)}
+    told = {
+        "NEMOTRON_ROOT": str(checkout()),
+        "NEMOTRON_BIN": str(Path(sys.executable).parent),
+        "NEMOTRON_RANKS_PER_NODE": str(profile.ranks_per_node),
+    }
     told |= {"NEMOTRON_RUN_DIR": str(Path(run_dir).absolute())} if run_dir else {}
-    told |= {"NEMOTRON_CONTAINER": image, "NEMOTRON_MOUNTS": ",".join(dict.fromkeys([*profile.mounts, *mounts]))} if image else {}
+    told |= (
+        {"NEMOTRON_CONTAINER": image, "NEMOTRON_MOUNTS": ",".join(dict.fromkeys([*profile.mounts, *mounts]))}
+        if image
+        else {}
+    )
     return told | profile.env_vars
 
-
+# %% ../../nbs/ops/09_slurm.ipynb #75f57735
 def _own_options(stage: Stage) -> Options:
     """What a row says to the script that serves every stage."""
     signalled = {"signal": "B:USR1@120"} if stage.resumes else {}
     gpus = {"gpus-per-node": "1"} if "gpus-per-node" in stage.takes else {}
     return {"job-name": f"nemotron-{stage.name}"} | gpus | signalled
 
-
+# %% ../../nbs/ops/09_slurm.ipynb #42b4905f
 def _options(own: Options, script: str | Stage, profile: Profile, mode: str, run_dir: str) -> Options:
     """The options in force: those of the script, then those of the profile, then where the log goes."""
     merged = own | profile_options(profile, script, mode)
@@ -131,7 +160,7 @@ def _head(script: str | Stage) -> tuple[str, Stage | None, Options]:
     text = (own if own.is_file() else own.with_name(f"{ANY}.sbatch")).read_text()
     return text, stage, read_options(text) | (_own_options(stage) if stage and not own.is_file() else {})
 
-
+# %% ../../nbs/ops/09_slurm.ipynb #c6cb3f46
 def render(
     script: str | Stage,  # which one: a key of TAKES, or a row of the table of stages
     profile: Profile,
@@ -160,18 +189,28 @@ def render(
 # %% ../../nbs/ops/09_slurm.ipynb #dcfac02a
 VARIABLES = {"time": "SBATCH_TIMELIMIT", "mem": "SBATCH_MEM_PER_NODE"}  # those that are not named as the option
 
-
+# %% ../../nbs/ops/09_slurm.ipynb #2d1b90fd
 def _slurm(*command: str, text: str | None = None, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess:
     """Run one of Slurm's commands and keep what it says."""
     try:
         return subprocess.run(command, input=text, env=env, capture_output=True, text=True, timeout=120)
     except FileNotFoundError:
-        raise UserError(f"there is no Slurm on this machine: it has no command {command[0]}", why="jobs are handed to Slurm by its own commands", fix="log in to a node of the cluster, or leave --run and --batch out") from None
+        raise UserError(
+            f"there is no Slurm on this machine: it has no command {command[0]}",
+            why="jobs are handed to Slurm by its own commands",
+            fix="log in to a node of the cluster, or leave --run and --batch out",
+        ) from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"{command[0]} gave no answer for two minutes", fix="see with sinfo whether Slurm is up") from None
+        raise UserError(
+            f"{command[0]} gave no answer for two minutes", fix="see with sinfo whether Slurm is up"
+        ) from None
 
-
-_ABSENT = re.compile(r"configuration source|slurm\.conf|contact slurm controller|resolve_ctls_from_dns|munge|Unable to establish config|Connection refused", re.IGNORECASE)
+# %% ../../nbs/ops/09_slurm.ipynb #218375b2
+_ABSENT = re.compile(
+    r"configuration source|slurm\.conf|contact slurm controller|resolve_ctls_from_dns|munge|Unable to establish "
+    r"config|Connection refused",
+    re.IGNORECASE,
+)
 
 
 def _words(answer: subprocess.CompletedProcess) -> str:
@@ -179,20 +218,30 @@ def _words(answer: subprocess.CompletedProcess) -> str:
     lines = [re.sub(r"^\w+: (error: )?", "", line).strip() for line in answer.stderr.splitlines()]
     return "; ".join(dict.fromkeys(filter(None, lines))) or f"exit code {answer.returncode}"
 
-
+# %% ../../nbs/ops/09_slurm.ipynb #1a78821c
 def submit(
     text: str,  # a job script, from render
     *,
     test_only: bool = False,  # ask Slurm whether it would take the job, and when it would start
 ) -> str:
-    """Hand a script to Slurm: the job's id. With `test_only`: what Slurm says about it. A refusal is a `UserError` in Slurm's words."""
+    """Hand a script to Slurm: the job's id.
+
+    With `test_only`: what Slurm says about it. A refusal is a `UserError` in Slurm's words.
+    """
     overridden = {VARIABLES.get(name, f"SBATCH_{name.replace('-', '_').upper()}") for name in read_options(text)}
     env = {name: value for name, value in os.environ.items() if name not in overridden}
     answer = _slurm("sbatch", "--test-only" if test_only else "--parsable", text=text, env=env)
     if answer.returncode != 0 and _ABSENT.search(answer.stderr):
-        raise UserError(f"there is no Slurm to hand the job to: {_words(answer)}", why="its commands are on this machine, and no controller answers them", fix="submit from a node of the cluster, or leave --run and --batch out to run on this machine")
+        raise UserError(
+            f"there is no Slurm to hand the job to: {_words(answer)}",
+            why="its commands are on this machine, and no controller answers them",
+            fix="submit from a node of the cluster, or leave --run and --batch out to run on this machine",
+        )
     if answer.returncode != 0:
-        raise UserError(f"Slurm refuses the job: {_words(answer)}", fix="change the profile in env.toml, or ask with sinfo what there is")
+        raise UserError(
+            f"Slurm refuses the job: {_words(answer)}",
+            fix="change the profile in env.toml, or ask with sinfo what there is",
+        )
     return _words(answer) if test_only else answer.stdout.strip().partition(";")[0]
 
 # %% ../../nbs/ops/09_slurm.ipynb #c0e99b09
@@ -217,10 +266,13 @@ class Job:
         """The exit code to hand on: 0 only for a job that was completed."""
         return 0 if self.state == "COMPLETED" else self.exit_code or 1
 
+# %% ../../nbs/ops/09_slurm.ipynb #71399e83
+FINAL = (
+    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL",
+    "DEADLINE",
+)
 
-FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
-
-
+# %% ../../nbs/ops/09_slurm.ipynb #745c5763
 def parse_job(
     text: str,  # the answer of scontrol show job
 ) -> Job:
@@ -233,32 +285,45 @@ def parse_job(
 
     code, number = map(int, found(r"Requeue=.* ExitCode=(\d+:\d+)", "0:0").split(":"))
     counted = int(found(r"Requeue=\d+ Restarts=(\d+)", "0"))
-    return Job(found(r"JobId=(\d+)"), found(r"JobState=(\w+)"), found(r"JobState=\w+ Reason=(\S+)"), code or (128 + number if number else 0), counted, found(r"NodeList=(\S+)"))
+    return Job(
+        found(r"JobId=(\d+)"),
+        found(r"JobState=(\w+)"),
+        found(r"JobState=\w+ Reason=(\S+)"),
+        code or (128 + number if number else 0),
+        counted,
+        found(r"NodeList=(\S+)"),
+    )
 
-
+# %% ../../nbs/ops/09_slurm.ipynb #9ff9aada
 def job(
     job_id: str,
 ) -> Job:
     """How a job stands. A job that Slurm does not know is a `UserError` in Slurm's words."""
     answer = _slurm("scontrol", "show", "job", str(job_id))
     if answer.returncode != 0:
-        raise UserError(f"Slurm says: {_words(answer)}", where=f"job {job_id}", fix="see the jobs it knows with squeue; it forgets a job some minutes after its end")
+        raise UserError(
+            f"Slurm says: {_words(answer)}",
+            where=f"job {job_id}",
+            fix="see the jobs it knows with squeue; it forgets a job some minutes after its end",
+        )
     return parse_job(answer.stdout)
 
-
+# %% ../../nbs/ops/09_slurm.ipynb #3b5b0025
 def cancel(
     job_id: str,
 ) -> None:
     """Ask Slurm to end a job."""
     answer = _slurm("scancel", str(job_id))
     if answer.returncode != 0:
-        raise UserError(f"Slurm says: {_words(answer)}", where=f"job {job_id}", fix="see with squeue whether it is yours")
+        raise UserError(
+            f"Slurm says: {_words(answer)}", where=f"job {job_id}", fix="see with squeue whether it is yours"
+        )
 
 # %% ../../nbs/ops/09_slurm.ipynb #4f8f1a1d
 PATIENCE = 300.0  # seconds without an answer from Slurm that are waited for
 DETACHED = 130  # exit code of a watcher that left
 
-
+# %% ../../nbs/ops/09_slurm.ipynb #25829127
 class _Log:
     """A growing file, printed from where it was left, and words of our own on lines of their own."""
 
@@ -282,7 +347,7 @@ class _Log:
         print(("\n" if self.inside_line else "") + words, flush=True)
         self.inside_line = False
 
-
+# %% ../../nbs/ops/09_slurm.ipynb #d04037a8
 def _look(job_id: str, look: Callable[[str], Job], pause: float) -> Job:
     """How the job stands, asked again while Slurm gives no answer."""
     deadline = time.monotonic() + PATIENCE
@@ -295,13 +360,13 @@ def _look(job_id: str, look: Callable[[str], Job], pause: float) -> Job:
             print(f"{e.what}; asking again", flush=True)
             time.sleep(max(pause, 5 * pause))
 
-
+# %% ../../nbs/ops/09_slurm.ipynb #4fd3d859
 def _state_words(now: Job) -> str:
     """A job that has not ended, in a line."""
     where = f"({now.reason})" if now.state == "PENDING" else f"on {now.nodes}"
     return f"job {now.id}: {now.state} {where}" + (f", restart {now.restarts}" if now.restarts else "")
 
-
+# %% ../../nbs/ops/09_slurm.ipynb #7428bd55
 def _watch(job_id: str, log: _Log, pause: float, look: Callable[[str], Job]) -> int:
     """Print states and log until the job has ended."""
     said = ""
@@ -317,7 +382,7 @@ def _watch(job_id: str, log: _Log, pause: float, look: Callable[[str], Job]) -> 
         log.tell()
         time.sleep(pause)
 
-
+# %% ../../nbs/ops/09_slurm.ipynb #5f4e7ac5
 def _asked(job_id: str, ask: Callable[[str], str]) -> str:
     """What to do after Ctrl-C: "c" cancel, "w" go on watching, else detach. No answer detaches."""
     try:
@@ -325,7 +390,7 @@ def _asked(job_id: str, ask: Callable[[str], str]) -> str:
     except (KeyboardInterrupt, EOFError):
         return "d"
 
-
+# %% ../../nbs/ops/09_slurm.ipynb #33f58f37
 def follow(
     job_id: str,
     log: str | os.PathLike,  # the file the job writes to
@@ -347,20 +412,23 @@ def follow(
             print(how_to_follow(job_id, log))
             return DETACHED
 
-
+# %% ../../nbs/ops/09_slurm.ipynb #a0bb4189
 def how_to_follow(
     job_id: str,
     log: str | os.PathLike,
 ) -> str:
     """What to type to see a detached job, and to end it."""
-    return f"job {job_id} goes on by itself\n  its log:  tail -F {shlex.quote(str(log))}\n  its state:  squeue -j {job_id}\n  to end it:  scancel {job_id}"
+    return (
+        f"job {job_id} goes on by itself\n  its log:  tail -F {shlex.quote(str(log))}\n  its state:  squeue -j "
+        f"{job_id}\n  to end it:  scancel {job_id}"
+    )
 
 # %% ../../nbs/ops/09_slurm.ipynb #b4203b93
 def in_job() -> bool:
     """Does this process run inside a Slurm job?"""
     return "SLURM_JOB_ID" in os.environ
 
-
+# %% ../../nbs/ops/09_slurm.ipynb #de5b0276
 def _first_host() -> str:
     """How other nodes reach this one: by its name where names are resolved, else by the address that Slurm knows."""
     name = socket.gethostname()
@@ -368,18 +436,24 @@ def _first_host() -> str:
         socket.getaddrinfo(name, None)
         return name
     except OSError:
-        known = _slurm("scontrol", "show", "node", os.environ.get("SLURMD_NODENAME", name)).stdout if shutil.which("scontrol") else ""
+        known = (
+            _slurm("scontrol", "show", "node", os.environ.get("SLURMD_NODENAME", name)).stdout
+            if shutil.which("scontrol")
+            else ""
+        )
         found = re.search(r"NodeAddr=(\S+)", known)
         return found[1] if found else name
 
-
+# %% ../../nbs/ops/09_slurm.ipynb #f9ec0716
 def rendezvous_port(
     job_id: str | int,
 ) -> int:
-    """The port where the processes of a job meet: 10000 to 29999, below the range that systems give away by themselves."""
+    """The port where the processes of a job meet: 10000 to 29999, below the range that systems give away by
+    themselves.
+    """
     return 10_000 + int(job_id) % 20_000
 
-
+# %% ../../nbs/ops/09_slurm.ipynb #f3d9d0bf
 def _torchrun(nodes: int, ranks: int) -> list[str]:
     """torchrun on one machine alone, or as one of the tasks of a job."""
     program = ["-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={ranks}"]
@@ -387,38 +461,55 @@ def _torchrun(nodes: int, ranks: int) -> list[str]:
         return [*program, "--standalone"]
     job_id, host = os.environ["SLURM_JOB_ID"], _first_host()
     local = [f"--local-addr={host}"] if host == "127.0.0.1" else []
-    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={host}:{rendezvous_port(job_id)}", f"--rdzv-id={job_id}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"]
+    meeting = [
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={host}:{rendezvous_port(job_id)}",
+        f"--rdzv-id={job_id}.{os.environ.get('SLURM_RESTART_COUNT', '0')}",
+    ]
     return [*program, *meeting, *local]
 
-
+# %% ../../nbs/ops/09_slurm.ipynb #63e98a40
 def container_options(
     image: str,  # as pyxis takes it: a registry's image or a .sqsh file
     mounts: str,  # "host:container,host:container"
 ) -> list[str]:
     """Options of srun for a container. The checkout and the present folder are the same paths inside."""
     own = [f"{folder}:{folder}" for folder in dict.fromkeys((str(checkout()), os.getcwd()))]
-    return [f"--container-image={image}", f"--container-mounts={','.join([*filter(None, mounts.split(',')), *own])}", f"--container-workdir={os.getcwd()}"]
+    return [
+        f"--container-image={image}",
+        f"--container-mounts={','.join([*filter(None, mounts.split(',')), *own])}",
+        f"--container-workdir={os.getcwd()}",
+    ]
 
-
+# %% ../../nbs/ops/09_slurm.ipynb #5bd3ebfd
 def _check_containers() -> None:
     """Refuse a container where srun cannot start one; its own message would name an unknown option."""
     if "--container-image" not in _slurm("srun", "--help").stdout:
-        raise UserError("this cluster's srun starts no containers", where="run.env.container", why="images are started by pyxis, a plugin of Slurm", fix="take the container out (run.env.container='') and use an environment on the nodes, or ask for pyxis")
+        raise UserError(
+            "this cluster's srun starts no containers",
+            where="run.env.container",
+            why="images are started by pyxis, a plugin of Slurm",
+            fix="take the container out (run.env.container='') and use an environment on the nodes, or ask for pyxis",
+        )
 
-
+# %% ../../nbs/ops/09_slurm.ipynb #dcd83b0c
 def _allocated(nodes: int) -> int:
     """How many nodes to use: as many as asked, or all the job has. More than it has is refused."""
     there = int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) if in_job() else 1
     if nodes > there:
-        raise UserError(f"{nodes} nodes are asked for, {there} {'is' if there == 1 else 'are'} there", where="run.nodes", fix="submit with --run or --batch and a profile of that many nodes")
+        raise UserError(
+            f"{nodes} nodes are asked for, {there} {'is' if there == 1 else 'are'} there",
+            where="run.nodes",
+            fix="submit with --run or --batch and a profile of that many nodes",
+        )
     return nodes or there
 
-
+# %% ../../nbs/ops/09_slurm.ipynb #0d3f378c
 def _ranks(asked: int) -> int:
     """How many processes on a node: as many as asked, else as the job says, else one a GPU."""
     return asked or int(os.environ.get("NEMOTRON_RANKS_PER_NODE") or os.environ.get("SLURM_GPUS_ON_NODE") or 1)
 
-
+# %% ../../nbs/ops/09_slurm.ipynb #c2a05230
 def launch_command(
     config_path: str | os.PathLike,  # train.yaml
     nodes: int = 0,  # 0: all that the job has
@@ -433,8 +524,23 @@ def launch_command(
     python = ["env", f"PYTHONPATH={checkout()}", "python"] if image else [sys.executable]
     if nodes == 1 and not image:
         return [*python, *torchrun, *training]
-    tasks = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--overlap", "--cpu-bind=none", "--unbuffered"]
-    return [*tasks, *(container_options(image, os.environ.get("NEMOTRON_MOUNTS", "")) if image else []), *python, *torchrun, *training]
+    tasks = [
+        "srun",
+        f"--nodes={nodes}",
+        f"--ntasks={nodes}",
+        "--ntasks-per-node=1",
+        "--kill-on-bad-exit=1",
+        "--overlap",
+        "--cpu-bind=none",
+        "--unbuffered",
+    ]
+    return [
+        *tasks,
+        *(container_options(image, os.environ.get("NEMOTRON_MOUNTS", "")) if image else []),
+        *python,
+        *torchrun,
+        *training,
+    ]
 
 # %% ../../nbs/ops/09_slurm.ipynb #4f654728
 def notebook_parameters(
@@ -445,29 +551,41 @@ def notebook_parameters(
     *overrides: str,  # key=value
 ) -> str:
     """The parameters of a run notebook, for `papermill -y`."""
-    values = {"family": family, "config": config, "run_dir": run_dir, "work_dir": work_dir, "overrides": list(overrides)}
+    values = {
+        "family": family,
+        "config": config,
+        "run_dir": run_dir,
+        "work_dir": work_dir,
+        "overrides": list(overrides),
+    }
     return re.sub(r"[^\x20-\x7e]", lambda m: f"\\U{ord(m[0]):08x}", json.dumps(values, ensure_ascii=False))
 
-
+# %% ../../nbs/ops/09_slurm.ipynb #ed1c74fb
 def progressed(
     folder: str | os.PathLike,  # a run folder
 ) -> bool:
-    """Was a step trained between the last two times the training was stopped? If not, queueing it again would go on for ever."""
+    """Was a step trained between the last two times the training was stopped?
+
+    If not, queueing it again would go on for ever.
+    """
     stops = [line["step"] for line in read_metrics(Path(folder) / "metrics.jsonl") if line["kind"] == "paused"]
     return len(stops) < 2 or stops[-1] > stops[-2]
 
-
+# %% ../../nbs/ops/09_slurm.ipynb #b704532b
 def note_failure(
     folder: str | os.PathLike,  # a run folder, or where one would have been
     message: str,
 ) -> None:
-    """Mark a run as failed, also one that had been stopped to go on later. A failure that is noted already stays as it is."""
+    """Mark a run as failed, also one that had been stopped to go on later.
+
+    A failure that is noted already stays as it is.
+    """
     if read_status(folder)["state"] == "preempted":
         put_back(folder)
     if Path(folder).is_dir():
         set_status(folder, "failed", message=message)
 
-
+# %% ../../nbs/ops/09_slurm.ipynb #5fa4cf4e
 def main(
     arguments: Sequence[str],  # a question, and what it needs
 ) -> int:
@@ -485,6 +603,7 @@ def main(
         print(notebook_parameters(*rest))
     return 0
 
-
-if __name__ == "__main__" and globals().get("__package__"):  # as a command; a notebook is "__main__" too, without a package
+# %% ../../nbs/ops/09_slurm.ipynb #b6d8c4f6
+# as a command; a notebook is "__main__" too, without a package
+if __name__ == "__main__" and globals().get("__package__"):
     sys.exit(main(sys.argv[1:]))

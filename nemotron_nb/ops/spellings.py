@@ -35,8 +35,12 @@ OPTIMISATION: Mapping[str, Elsewhere] = {
     "warmup_steps": Elsewhere(("scheduler.lr_warmup_iters", "scheduler.lr_warmup_samples")),
     "num_warmup_steps": Elsewhere(("scheduler.lr_warmup_iters", "scheduler.lr_warmup_samples")),
     "warmup_iters": Elsewhere(("scheduler.lr_warmup_iters", "scheduler.lr_warmup_samples")),
-    "warmup_ratio": Elsewhere(("scheduler.lr_warmup_iters", "scheduler.lr_warmup_samples"), "in steps: the share times train.train_iters"),
-    "lr_warmup_fraction": Elsewhere(("scheduler.lr_warmup_iters", "scheduler.lr_warmup_samples"), "in steps: the share times train.train_iters"),
+    "warmup_ratio": Elsewhere(
+        ("scheduler.lr_warmup_iters", "scheduler.lr_warmup_samples"), "in steps: the share times train.train_iters"
+    ),
+    "lr_warmup_fraction": Elsewhere(
+        ("scheduler.lr_warmup_iters", "scheduler.lr_warmup_samples"), "in steps: the share times train.train_iters"
+    ),
     "weight_decay": Elsewhere(("optimizer.weight_decay",)),
     "wd": Elsewhere(("optimizer.weight_decay",)),
     "adam_epsilon": Elsewhere(("optimizer.adam_eps",)),
@@ -67,20 +71,40 @@ LENGTHS: Mapping[str, Elsewhere] = {
     "iters": Elsewhere(("train.train_iters", "steps", "train.global_batch_size")),
     "num_iterations": Elsewhere(("train.train_iters", "steps", "train.global_batch_size")),
     "batch_size": Elsewhere(("train.global_batch_size", "train.global_batch_tokens"), "a batch is counted in packs"),
-    "train_batch_size": Elsewhere(("train.global_batch_size", "train.global_batch_tokens"), "a batch is counted in packs"),
-    "train_global_batch_size": Elsewhere(("train.global_batch_size", "train.global_batch_tokens"), "a batch is counted in packs"),
+    "train_batch_size": Elsewhere(
+        ("train.global_batch_size", "train.global_batch_tokens"), "a batch is counted in packs"
+    ),
+    "train_global_batch_size": Elsewhere(
+        ("train.global_batch_size", "train.global_batch_tokens"), "a batch is counted in packs"
+    ),
     "global_batch": Elsewhere(("train.global_batch_size", "train.global_batch_tokens"), "a batch is counted in packs"),
     "gbs": Elsewhere(("train.global_batch_size", "train.global_batch_tokens"), "a batch is counted in packs"),
-    "per_device_train_batch_size": Elsewhere(("train.micro_batch_tokens", "train.global_batch_size"), "in tokens, padding included"),
-    "per_device_batch_size": Elsewhere(("train.micro_batch_tokens", "train.global_batch_size"), "in tokens, padding included"),
-    "micro_batch_size": Elsewhere(("train.micro_batch_tokens", "train.global_batch_size"), "in tokens, padding included"),
-    "train_micro_batch_size": Elsewhere(("train.micro_batch_tokens", "train.global_batch_size"), "in tokens, padding included"),
+    "per_device_train_batch_size": Elsewhere(
+        ("train.micro_batch_tokens", "train.global_batch_size"), "in tokens, padding included"
+    ),
+    "per_device_batch_size": Elsewhere(
+        ("train.micro_batch_tokens", "train.global_batch_size"), "in tokens, padding included"
+    ),
+    "micro_batch_size": Elsewhere(
+        ("train.micro_batch_tokens", "train.global_batch_size"), "in tokens, padding included"
+    ),
+    "train_micro_batch_size": Elsewhere(
+        ("train.micro_batch_tokens", "train.global_batch_size"), "in tokens, padding included"
+    ),
     "mbs": Elsewhere(("train.micro_batch_tokens", "train.global_batch_size"), "in tokens, padding included"),
-    "gradient_accumulation_steps": Elsewhere(("train.global_batch_size", "train.micro_batch_tokens"), "it follows from the two"),
-    "gradient_accumulation": Elsewhere(("train.global_batch_size", "train.micro_batch_tokens"), "it follows from the two"),
+    "gradient_accumulation_steps": Elsewhere(
+        ("train.global_batch_size", "train.micro_batch_tokens"), "it follows from the two"
+    ),
+    "gradient_accumulation": Elsewhere(
+        ("train.global_batch_size", "train.micro_batch_tokens"), "it follows from the two"
+    ),
     "grad_accum_steps": Elsewhere(("train.global_batch_size", "train.micro_batch_tokens"), "it follows from the two"),
-    "per_device_eval_batch_size": Elsewhere(("eval.micro_batch_tokens", "train.micro_batch_tokens"), "in tokens, padding included"),
-    "eval_batch_size": Elsewhere(("eval.micro_batch_tokens", "train.micro_batch_tokens"), "in tokens, padding included"),
+    "per_device_eval_batch_size": Elsewhere(
+        ("eval.micro_batch_tokens", "train.micro_batch_tokens"), "in tokens, padding included"
+    ),
+    "eval_batch_size": Elsewhere(
+        ("eval.micro_batch_tokens", "train.micro_batch_tokens"), "in tokens, padding included"
+    ),
 }
 
 # %% ../../nbs/ops/02_spellings.ipynb #60559ccb
@@ -212,7 +236,7 @@ def _last(name: str) -> str:
     """The last part of a name, as other trainers write it."""
     return name.rpartition(".")[2].strip("-").replace("-", "_").lower()
 
-
+# %% ../../nbs/ops/02_spellings.ipynb #2e262415
 def elsewhere(
     name: str,  # as somebody gave it
 ) -> Elsewhere | None:
@@ -224,7 +248,7 @@ def elsewhere(
     close = difflib.get_close_matches(last[:100], [known for known in ELSEWHERE if len(known) > 4], n=1, cutoff=0.88)
     return ELSEWHERE[close[0]] if close else None
 
-
+# %% ../../nbs/ops/02_spellings.ipynb #0d5fdb0c
 def suggestions(
     name: str,  # unknown
     known: Iterable[str],  # the settings of the command
@@ -236,7 +260,9 @@ def suggestions(
     row, last = elsewhere(name), _last(name)
     found = [other for other in (row.names if row else ()) if other in known]
     found += [other for names in (known, others) for other in names if _last(other) == last]
-    found += difflib.get_close_matches(name, known, n=count, cutoff=0.75) + difflib.get_close_matches(name, others, n=count, cutoff=0.75)
+    found += difflib.get_close_matches(name, known, n=count, cutoff=0.75) + difflib.get_close_matches(
+        name, others, n=count, cutoff=0.75
+    )
     found += difflib.get_close_matches(name, [*known, *others], n=count, cutoff=0 if not found else 0.6)
     return list(dict.fromkeys(found))[:count]
 
@@ -246,7 +272,7 @@ def _either(names: list[str]) -> str:
     quoted = [repr(name) for name in names]
     return " or ".join(filter(None, (", ".join(quoted[:-1]), quoted[-1])))
 
-
+# %% ../../nbs/ops/02_spellings.ipynb #7c786c0f
 def unknown_setting(
     name: str,
     known: Iterable[str],  # the settings of the command
@@ -258,7 +284,16 @@ def unknown_setting(
     near = suggestions(name, known, others)
     fix = f"did you mean {_either(near)}?" if near else "list them with --dry-run --all"
     if row and not set(row.names) & set(known):
-        fix = f"{_last(name)} is {row.names[0]!r}, a setting of another command; of this one {_either(near)} is nearest" if near else fix
+        fix = (
+            f"{_last(name)} is {row.names[0]!r}, a setting of another command; of this one {_either(near)} is nearest"
+            if near
+            else fix
+        )
     elif row and row.differs:
         fix += f" ({row.names[0]}: {row.differs})" if row.names[0] in near else ""
-    return UserError(f"unknown setting {name!r}", where=where, why="a misspelt setting would leave its default in force without a word", fix=fix)
+    return UserError(
+        f"unknown setting {name!r}",
+        where=where,
+        why="a misspelt setting would leave its default in force without a word",
+        fix=fix,
+    )

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from ..core import UserError, from_mapping, nearest, write_json
@@ -28,7 +28,7 @@ from .artifacts import Artifact, Source
 # %% ../../nbs/ops/05_tracking.ipynb #4b5f5a95
 MODES = ("auto", "online", "offline", "disabled")
 
-
+# %% ../../nbs/ops/05_tracking.ipynb #01b5646f
 @dataclass(frozen=True)
 class LoggerSection:
     """Where a run is shown. Empty words are taken from env.toml, then from the environment."""
@@ -40,9 +40,11 @@ class LoggerSection:
 
     def __post_init__(self) -> None:
         if self.wandb_mode not in MODES:
-            raise UserError(f"unknown mode {self.wandb_mode!r}", where="logger.wandb_mode", fix=nearest(self.wandb_mode, MODES))
+            raise UserError(
+                f"unknown mode {self.wandb_mode!r}", where="logger.wandb_mode", fix=nearest(self.wandb_mode, MODES)
+            )
 
-
+# %% ../../nbs/ops/05_tracking.ipynb #fccd9ae0
 @dataclass(frozen=True)
 class WandbSection:
     """The section [wandb] of env.toml."""
@@ -53,18 +55,23 @@ class WandbSection:
     tags: list[str] = field(default_factory=list)
     notes: str = ""
 
-
+# %% ../../nbs/ops/05_tracking.ipynb #20a6afbc
 def merged(
     settings: LoggerSection,
     env: Mapping[str, Any] | None,  # [wandb] of env.toml
     variables: Mapping[str, str],  # os.environ
 ) -> tuple[LoggerSection, WandbSection]:
-    """Settings first, then env.toml, then WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME and WANDB_MODE. Unknown names in env.toml are refused."""
+    """Settings first, then env.toml, then WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME and WANDB_MODE.
+
+    Unknown names in env.toml are refused.
+    """
     section = from_mapping(WandbSection, env or {}, "env.toml [wandb]")
     project = settings.wandb_project or section.project or variables.get("WANDB_PROJECT", "")
     entity = settings.wandb_entity or section.entity or variables.get("WANDB_ENTITY", "")
     name = settings.wandb_exp_name or section.run_name or variables.get("WANDB_NAME", "")
-    asked = {"dryrun": "offline", "run": "online", "shared": "online"}.get(variables.get("WANDB_MODE", ""), variables.get("WANDB_MODE", ""))
+    asked = {"dryrun": "offline", "run": "online", "shared": "online"}.get(
+        variables.get("WANDB_MODE", ""), variables.get("WANDB_MODE", "")
+    )
     mode = settings.wandb_mode if settings.wandb_mode != "auto" or asked not in MODES else asked
     return LoggerSection(project, entity, name, mode), section
 
@@ -85,7 +92,7 @@ def has_key(
             continue
     return False
 
-
+# %% ../../nbs/ops/05_tracking.ipynb #31f695ce
 def choose_mode(
     settings: LoggerSection,
     variables: Mapping[str, str],  # os.environ
@@ -101,7 +108,10 @@ def choose_mode(
     if settings.wandb_mode == "offline":
         return "offline", ""
     if not has_key(variables):
-        return "local", "there is no API key (run `wandb login`, set WANDB_API_KEY, or choose logger.wandb_mode=offline)"
+        return (
+            "local",
+            "there is no API key (run `wandb login`, set WANDB_API_KEY, or choose logger.wandb_mode=offline)",
+        )
     return "online", ""
 
 # %% ../../nbs/ops/05_tracking.ipynb #842f842a
@@ -111,14 +121,26 @@ def check_request(
     variables: Mapping[str, str],  # os.environ
     installed: bool,  # is the package there?
 ) -> None:
-    """`UserError` where somebody asked for a record and none would be made. What nobody asked for by name (auto) may stay local, with a line."""
+    """`UserError` where somebody asked for a record and none would be made.
+
+    What nobody asked for by name (auto) may stay local, with a line.
+    """
     if settings.wandb_mode not in ("online", "offline"):
         return
     chosen, _ = merged(settings, env, variables)
-    missing = [(chosen.wandb_project, "no project is named", "give logger.wandb_project=NAME, or project in [wandb] of env.toml"), (installed, "the package wandb is not installed", "pip install 'nemotron_nb[wandb]'")]
+    name_one = "give logger.wandb_project=NAME, or project in [wandb] of env.toml"
+    missing = [
+        (chosen.wandb_project, "no project is named", name_one),
+        (installed, "the package wandb is not installed", "pip install 'nemotron_nb[wandb]'"),
+    ]
     for there, what, fix in missing:
         if not there:
-            raise UserError(f"W&B is to record this run {settings.wandb_mode}, and {what}", where="logger.wandb_mode", why="nothing would be recorded", fix=f"{fix}; or leave logger.wandb_mode out")
+            raise UserError(
+                f"W&B is to record this run {settings.wandb_mode}, and {what}",
+                where="logger.wandb_mode",
+                why="nothing would be recorded",
+                fix=f"{fix}; or leave logger.wandb_mode out",
+            )
 
 # %% ../../nbs/ops/05_tracking.ipynb #1a6c3612
 def numbers(
@@ -126,7 +148,11 @@ def numbers(
 ) -> dict[str, float]:
     """The numbers of a line, named kind/name. Words, lists, switches and what is no finite number stay in the file."""
     kind = line.get("kind", "run")
-    found = {f"{kind}/{k}": v for k, v in line.items() if k != "step" and isinstance(v, (int, float)) and not isinstance(v, bool)}
+    found = {
+        f"{kind}/{k}": v
+        for k, v in line.items()
+        if k != "step" and isinstance(v, (int, float)) and not isinstance(v, bool)
+    }
     return {k: v for k, v in found.items() if math.isfinite(v)}
 
 # %% ../../nbs/ops/05_tracking.ipynb #f0144e73
@@ -145,7 +171,7 @@ def _secrets(variables: Mapping[str, str]) -> list[str]:
     """The values of variables whose names look secret; words of less than eight letters would hide half a sentence."""
     return [v for k, v in variables.items() if any(s in k.upper() for s in _SECRET) and len(v) >= 8]
 
-
+# %% ../../nbs/ops/05_tracking.ipynb #8cf33392
 def _hide(value: Any, found: Sequence[str]) -> Any:
     """`hidden`, with the values to look for. What JSON has no form for is sent as its text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -162,12 +188,15 @@ def _hide(value: Any, found: Sequence[str]) -> Any:
 PATIENCE = 15.0  # seconds to wait for the network when a run begins
 _MOST_ERRORS = 10  # in a row; then W&B is left alone
 
-
+# %% ../../nbs/ops/05_tracking.ipynb #498e53b9
 @contextmanager
 def _environment(folder: Path) -> Iterator[None]:
     """W&B's variables for the time of a call: quiet, and every file under the run folder."""
     places = {f"WANDB_{n}_DIR": str(folder / "wandb" / n.lower()) for n in ("CACHE", "DATA", "CONFIG", "ARTIFACT")}
-    wanted = places | {"WANDB_SILENT": "true", "WANDB_CONSOLE": "off", "WANDB_ERROR_REPORTING": "false", "WANDB_DISABLE_GIT": "true", "WANDB_DISABLE_CODE": "true"}
+    wanted = places | {
+        "WANDB_SILENT": "true", "WANDB_CONSOLE": "off", "WANDB_ERROR_REPORTING": "false",
+        "WANDB_DISABLE_GIT": "true", "WANDB_DISABLE_CODE": "true",
+    }
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
@@ -176,19 +205,32 @@ def _environment(folder: Path) -> Iterator[None]:
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
-
+# %% ../../nbs/ops/05_tracking.ipynb #8518eea1
 def _quiet_settings(patience: float) -> dict[str, Any]:
     """What the client is told about itself."""
-    limits = {"init_timeout": patience, "login_timeout": patience, "finish_timeout": 4 * patience, "summary_timeout": int(patience) or 1}
-    return limits | {"reinit": "create_new", "silent": True, "console": "off", "disable_git": True, "disable_code": True, "save_code": False, "x_disable_stats": True}
+    limits = {
+        "init_timeout": patience,
+        "login_timeout": patience,
+        "finish_timeout": 4 * patience,
+        "summary_timeout": int(patience) or 1,
+    }
+    return limits | {
+        "reinit": "create_new", "silent": True, "console": "off", "disable_git": True, "disable_code": True,
+        "save_code": False, "x_disable_stats": True,
+    }
 
-
+# %% ../../nbs/ops/05_tracking.ipynb #ae1e99d4
 def _start(run: Mapping[str, Any], mode: str, patience: float) -> Any:
     """A W&B run, online or offline. Raises whatever the client raises."""
     import wandb
 
     try:
-        opened = wandb.init(**run, mode=mode, resume="allow" if mode == "online" else None, settings=wandb.Settings(**_quiet_settings(patience)))
+        opened = wandb.init(
+            **run,
+            mode=mode,
+            resume="allow" if mode == "online" else None,
+            settings=wandb.Settings(**_quiet_settings(patience)),
+        )
     except Exception:
         wandb.teardown()  # the client's helper still holds the run's id, and would refuse it a second time
         raise
@@ -201,7 +243,7 @@ def _recorded(folder: Path, run_id: str) -> dict[Path, int]:
     """The offline records of a run and their sizes in bytes."""
     return {p: p.stat().st_size for p in (folder / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb")}
 
-
+# %% ../../nbs/ops/05_tracking.ipynb #a2cae4c1
 def _wait_for_growth(
     before: Mapping[Path, int],  # sizes before the run was finished
     patience: float = 5.0,  # seconds
@@ -217,31 +259,45 @@ def _wait_for_growth(
 
 # %% ../../nbs/ops/05_tracking.ipynb #5bafd945
 def _wandb_artifact(artifact: Artifact, upload: bool) -> Any:
-    """The artifact as W&B sees it: metadata, the list of inputs, and a reference to the folder (or, on demand, its files)."""
+    """The artifact as W&B sees it: metadata, the list of inputs, and a reference to the folder (or, on demand, its
+    files).
+    """
     import wandb
 
     inputs = [{"name": s.name, "role": s.role, "uri": s.uri, "digest": s.digest} for s in artifact.inputs]
-    facts = {"address": artifact.address, "digest": artifact.digest, "path": str(artifact.path), "inputs": inputs, "producer": dict(artifact.producer)}
-    seen = wandb.Artifact(artifact.name, type={"data": "dataset"}.get(artifact.kind, artifact.kind), metadata=hidden(dict(artifact.metadata) | facts, os.environ))
+    facts = {
+        "address": artifact.address,
+        "digest": artifact.digest,
+        "path": str(artifact.path),
+        "inputs": inputs,
+        "producer": dict(artifact.producer),
+    }
+    seen = wandb.Artifact(
+        artifact.name,
+        type={"data": "dataset"}.get(artifact.kind, artifact.kind),
+        metadata=hidden(dict(artifact.metadata) | facts, os.environ),
+    )
     with seen.new_file("content.json", mode="w") as f:
         f.write(f'{{"digest": "{artifact.digest}"}}\n')
     if not upload:
-        seen.add_reference(artifact.path.absolute().as_uri(), name="content" if artifact.path.is_file() else None, checksum=False)
+        seen.add_reference(
+            artifact.path.absolute().as_uri(), name="content" if artifact.path.is_file() else None, checksum=False
+        )
     elif artifact.path.is_dir():
         seen.add_dir(str(artifact.path))
     else:
         seen.add_file(str(artifact.path))
     return seen
 
-
+# %% ../../nbs/ops/05_tracking.ipynb #79dbf264
 def _consumed(sources: Sequence[Artifact | Source]) -> list[dict[str, str]]:
     """Inputs of a run, for its settings: `use_artifact` is not possible offline, digests always are."""
     rows = [Source(s.name, s.kind, s.address, s.digest) if isinstance(s, Artifact) else s for s in sources]
     return [{"name": s.name, "role": s.role, "uri": s.uri, "digest": s.digest} for s in rows]
 
 # %% ../../nbs/ops/05_tracking.ipynb #c5dd98f0
-class Tracker:
-    """A run as W&B sees it. Where W&B is not to be had, every method does nothing."""
+class _Guarded:
+    """A run folder, and calls to the client that cannot end a training."""
 
     def __init__(
         self,
@@ -258,33 +314,63 @@ class Tracker:
         self._lines = 0
         self._wandb_id = ""
 
-    @classmethod
-    def open(
-        cls,
-        run_folder: str | os.PathLike,
-        settings: LoggerSection = LoggerSection(),
-        env: Mapping[str, Any] | None = None,  # [wandb] of env.toml: project, entity, run_name, tags, notes
-        config: Mapping[str, Any] | None = None,  # the settings in force, to compare runs by
-        stage: str = "sft",  # W&B's job type
-        consumed: Sequence[Artifact | Source] = (),  # what the run begins with
-        say: Callable[[str], None] = print,
-        patience: float = PATIENCE,  # seconds to wait for the network
-    ) -> "Tracker":
-        """Begin, or go on with the same W&B run after a pause. `UserError` only for unknown names in env.toml."""
-        tracker = cls(Path(run_folder).absolute(), say)
-        chosen, section = merged(settings, env, os.environ)
-        mode, why = choose_mode(chosen, os.environ, importlib.util.find_spec("wandb") is not None)
-        if mode == "local":
-            tracker._tell(f"W&B: this run stays local: {why}")
-            return tracker
-        facts = {"dir": str(tracker.folder), "project": chosen.wandb_project, "entity": chosen.wandb_entity or None, "name": chosen.wandb_exp_name or tracker.folder.name}
-        facts |= {"id": tracker._id(), "job_type": stage, "tags": section.tags or None, "notes": section.notes or None}
-        facts["config"] = hidden(dict(config or {}), os.environ) | {"run_folder": str(tracker.folder), "inputs": _consumed(consumed)}
-        tracker._begin(facts, mode, patience)
-        for artifact in consumed if tracker.mode == "online" else ():
-            if isinstance(artifact, Artifact):
-                tracker._try("use_artifact", lambda a=artifact: tracker._run.use_artifact(_wandb_artifact(a, upload=False)))
-        return tracker
+    def _try(self, what: str, call: Callable[[], Any]) -> Any:
+        """The result of a call to the client, or None: its errors are counted, and the first is said."""
+        try:
+            with _environment(self.folder):
+                result = call()
+            self._in_a_row = 0
+            return result
+        except (Exception, SystemExit) as e:  # the client may end the process when its helper is gone
+            self.failures, self._in_a_row = self.failures + 1, self._in_a_row + 1
+            if self.failures == 1:
+                self.say(f"W&B: {what} failed, the run goes on: {type(e).__name__}: {hidden(str(e)[:300], os.environ)}")
+            if self._in_a_row == _MOST_ERRORS:
+                self._run = None
+                self.say(f"W&B: {_MOST_ERRORS} errors in a row; nothing more is sent")
+            return None
+
+    def _tell(self, note: str) -> None:
+        """Say it once, and remember it."""
+        self.note = note
+        self.say(note)
+
+# %% ../../nbs/ops/05_tracking.ipynb #d85d1242
+class _Remembering(_Guarded):
+    """A run that knows its id, and what was sent of it, from one process to the next."""
+
+    def _id(self) -> str:
+        """The id of the W&B run: that of the run folder, or a new one."""
+        path = self.folder / "wandb_run.json"
+        kept = self._try("reading wandb_run.json", lambda: json.loads(path.read_text())) if path.exists() else None
+        kept = kept if isinstance(kept, dict) else {}
+        self._sent = {k: v for k, v in kept.get("sent", {}).items() if isinstance(v, int)}
+        self._wandb_id = str(kept.get("id") or secrets.token_hex(4))
+        return self._wandb_id
+
+    def _keep(self) -> None:
+        """Write down the id and what was sent."""
+        kept = {"id": self._wandb_id, "mode": self.mode, "sent": self._sent}
+        self._try("writing wandb_run.json", lambda: write_json(self.folder / "wandb_run.json", kept))
+
+    def _begin(self, facts: Mapping[str, Any], mode: str, patience: float) -> None:
+        """Open the W&B run; where the network does not answer, an offline one."""
+        for attempt in dict.fromkeys((mode, "offline")):
+            self._run = self._try(f"starting {attempt}", lambda: _start(facts, attempt, patience))
+            if self._run is not None:
+                self.mode = attempt
+                break
+        self._keep()
+        if self.mode == "local":
+            self._tell("W&B: this run stays local: the client does not start")
+        elif self.mode == "offline":
+            self._tell(f"W&B: recorded offline; send it later with: wandb sync {self.folder / 'wandb'}/offline-run-*")
+        else:
+            self._tell(f"W&B: {self._run.url}")
+
+# %% ../../nbs/ops/05_tracking.ipynb #ebcb7b51
+class _Sending(_Remembering):
+    """What an engine's follower calls."""
 
     def log(
         self,
@@ -318,8 +404,12 @@ class Tracker:
     ) -> None:
         """Record an artifact that the run made."""
         if self._run is not None:
-            aliases = [*artifact.aliases, f"sha-{artifact.digest[:12]}"]
-            self._try("log_artifact", lambda: self._run.log_artifact(_wandb_artifact(artifact, upload), aliases=aliases))
+            seen = [*artifact.aliases, f"sha-{artifact.digest[:12]}"]
+            self._try("log_artifact", lambda: self._run.log_artifact(_wandb_artifact(artifact, upload), aliases=seen))
+
+# %% ../../nbs/ops/05_tracking.ipynb #55f7663f
+class _Closing(_Sending):
+    """A run with an end, as a block."""
 
     def close(
         self,
@@ -339,58 +429,55 @@ class Tracker:
         if self.failures:
             self.say(f"W&B: {self.failures} errors in all; everything is in {self.folder / 'metrics.jsonl'}")
 
-    def __enter__(self) -> "Tracker":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self.close("failed" if kind else "done")
 
-    def _begin(self, facts: Mapping[str, Any], mode: str, patience: float) -> None:
-        """Open the W&B run; where the network does not answer, an offline one."""
-        for attempt in dict.fromkeys((mode, "offline")):
-            self._run = self._try(f"starting {attempt}", lambda: _start(facts, attempt, patience))
-            if self._run is not None:
-                self.mode = attempt
-                break
-        self._keep()
-        if self.mode == "local":
-            self._tell("W&B: this run stays local: the client does not start")
-        elif self.mode == "offline":
-            self._tell(f"W&B: recorded offline; send it later with: wandb sync {self.folder / 'wandb'}/offline-run-*")
-        else:
-            self._tell(f"W&B: {self._run.url}")
+# %% ../../nbs/ops/05_tracking.ipynb #1c8fb044
+def _facts(
+    folder: Path, chosen: LoggerSection, section: WandbSection, config: Mapping[str, Any], inputs: list[dict[str, str]]
+) -> dict[str, Any]:
+    """What a W&B run begins with, without its id and its job type."""
+    return {
+        "dir": str(folder),
+        "project": chosen.wandb_project,
+        "entity": chosen.wandb_entity or None,
+        "name": chosen.wandb_exp_name or folder.name,
+        "tags": section.tags or None,
+        "notes": section.notes or None,
+        "config": hidden(dict(config), os.environ) | {"run_folder": str(folder), "inputs": inputs},
+    }
 
-    def _try(self, what: str, call: Callable[[], Any]) -> Any:
-        """The result of a call to the client, or None: its errors are counted, and the first is said."""
-        try:
-            with _environment(self.folder):
-                result = call()
-            self._in_a_row = 0
-            return result
-        except (Exception, SystemExit) as e:  # the client may end the process when its helper is gone
-            self.failures, self._in_a_row = self.failures + 1, self._in_a_row + 1
-            if self.failures == 1:
-                self.say(f"W&B: {what} failed, the run goes on: {type(e).__name__}: {hidden(str(e)[:300], os.environ)}")
-            if self._in_a_row == _MOST_ERRORS:
-                self._run = None
-                self.say(f"W&B: {_MOST_ERRORS} errors in a row; nothing more is sent")
-            return None
+# %% ../../nbs/ops/05_tracking.ipynb #bcba25a6
+class Tracker(_Closing):
+    """A run as W&B sees it. Where W&B is not to be had, every method does nothing."""
 
-    def _tell(self, note: str) -> None:
-        """Say it once, and remember it."""
-        self.note = note
-        self.say(note)
-
-    def _id(self) -> str:
-        """The id of the W&B run: that of the run folder, or a new one."""
-        path = self.folder / "wandb_run.json"
-        kept = self._try("reading wandb_run.json", lambda: json.loads(path.read_text())) if path.exists() else None
-        kept = kept if isinstance(kept, dict) else {}
-        self._sent = {k: v for k, v in kept.get("sent", {}).items() if isinstance(v, int)}
-        self._wandb_id = str(kept.get("id") or secrets.token_hex(4))
-        return self._wandb_id
-
-    def _keep(self) -> None:
-        """Write down the id and what was sent."""
-        kept = {"id": self._wandb_id, "mode": self.mode, "sent": self._sent}
-        self._try("writing wandb_run.json", lambda: write_json(self.folder / "wandb_run.json", kept))
+    @classmethod
+    def open(
+        cls,
+        run_folder: str | os.PathLike,
+        settings: LoggerSection = LoggerSection(),
+        env: Mapping[str, Any] | None = None,  # [wandb] of env.toml: project, entity, run_name, tags, notes
+        config: Mapping[str, Any] | None = None,  # the settings in force, to compare runs by
+        stage: str = "sft",  # W&B's job type
+        consumed: Sequence[Artifact | Source] = (),  # what the run begins with
+        say: Callable[[str], None] = print,
+        patience: float = PATIENCE,  # seconds to wait for the network
+    ) -> "Tracker":
+        """Begin, or go on with the same W&B run after a pause. `UserError` only for unknown names in env.toml."""
+        tracker = cls(Path(run_folder).absolute(), say)
+        chosen, section = merged(settings, env, os.environ)
+        mode, why = choose_mode(chosen, os.environ, importlib.util.find_spec("wandb") is not None)
+        if mode == "local":
+            tracker._tell(f"W&B: this run stays local: {why}")
+            return tracker
+        facts = _facts(tracker.folder, chosen, section, config or {}, _consumed(consumed))
+        tracker._begin(facts | {"id": tracker._id(), "job_type": stage}, mode, patience)
+        for artifact in consumed if tracker.mode == "online" else ():
+            if isinstance(artifact, Artifact):
+                tracker._try(
+                    "use_artifact", lambda a=artifact: tracker._run.use_artifact(_wandb_artifact(a, upload=False))
+                )
+        return tracker

@@ -40,6 +40,7 @@ from nemotron_nb.stages.sft import (
 from ..ops.stage import BUDGET
 from ..viz import Picture, joined, table
 
+# %% ../../nbs/stages/03_budget.ipynb #e6da8a17
 if TYPE_CHECKING:
     from nemotron_nb.data.tokenizer import ChatTokenizer
     from nemotron_nb.ops.profiles import Profile
@@ -60,9 +61,13 @@ class Prompt:
 
     def ids(self, tokenizer: "ChatTokenizer") -> list[int]:
         """The prompt as tokens; the chat's own text gives no special token."""
-        return [i for c in chunks(self.messages, self.tools, add_generation_prompt=True) for i in tokenizer.encode_pieces(c.pieces)]
+        return [
+            i
+            for c in chunks(self.messages, self.tools, add_generation_prompt=True)
+            for i in tokenizer.encode_pieces(c.pieces)
+        ]
 
-
+# %% ../../nbs/stages/03_budget.ipynb #024faeb3
 def prompt_of(
     conversation: Conversation,
 ) -> Prompt | None:
@@ -82,16 +87,18 @@ REASONS = {
     "not_reproduced": "the template would write the message in other characters",
 }
 
-
+# %% ../../nbs/stages/03_budget.ipynb #7ad2d259
 def _message(thought: str, answer: str) -> dict[str, Any]:
     """An assistant message of its thought and what stands behind it."""
     from nemotron_nb.generate.turns import read_calls
 
     said, _, _ = answer.partition("<tool_call>\n")
     calls = [{"name": c.name, "arguments": c.arguments} for c in read_calls(answer) or []]
-    return {"role": "assistant", "reasoning_content": thought, "content": said.strip()} | ({"tool_calls": calls} if calls else {})
+    return {"role": "assistant", "reasoning_content": thought, "content": said.strip()} | (
+        {"tool_calls": calls} if calls else {}
+    )
 
-
+# %% ../../nbs/stages/03_budget.ipynb #dc49b487
 def message_of(
     prompt: Prompt,
     generated: str,  # with the end of its turn, if it has one
@@ -103,7 +110,12 @@ def message_of(
     text = generated.removesuffix(IM_END)
     form = health(prompt.text(), text, False, ended)
     thought, _, answer = text.partition("\n</think>")
-    faults = {"not_ended": not ended, "thought_not_closed": not form.closed_think, "call_unreadable": form.well_formed_tool_call is False, "no_answer": not answer.strip()}
+    faults = {
+        "not_ended": not ended,
+        "thought_not_closed": not form.closed_think,
+        "call_unreadable": form.well_formed_tool_call is False,
+        "no_answer": not answer.strip(),
+    }
     if fault := next((name for name, found in faults.items() if found), ""):
         return fault
     message = _message(thought, answer)
@@ -121,13 +133,14 @@ class RolloutSection:
     seed: int = 0  # of the draw of prompts
     generation_tokens: int = 16_384  # padded tokens side by side
 
-
+# %% ../../nbs/stages/03_budget.ipynb #0c116c18
 @dataclass(frozen=True)
 class BudgetConfig:
     """Every setting of the budget stage."""
 
     family: str = ""
-    model: str = ""  # the checkpoint: a run folder, or a folder in Hugging Face form; empty: the newest run that is done
+    # the checkpoint: a run folder, or a folder in Hugging Face form; empty: the newest run that is done
+    model: str = ""
     chats: str = ""  # a file of chats that prompts are taken from; empty: the training split of the run
     rollouts: RolloutSection = RolloutSection()
     generation: GenerationSection = GenerationSection(temperature=1.0)
@@ -139,30 +152,43 @@ class BudgetConfig:
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot be meant."""
-        for name, value, least in (("steps", self.steps, 1), ("rollouts.per_prompt", self.rollouts.per_prompt, 1), ("rollouts.min_kept", self.rollouts.min_kept, 1), ("rollouts.num_prompts", self.rollouts.num_prompts, 0)):
+        for name, value, least in (
+            ("steps", self.steps, 1),
+            ("rollouts.per_prompt", self.rollouts.per_prompt, 1),
+            ("rollouts.min_kept", self.rollouts.min_kept, 1),
+            ("rollouts.num_prompts", self.rollouts.num_prompts, 0),
+        ):
             if value < least:
                 raise UserError(f"{value} is too small", where=name, fix=f"give at least {least}")
         if not 0 <= self.truncate_fraction <= 1:
-            raise UserError(f"{self.truncate_fraction} is no share", where="truncate_fraction", fix="give a number from 0 to 1; the published one is 0.12")
+            raise UserError(
+                f"{self.truncate_fraction} is no share",
+                where="truncate_fraction",
+                fix="give a number from 0 to 1; the published one is 0.12",
+            )
 
-
+# %% ../../nbs/stages/03_budget.ipynb #446b89d1
 def budget_config(
     family: str,
     name: str = "default",
     overrides: Iterable[str] = (),
     profile: Layer | None = None,  # what env.toml says, with run.* names
 ) -> Effective:
-    """The settings of the stage: papermill_runs/<family>/budget/*.yaml, the cluster's profile, then the command line."""
+    """The settings of the stage: papermill_runs/<family>/budget/*.yaml, the cluster's profile, then the command
+    line.
+    """
     return eval_config(family, name, overrides, BUDGET.name, BudgetConfig, profile)
 
 # %% ../../nbs/stages/03_budget.ipynb #2557c01b
 def _files_of(run: Path) -> list[str]:
     """The files of chats that a run was prepared from."""
     told = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"), resolve=True)["data"]
-    settings = from_mapping(PrepConfig, told | {"output_dir": OmegaConf.load(run / "train.yaml").data_dir}, str(run / "config.yaml"))
+    settings = from_mapping(
+        PrepConfig, told | {"output_dir": OmegaConf.load(run / "train.yaml").data_dir}, str(run / "config.yaml")
+    )
     return [path for source in make_plan(settings).sources if source.part in ("all", "train") for path in source.files]
 
-
+# %% ../../nbs/stages/03_budget.ipynb #5846a6ee
 def training_prompts(
     config: BudgetConfig,  # model resolved
 ) -> list[Prompt]:
@@ -174,9 +200,13 @@ def training_prompts(
         raise UserError("the model lies in no run folder, and no chats are given", where="chats", fix="give chats=FILE")
     if not config.chats:
         data = Manifest.load(OmegaConf.load(run / "train.yaml").data_dir).folder
-        trained = {name.partition(":")[0] for pack in read_packs(data / "splits" / "train") for name in pack.conversation_ids}
+        trained = {
+            name.partition(":")[0] for pack in read_packs(data / "splits" / "train") for name in pack.conversation_ids
+        }
     found = (c for path in ([config.chats] if config.chats else _files_of(run)) for c in read_chats(path))
-    chosen = [p for c in found if isinstance(c, Conversation) and (trained is None or c.id in trained) and (p := prompt_of(c))]
+    chosen = [
+        p for c in found if isinstance(c, Conversation) and (trained is None or c.id in trained) and (p := prompt_of(c))
+    ]
     chosen.sort(key=lambda p: digest([config.rollouts.seed, p.conversation_id]))
     return chosen[: config.rollouts.num_prompts or None]
 
@@ -191,12 +221,22 @@ def collect(
         prompt = prompts[i // per_prompt]
         message = message_of(prompt, text)
         if isinstance(message, str):
-            rejects.append({"conversation_id": prompt.conversation_id, "reason": message, "detail": REASONS[message], "generated": text})
+            rejects.append(
+                {
+                    "conversation_id": prompt.conversation_id,
+                    "reason": message,
+                    "detail": REASONS[message],
+                    "generated": text,
+                }
+            )
         else:
-            kept.append({"messages": [*prompt.messages, message], "rollout_of": prompt.conversation_id} | ({"tools": list(prompt.tools)} if prompt.tools else {}))
+            kept.append(
+                {"messages": [*prompt.messages, message], "rollout_of": prompt.conversation_id}
+                | ({"tools": list(prompt.tools)} if prompt.tools else {})
+            )
     return kept, rejects
 
-
+# %% ../../nbs/stages/03_budget.ipynb #ec1e78ea
 def collect_folder(
     folder: str | os.PathLike,  # a stage folder with budget.yaml
 ) -> None:
@@ -206,7 +246,9 @@ def collect_folder(
     from nemotron_nb.train.metrics import MetricsFile
 
     folder = Path(folder)
-    config = from_mapping(BudgetConfig, OmegaConf.to_container(OmegaConf.load(folder / "budget.yaml"), resolve=True), "budget.yaml")
+    config = from_mapping(
+        BudgetConfig, OmegaConf.to_container(OmegaConf.load(folder / "budget.yaml"), resolve=True), "budget.yaml"
+    )
     tokenizer, prompts, g = load_tokenizer(config.model), training_prompts(config), config.generation
     model, portion, texts = load_model(config.model, tokenizer.vocab_size), 64, []
     path = folder / "metrics.jsonl"
@@ -215,15 +257,29 @@ def collect_folder(
         for start in range(0, len(prompts), portion):
             ids = [p.ids(tokenizer) for p in prompts[start : start + portion]]
             sampling = Sampling(g.temperature, g.top_p, g.top_k, g.seed + start)
-            texts += map(tokenizer.decode, generate(model, ids, tokenizer.im_end_id, g.max_new_tokens, config.rollouts.generation_tokens, sampling, None, config.rollouts.per_prompt))
+            texts += map(
+                tokenizer.decode,
+                generate(
+                    model, ids, tokenizer.im_end_id, g.max_new_tokens, config.rollouts.generation_tokens, sampling,
+                    None, config.rollouts.per_prompt,
+                ),
+            )
             metrics.write({"kind": "collected", "prompts": start + len(ids), "rollouts": len(texts)})
         kept, rejects = collect(prompts, texts)
         write_atomic(folder / "rollouts.jsonl", _lines(kept))
         write_atomic(folder / "rejects.jsonl", _lines(rejects))
-        write_json(folder / "rollouts.json", {"prompts": len(prompts), "rollouts": len(texts), "kept": len(kept), "rejects": dict(Counter(r["reason"] for r in rejects))})
+        write_json(
+            folder / "rollouts.json",
+            {
+                "prompts": len(prompts),
+                "rollouts": len(texts),
+                "kept": len(kept),
+                "rejects": dict(Counter(r["reason"] for r in rejects)),
+            },
+        )
         metrics.write({"kind": "end"})
 
-
+# %% ../../nbs/stages/03_budget.ipynb #ac58982a
 def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
     """Rows as JSON lines."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -233,7 +289,7 @@ def main() -> None:
     """The collecting process."""
     as_process(collect_folder)
 
-
+# %% ../../nbs/stages/03_budget.ipynb #ed013992
 def start_collecting(
     folder: str | os.PathLike,  # a stage folder with budget.yaml
 ) -> Started:
@@ -245,7 +301,7 @@ def rollout_rows(folder: str | os.PathLike) -> list[dict[str, Any]]:
     """The chats that were collected."""
     return [json.loads(line) for line in (Path(folder) / "rollouts.jsonl").read_text().splitlines()]
 
-
+# %% ../../nbs/stages/03_budget.ipynb #9d7e7ea1
 def check_kept(
     folder: str | os.PathLike,  # a stage folder whose rollouts are collected
     least: int,  # healthy rollouts that are needed
@@ -254,22 +310,41 @@ def check_kept(
     counts = json.loads((Path(folder) / "rollouts.json").read_text())
     if counts["kept"] < least:
         reasons = ", ".join(f"{n} {reason}" for reason, n in counts["rejects"].items()) or "there were no prompts"
-        raise UserError(f"{counts['kept']} of {counts['rollouts']} rollouts are healthy, {least} are needed", where=str(Path(folder) / "rejects.jsonl"), why=reasons, fix="use a checkpoint that is further trained, answer more prompts (rollouts.num_prompts), or allow longer answers (generation.max_new_tokens)")
+        raise UserError(
+            f"{counts['kept']} of {counts['rollouts']} rollouts are healthy, {least} are needed",
+            where=str(Path(folder) / "rejects.jsonl"),
+            why=reasons,
+            fix="use a checkpoint that is further trained, answer more prompts (rollouts.num_prompts), or allow "
+                "longer answers (generation.max_new_tokens)",
+        )
     return counts
 
-
+# %% ../../nbs/stages/03_budget.ipynb #58b9fbf3
 def rollouts_picture(
     counts: Mapping[str, Any],  # of rollouts.json
     rows: Sequence[Mapping[str, Any]],  # chats that were collected
     count: int = 3,  # examples
 ) -> Picture:
     """From prompts to chats, and what was lost; then examples."""
-    funnel = [("prompts", counts["prompts"], ""), ("rollouts", counts["rollouts"], ""), ("chats to train on", counts["kept"], "")]
+    funnel = [
+        ("prompts", counts["prompts"], ""),
+        ("rollouts", counts["rollouts"], ""),
+        ("chats to train on", counts["kept"], ""),
+    ]
     funnel += [(f"left out: {reason}", n, REASONS[reason]) for reason, n in counts["rejects"].items()]
     parts = [table(funnel, header=["", "number", "remark"])]
     for row in rows[:count]:
         *_, asked, said = row["messages"]
-        parts.append(table([(asked["role"], str(asked["content"])[-300:]), ("thought", said["reasoning_content"][:400]), ("answer", (said["content"] or json.dumps(said.get("tool_calls"), ensure_ascii=False))[:300])], header=["", f"rollout of {row['rollout_of']}"]))
+        parts.append(
+            table(
+                [
+                    (asked["role"], str(asked["content"])[-300:]),
+                    ("thought", said["reasoning_content"][:400]),
+                    ("answer", (said["content"] or json.dumps(said.get("tool_calls"), ensure_ascii=False))[:300]),
+                ],
+                header=["", f"rollout of {row['rollout_of']}"],
+            )
+        )
     return joined(parts)
 
 # %% ../../nbs/stages/03_budget.ipynb #f62e16b9
@@ -289,7 +364,11 @@ def sft_overrides(
         "run.label": f"budget {folder.name.rpartition('-')[2]}",
         "checkpoint.pretrained_checkpoint": config.model,
     }
-    sized = {f"run.{name}": getattr(config.run, name) for name in ("nodes", "nproc_per_node") if getattr(config.run, name) > 1}
+    sized = {
+        f"run.{name}": getattr(config.run, name)
+        for name in ("nodes", "nproc_per_node")
+        if getattr(config.run, name) > 1
+    }
     return [f"{name}={value}" for name, value in (told | sized).items()] + list(config.sft_overrides)
 
 # %% ../../nbs/stages/03_budget.ipynb #1d00a634
@@ -299,10 +378,14 @@ def resolved_stage(
     """The same settings with the checkpoint named. `UserError` where there is none, or nothing to answer."""
     settled = replace(config, model=model_of(config.model, config.family, config.run.output_root))
     if not training_prompts(settled):
-        raise UserError("no chat has a place to answer", where=config.chats or "chats of the run", fix="give chats=FILE with user and assistant turns")
+        raise UserError(
+            "no chat has a place to answer",
+            where=config.chats or "chats of the run",
+            fix="give chats=FILE with user and assistant turns",
+        )
     return settled
 
-
+# %% ../../nbs/stages/03_budget.ipynb #9cc74a99
 def _label(config: BudgetConfig, name: str | Sequence[str]) -> str:
     """What people call the stage."""
     return config.run.label or f"{config_label(name)} budget"
@@ -317,7 +400,6 @@ def open_stage(
     """A stage folder with everything that is known before the first rollout, its status `running`."""
     return open_stage_folder(effective, config, BUDGET, _label(config, name), folder)
 
-
 # %% ../../nbs/stages/03_budget.ipynb #88a07d88
 def _budget_here(folder: Path, family: str) -> Path:
     """Run the stage on this machine."""
@@ -326,7 +408,7 @@ def _budget_here(folder: Path, family: str) -> Path:
     print(f"The stage is complete. Its model lies in {read_status(folder).get('trained', '')}")
     return folder
 
-
+# %% ../../nbs/stages/03_budget.ipynb #1a591d80
 def budget_run(
     family: str,  # super3; any family whose papermill_runs folder has budget/
     config: str | Sequence[str] = "default",
@@ -345,6 +427,8 @@ def budget_run(
         """The stage folder, with everything that was settled."""
         return new_stage_folder(effective, settled, BUDGET, _label(settled, config), command=command)
 
-    follows = str(table([("model", settled.model), ("prompts", len(training_prompts(settled)))], header=["what it comes to", ""]))
+    follows = str(
+        table([("model", settled.model), ("prompts", len(training_prompts(settled)))], header=["what it comes to", ""])
+    )
     plan = Plan(BUDGET, effective, follows, make, lambda: _budget_here(make(), family))
     return launch(plan, profile, mode, dry_run, **shown)

@@ -24,13 +24,18 @@ from omegaconf import OmegaConf
 
 from ..core import UserError, from_mapping, write_atomic, write_json
 from ..data.manifest import Manifest
-from ..ops.config import Effective, Layer, RunSection, config_label, file_layers, flatten, project_root, stage_config
+from nemotron_nb.ops.config import (
+    Effective, Layer, RunSection, config_label, file_layers, flatten, project_root, stage_config,
+)
 from ..ops.report import BLUE, GREY, ORANGE, Section, clipped, environment_picture, form_in_words, html_page
 from ..ops.run_folder import Started, as_process, list_runs, run_state, start_process
-from .sft import Parameters, Plan, Show, cluster_layer, execute_into, launch, new_stage_folder, open_stage_folder
+from nemotron_nb.stages.sft import (
+    Parameters, Plan, Show, cluster_layer, execute_into, launch, new_stage_folder, open_stage_folder,
+)
 from ..ops.stage import EVAL, SFT
 from ..viz import Picture, joined, png, table
 
+# %% ../../nbs/stages/02_evaluate.ipynb #7dcb9186
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -52,7 +57,7 @@ class EvalData:
     solution_key: str = "solution"
     num_questions: int = 0  # 0 = all
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #9e46f56c
 @dataclass(frozen=True)
 class GenerationSection:
     """How answers are generated."""
@@ -63,7 +68,7 @@ class GenerationSection:
     seed: int = 0
     max_new_tokens: int = 160
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #c6c135d0
 @dataclass(frozen=True)
 class EvalSection:
     """In which modes, how often, and who judges."""
@@ -83,23 +88,26 @@ class EvalSection:
         words = {True: "on", False: "off"}
         object.__setattr__(self, "modes", [words[m] if isinstance(m, bool) else m for m in self.modes])
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #b68529ea
 @dataclass(frozen=True)
 class HarnessSection:
-    """The hand-off to lm-evaluation-harness: a command and a task for the local questions are written, nothing is started."""
+    """The hand-off to lm-evaluation-harness: a command and a task for the local questions are written, nothing is
+    started.
+    """
 
     tasks: list[str] = field(default_factory=list)  # further tasks of the harness, e.g. gsm8k_cot_zeroshot
     batch_size: str = "auto"
     dtype: str = "bfloat16"
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #fcd73b96
 @dataclass(frozen=True)
 class EvalConfig:
     """Every setting of an evaluation."""
 
     family: str = ""
     model: str = ""  # a run folder, a folder in Hugging Face form, or a hub name; empty: the newest run that is done
-    base: str = "auto"  # to compare with: "auto" is what the run of the model began from, "none" compares with nothing, else as model
+    # to compare with: "auto" is what the run of the model began from, "none" compares with nothing, else as model
+    base: str = "auto"
     data: EvalData = EvalData()
     generation: GenerationSection = GenerationSection()
     eval: EvalSection = EvalSection()
@@ -109,13 +117,27 @@ class EvalConfig:
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
         e = self.eval
-        for name, value, least in (("eval.num_tests_per_prompt", e.num_tests_per_prompt, 1), ("eval.thinking_budget", e.thinking_budget, 0), ("generation.max_new_tokens", self.generation.max_new_tokens, 1), ("data.num_prompts", self.data.num_prompts, 0)):
+        for name, value, least in (
+            ("eval.num_tests_per_prompt", e.num_tests_per_prompt, 1),
+            ("eval.thinking_budget", e.thinking_budget, 0),
+            ("generation.max_new_tokens", self.generation.max_new_tokens, 1),
+            ("data.num_prompts", self.data.num_prompts, 0),
+        ):
             if value < least:
                 raise UserError(f"{value} is too small", where=name, fix=f"give at least {least}")
         if not 1 <= e.pass_k <= e.num_tests_per_prompt:
-            raise UserError(f"pass@{e.pass_k} of {e.num_tests_per_prompt} answers", where="eval.pass_k", fix="let 1 <= pass_k <= num_tests_per_prompt")
+            raise UserError(
+                f"pass@{e.pass_k} of {e.num_tests_per_prompt} answers",
+                where="eval.pass_k",
+                fix="let 1 <= pass_k <= num_tests_per_prompt",
+            )
         if e.num_tests_per_prompt > 1 and self.generation.temperature == 0:
-            raise UserError(f"{e.num_tests_per_prompt} greedy answers to each prompt", where="eval.num_tests_per_prompt", why="they would all be the same", fix="give generation.temperature=0.6, or ask once")
+            raise UserError(
+                f"{e.num_tests_per_prompt} greedy answers to each prompt",
+                where="eval.num_tests_per_prompt",
+                why="they would all be the same",
+                fix="give generation.temperature=0.6, or ask once",
+            )
         if not e.modes:
             raise UserError("no mode is given", where="eval.modes", fix="give e.g. eval.modes=[on,off]")
 
@@ -134,16 +156,20 @@ def eval_config(
 # %% ../../nbs/stages/02_evaluate.ipynb #4da734ce
 START = "start:"  # the weights a run began with
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #6c139943
 def _newest_run(family: str, output_root: str) -> Path:
     """The newest fine-tuning run of a family that is done."""
     runs = [run for run in list_runs(output_root) if run.parent.name == SFT.name and run.parent.parent.name == family]
     done = [run for run in runs if run_state(run) == "done"]
     if not done:
-        raise UserError("no model is given, and no run is done", where=f"{output_root}/{family}/sft", fix=f"train one first: nemotron {family} sft -c tiny; or give model=FOLDER")
+        raise UserError(
+            "no model is given, and no run is done",
+            where=f"{output_root}/{family}/sft",
+            fix=f"train one first: nemotron {family} sft -c tiny; or give model=FOLDER",
+        )
     return done[-1]
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #6e49ede5
 def _check_cached(name: str) -> None:
     """Refuse a name that is neither a folder nor in the local cache of the hub."""
     from huggingface_hub import try_to_load_from_cache
@@ -154,9 +180,14 @@ def _check_cached(name: str) -> None:
     except HFValidationError:
         found = False
     if not found:
-        raise UserError(f"no such model on this machine: {name!r}", where="model", why="it is neither a folder nor in the local cache of the hub, and nothing is downloaded unasked", fix="give a run folder, or a folder in Hugging Face form; `nemotron runs` lists the runs")
+        raise UserError(
+            f"no such model on this machine: {name!r}",
+            where="model",
+            why="it is neither a folder nor in the local cache of the hub, and nothing is downloaded unasked",
+            fix="give a run folder, or a folder in Hugging Face form; `nemotron runs` lists the runs",
+        )
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #a5ea7296
 def _model_folder(name: str) -> str:
     """The folder with weights that a name means: that of a run, or the name itself."""
     folder = Path(name).expanduser()
@@ -166,13 +197,23 @@ def _model_folder(name: str) -> str:
     if (folder / "status.json").exists():
         if not (folder / "model" / "config.json").exists():
             adapter = (folder / "adapter").is_dir()
-            raise UserError("the run has no model" + (", only an adapter" if adapter else ""), where=str(folder), fix="train again with peft.merge=true" if adapter else f"it is {run_state(folder)}; wait for it to end, or give another")
+            raise UserError(
+                "the run has no model" + (", only an adapter" if adapter else ""),
+                where=str(folder),
+                fix="train again with peft.merge=true"
+                if adapter
+                else f"it is {run_state(folder)}; wait for it to end, or give another",
+            )
         folder = folder / "model"
     if not (folder / "config.json").exists():
-        raise UserError("is neither a run nor a model: it has no config.json", where=str(folder), fix="give a run folder, or a folder in Hugging Face form")
+        raise UserError(
+            "is neither a run nor a model: it has no config.json",
+            where=str(folder),
+            fix="give a run folder, or a folder in Hugging Face form",
+        )
     return str(folder.absolute())
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #93818d12
 def model_run(
     model: str,  # a folder with weights, or a hub name
 ) -> Path | None:
@@ -180,7 +221,7 @@ def model_run(
     run = Path(model).parent
     return run if (run / "train.yaml").exists() else None
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #e32d07dc
 def model_of(
     name: str,  # a run folder, a folder in Hugging Face form, a hub name, or nothing: the newest run that is done
     family: str,
@@ -189,7 +230,7 @@ def model_of(
     """The folder (or hub name) with the weights that are meant."""
     return _model_folder(name or str(_newest_run(family, output_root)))
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #b96434e8
 def _base(name: str, model: str) -> str:
     """What to compare with: a folder, a hub name, `start:RUN`, or nothing."""
     if name in ("none", ""):
@@ -199,7 +240,7 @@ def _base(name: str, model: str) -> str:
         return f"{START}{run}" if run else ""
     return name if name.startswith(START) else _model_folder(name)
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #6508f256
 def _data_dir(name: str, model: str) -> str:
     """The prepared data to measure on, or nothing."""
     run = model_run(model)
@@ -208,23 +249,32 @@ def _data_dir(name: str, model: str) -> str:
         Manifest.load(name)  # refuses a folder that is none
     return str(Path(name).absolute()) if name else ""
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #d3af336c
 SAMPLE_QUESTIONS = "papermill_runs/questions.jsonl"
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #ff565850
 def resolved(
     config: EvalConfig,
 ) -> EvalConfig:
-    """The same settings with every model and folder named. `UserError` where there is nothing to measure, or nothing to measure on."""
+    """The same settings with every model and folder named.
+
+    `UserError` where there is nothing to measure, or nothing to measure on.
+    """
     from nemotron_nb.generate.sampling import Sampling
     from nemotron_nb.train.evaluate import check_mode
     from nemotron_nb.generate.verify import check_verifier
 
     model = model_of(config.model, config.family, config.run.output_root)
-    questions = {"sample": str(project_root() / SAMPLE_QUESTIONS), "": ""}.get(config.data.questions) if config.data.questions in ("sample", "") else str(Path(config.data.questions).absolute())
+    questions = (
+        {"sample": str(project_root() / SAMPLE_QUESTIONS), "": ""}.get(config.data.questions)
+        if config.data.questions in ("sample", "")
+        else str(Path(config.data.questions).absolute())
+    )
     data = replace(config.data, dir=_data_dir(config.data.dir, model), questions=questions)
     if not data.dir and not questions:
-        raise UserError("nothing to measure on", where="data", fix="give data.dir=FOLDER (prepared data), or data.questions=FILE")
+        raise UserError(
+            "nothing to measure on", where="data", fix="give data.dir=FOLDER (prepared data), or data.questions=FILE"
+        )
     for mode in config.eval.modes:
         check_mode(mode)
     check_verifier(config.eval.verifier)
@@ -246,13 +296,15 @@ class Ask:
         words = {"on": "thinking", "off": "not thinking", "low": "low effort"}[self.mode]
         return words if self.budget is None else f"{words}, budget {self.budget}"
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #3fb86987
 def asks(
     section: EvalSection,
 ) -> list[Ask]:
     """The ways of asking, in order."""
     budget = section.thinking_budget
-    return [Ask(mode) for mode in section.modes] + [Ask(mode, budget) for mode in section.modes if budget and mode != "off"]
+    return [Ask(mode) for mode in section.modes] + [
+        Ask(mode, budget) for mode in section.modes if budget and mode != "off"
+    ]
 
 # %% ../../nbs/stages/02_evaluate.ipynb #d4b15b4e
 def load_model(
@@ -269,23 +321,35 @@ def load_model(
     if spec.startswith(START):
         told = OmegaConf.to_container(OmegaConf.load(Path(spec.removeprefix(START)) / "train.yaml"), resolve=True)
         first = told.get("checkpoint", {}).get("pretrained_checkpoint", "")
-        config, seed = ModelConfig(name=_model_folder(first)) if first else from_mapping(ModelConfig, told["model"]), told["train"]["seed"]
+        config, seed = (
+            ModelConfig(name=_model_folder(first)) if first else from_mapping(ModelConfig, told["model"]),
+            told["train"]["seed"],
+        )
     return build_model(config, vocab_size, seed).to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #b879a4ec
 def _tokenizer(config: EvalConfig) -> "ChatTokenizer":
     """The tokenizer of the data, which must be that of the model."""
     from nemotron_nb.data.tokenizer import load_tokenizer
 
-    own = load_tokenizer(config.model) if (Path(config.model) / "tokenizer.json").exists() or not config.data.dir else None
+    own = (
+        load_tokenizer(config.model)
+        if (Path(config.model) / "tokenizer.json").exists() or not config.data.dir
+        else None
+    )
     if not config.data.dir:
         return own
     tokenizer = load_tokenizer(str(Path(config.data.dir) / "tokenizer"))
     if own is not None and own.digest != tokenizer.digest:
-        raise UserError("the data was prepared with another tokenizer than the model's", where=config.data.dir, why="its ids mean other words to this model", fix="prepare the data with the tokenizer of the model, and give data.dir")
+        raise UserError(
+            "the data was prepared with another tokenizer than the model's",
+            where=config.data.dir,
+            why="its ids mean other words to this model",
+            fix="prepare the data with the tokenizer of the model, and give data.dir",
+        )
     return tokenizer
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #c20bf184
 def _inputs(config: EvalConfig) -> tuple[list["Pack"], list["Question"], list[Any]]:
     """(held-out packs, questions, unusable lines of the question file)."""
     from nemotron_nb.data.shards import read_packs
@@ -293,16 +357,21 @@ def _inputs(config: EvalConfig) -> tuple[list["Pack"], list["Question"], list[An
 
     d = config.data
     folder = Path(d.dir) / "splits" / d.split
-    empty = bool(d.dir) and Manifest.load(d.dir)["splits"].get(d.split, {}).get("packs") == 0  # nothing is held out, and the headline says so
+    # nothing is held out, and the headline says so
+    empty = bool(d.dir) and Manifest.load(d.dir)["splits"].get(d.split, {}).get("packs") == 0
     if d.dir and not folder.is_dir() and not empty:
-        raise UserError(f"the data has no split {d.split!r}", where=d.dir, fix="give data.split=valid or data.split=test")
-    questions, rejects = read_questions(d.questions, d.problem_key, d.solution_key, d.num_questions) if d.questions else ([], [])
+        raise UserError(
+            f"the data has no split {d.split!r}", where=d.dir, fix="give data.split=valid or data.split=test"
+        )
+    questions, rejects = (
+        read_questions(d.questions, d.problem_key, d.solution_key, d.num_questions) if d.questions else ([], [])
+    )
     return read_packs(folder) if d.dir and not empty else [], questions, rejects
 
 # %% ../../nbs/stages/02_evaluate.ipynb #ff9710bf
 Tell = Callable[[dict[str, Any]], None]  # takes a line of progress
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #fd80612c
 def measure(
     model: "PreTrainedModel",
     config: EvalConfig,
@@ -323,12 +392,29 @@ def measure(
     turns = held_out_turns(packs, config.data.num_prompts)
     written, answers = [], []
     for ask in asks(e):
-        shared = {"max_new_tokens": g.max_new_tokens, "sampling": sampling, "budget": ask.budget, "tests": e.num_tests_per_prompt, "max_tokens": e.generation_tokens}
+        shared = {
+            "max_new_tokens": g.max_new_tokens, "sampling": sampling, "budget": ask.budget,
+            "tests": e.num_tests_per_prompt, "max_tokens": e.generation_tokens,
+        }
         new = write_turns(model, turns, tokenizer, ask.mode, **shared) if turns else []
-        told = answer_questions(model, questions, tokenizer, ask.mode, verifier=e.verifier, rel_tol=e.rel_tol, system=e.system, **shared) if questions else []
+        told = (
+            answer_questions(
+                model, questions, tokenizer, ask.mode, verifier=e.verifier, rel_tol=e.rel_tol, system=e.system, **shared
+            )
+            if questions
+            else []
+        )
         written += [{"ask": ask.name, **asdict(w)} for w in new]
         answers += [{"ask": ask.name, **asdict(a)} for a in told]
-        tell({"part": ask.name, "turns": len(new), "well_formed": sum(w.well_formed for w in new), "answers": len(told), "right": sum(a.right for a in told)})
+        tell(
+            {
+                "part": ask.name,
+                "turns": len(new),
+                "well_formed": sum(w.well_formed for w in new),
+                "answers": len(told),
+                "right": sum(a.right for a in told),
+            }
+        )
     return {"loss": whole, "sources": {s: asdict(x) for s, x in losses.items()}, "written": written, "answers": answers}
 
 # %% ../../nbs/stages/02_evaluate.ipynb #e414d525
@@ -341,22 +427,39 @@ def evaluate_folder(
     from nemotron_nb.train.metrics import MetricsFile
 
     folder = Path(folder)
-    config = from_mapping(EvalConfig, OmegaConf.to_container(OmegaConf.load(folder / "eval.yaml"), resolve=True), "eval.yaml")
+    config = from_mapping(
+        EvalConfig, OmegaConf.to_container(OmegaConf.load(folder / "eval.yaml"), resolve=True), "eval.yaml"
+    )
     tokenizer, (packs, questions, rejects) = _tokenizer(config), _inputs(config)
     write_atomic(folder / "rejects.jsonl", "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rejects))
     path = folder / "metrics.jsonl"
     with MetricsFile(path, [] if path.exists() else None) as metrics:  # a second attempt begins again
-        metrics.write({"kind": "start", "packs": len(packs), "questions": len(questions), "rejected_questions": len(rejects), "asks": [a.name for a in asks(config.eval)]})
+        metrics.write(
+            {
+                "kind": "start",
+                "packs": len(packs),
+                "questions": len(questions),
+                "rejected_questions": len(rejects),
+                "asks": [a.name for a in asks(config.eval)],
+            }
+        )
         for who, spec in (("base", config.base), ("tuned", config.model)):
             if spec:
                 model = load_model(spec, tokenizer.vocab_size)
-                found = measure(model, config, tokenizer, packs, questions, lambda line, who=who: metrics.write({"kind": "measured", "model": who, **line}))
+                found = measure(
+                    model,
+                    config,
+                    tokenizer,
+                    packs,
+                    questions,
+                    lambda line, who=who: metrics.write({"kind": "measured", "model": who, **line}),
+                )
                 write_json(folder / f"{who}.json", found)
                 del model
                 gc.collect()
         metrics.write({"kind": "end"})
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #d1ffa1f9
 def main() -> None:
     """The measuring process."""
     as_process(evaluate_folder)
@@ -371,7 +474,7 @@ def start_measuring(
 # %% ../../nbs/stages/02_evaluate.ipynb #ad19e36f
 Measured = Mapping[str, Any]  # what `measure` found
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #fd4bd115
 def loss_rows(
     base: Measured,  # empty where there is none
     tuned: Measured,
@@ -383,12 +486,20 @@ def loss_rows(
         old = (base.get("loss") if source == "all" else base.get("sources", {}).get(source)) or {}
         row: dict[str, Any] = {"source": source, "chats": new["conversations"], "trained tokens": new["trained_tokens"]}
         for name, words in (("loss_token", "over tokens"), ("loss_sample", "over chats")):
-            pair = {f"{words}: base": round(old[name], 3), f"{words}: tuned": round(new[name], 3), f"{words}: change": f"{new[name] - old[name]:+.3f}"} if old else {}
+            pair = (
+                {
+                    f"{words}: base": round(old[name], 3),
+                    f"{words}: tuned": round(new[name], 3),
+                    f"{words}: change": f"{new[name] - old[name]:+.3f}",
+                }
+                if old
+                else {}
+            )
             row |= pair or {words: round(new[name], 3)}
         rows.append(row)
     return rows
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #3eecdcf3
 def loss_by_source_picture(
     base: Measured,
     tuned: Measured,
@@ -413,7 +524,9 @@ def loss_by_source_picture(
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, fontsize=8, loc="outside upper right", ncols=2)
-    said = "; ".join(f"{n} {'' if b is None else f'{b:.2f} to '}{a:.2f}" for n, b, a in zip(names, old, new, strict=True))
+    said = "; ".join(
+        f"{n} {'' if b is None else f'{b:.2f} to '}{a:.2f}" for n, b, a in zip(names, old, new, strict=True)
+    )
     return joined([table(loss_rows(base, tuned)), png(figure, f"Held-out loss by source: {said}.")])
 
 # %% ../../nbs/stages/02_evaluate.ipynb #8db602cd
@@ -426,7 +539,7 @@ def _models(base: Measured, tuned: Measured) -> list[tuple[str, Measured]]:
     """Names and findings of the models there are."""
     return [("base", base), ("tuned", tuned)] if base else [("tuned", tuned)]
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #7c845cdb
 def form_rows(
     base: Measured,
     tuned: Measured,
@@ -437,9 +550,30 @@ def form_rows(
         for who, found in _models(base, tuned):
             turns = [w for w in found["written"] if w["ask"] == ask]
             calls = [w["well_formed_tool_call"] for w in turns if w["well_formed_tool_call"] is not None]
-            share = {words: f"{sum(w[name] for w in turns) / len(turns):.0%}" for name, words in (("well_formed", "well formed"), ("closed_think", "thought closed"), ("ended", "ends"), ("called_as_expected", "calls as expected"))}
-            length = {words: round(sum(w[name] for w in turns) / len(turns), 1) for name, words in (("tokens", "tokens"), ("thought_tokens", "of thought"))}
-            rows.append({"asked": ask, "model": who, "turns": len(turns), **share, "calls readable": f"{sum(calls)} of {len(calls)}", **length, "budget reached": sum(w["reached_budget"] for w in turns)})
+            share = {
+                words: f"{sum(w[name] for w in turns) / len(turns):.0%}"
+                for name, words in (
+                    ("well_formed", "well formed"),
+                    ("closed_think", "thought closed"),
+                    ("ended", "ends"),
+                    ("called_as_expected", "calls as expected"),
+                )
+            }
+            length = {
+                words: round(sum(w[name] for w in turns) / len(turns), 1)
+                for name, words in (("tokens", "tokens"), ("thought_tokens", "of thought"))
+            }
+            rows.append(
+                {
+                    "asked": ask,
+                    "model": who,
+                    "turns": len(turns),
+                    **share,
+                    "calls readable": f"{sum(calls)} of {len(calls)}",
+                    **length,
+                    "budget reached": sum(w["reached_budget"] for w in turns),
+                }
+            )
     return rows
 
 # %% ../../nbs/stages/02_evaluate.ipynb #53e389f3
@@ -450,7 +584,7 @@ def _grid(answers: Iterable[Mapping[str, Any]]) -> list[list[bool]]:
         grid.setdefault(answer["problem"], []).append(answer["right"])
     return list(grid.values())
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #9edb3ad9
 def score_rows(
     base: Measured,
     tuned: Measured,
@@ -466,10 +600,23 @@ def score_rows(
         for domain in ([*domains, "all"] if len(domains) > 1 else domains):
             for who, found in _models(base, tuned):
                 s = score(_grid(a for a in found["answers"] if a["ask"] == ask and domain in (a["domain"], "all")), k)
-                rows.append({"asked": ask, "domain": domain, "model": who, "metric": f"pass@{k}", "num_tests_per_prompt": s.tests, "hits": s.hits, "total": s.total, "score": round(s.value, 4), "low": round(s.low, 4), "high": round(s.high, 4)})
+                rows.append(
+                    {
+                        "asked": ask,
+                        "domain": domain,
+                        "model": who,
+                        "metric": f"pass@{k}",
+                        "num_tests_per_prompt": s.tests,
+                        "hits": s.hits,
+                        "total": s.total,
+                        "score": round(s.value, 4),
+                        "low": round(s.low, 4),
+                        "high": round(s.high, 4),
+                    }
+                )
     return rows
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #85cb109e
 def score_picture(
     rows: Sequence[Mapping[str, Any]],  # of `score_rows`
 ) -> Picture:
@@ -486,7 +633,9 @@ def score_picture(
     axes.set(xlabel=f"{rows[0]['metric']} (percent), and where it lies 95 times in 100", xlim=(-2, 102))
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.spines[["top", "right"]].set_visible(False)
-    said = "; ".join(f"{r['asked']} {r['domain']} {r['model']} {r['score']:.0%} ({r['hits']}/{r['total']})" for r in rows)
+    said = "; ".join(
+        f"{r['asked']} {r['domain']} {r['model']} {r['score']:.0%} ({r['hits']}/{r['total']})" for r in rows
+    )
     shown = [{k: f"{v:.1%}" if k in ("score", "low", "high") else v for k, v in row.items()} for row in rows]
     return joined([table(shown), png(figure, f"{rows[0]['metric']}: {said}.")])
 
@@ -504,7 +653,7 @@ class Changed:
     base: str
     tuned: str
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #62644d7e
 def changes(
     base: Measured,
     tuned: Measured,
@@ -513,27 +662,64 @@ def changes(
     found = []
     for kind, part, good, key, place, asked, expected in (
         ("answer", "answers", "right", ("ask", "problem", "test"), "domain", "problem", "solution"),
-        ("form", "written", "well_formed", ("ask", "conversation_id", "prompt", "test"), "source", "prompt", "expected"),
+        (
+            "form",
+            "written",
+            "well_formed",
+            ("ask", "conversation_id", "prompt", "test"),
+            "source",
+            "prompt",
+            "expected",
+        ),
     ):
         old = {tuple(row[k] for k in key): row for row in base.get(part, ())}
         pairs = [(old[name], row) for row in tuned[part] if (name := tuple(row[k] for k in key)) in old]
-        found += [Changed(kind, new[good], new["ask"], new[place], new[asked], new[expected], was["generated"], new["generated"]) for was, new in pairs if was[good] != new[good]]
+        found += [
+            Changed(
+                kind, new[good], new["ask"], new[place], new[asked], new[expected], was["generated"], new["generated"]
+            )
+            for was, new in pairs
+            if was[good] != new[good]
+        ]
     return sorted(found, key=lambda c: c.better)
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #72375e8c
 def changes_picture(
     changed: Sequence[Changed],
     count: int = 4,  # examples of each kind
 ) -> Picture:
     """How much got better and worse, and examples, the worse ones first."""
     kinds = [("answer", False), ("form", False), ("answer", True), ("form", True)]
-    words = {("answer", False): "answers that were right and are wrong", ("form", False): "turns that were well formed and are not", ("answer", True): "answers that were wrong and are right", ("form", True): "turns that are well formed now"}
+    words = {
+        ("answer", False): "answers that were right and are wrong",
+        ("form", False): "turns that were well formed and are not",
+        ("answer", True): "answers that were wrong and are right",
+        ("form", True): "turns that are well formed now",
+    }
     groups = {kind: [c for c in changed if (c.what, c.better) == kind] for kind in kinds}
     parts = [table([(words[kind], len(group)) for kind, group in groups.items()], header=["", "number"])]
     for kind, group in groups.items():
         for c in group[:count]:
-            rows = [("asked", f"{c.asked} / {c.where}"), ("prompt (its end)", clipped(c.prompt, 200, True)), ("expected", clipped(c.expected, 300)), ("base", clipped(c.base, 400)), ("tuned", clipped(c.tuned, 400))]
-            parts.append(table(rows, header=["", words[kind].replace("answers that were", "an answer that was").replace("and are ", "and is ").replace("turns that were", "a turn that was").replace("turns that are", "a turn that is")]))
+            rows = [
+                ("asked", f"{c.asked} / {c.where}"),
+                ("prompt (its end)", clipped(c.prompt, 200, True)),
+                ("expected", clipped(c.expected, 300)),
+                ("base", clipped(c.base, 400)),
+                ("tuned", clipped(c.tuned, 400)),
+            ]
+            parts.append(
+                table(
+                    rows,
+                    header=[
+                        "",
+                        words[kind]
+                        .replace("answers that were", "an answer that was")
+                        .replace("and are ", "and is ")
+                        .replace("turns that were", "a turn that was")
+                        .replace("turns that are", "a turn that is"),
+                    ],
+                )
+            )
     return joined(parts)
 
 # %% ../../nbs/stages/02_evaluate.ipynb #36da90e6
@@ -547,17 +733,31 @@ def beside_picture(
     parts = []
     for name in chosen:
         same = [w for w in tuned["written"] if w["conversation_id"] + "\0" + w["expected"] == name and w["test"] == 0]
-        rows = [("", "prompt (its end)", clipped(same[0]["prompt"], 200, True), ""), ("", "expected", clipped(same[0]["expected"], 300), "")]
+        rows = [
+            ("", "prompt (its end)", clipped(same[0]["prompt"], 200, True), ""),
+            ("", "expected", clipped(same[0]["expected"], 300), ""),
+        ]
         for new in same:
-            old = next((w for w in base.get("written", ()) if all(w[k] == new[k] for k in ("ask", "conversation_id", "expected", "test"))), None)
-            rows += [(w["ask"], who, clipped(w["generated"], 400), form_in_words(w)) for who, w in (("base", old), ("tuned", new)) if w]
+            old = next(
+                (
+                    w
+                    for w in base.get("written", ())
+                    if all(w[k] == new[k] for k in ("ask", "conversation_id", "expected", "test"))
+                ),
+                None,
+            )
+            rows += [
+                (w["ask"], who, clipped(w["generated"], 400), form_in_words(w))
+                for who, w in (("base", old), ("tuned", new))
+                if w
+            ]
         parts.append(table(rows, header=["asked", "", "text", "form"]))
     return joined(parts)
 
 # %% ../../nbs/stages/02_evaluate.ipynb #0858e59b
 HARNESS_TASK = "nemotron_nb_questions"
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #71493bf3
 def harness_task(
     questions: str,  # the file of questions, as this project writes it
     max_new_tokens: int,
@@ -575,29 +775,59 @@ def harness_task(
         "num_fewshot": 0,
         "generation_kwargs": {"until": ["<|im_end|>"], "do_sample": False, "max_gen_toks": max_new_tokens},
         "filter_list": [
-            {"name": "boxed", "filter": [{"function": "regex", "regex_pattern": r"\\boxed\{([^{}]*)\}", "group_select": -1}, {"function": "take_first"}]},
-            {"name": "last-number", "filter": [{"function": "regex", "regex_pattern": number, "group_select": -1}, {"function": "take_first"}]},
+            {
+                "name": "boxed",
+                "filter": [
+                    {"function": "regex", "regex_pattern": r"\\boxed\{([^{}]*)\}", "group_select": -1},
+                    {"function": "take_first"},
+                ],
+            },
+            {
+                "name": "last-number",
+                "filter": [
+                    {"function": "regex", "regex_pattern": number, "group_select": -1},
+                    {"function": "take_first"},
+                ],
+            },
         ],
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_case": True, "regexes_to_ignore": [",", r"\$", r"\.$"]}],
+        "metric_list": [
+            {
+                "metric": "exact_match",
+                "aggregation": "mean",
+                "higher_is_better": True,
+                "ignore_case": True,
+                "regexes_to_ignore": [",", r"\$", r"\.$"],
+            }
+        ],
         "metadata": {"version": 1.0},
     }
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #2abf147b
 def harness_command(
     config: EvalConfig,  # resolved
     folder: Path,  # where task and results lie
     thinking: bool,
 ) -> list[str]:
     """The command that evaluates the model with lm-evaluation-harness."""
-    arguments = {"pretrained": config.model, "dtype": config.harness.dtype, "enable_thinking": thinking} | ({"think_end_token": "</think>"} if thinking else {})
+    arguments = {"pretrained": config.model, "dtype": config.harness.dtype, "enable_thinking": thinking} | (
+        {"think_end_token": "</think>"} if thinking else {}
+    )
     tasks = [HARNESS_TASK] * bool(config.data.questions) + config.harness.tasks
     return [
         *("lm_eval", "--model", "hf", "--model_args", ",".join(f"{k}={v}" for k, v in arguments.items())),
-        *("--include_path", str(folder), "--tasks", ",".join(tasks), "--apply_chat_template", "--batch_size", config.harness.batch_size),
+        *(
+            "--include_path",
+            str(folder),
+            "--tasks",
+            ",".join(tasks),
+            "--apply_chat_template",
+            "--batch_size",
+            config.harness.batch_size,
+        ),
         *("--output_path", str(folder / "results"), "--log_samples"),
     ]
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #2e8ba0dd
 def write_harness(
     config: EvalConfig,  # resolved
     folder: Path,  # of the evaluation; harness/ is written in it
@@ -609,14 +839,30 @@ def write_harness(
         return ""
     target = folder.absolute() / "harness"
     if config.data.questions:
-        questions, _ = read_questions(config.data.questions, config.data.problem_key, config.data.solution_key, config.data.num_questions)
+        questions, _ = read_questions(
+            config.data.questions, config.data.problem_key, config.data.solution_key, config.data.num_questions
+        )
         lines = [{"problem": q.problem, "solution": solution_of(q.solution), "domain": q.domain} for q in questions]
         write_atomic(target / "questions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        OmegaConf.save(OmegaConf.create(harness_task(str(target / "questions.jsonl"), config.generation.max_new_tokens)), target / f"{HARNESS_TASK}.yaml")
-    commands = [shlex.join(harness_command(config, target, thinking)) for thinking in [mode == "on" for mode in config.eval.modes if mode in ("on", "off")]]
-    write_atomic(target / "command.sh", "#!/bin/sh\n# lm-evaluation-harness on this model; with thought, then without, as eval.modes says.\nset -e\n" + "\n".join(commands) + "\n")
+        OmegaConf.save(
+            OmegaConf.create(harness_task(str(target / "questions.jsonl"), config.generation.max_new_tokens)),
+            target / f"{HARNESS_TASK}.yaml",
+        )
+    commands = [
+        shlex.join(harness_command(config, target, thinking))
+        for thinking in [mode == "on" for mode in config.eval.modes if mode in ("on", "off")]
+    ]
+    write_atomic(
+        target / "command.sh",
+        "#!/bin/sh\n# lm-evaluation-harness on this model; with thought, then without, as eval.modes says.\nset -e\n"
+        + "\n".join(commands)
+        + "\n",
+    )
     there = importlib.util.find_spec("lm_eval") is not None
-    return f"lm-evaluation-harness is {'installed' if there else 'not installed here (pip install lm_eval)'}; run: sh {target / 'command.sh'}"
+    return (
+        f"lm-evaluation-harness is {'installed' if there else 'not installed here (pip install lm_eval)'}; run: sh "
+        f"{target / 'command.sh'}"
+    )
 
 # %% ../../nbs/stages/02_evaluate.ipynb #a3643cff
 def _measured(folder: Path, who: str) -> dict[str, Any]:
@@ -624,7 +870,7 @@ def _measured(folder: Path, who: str) -> dict[str, Any]:
     path = folder / f"{who}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #b2fc8781
 def summary(
     base: Measured,
     tuned: Measured,
@@ -642,7 +888,7 @@ def summary(
         "worse": sum(not c.better for c in changed),
     }
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #d1c3da3b
 def headline(
     base: Measured,
     tuned: Measured,
@@ -654,21 +900,35 @@ def headline(
         old = f"{base['loss']['loss_token']:.3f} (base), " if base else ""
         said.append(f"Loss on held-out chats: {old}{tuned['loss']['loss_token']:.3f} (tuned), in nats a trained token.")
     if config.data.dir and not tuned["loss"]:
-        said.append(f"The {config.data.split} split has no chats, so there is no held-out loss; data.split=train shows what was memorised.")
+        said.append(
+            f"The {config.data.split} split has no chats, so there is no held-out loss; data.split=train shows what "
+            "was memorised."
+        )
     for ask in _asked(tuned["written"]):
-        good = [f"{sum(w['well_formed'] for w in turns)} of {len(turns)} ({who})" for who, found in _models(base, tuned) for turns in [[w for w in found["written"] if w["ask"] == ask]]]
+        good = [
+            f"{sum(w['well_formed'] for w in turns)} of {len(turns)} ({who})"
+            for who, found in _models(base, tuned)
+            for turns in [[w for w in found["written"] if w["ask"] == ask]]
+        ]
         said.append(f"Well-formed turns, {ask}: {', '.join(good)}.")
     rows = score_rows(base, tuned, config.eval.pass_k)
     whole = [r for r in rows if r["domain"] == "all"] or rows
     for ask in dict.fromkeys(r["asked"] for r in whole):
-        scores = [f"{r['score']:.1%} ({r['model']}, {r['hits']}/{r['total']}; 95%: {r['low']:.1%} to {r['high']:.1%})" for r in whole if r["asked"] == ask]
+        scores = [
+            f"{r['score']:.1%} ({r['model']}, {r['hits']}/{r['total']}; 95%: {r['low']:.1%} to {r['high']:.1%})"
+            for r in whole
+            if r["asked"] == ask
+        ]
         said.append(f"pass@{config.eval.pass_k}, {ask}: {', '.join(scores)}.")
     if base:
         changed = changes(base, tuned)
-        said.append(f"{sum(c.better for c in changed)} turns and answers got better, {sum(not c.better for c in changed)} got worse.")
+        said.append(
+            f"{sum(c.better for c in changed)} turns and answers got better, {sum(not c.better for c in changed)} got "
+            "worse."
+        )
     return said
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #78398ce8
 def comparison_sections(
     base: Measured,
     tuned: Measured,
@@ -679,18 +939,53 @@ def comparison_sections(
     """The parts of the page that there is something to show in."""
     loss, form, asked = bool(tuned["sources"]), bool(tuned["written"]), bool(tuned["answers"])
     plan: list[tuple[bool, str, str, Callable[[], Picture]]] = [
-        (loss, "Held-out loss, by source", "Both means of the loss, lower is better; a circle is the base, a square the tuned model.", lambda: loss_by_source_picture(base, tuned)),
-        (form, "Form, by mode", "Each row is one model asked in one way; calls are readable if nothing is left to guess.", lambda: table(form_rows(base, tuned))),
-        (asked, "Questions with an answer", "Each bar is where the score lies 95 times in 100; with few questions it is wide.", lambda: score_picture(score_rows(base, tuned, config.eval.pass_k))),
-        (bool(base), "What got worse, what got better", "The same prompt, asked in the same way; what got worse comes first.", lambda: changes_picture(changes(base, tuned))),
-        (form, "Side by side", "The same held-out prompts in every way of asking.", lambda: beside_picture(base, tuned)),
-        (bool(harness), "Public benchmarks", "Task and command for lm-evaluation-harness lie in harness/.", lambda: table([(harness,)], header=["hand-off"])),
-        (True, "Settings", "What both models were measured with.", lambda: table(_settings(config), header=["setting", "value"])),
+        (
+            loss,
+            "Held-out loss, by source",
+            "Both means of the loss, lower is better; a circle is the base, a square the tuned model.",
+            lambda: loss_by_source_picture(base, tuned),
+        ),
+        (
+            form,
+            "Form, by mode",
+            "Each row is one model asked in one way; calls are readable if nothing is left to guess.",
+            lambda: table(form_rows(base, tuned)),
+        ),
+        (
+            asked,
+            "Questions with an answer",
+            "Each bar is where the score lies 95 times in 100; with few questions it is wide.",
+            lambda: score_picture(score_rows(base, tuned, config.eval.pass_k)),
+        ),
+        (
+            bool(base),
+            "What got worse, what got better",
+            "The same prompt, asked in the same way; what got worse comes first.",
+            lambda: changes_picture(changes(base, tuned)),
+        ),
+        (
+            form,
+            "Side by side",
+            "The same held-out prompts in every way of asking.",
+            lambda: beside_picture(base, tuned),
+        ),
+        (
+            bool(harness),
+            "Public benchmarks",
+            "Task and command for lm-evaluation-harness lie in harness/.",
+            lambda: table([(harness,)], header=["hand-off"]),
+        ),
+        (
+            True,
+            "Settings",
+            "What both models were measured with.",
+            lambda: table(_settings(config), header=["setting", "value"]),
+        ),
         (bool(env), "Code and machine", "All package versions are in env.json.", lambda: environment_picture(env)),
     ]
     return [Section(title, how, draw()) for there, title, how, draw in plan if there]
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #3e98b8bf
 def _settings(config: EvalConfig) -> list[tuple[str, str]]:
     """Settings by dotted name, without those of where the run is made."""
     return [(name, str(value)) for name, value in flatten(asdict(config)).items() if not name.startswith("run.")]
@@ -711,7 +1006,7 @@ def open_evaluation(
     """A run folder with everything that is known before measuring, its status `running`."""
     return open_stage_folder(effective, config, EVAL, _label(config, name), folder)
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #729fe2ad
 def write_comparison(
     folder: str | os.PathLike,  # of an evaluation that has been measured
 ) -> Path:
@@ -719,13 +1014,19 @@ def write_comparison(
     folder = Path(folder)
     if not (folder / "tuned.json").exists():
         raise UserError("nothing has been measured here", where=str(folder), fix="run nemotron FAMILY eval")
-    config = from_mapping(EvalConfig, OmegaConf.to_container(OmegaConf.load(folder / "eval.yaml"), resolve=True), "eval.yaml")
-    base, tuned, env = _measured(folder, "base"), _measured(folder, "tuned"), json.loads((folder / "env.json").read_text())
+    config = from_mapping(
+        EvalConfig, OmegaConf.to_container(OmegaConf.load(folder / "eval.yaml"), resolve=True), "eval.yaml"
+    )
+    base, tuned, env = (
+        _measured(folder, "base"),
+        _measured(folder, "tuned"),
+        json.loads((folder / "env.json").read_text()),
+    )
     write_json(folder / "results.json", summary(base, tuned, config))
     parts = comparison_sections(base, tuned, config, write_harness(config, folder), env)
     return write_atomic(folder / "report.html", html_page(folder.name, headline(base, tuned, config), parts))
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #20792823
 def measured_pair(
     folder: str | os.PathLike,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -735,10 +1036,15 @@ def measured_pair(
 # %% ../../nbs/stages/02_evaluate.ipynb #eea41370
 def _follows(settled: EvalConfig) -> str:
     """What the settings come to."""
-    named = [("model", settled.model), ("base", settled.base or "none"), ("data", settled.data.dir or "none"), ("questions", settled.data.questions or "none")]
+    named = [
+        ("model", settled.model),
+        ("base", settled.base or "none"),
+        ("data", settled.data.dir or "none"),
+        ("questions", settled.data.questions or "none"),
+    ]
     return str(table(named, header=["what it comes to", ""]))
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #9f1d1f85
 def _evaluate_here(folder: Path, settled: EvalConfig) -> Path:
     """Measure on this machine, and say what came of it."""
     print(f"run folder: {folder}", flush=True)
@@ -746,7 +1052,7 @@ def _evaluate_here(folder: Path, settled: EvalConfig) -> Path:
     print("\n".join(["", *headline(*measured_pair(folder), settled), f"Report: {folder / 'report.html'}"]))
     return folder
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #523152be
 def evaluate_run(
     family: str,  # nano3 or super3
     config: str | Sequence[str] = "default",  # what -c was given
@@ -757,7 +1063,10 @@ def evaluate_run(
     command: str = "",  # as typed
     **shown: Show,  # show: how a plan is shown
 ) -> Path | None:
-    """`nemotron FAMILY eval`: measure, compare, write the page, and print the result. Returns the run folder; None for a dry run."""
+    """`nemotron FAMILY eval`: measure, compare, write the page, and print the result.
+
+    Returns the run folder; None for a dry run.
+    """
     effective = eval_config(family, config, overrides, profile=cluster_layer(profile))
     settled = resolved(effective.settings)
     _inputs(settled)  # refuses unusable files before there is a run folder, here and for a cluster
@@ -768,4 +1077,3 @@ def evaluate_run(
 
     plan = Plan(EVAL, effective, _follows(settled), make, lambda: _evaluate_here(make(), settled))
     return launch(plan, profile, mode, dry_run, **shown)
-

@@ -31,12 +31,18 @@ from omegaconf import OmegaConf
 from ..core import UserError, from_mapping, nearest, write_atomic, write_json
 from ..data.manifest import Manifest
 from ..data.prep import PrepConfig, data_key, prepare
-from ..ops.config import Effective, Layer, RunSection, SftConfig, config_label, config_names, project_root, sft_config, to_yaml
+from nemotron_nb.ops.config import (
+    Effective, Layer, RunSection, SftConfig, config_label, config_names, project_root, sft_config, to_yaml,
+)
 from ..ops.config import stage_config, stage_files
-from ..ops.run_folder import begin_attempt, found_training, keep_notebook, make_run_folder, note_failures, put_back, read_status, run_name, set_status, slurm_job
+from nemotron_nb.ops.run_folder import (
+    begin_attempt, found_training, keep_notebook, make_run_folder, note_failures, put_back, read_status, run_name,
+    set_status, slurm_job,
+)
 from ..ops.stage import SFT, Stage
 from ..train.settings import TINY
 
+# %% ../../nbs/stages/01_sft.ipynb #772b5072
 if TYPE_CHECKING:
     from nemotron_nb.ops.artifacts import Artifact, Source, Store
     from nemotron_nb.ops.profiles import Profile
@@ -53,13 +59,15 @@ class Parameters:
     run_dir: str = ""
     work_dir: str = ""
 
-
+# %% ../../nbs/stages/01_sft.ipynb #c088c9bb
 def given_parameters(
     namespace: Mapping[str, Any],  # the notebook's globals() after its parameters
     names_before: Iterable[str],  # the names in globals() before its parameters
 ) -> Parameters:
     """The parameters in force. A name the notebook does not know, or a wrong type, is refused."""
-    new = {name: value for name, value in namespace.items() if name not in set(names_before) and not name.startswith("_")}
+    new = {
+        name: value for name, value in namespace.items() if name not in set(names_before) and not name.startswith("_")
+    }
     new.pop("names_before", None)
     return from_mapping(Parameters, new, "notebook parameters")
 
@@ -88,17 +96,28 @@ def check_chats(
 ) -> None:
     """`UserError` where nobody has said which chats, or where their file is not there."""
     if not (settings.path or settings.blend_path):
-        raise UserError("no chats are given", where="data path", fix="give a file of chats: data.path=chats.jsonl (data prep: path=chats.jsonl); or prepare it first, and the newest is taken; or name prepared data with --art.data NAME:VERSION (nemotron artifacts lists it); or use -c tiny")
+        raise UserError(
+            "no chats are given",
+            where="data path",
+            fix="give a file of chats: data.path=chats.jsonl (data prep: path=chats.jsonl); or prepare it first, and "
+            "the newest is taken; or name prepared data with --art.data NAME:VERSION (nemotron artifacts lists it); "
+            "or use -c tiny",
+        )
     if settings.blend_path and not Path(settings.blend_path).exists():
-        raise UserError("there is no such file", where=f"blend_path={settings.blend_path}", fix="give the path of a blend file")
+        raise UserError(
+            "there is no such file", where=f"blend_path={settings.blend_path}", fix="give the path of a blend file"
+        )
 
-
+# %% ../../nbs/stages/01_sft.ipynb #a7956da0
 def data_settings(
     settings: PrepConfig,
     family: str,
     output_root: str | os.PathLike,  # e.g. output
 ) -> PrepConfig:
-    """The same settings with `output_dir: auto` replaced by `<output_root>/<family>/data_prep/<key of the content>`. Tokenized rows are kept beside it."""
+    """The same settings with `output_dir: auto` replaced by `<output_root>/<family>/data_prep/<key of the content>`.
+
+    Tokenized rows are kept beside it.
+    """
     check_chats(settings)
     if settings.output_dir != "auto":
         return settings
@@ -106,7 +125,7 @@ def data_settings(
     settings = dataclasses.replace(settings, cache_dir=settings.cache_dir or str(root / "runs"))
     return dataclasses.replace(settings, output_dir=str(root / data_key(settings)))
 
-
+# %% ../../nbs/stages/01_sft.ipynb #378f1080
 def prepare_data(
     effective: Effective,  # settings of a run
     **told: Any,  # progress, as prepare takes it
@@ -123,7 +142,9 @@ def prepare_data(
 def check_start(
     effective: Effective,
 ) -> None:
-    """Refuse what a training cannot begin with, before there is a run folder: no chats, a checkpoint or a model that is not there, a record that would not be made."""
+    """Refuse what a training cannot begin with, before there is a run folder: no chats, a checkpoint or a model
+    that is not there, a record that would not be made.
+    """
     import importlib.util
 
     from nemotron_nb.ops.tracking import check_request
@@ -131,19 +152,36 @@ def check_start(
     settings = effective.settings
     if not settings.run.data:
         check_chats(settings.data)
-    check_request(settings.logger, dataclasses.asdict(settings.run.wandb), os.environ, importlib.util.find_spec("wandb") is not None)
+    check_request(
+        settings.logger,
+        dataclasses.asdict(settings.run.wandb),
+        os.environ,
+        importlib.util.find_spec("wandb") is not None,
+    )
     model = settings.model.name
-    if (model.startswith(("/", ".", "~")) or model.count("/") > 1) and not Path(model).expanduser().is_dir():  # else it may be a name of the hub
-        raise UserError("there is no such folder", where=f"model.name={model}", fix="give a folder in Hugging Face form, such as RUN/model, a name of the hub, or tiny")
+    # else it may be a name of the hub
+    if (model.startswith(("/", ".", "~")) or model.count("/") > 1) and not Path(model).expanduser().is_dir():
+        raise UserError(
+            "there is no such folder",
+            where=f"model.name={model}",
+            fix="give a folder in Hugging Face form, such as RUN/model, a name of the hub, or tiny",
+        )
     for name in ("load", "pretrained_checkpoint"):
         path = getattr(settings.checkpoint, name)
         if path and not Path(path).expanduser().exists():
-            raise UserError("there is no such checkpoint", where=f"checkpoint.{name}={path}", fix="give a folder that holds step_ folders, or one in Hugging Face form; or a registered model: --art.model NAME:VERSION")
+            raise UserError(
+                "there is no such checkpoint",
+                where=f"checkpoint.{name}={path}",
+                fix="give a folder that holds step_ folders, or one in Hugging Face form; or a registered model: "
+                    "--art.model NAME:VERSION",
+            )
 
 # %% ../../nbs/stages/01_sft.ipynb #e27cee14
 def _inputs(effective: Effective, data: Any) -> dict[str, Any]:
     """What decides the result of a run."""
-    values = {name: value for name, value in effective.values.items() if not name.startswith(("run.", "data.", "logger."))}
+    values = {
+        name: value for name, value in effective.values.items() if not name.startswith(("run.", "data.", "logger."))
+    }
     return {"settings": values, "data": data}
 
 
@@ -152,12 +190,12 @@ def _label(settings: SftConfig, config: str | Sequence[str]) -> str:
     data = settings.run.data.partition(":")[0] or Path(settings.data.blend_path or settings.data.path).stem
     return settings.run.label or f"{config_label(config)} {data}"
 
-
+# %% ../../nbs/stages/01_sft.ipynb #f8f8b0a0
 def _command(family: str, config: str | Sequence[str]) -> str:
     """The command that means the same."""
     return shlex.join(["nemotron", family, "sft", *(word for name in config_names(config) for word in ("-c", name))])
 
-
+# %% ../../nbs/stages/01_sft.ipynb #b490e6b1
 def new_folder(
     effective: Effective,
     stage: Stage,
@@ -165,7 +203,8 @@ def new_folder(
     inputs: Any,  # what decides the result, as JSON can say it
     folder: str | os.PathLike = "",  # a folder to make; empty: one under <output_root>/<family>/<stage>
     command: str = "",  # as typed
-    settled: Mapping[str, Any] | None = None,  # the settings with every model and folder named, where these are not the same
+    # the settings with every model and folder named, where these are not the same
+    settled: Mapping[str, Any] | None = None,
 ) -> Path:
     """A new run folder that holds the settings, its status `queued`. `UserError` if it cannot be written."""
     settings, given = effective.settings, Path(folder)
@@ -178,10 +217,12 @@ def new_folder(
             OmegaConf.save(OmegaConf.create(dict(settled)), path / f"{stage.name}.yaml")
         set_status(path, "queued", command=command or f"nemotron {settings.family} {stage.name}")
     except OSError as e:
-        raise UserError(f"cannot be written: {e.strerror}", where=str(root), fix="choose another place with run.output_root=FOLDER") from None
+        raise UserError(
+            f"cannot be written: {e.strerror}", where=str(root), fix="choose another place with run.output_root=FOLDER"
+        ) from None
     return path
 
-
+# %% ../../nbs/stages/01_sft.ipynb #9c30211f
 def new_run(
     effective: Effective,
     config: str | Sequence[str],  # what -c was given, for the folder's name
@@ -192,7 +233,9 @@ def new_run(
     """A new run folder of fine-tuning, its status `queued`."""
     settings = effective.settings
     inputs = _inputs(effective, data or dataclasses.asdict(settings.data))
-    return new_folder(effective, SFT, _label(settings, config), inputs, folder, command or _command(settings.family, config))
+    return new_folder(
+        effective, SFT, _label(settings, config), inputs, folder, command or _command(settings.family, config)
+    )
 
 # %% ../../nbs/stages/01_sft.ipynb #aa87e01e
 def begin_run(
@@ -204,24 +247,33 @@ def begin_run(
     folder = Path(folder)
     settings = folder / "config.yaml"
     if not settings.exists() or settings.read_text() != to_yaml(effective):
-        raise UserError("the folder belongs to another run", where=str(folder), why="results are never overwritten", fix="give another run_dir, or none")
+        raise UserError(
+            "the folder belongs to another run",
+            where=str(folder),
+            why="results are never overwritten",
+            fix="give another run_dir, or none",
+        )
     begin_attempt(folder)
     if shell is not None:
         note_failures(folder, shell)
     return folder
 
-
+# %% ../../nbs/stages/01_sft.ipynb #12a241ab
 def notebook_settings(
     parameters: Parameters,
 ) -> Effective:
-    """The settings of the run notebook: those of a run folder that was opened already, or files, env.toml and overrides."""
+    """The settings of the run notebook: those of a run folder that was opened already, or files, env.toml and
+    overrides.
+    """
     return sft_config(parameters.family, parameters.config, parameters.overrides, notebook_layer(parameters))
 
-
+# %% ../../nbs/stages/01_sft.ipynb #f4f3264f
 def notebook_layer(
     parameters: Parameters,
 ) -> Layer | None:
-    """What env.toml says to a run notebook: nothing where the folder was opened already, since its settings are settled."""
+    """What env.toml says to a run notebook: nothing where the folder was opened already, since its settings are
+    settled.
+    """
     return None if _opened(parameters.run_dir) else cluster_layer()
 
 
@@ -229,7 +281,7 @@ def _opened(run_dir: str) -> bool:
     """Is this folder one of a run already?"""
     return bool(run_dir) and (Path(run_dir) / "status.json").exists()
 
-
+# %% ../../nbs/stages/01_sft.ipynb #563aa4c0
 def opened_run(
     parameters: Parameters,
     effective: Effective,
@@ -238,7 +290,7 @@ def opened_run(
     """The run folder the notebook was given, with an attempt begun; `None` if there is none yet."""
     return begin_run(parameters.run_dir, effective, shell) if _opened(parameters.run_dir) else None
 
-
+# %% ../../nbs/stages/01_sft.ipynb #da8fa073
 def open_run(
     effective: Effective,
     manifest: Manifest,  # of the prepared data
@@ -264,9 +316,17 @@ def new_stage_folder(
 ) -> Path:
     """A new folder of a stage other than fine-tuning, its status `queued`."""
     values = dataclasses.asdict(config)
-    return new_folder(effective, stage, label, {k: v for k, v in values.items() if k != "run"}, folder, command, effective.as_written(values))
+    return new_folder(
+        effective,
+        stage,
+        label,
+        {k: v for k, v in values.items() if k != "run"},
+        folder,
+        command,
+        effective.as_written(values),
+    )
 
-
+# %% ../../nbs/stages/01_sft.ipynb #e9405589
 def open_stage_folder(
     effective: Effective,
     config: Any,  # its settings, resolved: a dataclass with `family` and `run`
@@ -274,26 +334,35 @@ def open_stage_folder(
     label: str,  # what people call it
     folder: str = "",  # a folder to use; empty makes one
 ) -> Path:
-    """The folder of a stage other than fine-tuning, its status `running`. `UserError` if it belongs to other settings, has begun, or cannot be written."""
+    """The folder of a stage other than fine-tuning, its status `running`.
+
+    `UserError` if it belongs to other settings, has begun, or cannot be written.
+    """
     if not _opened(folder):
         return begin_run(new_stage_folder(effective, config, stage, label, folder), effective)
     status = read_status(folder)
     mine = status["state"] == "running" and status.get("pid") == os.getpid()
     if mine and (Path(folder) / "metrics.jsonl").exists():
-        raise UserError("the folder belongs to another run", where=folder, why="results are never overwritten", fix="give another run_dir, or none")
+        raise UserError(
+            "the folder belongs to another run",
+            where=folder,
+            why="results are never overwritten",
+            fix="give another run_dir, or none",
+        )
     return Path(folder) if mine else begin_run(folder, effective)
 
-
+# %% ../../nbs/stages/01_sft.ipynb #a717c566
 def settled_settings(
     parameters: Parameters,
     stage: Stage,
 ) -> Any | None:
-    """The settings with every model and folder named, from a folder that was made before; `None` where there is none yet."""
+    """The settings with every model and folder named, from a folder that was made before; `None` where there is
+    none yet.
+    """
     path = Path(parameters.run_dir) / f"{stage.name}.yaml"
     if not (_opened(parameters.run_dir) and path.exists()):
         return None
     return from_mapping(stage.settings_class, OmegaConf.to_container(OmegaConf.load(path), resolve=True), str(path))
-
 
 # %% ../../nbs/stages/01_sft.ipynb #b456f189
 def training_settings(
@@ -302,9 +371,11 @@ def training_settings(
     folder: Path,  # the run folder
 ) -> dict[str, Any]:
     """What the training process reads from train.yaml."""
-    return effective.as_written(dataclasses.asdict(effective.settings.training(str(manifest.folder.absolute()), str(folder.absolute()))))
+    return effective.as_written(
+        dataclasses.asdict(effective.settings.training(str(manifest.folder.absolute()), str(folder.absolute())))
+    )
 
-
+# %% ../../nbs/stages/01_sft.ipynb #4b64098e
 def start_command(
     folder: Path,  # the run folder
     run: RunSection,
@@ -329,7 +400,7 @@ def data_artifact(
         return store.get(settings.run.data)
     return log_data(store, settings.family, manifest.folder, settings.data.blend_path, command)
 
-
+# %% ../../nbs/stages/01_sft.ipynb #d1f82fd1
 def first_weights(
     settings: SftConfig,
 ) -> "Artifact | Source":
@@ -343,18 +414,21 @@ def first_weights(
         return source(given, "base model")
     return Source(given, "random weights" if given == TINY else "base model", "" if given == TINY else f"hf://{given}")
 
-
+# %% ../../nbs/stages/01_sft.ipynb #8a8c439d
 def consumed(
     effective: Effective,
     manifest: Manifest,
     folder: Path,  # the run folder
 ) -> "list[Artifact | Source]":
     """What goes into a run: its data and its first weights. Written into the run folder, too."""
-    inputs = [data_artifact(effective, manifest, read_status(folder).get("command", "")), first_weights(effective.settings)]
+    inputs = [
+        data_artifact(effective, manifest, read_status(folder).get("command", "")),
+        first_weights(effective.settings),
+    ]
     write_json(folder / "artifacts.json", {"consumed": [_line_of(i) for i in inputs], "made": []})
     return inputs
 
-
+# %% ../../nbs/stages/01_sft.ipynb #765a8b72
 def model_artifact(
     effective: Effective,
     folder: Path,  # the run folder
@@ -365,17 +439,24 @@ def model_artifact(
 
     settings = effective.settings
     made = "model" if (folder / "model").exists() else "adapter"
-    artifact = log_model(Store(settings.run.store), settings.family, folder, inputs, read_status(folder).get("command", ""), folder=made)
+    artifact = log_model(
+        Store(settings.run.store), settings.family, folder, inputs, read_status(folder).get("command", ""), folder=made
+    )
     write_json(folder / "artifacts.json", {"consumed": [_line_of(i) for i in inputs], "made": [_line_of(artifact)]})
     return artifact
 
-
+# %% ../../nbs/stages/01_sft.ipynb #868ea4fa
 def _line_of(part: "Artifact | Source") -> dict[str, str]:
     """An artifact or a raw input, as the run folder keeps it."""
     address = getattr(part, "address", "") or getattr(part, "uri", "")
-    return {"name": part.name, "what": getattr(part, "kind", "") or getattr(part, "role", ""), "address": str(address), "digest": part.digest}
+    return {
+        "name": part.name,
+        "what": getattr(part, "kind", "") or getattr(part, "role", ""),
+        "address": str(address),
+        "digest": part.digest,
+    }
 
-
+# %% ../../nbs/stages/01_sft.ipynb #aa4a0f6e
 def open_tracker(
     effective: Effective,
     folder: Path,  # the run folder
@@ -386,7 +467,9 @@ def open_tracker(
     from nemotron_nb.ops.tracking import Tracker
 
     settings = effective.settings
-    tracker = Tracker.open(folder, settings.logger, dataclasses.asdict(settings.run.wandb), config=effective.values, consumed=inputs)
+    tracker = Tracker.open(
+        folder, settings.logger, dataclasses.asdict(settings.run.wandb), config=effective.values, consumed=inputs
+    )
 
     def after_cell(result: Any) -> None:
         """End it as failed when a cell fails."""
@@ -416,49 +499,76 @@ def import_folder(
     if kind == "data":
         return log_data(store, family, path, command=command, stage=stage, name=name, about=about)
     if not any((path / known).exists() for known in MODEL_FILES):
-        raise UserError("this folder holds no model", where=str(path), fix="give a folder in Hugging Face form (config.json), or one of checkpoints")
-    return store.log(name or model_name(stage), kind, path, {"family": family, "stage": stage} | dict(about or {}), (), ("latest", family), producer(command))
+        raise UserError(
+            "this folder holds no model",
+            where=str(path),
+            fix="give a folder in Hugging Face form (config.json), or one of checkpoints",
+        )
+    return store.log(
+        name or model_name(stage),
+        kind,
+        path,
+        {"family": family, "stage": stage} | dict(about or {}),
+        (),
+        ("latest", family),
+        producer(command),
+    )
 
-
-MODEL_FILES = ("config.json", "adapter_config.json", "latest", "latest_checkpointed_iteration.txt")  # one of them lies in every folder of a model or of checkpoints
+# %% ../../nbs/stages/01_sft.ipynb #69e8e951
+# one of them lies in every folder of a model or of checkpoints
+MODEL_FILES = ("config.json", "adapter_config.json", "latest", "latest_checkpointed_iteration.txt")
 
 # %% ../../nbs/stages/01_sft.ipynb #9b11e8af
 RUN_NOTEBOOK = SFT.notebook
 
-
+# %% ../../nbs/stages/01_sft.ipynb #dd29755b
 def run_notebook(
     folder: Path,  # a run folder that new_run made, or that is resumed
     parameters: Parameters,
 ) -> None:
-    """Execute the run notebook into the folder as notebook.ipynb. However it ends, the status says so, and no training is left behind."""
+    """Execute the run notebook into the folder as notebook.ipynb.
+
+    However it ends, the status says so, and no training is left behind.
+    """
     try:
         execute_into(RUN_NOTEBOOK, folder, parameters, SFT.ends)
     finally:
         _end_training(folder)
 
-
+# %% ../../nbs/stages/01_sft.ipynb #d01075d7
 def execute_into(
     notebook: str,  # relative to the checkout
     folder: Path,  # a run folder that was opened
     parameters: Parameters,
     ends: Sequence[str] = ("done",),  # states that the last cell may leave
 ) -> None:
-    """Execute a notebook into a run folder as notebook.ipynb. However it ends, the status says so; `UserError` if it fails."""
+    """Execute a notebook into a run folder as notebook.ipynb.
+
+    However it ends, the status says so; `UserError` if it fails.
+    """
     partial = folder / ".partial.ipynb"
     given = dataclasses.asdict(parameters) | {"run_dir": str(folder.absolute()), "work_dir": os.getcwd()}
     try:
         _execute(notebook, partial, given)
-        if read_status(folder)["state"] not in ends:  # sys.exit(0) in a cell ends a notebook early and looks like success
-            raise UserError("the notebook ended before its last cell", where=str(folder), fix="open its notebook.ipynb and look at the last cell that ran")
+        # sys.exit(0) in a cell ends a notebook early and looks like success
+        if read_status(folder)["state"] not in ends:
+            raise UserError(
+                "the notebook ended before its last cell",
+                where=str(folder),
+                fix="open its notebook.ipynb and look at the last cell that ran",
+            )
     except BaseException as e:
         set_status(folder, "failed", message=str(e) or f"ended by {type(e).__name__}")
         raise
     finally:
         keep_notebook(folder, partial)
 
-
+# %% ../../nbs/stages/01_sft.ipynb #58f5535b
 def _end_training(folder: Path, patience: float = 15.0) -> None:
-    """End a training whose notebook is gone: ask, and insist after `patience` seconds. Inside a Slurm job it belongs to the job, and is left alone."""
+    """End a training whose notebook is gone: ask, and insist after `patience` seconds.
+
+    Inside a Slurm job it belongs to the job, and is left alone.
+    """
     found = found_training(folder)
     if found is None or not found.running() or slurm_job():
         return
@@ -478,11 +588,17 @@ def _execute(notebook: str, output: Path, given: Mapping[str, Any]) -> None:
     logging.getLogger("papermill").setLevel(logging.ERROR)
     quiet = {"progress_bar": False, "extra_arguments": ["--log-level=CRITICAL"]}
     try:
-        papermill.execute_notebook(project_root() / notebook, output, given, kernel_name="python3", autosave_cell_every=5, **quiet)
+        papermill.execute_notebook(
+            project_root() / notebook, output, given, kernel_name="python3", autosave_cell_every=5, **quiet
+        )
     except papermill.PapermillExecutionError as e:
         raise UserError(e.evalue if e.ename == "UserError" else f"the notebook failed: {e.ename}: {e.evalue}") from None
     except DeadKernelError:
-        raise UserError("the kernel of the notebook died", why="most often the machine ran out of memory", fix="give smaller packs or batches, or a larger machine") from None
+        raise UserError(
+            "the kernel of the notebook died",
+            why="most often the machine ran out of memory",
+            fix="give smaller packs or batches, or a larger machine",
+        ) from None
 
 # %% ../../nbs/stages/01_sft.ipynb #5bd1de18
 def check_place(
@@ -492,12 +608,21 @@ def check_place(
     """Refuse what cannot be started: several nodes without a cluster, an image's file that is not there."""
     cluster = profile is not None and profile.executor == "slurm"
     if run.nodes > 1 and not cluster and not slurm_job():
-        raise UserError(f"{run.nodes} nodes are asked for, and this is one machine", where="run.nodes", fix="submit it with --run PROFILE or --batch PROFILE, or set run.nodes=1 run.nproc_per_node=1 and train.engine=torch; -c tiny runs anywhere")
+        raise UserError(
+            f"{run.nodes} nodes are asked for, and this is one machine",
+            where="run.nodes",
+            fix="submit it with --run PROFILE or --batch PROFILE, or set run.nodes=1 run.nproc_per_node=1 and "
+                "train.engine=torch; -c tiny runs anywhere",
+        )
     image = run.env.container
     if cluster and image.startswith(("/", "./", "../", "~")) and not Path(image).expanduser().exists():
-        raise UserError("the container's file is not there", where=f"run.env.container={image}", fix="import the image to that file (enroot import), or name one of a registry")
+        raise UserError(
+            "the container's file is not there",
+            where=f"run.env.container={image}",
+            fix="import the image to that file (enroot import), or name one of a registry",
+        )
 
-
+# %% ../../nbs/stages/01_sft.ipynb #88edb6a3
 def job_script(
     stage: Stage,
     profile: "Profile",
@@ -509,7 +634,9 @@ def job_script(
     """The job script, with the sizes and the container that the settings in force say."""
     from nemotron_nb.ops.slurm import render
 
-    sized = dataclasses.replace(profile, nodes=run.nodes, nproc_per_node=run.nproc_per_node, mounts=tuple(run.env.mounts))
+    sized = dataclasses.replace(
+        profile, nodes=run.nodes, nproc_per_node=run.nproc_per_node, mounts=tuple(run.env.mounts)
+    )
     return render(stage, sized, arguments, mode=mode, run_dir=run_dir, container=run.env.container)
 
 # %% ../../nbs/stages/01_sft.ipynb #0622e566
@@ -525,7 +652,7 @@ def stage_script(
     arguments = [effective.settings.family, str(where / "config.yaml")]
     return job_script(stage, profile, arguments, effective.settings.run, mode, where)
 
-
+# %% ../../nbs/stages/01_sft.ipynb #556d405e
 def submit_run(
     stage: Stage,
     effective: Effective,
@@ -546,7 +673,18 @@ def submit_run(
             shutil.rmtree(folder)
         raise
     jobs = OmegaConf.to_container(OmegaConf.load(folder / "job.json")) if (folder / "job.json").exists() else []
-    write_json(folder / "job.json", [*jobs, {"job": job, "profile": profile.name, "mode": mode, "submitted": f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"}])
+    write_json(
+        folder / "job.json",
+        [
+            *jobs,
+            {
+                "job": job,
+                "profile": profile.name,
+                "mode": mode,
+                "submitted": f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}",
+            },
+        ],
+    )
     return job
 
 # %% ../../nbs/stages/01_sft.ipynb #3f466de6
@@ -561,14 +699,14 @@ class Plan:
     here: Callable[[], Path]  # does it on this machine; returns the run folder
     resume: str = ""  # the run folder that is gone on with
 
-
+# %% ../../nbs/stages/01_sft.ipynb #b739ff43
 def on_cluster(
     profile: "Profile | None",
 ) -> bool:
     """Is it a job for Slurm, and not one for this machine?"""
     return profile is not None and profile.executor == "slurm"
 
-
+# %% ../../nbs/stages/01_sft.ipynb #ad87f8f3
 def hand_over(
     job: str,
     mode: str,  # "run" stays to the end of the job, "batch" does not
@@ -594,7 +732,7 @@ def _plain(effective: Effective, follows: str, script: str) -> None:
     if script:
         print(f"\n\n# The job script:\n\n{script}")
 
-
+# %% ../../nbs/stages/01_sft.ipynb #1e196a11
 def launch(
     plan: Plan,
     profile: "Profile | None" = None,  # None: this machine
@@ -602,15 +740,22 @@ def launch(
     dry_run: bool = False,
     show: Show = _plain,  # how a plan is shown
 ) -> Path | None:
-    """Show the plan, submit it, or do it here. Returns the run folder, `None` of a dry run; a job that fails ends the process with its code."""
+    """Show the plan, submit it, or do it here.
+
+    Returns the run folder, `None` of a dry run; a job that fails ends the process with its code.
+    """
     run = plan.effective.settings.run
     if dry_run or (profile is not None and profile.dry_run):
-        script = stage_script(plan.stage, plan.effective, profile, mode, Path(plan.resume or "<run folder>")) if on_cluster(profile) else ""
+        script = (
+            stage_script(plan.stage, plan.effective, profile, mode, Path(plan.resume or "<run folder>"))
+            if on_cluster(profile)
+            else ""
+        )
         return show(plan.effective, plan.follows, script)
     check_place(run, profile)
     return _in_job(plan, profile, mode) if on_cluster(profile) else plan.here()
 
-
+# %% ../../nbs/stages/01_sft.ipynb #cb0e4f0b
 def _in_job(plan: Plan, profile: "Profile", mode: str) -> Path:
     """Submit a run, and follow it or not."""
     if plan.resume:
@@ -625,13 +770,13 @@ def _in_job(plan: Plan, profile: "Profile", mode: str) -> Path:
         sys.exit(code)
     return folder
 
-
+# %% ../../nbs/stages/01_sft.ipynb #10605891
 def _note_end(folder: Path, job: str) -> None:
     """Write down that a job ended badly, where its own notebook could not."""
     if read_status(folder)["state"] in ("queued", "running") and not _waits(job):
         set_status(folder, "failed", message=f"job {job} ended before its notebook could say why; see slurm.log")
 
-
+# %% ../../nbs/stages/01_sft.ipynb #173e1feb
 def _waits(job: str) -> bool:
     """Does the job still wait or run, so that only its watcher has left?"""
     from nemotron_nb.ops.slurm import job as look
@@ -654,7 +799,7 @@ def resumed_settings(
         raise UserError("this is not a run folder: it has no config.yaml", where=str(folder), fix=fix)
     return str(path)
 
-
+# %% ../../nbs/stages/01_sft.ipynb #2c9eb112
 def _stage_settings(stage: Stage, family: str, config: Any, overrides: Iterable[str], layer: Layer | None) -> Effective:
     """The settings of a stage, of which nothing more is known than its row."""
     return stage_config(stage.settings_class, family, stage_files(family, stage.name, config), overrides, layer)
@@ -673,7 +818,7 @@ def _stage_here(stage: Stage, folder: Path, family: str) -> Path:
     print(f"Report: {report}")
     return folder
 
-
+# %% ../../nbs/stages/01_sft.ipynb #265f3ea2
 def run_stage(
     stage: Stage,
     family: str,  # nano3 or super3

@@ -24,7 +24,6 @@ from .ending import StopSignals
 from .settings import ERROR_FILE, TrainConfig, check_places
 from ..viz import visible
 
-
 # %% ../../nbs/train/20_command.ipynb #776569a4
 def read_config(
     path: str | Path,  # a YAML file
@@ -33,15 +32,21 @@ def read_config(
     try:
         values: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except OSError as error:
-        raise UserError("cannot be read", where=str(path), why=str(error.strerror), fix="give the path of a YAML file") from error
+        raise UserError(
+            "cannot be read", where=str(path), why=str(error.strerror), fix="give the path of a YAML file"
+        ) from error
     except (YAMLError, OmegaConfBaseException) as error:
-        raise UserError("is not valid YAML", where=str(path), why=" ".join(str(error).split()), fix="mend the file") from error
+        raise UserError(
+            "is not valid YAML", where=str(path), why=" ".join(str(error).split()), fix="mend the file"
+        ) from error
     missing = {"data_dir", "output_dir"} - set(values) if isinstance(values, dict) else {"data_dir", "output_dir"}
     if missing:
-        raise UserError(f"no {' and no '.join(sorted(missing))}", where=str(path), fix="say where the data is and where results go")
+        raise UserError(
+            f"no {' and no '.join(sorted(missing))}", where=str(path), fix="say where the data is and where results go"
+        )
     return from_mapping(TrainConfig, values, str(path))
 
-
+# %% ../../nbs/train/20_command.ipynb #0b89d010
 def train(
     config: TrainConfig,
     stop: StopSignals | None = None,  # what asks the training to end
@@ -55,13 +60,19 @@ def train(
 
     torch_engine.train(config, stop)
 
-
+# %% ../../nbs/train/20_command.ipynb #e45eb5e3
 def main(
     arguments: Sequence[str] | None = None,  # None = those of the process
 ) -> int:
-    """Train as a file says. The exit status: 0 done, or paused because it was asked to stop; 1 an error the user can mend; argparse itself exits with 2."""
+    """Train as a file says.
+
+    The exit status: 0 done, or paused because it was asked to stop; 1 an error the user can mend; argparse itself exits
+    with 2.
+    """
     parser = argparse.ArgumentParser(prog="python -m nemotron_nb.train", description="Train a model on packed chats.")
-    parser.add_argument("--config", required=True, metavar="FILE.yaml", help="settings; see nemotron_nb.train.settings.TrainConfig")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE.yaml", help="settings; see nemotron_nb.train.settings.TrainConfig"
+    )
     path = parser.parse_args(arguments).config
     transformers_logging.disable_progress_bar()
     config = None
@@ -80,14 +91,18 @@ def main(
         raise
     return 0
 
-
+# %% ../../nbs/train/20_command.ipynb #847b4648
 def _note(config: TrainConfig | None, message: str) -> None:
-    """Leave the first error in the output folder: with several ranks, their logs bury it. Where nothing can be written, the log has to do."""
+    """Leave the first error in the output folder: with several ranks, their logs bury it.
+
+    Where nothing can be written, the log has to do.
+    """
     if config is None:
         return
     with contextlib.suppress(OSError), open(Path(config.output_dir) / ERROR_FILE, "x", encoding="utf-8") as file:
         file.write(message)
 
 # %% ../../nbs/train/20_command.ipynb #5d29351e
-if __name__ == "__main__" and globals().get("__package__"):  # as a command; a notebook is "__main__" too, without a package
+# as a command; a notebook is "__main__" too, without a package
+if __name__ == "__main__" and globals().get("__package__"):
     sys.exit(main())

@@ -29,7 +29,7 @@ MEMORY, AT_LEAST = 100, 10  # norms that are remembered, and how many it takes t
 MOST_IN_A_ROW = 3  # steps without a finite number that may be left out one after the other
 MOST_WRITTEN = 20  # bad batches that one training writes down; later ones are named in the metrics
 
-
+# %% ../../nbs/train/14_anomalies.ipynb #918fb46c
 @dataclass
 class Guard:
     """Judges steps by their loss and gradient norm."""
@@ -54,7 +54,10 @@ class Guard:
         usual = median(self.norms) if len(self.norms) >= AT_LEAST else math.inf
         self.norms.append(norm)
         if self.spike_factor and norm > self.spike_factor * usual:
-            return f"the gradient norm is {norm:.3g}, {norm / usual:.3g} times the median of the last {len(self.norms) - 1} steps"
+            return (
+                f"the gradient norm is {norm:.3g}, {norm / usual:.3g} times the median of the last "
+                f"{len(self.norms) - 1} steps"
+            )
         return ""
 
 # %% ../../nbs/train/14_anomalies.ipynb #3769810c
@@ -67,7 +70,16 @@ def save_bad_batch(
 ) -> Path:
     """Write bad_batch_step_N.json and bad_batch_step_N.npz; returns the path of the first."""
     path, bad = Path(folder) / f"bad_batch_step_{step}.json", set(bad_rows)
-    rows = [{"conversation": r.conversation_id, "source": r.source, "tokens": len(r), "trained": int(r.mask.sum()), "no_number": r.conversation_id in bad} for r in batch.rows]
+    rows = [
+        {
+            "conversation": r.conversation_id,
+            "source": r.source,
+            "tokens": len(r),
+            "trained": int(r.mask.sum()),
+            "no_number": r.conversation_id in bad,
+        }
+        for r in batch.rows
+    ]
     buffer = io.BytesIO()
     np.savez_compressed(
         buffer,
@@ -79,7 +91,7 @@ def save_bad_batch(
     write_atomic(path.with_suffix(".npz"), buffer.getvalue())
     return write_json(path, {"step": step, "problem": problem, "rows": rows})
 
-
+# %% ../../nbs/train/14_anomalies.ipynb #5e466caf
 def bad_step_error(
     step: int,  # number of the step, the first is 1
     problem: str,
@@ -93,18 +105,21 @@ def bad_step_error(
         f"{problem} in step {step}",
         where=f"conversations {names}",
         why="one more step would spoil the weights",
-        fix=f"lower optimizer.lr or lengthen the warm-up; if it stays, {look}; train.bad_step=skip leaves such steps out",
+        fix=f"lower optimizer.lr or lengthen the warm-up; if it stays, {look}; train.bad_step=skip leaves such steps "
+            "out",
     )
 
-
+# %% ../../nbs/train/14_anomalies.ipynb #9102dd69
 def no_number_in(
     model: nn.Module,  # each rank looks at its own part
 ) -> str:
     """The name of the first trained parameter that holds a NaN or an infinity; empty if none does."""
-    parts = ((name, p.to_local() if isinstance(p, DTensor) else p) for name, p in model.named_parameters() if p.requires_grad)
+    parts = (
+        (name, p.to_local() if isinstance(p, DTensor) else p) for name, p in model.named_parameters() if p.requires_grad
+    )
     return next((name for name, part in parts if not torch.isfinite(part).all()), "")
 
-
+# %% ../../nbs/train/14_anomalies.ipynb #19629161
 def lost_weights_error(
     step: int,  # optimizer steps done
     name: str,  # of a parameter
@@ -113,18 +128,28 @@ def lost_weights_error(
     """The error that ends a training whose weights are lost."""
     back = f"go on from step {last}" if last else "begin again, in another output_dir,"
     when = f"after step {step}" if step else "before the first step"
-    return UserError(f"{name} is not finite {when}", where="the weights", why="no later step can mend them; no checkpoint was written of them", fix=f"{back} with a lower optimizer.lr or a longer warm-up")
+    return UserError(
+        f"{name} is not finite {when}",
+        where="the weights",
+        why="no later step can mend them; no checkpoint was written of them",
+        fix=f"{back} with a lower optimizer.lr or a longer warm-up",
+    )
 
-
+# %% ../../nbs/train/14_anomalies.ipynb #7b596e5b
 def in_a_row_error(
     step: int,  # number of the last step, the first is 1
     problem: str,
     count: int,  # steps
 ) -> UserError:
     """The error that ends a training in which every step is left out."""
-    return UserError(f"{problem} in step {step}, as in the {count - 1} before it", where="train.bad_step=skip", why="steps are left out for a bad batch now and then; here nothing is trained any more", fix="lower optimizer.lr or lengthen the warm-up, and look at the bad_batch_step_*.json of these steps")
+    return UserError(
+        f"{problem} in step {step}, as in the {count - 1} before it",
+        where="train.bad_step=skip",
+        why="steps are left out for a bad batch now and then; here nothing is trained any more",
+        fix="lower optimizer.lr or lengthen the warm-up, and look at the bad_batch_step_*.json of these steps",
+    )
 
-
+# %% ../../nbs/train/14_anomalies.ipynb #575f86fb
 def skipped_line(
     step: int,  # number of the step, the first is 1
     problem: str,

@@ -29,7 +29,9 @@ def packs_of_step(
 ) -> list[int]:
     """Indices of the packs of one step. Every epoch visits each pack once, in an order of its own."""
     places = range(step * global_batch_size, (step + 1) * global_batch_size)
-    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(num_packs) for epoch in {p // num_packs for p in places}}
+    orders = {
+        epoch: np.random.default_rng([seed, epoch]).permutation(num_packs) for epoch in {p // num_packs for p in places}
+    }
     return [int(orders[p // num_packs][p % num_packs]) for p in places]
 
 # %% ../../nbs/train/05_batches.ipynb #f2006758
@@ -41,13 +43,14 @@ class Row:
     labels: np.ndarray  # int64 [L-1]
     mask: np.ndarray  # bool [L-1], True = this prediction is trained
     conversation_id: str
-    answer_length: int = 0  # |O_c|: trained labels of the conversation in the global batch; 0 = its own, it stands alone
+    # |O_c|: trained labels of the conversation in the global batch; 0 = its own, it stands alone
+    answer_length: int = 0
     source: str = ""  # the file or data set it came from
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-
+# %% ../../nbs/train/05_batches.ipynb #7f8e0695
 def rows_of(
     pack: Pack,
 ) -> list[Row]:
@@ -56,7 +59,13 @@ def rows_of(
     sources = pack.sources or ("",) * len(names)
     ids = pack.input_ids.astype(np.int64)
     return [
-        Row(ids[start : end - 1], ids[start + 1 : end], pack.loss_mask[start : end - 1].astype(bool), name, source=source)
+        Row(
+            ids[start : end - 1],
+            ids[start + 1 : end],
+            pack.loss_mask[start : end - 1].astype(bool),
+            name,
+            source=source,
+        )
         for (start, end), name, source in zip(pack.spans, names, sources, strict=True)
         if end - start > 1
     ]
@@ -74,10 +83,13 @@ class GlobalBatch:
         self,
         depths: int,  # predictions beyond the next token
     ) -> tuple[int, ...]:
-        """[K] trained labels of each further depth: a label k places on, inside its own row. Counted here, before any split."""
+        """[K] trained labels of each further depth: a label k places on, inside its own row.
+
+        Counted here, before any split.
+        """
         return tuple(sum(int(row.mask[k:].sum()) for row in self.rows) for k in range(1, 1 + depths))
 
-
+# %% ../../nbs/train/05_batches.ipynb #9f720448
 def global_batch(
     packs: Sequence[Pack],
     unit: str = "sequence",  # what counts as one conversation: see loss.conversation_unit
@@ -93,9 +105,18 @@ def global_batch(
             fix="look at the loss mask of these conversations; a pack may have cut their answers off",
         )
     if unit == "conversation" and not all(pack.conversation_ids for pack in packs):
-        raise UserError("packs without conversation ids", where="loss.conversation_unit", why="nobody can say which sequences are one chat", fix="prepare the data with provenance, or use conversation_unit: sequence")
+        raise UserError(
+            "packs without conversation ids",
+            where="loss.conversation_unit",
+            why="nobody can say which sequences are one chat",
+            fix="prepare the data with provenance, or use conversation_unit: sequence",
+        )
     mask_T = torch.from_numpy(np.concatenate([r.mask for r in rows]))
-    owner_T = unit_of(torch.arange(len(rows)).repeat_interleave(torch.tensor([len(r) for r in rows])), [r.conversation_id for r in rows], unit)
+    owner_T = unit_of(
+        torch.arange(len(rows)).repeat_interleave(torch.tensor([len(r) for r in rows])),
+        [r.conversation_id for r in rows],
+        unit,
+    )
     lengths = answer_lengths(mask_T, owner_T).split([len(r) for r in rows])
     rows = tuple(replace(row, answer_length=int(length.max())) for row, length in zip(rows, lengths, strict=True))
     return GlobalBatch(rows, count(mask_T, owner_T), sum(map(len, rows)))
@@ -139,17 +160,26 @@ class MicroBatch:
         """float32 [R,T]: 1 on trained labels, or 1/|O_c|, counted on the global batch."""
         return weights_of(self.lengths, stage)
 
-
+# %% ../../nbs/train/05_batches.ipynb #768999c6
 def collate(
     rows: Sequence[Row],
     device: torch.device | str = "cpu",
 ) -> MicroBatch:
-    """Rows as tensors [R,T], T = the longest row. No rows give one place without a label: something to compute for a rank that has nothing to do."""
+    """Rows as tensors [R,T], T = the longest row.
+
+    No rows give one place without a label: something to compute for a rank that has nothing to do.
+    """
     shape = max(1, len(rows)), max(map(len, rows), default=1)
     tokens, labels, lengths = np.zeros(shape, np.int64), np.full(shape, -100, np.int64), np.zeros(shape, np.int64)
     for r, row in enumerate(rows):
-        tokens[r, : len(row)], labels[r, : len(row)], lengths[r, : len(row)] = row.tokens, row.labels, row.mask * (row.answer_length or row.mask.sum())
-    return MicroBatch(*(torch.from_numpy(t).to(device) for t in (tokens, labels, lengths)), tuple(r.conversation_id for r in rows))
+        tokens[r, : len(row)], labels[r, : len(row)], lengths[r, : len(row)] = (
+            row.tokens,
+            row.labels,
+            row.mask * (row.answer_length or row.mask.sum()),
+        )
+    return MicroBatch(
+        *(torch.from_numpy(t).to(device) for t in (tokens, labels, lengths)), tuple(r.conversation_id for r in rows)
+    )
 
 # %% ../../nbs/train/05_batches.ipynb #112b34cb
 class FusedOutput(nn.Linear):
@@ -170,7 +200,7 @@ class FusedOutput(nn.Linear):
             hidden, weight = (t.to(torch.get_autocast_dtype(device)) for t in (hidden, weight))
         return masked_linear_cross_entropy(hidden, weight, labels, weights, scale=scale)
 
-
+# %% ../../nbs/train/05_batches.ipynb #f79c6ea0
 def fused_output(
     model: PreTrainedModel,  # a causal language model; its output layer is changed in place, its parameters are not
 ) -> FusedOutput:
@@ -179,7 +209,12 @@ def fused_output(
     if type(layer) is nn.Linear and layer.bias is None:
         layer.__class__ = FusedOutput  # as torch.nn.utils.parametrize exchanges a class
     if not isinstance(layer, FusedOutput):
-        raise UserError(f"the output layer is a {type(layer).__name__}", where=type(model).__name__, why="the loss is computed from hidden states and one matrix without a bias", fix="train a model whose output is a plain linear layer, and leave lm_head out of peft.target_modules")
+        raise UserError(
+            f"the output layer is a {type(layer).__name__}",
+            where=type(model).__name__,
+            why="the loss is computed from hidden states and one matrix without a bias",
+            fix="train a model whose output is a plain linear layer, and leave lm_head out of peft.target_modules",
+        )
     return layer
 
 # %% ../../nbs/train/05_batches.ipynb #c67d59a7
@@ -189,7 +224,7 @@ def base_of(
     """The causal language model itself; LoRA pairs stay in it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-
+# %% ../../nbs/train/05_batches.ipynb #54bfa0d7
 def share_of_loss(
     model: nn.Module,  # a causal language model, one in peft's wrapper, or a `Learner`
     batch: MicroBatch,
@@ -201,5 +236,7 @@ def share_of_loss(
         return model.share_of_loss(batch, stage, denominators)
     model = base_of(model)
     hidden_RTH = model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
-    loss, stats = fused_output(model)(hidden_RTH.flatten(0, 1), batch.labels.flatten(), batch.weights(stage).flatten(), 1 / denominators.of(stage))
+    loss, stats = fused_output(model)(
+        hidden_RTH.flatten(0, 1), batch.labels.flatten(), batch.weights(stage).flatten(), 1 / denominators.of(stage)
+    )
     return loss, stats.nll.view_as(batch.mask)

@@ -29,7 +29,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta, TensorProperties, TensorStorageMetadata,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -48,7 +50,7 @@ def rank_and_world() -> tuple[int, int]:
     """This process among how many; without a process group, the only one."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #eb4a9799
 def _together(act: Callable[[], T]) -> list[T]:
     """Do it on every rank, give every rank all results. Where one rank fails, all raise."""
     rank, world = rank_and_world()
@@ -68,7 +70,7 @@ def _together(act: Callable[[], T]) -> list[T]:
             raise UserError(f"rank {other}: {message}")
     return [result for result, _ in everyone]
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #806e0fc0
 def on_first(
     act: Callable[[], T],  # its result must be picklable
 ) -> T:
@@ -83,7 +85,8 @@ def _say(line: str) -> None:
         print(f"checkpoints: {line}", flush=True)
 
 # %% ../../nbs/train/09_checkpoint.ipynb #fff418db
-WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # of torch.compile, of recomputation, of FSDP
+# of torch.compile, of recomputation, of FSDP
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def unwrapped(
@@ -94,7 +97,7 @@ def unwrapped(
         model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
     return model
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #bca4f727
 def _plain(name: str) -> str:
     """The name of a tensor without the wrappers in it."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
@@ -104,11 +107,14 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter under its plain name."""
     return {_plain(name): p for name, p in unwrapped(model).named_parameters(remove_duplicate=False)}
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #00e39c6e
 def model_state(
     model: nn.Module,
 ) -> dict[str, Tensor]:
-    """What training changes of a model: trained parameters, and buffers. Frozen parameters are those of the model it began with."""
+    """What training changes of a model: trained parameters, and buffers.
+
+    Frozen parameters are those of the model it began with.
+    """
     frozen = {name for name, p in _parameters(model).items() if not p.requires_grad}
     state = {_plain(name): tensor for name, tensor in unwrapped(model).state_dict().items()}
     return {name: tensor for name, tensor in state.items() if name not in frozen and isinstance(tensor, Tensor)}
@@ -118,7 +124,10 @@ def optimizer_state(
     model: nn.Module,
     optimizer: Optimizer,
 ) -> dict[str, Tensor]:
-    """The optimizer's tensors as "kind.parameter", e.g. exp_avg.lm_head.weight; nothing is made up for parameters without state."""
+    """The optimizer's tensors as "kind.parameter", such as exp_avg.lm_head.weight.
+
+    Nothing is made up for parameters without state.
+    """
     names = {id(p): name for name, p in _parameters(model).items()}
     state = {}
     for parameter, values in optimizer.state.items():
@@ -126,23 +135,36 @@ def optimizer_state(
             if isinstance(value, Tensor):
                 state[f"{kind}.{_known(names, parameter)}"] = value
             elif value is not None:
-                raise UserError(f"the optimizer keeps {kind!r} as {type(value).__name__}", where=type(optimizer).__name__, why="only tensors are saved", fix="use an optimizer that keeps tensors, such as torch.optim.AdamW")
+                raise UserError(
+                    f"the optimizer keeps {kind!r} as {type(value).__name__}",
+                    where=type(optimizer).__name__,
+                    why="only tensors are saved",
+                    fix="use an optimizer that keeps tensors, such as torch.optim.AdamW",
+                )
     return state
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #5e844f01
 def _known(names: Mapping[int, str], parameter: Tensor) -> str:
     """The name of a parameter of the optimizer, which must be one of the model's."""
     if id(parameter) not in names:
-        raise UserError("the optimizer moves a parameter that the model does not have", why="its state could not be found again", fix="make the optimizer after the model is wrapped or shared out")
+        raise UserError(
+            "the optimizer moves a parameter that the model does not have",
+            why="its state could not be found again",
+            fix="make the optimizer after the model is wrapped or shared out",
+        )
     return names[id(parameter)]
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #f572ae5c
 def _groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
     """The optimizer's groups: settings, and the names of their parameters."""
     names = {id(p): name for name, p in _parameters(model).items()}
     plain = (bool, int, float, str, type(None))
     return [
-        {key: float(value) if isinstance(value, Tensor) else list(value) if isinstance(value, tuple) else value for key, value in group.items() if isinstance(value, (*plain, tuple, Tensor))}
+        {
+            key: float(value) if isinstance(value, Tensor) else list(value) if isinstance(value, tuple) else value
+            for key, value in group.items()
+            if isinstance(value, (*plain, tuple, Tensor))
+        }
         | {"params": [_known(names, p) for p in group["params"]]}
         for group in optimizer.param_groups
     ]
@@ -151,11 +173,17 @@ def _groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
 def frozen_digest(
     model: nn.Module,
 ) -> str:
-    """A digest of the first numbers of each frozen parameter, those that rank 0 holds however it is shared out; empty if nothing is frozen."""
+    """A digest of the first numbers of each frozen parameter, those that rank 0 holds however it is sharded.
+
+    Empty if nothing is frozen.
+    """
     frozen = sorted((name, p) for name, p in _parameters(model).items() if not p.requires_grad)
+    if not frozen:
+        return ""
     # The first row is on rank 0 with any number of ranks; a second number of a vector may not be.
-    first = [(p.to_local() if isinstance(p, DTensor) else p).detach()[:1].flatten()[:16].float().cpu() for _, p in frozen]
-    return digest({"names": [name for name, _ in frozen], "numbers": digest(torch.cat(first).numpy().tobytes())}) if frozen else ""
+    own = [p.to_local() if isinstance(p, DTensor) else p for _, p in frozen]
+    first = torch.cat([p.detach()[:1].flatten()[:16].float().cpu() for p in own])
+    return digest({"names": [name for name, _ in frozen], "numbers": digest(first.numpy().tobytes())})
 
 # %% ../../nbs/train/09_checkpoint.ipynb #db2deaeb
 def random_state() -> dict[str, Any]:
@@ -164,12 +192,18 @@ def random_state() -> dict[str, Any]:
     numpy = np.random.get_state(legacy=False)
     state = {
         "python": {"version": version, "numbers": torch.tensor(numbers), "gauss": gauss},
-        "numpy": {"kind": numpy["bit_generator"], "key": torch.from_numpy(numpy["state"]["key"].astype("int64")), "pos": numpy["state"]["pos"], "has_gauss": numpy["has_gauss"], "gauss": numpy["gauss"]},
+        "numpy": {
+            "kind": numpy["bit_generator"],
+            "key": torch.from_numpy(numpy["state"]["key"].astype("int64")),
+            "pos": numpy["state"]["pos"],
+            "has_gauss": numpy["has_gauss"],
+            "gauss": numpy["gauss"],
+        },
         "torch": torch.get_rng_state(),
     }
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #b97f4246
 def set_random_state(
     state: Mapping[str, Any],  # of random_state
 ) -> None:
@@ -177,7 +211,9 @@ def set_random_state(
     python, numpy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["numbers"].tolist()), python["gauss"]))
     key = {"key": numpy["key"].numpy().astype("uint32"), "pos": numpy["pos"]}
-    np.random.set_state({"bit_generator": numpy["kind"], "state": key, "has_gauss": numpy["has_gauss"], "gauss": numpy["gauss"]})
+    np.random.set_state(
+        {"bit_generator": numpy["kind"], "state": key, "has_gauss": numpy["has_gauss"], "gauss": numpy["gauss"]}
+    )
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
@@ -194,16 +230,21 @@ def _packed(value: Any, tensors: dict[str, Tensor], where: str = "extra") -> Any
         return [_packed(v, tensors, f"{where}[{i}]") for i, v in enumerate(value)]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise UserError(f"cannot write a {type(value).__name__}", where=where, why="a checkpoint holds JSON with text keys, and tensors: nothing that runs when it is read", fix="turn it into numbers, text, lists, dictionaries with text keys, or a tensor")
+    raise UserError(
+        f"cannot write a {type(value).__name__}",
+        where=where,
+        why="a checkpoint holds JSON with text keys, and tensors: nothing that runs when it is read",
+        fix="turn it into numbers, text, lists, dictionaries with text keys, or a tensor",
+    )
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #a5a61a20
 def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     """The value again, with its tensors; tuples have become lists."""
     if isinstance(value, dict):
         return tensors[value["$tensor"]] if "$tensor" in value else {k: _unpacked(v, tensors) for k, v in value.items()}
     return [_unpacked(v, tensors) for v in value] if isinstance(value, list) else value
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #4b2d615c
 def _write_extra(path: Path, extra: Mapping[str, Any]) -> None:
     """Write what belongs to one rank."""
     tensors: dict[str, Tensor] = {}
@@ -212,7 +253,7 @@ def _write_extra(path: Path, extra: Mapping[str, Any]) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #5e728f52
 def _read_extra(path: Path) -> dict[str, Any]:
     """Read what belongs to one rank."""
     with open_tensors(path) as file:
@@ -221,10 +262,14 @@ def _read_extra(path: Path) -> dict[str, Any]:
 
 # %% ../../nbs/train/09_checkpoint.ipynb #1cdde1a6
 COMPLETE, POINTER = "complete.json", "latest"
-RECORD = {"step": int, "world_size": int, "made_for": dict, "config": dict, "frozen": str, "optimizer": dict, "files": dict}  # of complete.json
+# of complete.json
+RECORD = {
+    "step": int, "world_size": int, "made_for": dict, "config": dict, "frozen": str, "optimizer": dict,
+    "files": dict,
+}
 FOLDER = re.compile(r"step_(\d{8,})")
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #c958a870
 @dataclass(frozen=True)
 class Checkpoint:
     """A whole checkpoint on disk."""
@@ -254,18 +299,23 @@ class Checkpoint:
 
     def __repr__(self) -> str:
         score = "" if self.score is None else f", held-out loss {self.score:.4f}"
-        return f"Checkpoint(step {self.step}, {self.bytes / 1e6:,.1f} MB, written by {_processes(self.world_size)}{score})"
+        return (
+            f"Checkpoint(step {self.step}, {self.bytes / 1e6:,.1f} MB, written by {_processes(self.world_size)}{score})"
+        )
 
     def picture(self) -> Picture:
         """Its files."""
-        return table([{"file": name, "kB": round(file["bytes"] / 1000)} for name, file in self.record["files"].items()], title=repr(self))
+        return table(
+            [{"file": name, "kB": round(file["bytes"] / 1000)} for name, file in self.record["files"].items()],
+            title=repr(self),
+        )
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #14d3baf4
 def _processes(count: int) -> str:
     """One process, two processes."""
     return f"{count} process" + ("es" if count != 1 else "")
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #cd6d7569
 def _read(folder: Path) -> tuple[Checkpoint | None, str]:
     """The checkpoint of a folder, or why it is not whole. Names and sizes are looked at, not contents."""
     try:
@@ -287,25 +337,39 @@ def _verify(checkpoint: Checkpoint) -> None:
     rank, world = rank_and_world()
     for name in sorted(checkpoint.record["files"])[rank::world]:
         if file_digest(checkpoint.path / name) != checkpoint.record["files"][name]["digest"]:
-            raise UserError("this file is damaged", where=str(checkpoint.path / name), why="its bytes are not the ones that were written", fix=f"remove {checkpoint.path.name}: the checkpoint before it will be used")
+            raise UserError(
+                "this file is damaged",
+                where=str(checkpoint.path / name),
+                why="its bytes are not the ones that were written",
+                fix=f"remove {checkpoint.path.name}: the checkpoint before it will be used",
+            )
 
 # %% ../../nbs/train/09_checkpoint.ipynb #03e15cba
-PASSING = ("use_mamba_kernels", "experts_implementation", "use_cache", "dtype", "torch_dtype", "transformers_version", "architectures", "max_position_embeddings", "name_or_path")
+PASSING = (
+    "use_mamba_kernels", "experts_implementation", "use_cache", "dtype", "torch_dtype", "transformers_version",
+    "architectures", "max_position_embeddings", "name_or_path",
+)
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #dec577ea
 def _config_of(model: nn.Module) -> dict[str, Any]:
     """The configuration of a transformers model, without what may differ from run to run; empty for other models."""
     config = next((m.config for m in unwrapped(model).modules() if isinstance(m, PreTrainedModel)), None)
     found = config.to_dict() if config is not None else {}
-    return json.loads(json.dumps({k: v for k, v in found.items() if k not in PASSING and not k.startswith("_")}, default=str), parse_constant=str)  # infinity is not JSON
+    # infinity is not JSON
+    return json.loads(
+        json.dumps({k: v for k, v in found.items() if k not in PASSING and not k.startswith("_")}, default=str),
+        parse_constant=str,
+    )
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #e2becc62
 def _some(names: list[str], most: int = 4) -> str:
     """A few of the names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
-
-def _refuse_difference(found: Mapping[str, Tensor], wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]], where: Path) -> None:
+# %% ../../nbs/train/09_checkpoint.ipynb #2b12ec00
+def _refuse_difference(
+    found: Mapping[str, Tensor], wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]], where: Path
+) -> None:
     """Tensors of the model against those in the checkpoint: names, shapes, number formats."""
     told = []
     if missing := sorted(found.keys() - wanted.keys()):
@@ -313,30 +377,50 @@ def _refuse_difference(found: Mapping[str, Tensor], wanted: Mapping[str, tuple[t
     if unknown := sorted(wanted.keys() - found.keys()):
         told.append(f"not in the model: {_some(unknown)}")
     shared = sorted(found.keys() & wanted.keys())
-    if shapes := [f"{n} {wanted[n][0]}, here {tuple(found[n].shape)}" for n in shared if tuple(found[n].shape) != wanted[n][0]]:
+    if shapes := [
+        f"{n} {wanted[n][0]}, here {tuple(found[n].shape)}" for n in shared if tuple(found[n].shape) != wanted[n][0]
+    ]:
         told.append(f"another shape: {_some(shapes)}")
     if formats := [f"{n} {wanted[n][1]}, here {found[n].dtype}" for n in shared if found[n].dtype != wanted[n][1]]:
         told.append(f"another number format: {_some(formats, 2)}")
     if told:
         lora = any(".lora_" in name for name in wanted) != any(".lora_" in name for name in found)
-        fix = "set peft as it was when this was written" if lora else "give the model and the settings it was written with; to begin from its weights only, export it first"
-        raise UserError("a checkpoint of another model: " + "; ".join(told), where=str(where), why="training would go on from a mixture", fix=fix)
+        fix = (
+            "set peft as it was when this was written"
+            if lora
+            else "give the model and the settings it was written with; to begin from its weights only, export it first"
+        )
+        raise UserError(
+            "a checkpoint of another model: " + "; ".join(told),
+            where=str(where),
+            why="training would go on from a mixture",
+            fix=fix,
+        )
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #e478adb7
 def _refuse_other(name: str, was: Mapping[str, Any], now: Mapping[str, Any], where: Path, fix: str) -> None:
     """Refuse values that are there on both sides and differ."""
-    differing = [f"{key} {was[key]!r}, here {now[key]!r}" for key in sorted(was.keys() & now.keys()) if was[key] != now[key]]
+    differing = [
+        f"{key} {was[key]!r}, here {now[key]!r}" for key in sorted(was.keys() & now.keys()) if was[key] != now[key]
+    ]
     if differing:
-        raise UserError(f"another {name}: {_some(differing)}", where=str(where), why="training would go on with something else than it began with", fix=fix)
+        raise UserError(
+            f"another {name}: {_some(differing)}",
+            where=str(where),
+            why="training would go on with something else than it began with",
+            fix=fix,
+        )
 
 # %% ../../nbs/train/09_checkpoint.ipynb #b216f35b
 def _local_bytes(state: Mapping[str, Tensor]) -> int:
     """Bytes this rank writes, near enough: its shards, and on rank 0 what all have."""
     rank, _ = rank_and_world()
-    parts = [t.to_local() if isinstance(t, DTensor) else t for t in state.values() if isinstance(t, DTensor) or rank == 0]
+    parts = [
+        t.to_local() if isinstance(t, DTensor) else t for t in state.values() if isinstance(t, DTensor) or rank == 0
+    ]
     return sum(p.numel() * p.element_size() for p in parts)
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #b1862a67
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     """An error and all that led to it, on all ranks."""
     while error is not None:
@@ -345,35 +429,49 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
             yield from _causes(failure[0] if isinstance(failure, tuple) else failure)
         error = error.__cause__ or error.__context__
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #2d1fa6e7
 FULL = re.compile("No space left|[Qq]uota exceeded|File too large")
 UNWRITTEN = re.compile("PytorchStreamWriter|inline_container")  # torch.save hides what the system said
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #1de603b9
 def _disk_error(error: BaseException, folder: Path) -> UserError | None:
     """A full disk (or a quota, or a limit on file size), wherever in the error it is hidden."""
     causes = [str(cause) for cause in _causes(error)]
     full = next((found[0] for text in causes if (found := FULL.search(text))), "")
     if not full and not any(UNWRITTEN.search(text) for text in causes):
         return None
-    what = f"no room for a checkpoint: {full}" if full else "a file of the checkpoint could not be written to its end: the disk, or a quota, may be full"
-    return UserError(what, where=str(folder), why="this one was not saved; the former ones are whole", fix="free some space, or keep fewer with checkpoint.keep_top_k")
+    what = (
+        f"no room for a checkpoint: {full}"
+        if full
+        else "a file of the checkpoint could not be written to its end: the disk, or a quota, may be full"
+    )
+    return UserError(
+        what,
+        where=str(folder),
+        why="this one was not saved; the former ones are whole",
+        fix="free some space, or keep fewer with checkpoint.keep_top_k",
+    )
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #56da150b
 def _check_room(folder: Path, needed: int) -> None:
     """Refuse to begin what cannot end."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(f"a checkpoint needs {needed:,} bytes, {free:,} are free", where=str(folder), why="nothing was written; the former checkpoints are whole", fix="free some space, or keep fewer with checkpoint.keep_top_k")
+        raise UserError(
+            f"a checkpoint needs {needed:,} bytes, {free:,} are free",
+            where=str(folder),
+            why="nothing was written; the former checkpoints are whole",
+            fix="free some space, or keep fewer with checkpoint.keep_top_k",
+        )
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #c13859da
 def _quiet_save(state: dict[str, Tensor], folder: Path) -> None:
     """torch.distributed.checkpoint.save, without its remark that there is only one process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.save(state, checkpoint_id=folder, no_dist=rank_and_world()[1] == 1)
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #a703fa1f
 def _quiet_load(state: dict[str, Tensor], folder: Path) -> None:
     """torch.distributed.checkpoint.load into the given tensors."""
     with warnings.catch_warnings():
@@ -382,9 +480,14 @@ def _quiet_load(state: dict[str, Tensor], folder: Path) -> None:
             dcp.load(state, storage_reader=IndexReader(folder), no_dist=rank_and_world()[1] == 1)
         except (CheckpointException, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, OSError) as error:
             first = " ".join(str(next((c for c in _causes(error) if isinstance(c, UserError)), error)).split())[:300]
-            raise UserError(f"tensors cannot be read: {first}", where=str(folder), why="its files are damaged, or were not written by a training", fix="remove this checkpoint: the one before it will be used") from error
+            raise UserError(
+                f"tensors cannot be read: {first}",
+                where=str(folder),
+                why="its files are damaged, or were not written by a training",
+                fix="remove this checkpoint: the one before it will be used",
+            ) from error
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #16b35657
 def _sync_folder(folder: Path) -> None:
     """Make the names in a folder last through a power cut."""
     handle = os.open(folder, os.O_RDONLY)
@@ -396,12 +499,194 @@ def _sync_folder(folder: Path) -> None:
 # %% ../../nbs/train/09_checkpoint.ipynb #0b7f43dd
 def _files_of(folder: Path, rank: int) -> dict[str, dict[str, Any]]:
     """Size and digest of the files that a rank wrote, and on rank 0 of the index."""
-    mine = [p for p in sorted(folder.iterdir()) if re.match(rf"__{rank}_|rank_{rank:05d}\.", p.name) or (rank == 0 and p.name == ".metadata")]
+    mine = [
+        p
+        for p in sorted(folder.iterdir())
+        if re.match(rf"__{rank}_|rank_{rank:05d}\.", p.name) or (rank == 0 and p.name == ".metadata")
+    ]
     return {p.name: {"bytes": p.stat().st_size, "digest": file_digest(p)} for p in mine}
 
+# %% ../../nbs/train/09_checkpoint.ipynb #5ce64744
+def _folders(folder: Path) -> list[Path]:
+    """Folders that are named like checkpoints, by step."""
+    named = [p for p in folder.iterdir() if FOLDER.fullmatch(p.name)] if folder.is_dir() else []
+    return sorted(named, key=lambda p: int(p.name[5:]))
 
-class Checkpoints:
-    """The checkpoints of one training, in one folder. Every method is called on every rank."""
+
+def _whole(folder: Path) -> list[Checkpoint]:
+    """The whole ones, oldest first."""
+    return [found for path in _folders(folder) if (found := _read(path)[0])]
+
+# %% ../../nbs/train/09_checkpoint.ipynb #bd7a9ce7
+def _bring_back(folder: Path) -> None:
+    """A kill between two renames left a whole checkpoint under its other name."""
+    for former in folder.glob(".step_*.former") if folder.is_dir() else []:
+        target = folder / former.name[1 : -len(".former")]
+        if not target.exists():
+            os.replace(former, target)
+            _say(f"{target.name} was being replaced when the process ended; the former one is back")
+
+# %% ../../nbs/train/09_checkpoint.ipynb #f47858e5
+def _begin(folder: Path, temporary: Path, needed: int) -> None:
+    """An empty folder, and room for what comes; leftovers of kills go."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _bring_back(folder)
+    for leftover in folder.glob(".step_*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in folder.glob(f".{POINTER}.*.tmp"):
+        leftover.unlink()
+    _check_room(folder, needed)
+    temporary.mkdir()
+
+# %% ../../nbs/train/09_checkpoint.ipynb #e9fca1e7
+def _write(temporary: Path, state: dict[str, Tensor], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """All files of all ranks; returns their sizes and digests."""
+    rank, _ = rank_and_world()
+    _quiet_save(state, temporary)
+
+    def mine() -> dict[str, Any]:
+        """What only this rank has, and the digests of its files."""
+        _write_extra(temporary / f"rank_{rank:05d}.safetensors", {"extra": extra, "random": random_state()})
+        return _files_of(temporary, rank)
+
+    return {name: file for files in _together(mine) for name, file in files.items()}
+
+# %% ../../nbs/train/09_checkpoint.ipynb #0daf2d31
+def _prune(folder: Path, keep_top_k: int, keep: Path) -> None:
+    """Remove all but the newest and the best, each in two steps: a half-removed one has no name."""
+    if not keep_top_k:
+        return
+    whole = _whole(folder)
+    best = sorted((c for c in whole if c.score is not None), key=lambda c: (c.score, -c.step))[:keep_top_k]
+    for old in whole:
+        if old.path != keep and old not in best:
+            gone = folder / f".{old.path.name}.removed"
+            os.replace(old.path, gone)
+            shutil.rmtree(gone)
+
+# %% ../../nbs/train/09_checkpoint.ipynb #dee882db
+def _end(folder: Path, keep_top_k: int, temporary: Path, target: Path, record: dict[str, Any]) -> Checkpoint:
+    """The record, the name, the pointer; then older ones may go."""
+    write_json(temporary / COMPLETE, record)
+    _sync_folder(temporary)
+    former = folder / f".{target.name}.former"
+    if target.exists():
+        os.replace(target, former)
+    os.replace(temporary, target)
+    _sync_folder(folder)
+    write_atomic(folder / POINTER, target.name + "\n")
+    shutil.rmtree(former, ignore_errors=True)
+    _prune(folder, keep_top_k, keep=target)
+    return Checkpoint(target, record)
+
+# %% ../../nbs/train/09_checkpoint.ipynb #b5a69b5b
+def _state_of(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint under its name there."""
+    state = {f"model.{name}": tensor for name, tensor in model_state(model).items()}
+    moments = optimizer_state(model, optimizer) if optimizer else {}
+    return state | {f"optimizer.{name}": tensor for name, tensor in moments.items()}
+
+
+def _record(
+    step: int, score: float | None, made_for: Mapping[str, str], model: nn.Module, optimizer: Optimizer | None
+) -> dict[str, Any]:
+    """What complete.json says of a training, without the list of files."""
+    return {
+        "step": step,
+        "score": score if score is None or math.isfinite(score) else None,
+        "world_size": rank_and_world()[1],
+        "torch": torch.__version__,
+        "made_for": made_for,
+        "config": _config_of(model),
+        "frozen": frozen_digest(model) if rank_and_world()[0] == 0 else "",
+        "optimizer": {"kind": type(optimizer).__name__, "groups": _groups(model, optimizer)} if optimizer else {},
+    }
+
+# %% ../../nbs/train/09_checkpoint.ipynb #adbc164b
+def _newest(folder: Path) -> Checkpoint | None:
+    """The checkpoint that the pointer names, or the newest whole one; on one rank."""
+    _bring_back(folder)
+    pointer = folder / POINTER
+    named = pointer.read_text().strip() if pointer.is_file() else ""
+    if named and FOLDER.fullmatch(named):
+        found, flaw = _read(folder / named)
+        if found:
+            _say_later(folder, named)
+            return found
+        _say(f"the pointer names {named}, which is not whole: {flaw}")
+    for path in reversed(_folders(folder)):
+        found, flaw = _read(path)
+        if found:
+            _say(f"going on from {path.name}, the newest whole one")
+            return found
+        if path.name != named:
+            _say(f"{path.name} is skipped: {flaw}")
+    return None
+
+
+def _say_later(folder: Path, named: str) -> None:
+    """Name the folders of later steps than the pointer's, and what is wrong with them."""
+    for later in (p for p in _folders(folder) if p.name > named):
+        flaw = _read(later)[1]
+        _say(f"{later.name} is passed over: the pointer names {named}" + (f", and {flaw}" if flaw else ""))
+
+# %% ../../nbs/train/09_checkpoint.ipynb #c9ee82f2
+def _check(checkpoint: Checkpoint, made_for: Mapping[str, str]) -> None:
+    """Everything that can be refused without looking at a tensor."""
+    _, flaw = _read(checkpoint.path)
+    if flaw:
+        raise UserError(
+            f"this checkpoint is not whole: {flaw}",
+            where=str(checkpoint.path),
+            fix="remove it: the one before it will be used",
+        )
+    _verify(checkpoint)
+    _refuse_other(
+        "tokenizer or chat template",
+        checkpoint.record["made_for"],
+        made_for,
+        checkpoint.path,
+        "give the data that this training began with, or begin anew from its exported weights",
+    )
+
+# %% ../../nbs/train/09_checkpoint.ipynb #cd5b1ad2
+def _weights(
+    checkpoint: Checkpoint, model: nn.Module, made_for: Mapping[str, str], any_format: bool = False
+) -> tuple[dict[str, Tensor], dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+    """The tensors of the model to be filled, and what the checkpoint holds, when nothing speaks against it."""
+    _together(lambda: _check(checkpoint, made_for))
+    stored = {name: (tuple(m.size), m.properties.dtype) for name, m in _index(checkpoint.path).items()}
+    state = model_state(model)
+    weights = {name[6:]: found for name, found in stored.items() if name.startswith("model.")}
+    if any_format:
+        weights = {
+            name: (shape, state[name].dtype if name in state else dtype) for name, (shape, dtype) in weights.items()
+        }
+    _refuse_difference(state, weights, checkpoint.path)
+    _together(lambda: _refuse_model(checkpoint, model))
+    return {f"model.{name}": tensor for name, tensor in state.items()}, stored
+
+# %% ../../nbs/train/09_checkpoint.ipynb #d5e156f5
+def _load(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer | None, made_for: Mapping[str, str]
+) -> dict[str, Any]:
+    """Fill model and optimizer in place, set the random states, return the extra."""
+    where, record = checkpoint.path, checkpoint.record
+    wanted, stored = _weights(checkpoint, model, made_for)
+    moments: dict[tuple[str, str], Tensor] = {}
+    if optimizer:
+        of_optimizer = {n.removeprefix("optimizer."): s for n, s in stored.items() if n.startswith("optimizer.")}
+        moments = _empty_moments(model, optimizer, of_optimizer, where)
+    _quiet_load(wanted | {f"optimizer.{kind}.{name}": tensor for (name, kind), tensor in moments.items()}, where)
+    if optimizer and not record["optimizer"]:
+        _say(f"{where.name} was written without an optimizer: its moments begin anew")
+    if optimizer:
+        _set_moments(model, optimizer, moments, record["optimizer"].get("groups", []))
+    return _restore_rank(checkpoint)
+
+# %% ../../nbs/train/09_checkpoint.ipynb #3753f050
+class _Folder:
+    """The checkpoints of one training, in one folder: which there are."""
 
     def __init__(
         self,
@@ -416,12 +701,18 @@ class Checkpoints:
 
     def all(self) -> list[Checkpoint]:
         """The whole ones, oldest first."""
-        return [found for folder in self._folders() if (found := _read(folder)[0])]
+        return _whole(self.folder)
 
-    def _folders(self) -> list[Path]:
-        """Folders that are named like checkpoints, by step."""
-        named = [p for p in self.folder.iterdir() if FOLDER.fullmatch(p.name)] if self.folder.is_dir() else []
-        return sorted(named, key=lambda p: int(p.name[5:]))
+    def newest(self) -> Checkpoint | None:
+        """The checkpoint to go on from: what the pointer names if it is whole, else the newest whole one.
+
+        What is passed over is said.
+        """
+        return on_first(lambda: _newest(self.folder))
+
+# %% ../../nbs/train/09_checkpoint.ipynb #dabba11a
+class _SavingFolder(_Folder):
+    """The checkpoints of one training: which there are, and how one is added."""
 
     def save(
         self,
@@ -431,26 +722,18 @@ class Checkpoints:
         extra: Mapping[str, Any] = {},  # JSON and tensors, of this rank: place in the data, counts, ...
         score: float | None = None,  # held-out loss, lower is better
     ) -> Checkpoint:
-        """Write a checkpoint; it has its name when it is whole. Random states of all ranks are part of it. Raises `UserError` on a full disk."""
+        """Write a checkpoint; it has its name when it is whole.
+
+        Random states of all ranks are part of it. Raises `UserError` on a full disk.
+        """
         target, temporary = self.folder / f"step_{step:08d}", self.folder / f".step_{step:08d}.saving"
-        state = {f"model.{name}": tensor for name, tensor in model_state(model).items()}
-        state |= {f"optimizer.{name}": tensor for name, tensor in (optimizer_state(model, optimizer) if optimizer else {}).items()}
+        state = _state_of(model, optimizer)
         needed = sum(_together(lambda: _local_bytes(state)))
-        on_first(lambda: self._begin(temporary, needed))
+        on_first(lambda: _begin(self.folder, temporary, needed))
         try:
-            files = self._write(temporary, state, extra)
-            record = {
-                "step": step,
-                "score": score if score is None or math.isfinite(score) else None,
-                "world_size": rank_and_world()[1],
-                "torch": torch.__version__,
-                "made_for": self.made_for,
-                "config": _config_of(model),
-                "frozen": frozen_digest(model) if rank_and_world()[0] == 0 else "",
-                "optimizer": {"kind": type(optimizer).__name__, "groups": _groups(model, optimizer)} if optimizer else {},
-                "files": files,
-            }
-            return on_first(lambda: self._end(temporary, target, record))
+            files = _write(temporary, state, extra)
+            record = _record(step, score, self.made_for, model, optimizer) | {"files": files}
+            return on_first(lambda: _end(self.folder, self.keep_top_k, temporary, target, record))
         except BaseException as error:
             if rank_and_world()[0] == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -458,88 +741,9 @@ class Checkpoints:
                 raise told from error
             raise
 
-    def _begin(self, temporary: Path, needed: int) -> None:
-        """An empty folder, and room for what comes; leftovers of kills go."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._bring_back()
-        for leftover in self.folder.glob(".step_*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        for leftover in self.folder.glob(f".{POINTER}.*.tmp"):
-            leftover.unlink()
-        _check_room(self.folder, needed)
-        temporary.mkdir()
-
-    def _write(self, temporary: Path, state: dict[str, Tensor], extra: Mapping[str, Any]) -> dict[str, Any]:
-        """All files of all ranks; returns their sizes and digests."""
-        rank, _ = rank_and_world()
-        _quiet_save(state, temporary)
-
-        def mine() -> dict[str, Any]:
-            """What only this rank has, and the digests of its files."""
-            _write_extra(temporary / f"rank_{rank:05d}.safetensors", {"extra": extra, "random": random_state()})
-            return _files_of(temporary, rank)
-
-        return {name: file for files in _together(mine) for name, file in files.items()}
-
-    def _end(self, temporary: Path, target: Path, record: dict[str, Any]) -> Checkpoint:
-        """The record, the name, the pointer; then older ones may go."""
-        write_json(temporary / COMPLETE, record)
-        _sync_folder(temporary)
-        former = self.folder / f".{target.name}.former"
-        if target.exists():
-            os.replace(target, former)
-        os.replace(temporary, target)
-        _sync_folder(self.folder)
-        write_atomic(self.folder / POINTER, target.name + "\n")
-        shutil.rmtree(former, ignore_errors=True)
-        self._prune(keep=target)
-        return Checkpoint(target, record)
-
-    def _prune(self, keep: Path) -> None:
-        """Remove all but the newest and the best, each in two steps: a half-removed one has no name."""
-        if not self.keep_top_k:
-            return
-        whole = self.all()
-        best = sorted((c for c in whole if c.score is not None), key=lambda c: (c.score, -c.step))[: self.keep_top_k]
-        for old in whole:
-            if old.path != keep and old not in best:
-                gone = self.folder / f".{old.path.name}.removed"
-                os.replace(old.path, gone)
-                shutil.rmtree(gone)
-
-    def newest(self) -> Checkpoint | None:
-        """The checkpoint to go on from: what the pointer names if it is whole, else the newest whole one. What is passed over is said."""
-        return on_first(self._newest)
-
-    def _newest(self) -> Checkpoint | None:
-        """`newest` on one rank."""
-        self._bring_back()
-        pointer = self.folder / POINTER
-        named = pointer.read_text().strip() if pointer.is_file() else ""
-        later = [folder for folder in self._folders() if folder.name > named]
-        if named and FOLDER.fullmatch(named):
-            found, flaw = _read(self.folder / named)
-            if found:
-                for folder in later:
-                    _say(f"{folder.name} is passed over: the pointer names {named}" + (f", and {why}" if (why := _read(folder)[1]) else ""))
-                return found
-            _say(f"the pointer names {named}, which is not whole: {flaw}")
-        for folder in reversed(self._folders()):
-            found, flaw = _read(folder)
-            if found:
-                _say(f"going on from {folder.name}, the newest whole one")
-                return found
-            if folder.name != named:
-                _say(f"{folder.name} is skipped: {flaw}")
-        return None
-
-    def _bring_back(self) -> None:
-        """A kill between two renames left a whole checkpoint under its other name."""
-        for former in self.folder.glob(".step_*.former") if self.folder.is_dir() else []:
-            target = self.folder / former.name[1 : -len(".former")]
-            if not target.exists():
-                os.replace(former, target)
-                _say(f"{target.name} was being replaced when the process ended; the former one is back")
+# %% ../../nbs/train/09_checkpoint.ipynb #4cbf74c9
+class Checkpoints(_SavingFolder):
+    """The checkpoints of one training, in one folder. Every method is called on every rank."""
 
     def load(
         self,
@@ -547,58 +751,51 @@ class Checkpoints:
         model: nn.Module,  # of the same architecture; wrapped or sharded in any way
         optimizer: Optimizer | None,  # None: weights only
     ) -> dict[str, Any]:
-        """Fill model and optimizer in place, set the random states, return the extra. Works with another number of ranks, or another way of sharing. Raises `UserError` for what does not belong."""
-        where, record = checkpoint.path, checkpoint.record
-        wanted, stored = self._weights(checkpoint, model)
-        moments = _empty_moments(model, optimizer, {n[10:]: s for n, s in stored.items() if n.startswith("optimizer.")}, where) if optimizer else {}
-        _quiet_load(wanted | {f"optimizer.{kind}.{name}": tensor for (name, kind), tensor in moments.items()}, where)
-        if optimizer and not record["optimizer"]:
-            _say(f"{where.name} was written without an optimizer: its moments begin anew")
-        if optimizer:
-            _set_moments(model, optimizer, moments, record["optimizer"].get("groups", []))
-        return _restore_rank(checkpoint)
+        """Fill model and optimizer in place, set the random states, return the extra.
+
+        Works with another number of ranks, or another way of sharing. Raises `UserError` for what does not belong.
+        """
+        return _load(checkpoint, model, optimizer, self.made_for)
 
     def load_weights(
         self,
         checkpoint: Checkpoint,
         model: nn.Module,  # of the same architecture; its number format may be another
     ) -> None:
-        """Fill the model and nothing else, to begin another training with it. Random states stay; numbers are rounded to the model's format."""
-        wanted, _ = self._weights(checkpoint, model, any_format=True)
+        """Fill the model and nothing else, to begin another training with it.
+
+        Random states stay; numbers are rounded to the model's format.
+        """
+        wanted, _ = _weights(checkpoint, model, self.made_for, any_format=True)
         _quiet_load(wanted, checkpoint.path)
 
-    def _weights(self, checkpoint: Checkpoint, model: nn.Module, any_format: bool = False) -> tuple[dict[str, Tensor], dict[str, tuple[tuple[int, ...], torch.dtype]]]:
-        """The tensors of the model to be filled, and what the checkpoint holds, when nothing speaks against it."""
-        _together(lambda: self._check(checkpoint))
-        stored = {name: (tuple(m.size), m.properties.dtype) for name, m in _index(checkpoint.path).items()}
-        state = model_state(model)
-        weights = {name[6:]: found for name, found in stored.items() if name.startswith("model.")}
-        if any_format:
-            weights = {name: (shape, state[name].dtype if name in state else dtype) for name, (shape, dtype) in weights.items()}
-        _refuse_difference(state, weights, checkpoint.path)
-        _together(lambda: _refuse_model(checkpoint, model))
-        return {f"model.{name}": tensor for name, tensor in state.items()}, stored
-
-    def _check(self, checkpoint: Checkpoint) -> None:
-        """Everything that can be refused without looking at a tensor."""
-        _, flaw = _read(checkpoint.path)
-        if flaw:
-            raise UserError(f"this checkpoint is not whole: {flaw}", where=str(checkpoint.path), fix="remove it: the one before it will be used")
-        _verify(checkpoint)
-        _refuse_other("tokenizer or chat template", checkpoint.record["made_for"], self.made_for, checkpoint.path, "give the data that this training began with, or begin anew from its exported weights")
-
-
+# %% ../../nbs/train/09_checkpoint.ipynb #fd107bd4
 def _refuse_model(checkpoint: Checkpoint, model: nn.Module) -> None:
     """The parts of a model that no shape shows: its configuration, and its frozen weights."""
     record, where = checkpoint.record, checkpoint.path
-    _refuse_other("model configuration", record["config"], _config_of(model), where, "give the model and the settings it was written with")
+    _refuse_other(
+        "model configuration",
+        record["config"],
+        _config_of(model),
+        where,
+        "give the model and the settings it was written with",
+    )
     if rank_and_world()[0] == 0 and record["frozen"] != frozen_digest(model):
-        raise UserError("the frozen weights are not those of this checkpoint", where=str(where), why="adapters fit the base they were trained on, and no other", fix="give the base model that this training began with")
+        raise UserError(
+            "the frozen weights are not those of this checkpoint",
+            where=str(where),
+            why="adapters fit the base they were trained on, and no other",
+            fix="give the base model that this training began with",
+        )
 
 # %% ../../nbs/train/09_checkpoint.ipynb #b1af13e5
 METADATA = "torch.distributed.checkpoint.metadata"
+_CLASSES = (
+    *("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex"),
+    *("StorageMeta", "_MEM_FORMAT_ENCODING"),
+)
 PARTS = {
-    **dict.fromkeys(((METADATA, name) for name in ("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")), "part"),
+    **dict.fromkeys(((METADATA, name) for name in _CLASSES), "part"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): "part",
     ("torch", "Size"): "part",
     ("torch.serialization", "_get_layout"): "part",
@@ -606,7 +803,7 @@ PARTS = {
     ("pathlib._local", "PosixPath"): "part",
 }  # what an index is made of; number formats come to them
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #d9412714
 class _Part:
     """Stands for an object of an index: what it was made from, and its state."""
 
@@ -618,7 +815,7 @@ class _Part:
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #2bd79951
 class IndexUnpickler(pickle.Unpickler):
     """Reads the pickle of an index without calling anything but stand-ins of its own."""
 
@@ -653,14 +850,14 @@ def _whole_number(value: Any) -> int:
         raise pickle.UnpicklingError(f"{str(value)[:40]!r} where a whole number belongs")
     return value
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #27e784b6
 def _size(value: Any) -> torch.Size:
     """A shape, or a place in one."""
     _needed(value, "Size")
     (numbers,) = value.given
     return torch.Size([_whole_number(n) for n in numbers])
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #c21e27a3
 def _tensor_of_index(value: Any) -> TensorStorageMetadata:
     """What the index says of one tensor."""
     state = _needed(value, "TensorStorageMetadata")
@@ -668,7 +865,11 @@ def _tensor_of_index(value: Any) -> TensorStorageMetadata:
     if not isinstance(dtype, torch.dtype):
         raise pickle.UnpicklingError("a tensor without a number format")
     chunks = [_needed(chunk, "ChunkStorageMetadata") for chunk in state["chunks"]]
-    return TensorStorageMetadata(TensorProperties(dtype=dtype), _size(state["size"]), [ChunkStorageMetadata(_size(c["offsets"]), _size(c["sizes"])) for c in chunks])
+    return TensorStorageMetadata(
+        TensorProperties(dtype=dtype),
+        _size(state["size"]),
+        [ChunkStorageMetadata(_size(c["offsets"]), _size(c["sizes"])) for c in chunks],
+    )
 
 # %% ../../nbs/train/09_checkpoint.ipynb #0afbb418
 def _place_of_index(key: Any, value: Any) -> tuple[MetadataIndex, Any]:
@@ -681,12 +882,14 @@ def _place_of_index(key: Any, value: Any) -> tuple[MetadataIndex, Any]:
         raise pickle.UnpicklingError("its tensors are packed by a program")
     offset = None if name.get("offset") is None else _size(name["offset"])
     number = None if name.get("index") is None else _whole_number(name["index"])
-    return MetadataIndex(str(name["fqn"]), offset, number), StorageInfo(file, _whole_number(info["offset"]), _whole_number(info["length"]))
+    return MetadataIndex(str(name["fqn"]), offset, number), StorageInfo(
+        file, _whole_number(info["offset"]), _whole_number(info["length"])
+    )
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #79f958b3
 PIECE = re.compile(r"__\d+_\d+\.distcp")
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #43a53f44
 class IndexReader(dcp.FileSystemReader):
     """Reads the files of `torch.distributed.checkpoint`. Nothing that an index says is run."""
 
@@ -700,7 +903,12 @@ class IndexReader(dcp.FileSystemReader):
             places = dict(_place_of_index(key, value) for key, value in state["storage_data"].items())
         except Exception as error:  # a hostile pickle can raise anything
             why = "this file was not written by a training, and nothing in it was run"
-            raise UserError(f"the index cannot be read: {str(error)[:200]}", where=str(path), why=why, fix="remove this checkpoint: the one before it will be used") from error
+            raise UserError(
+                f"the index cannot be read: {str(error)[:200]}",
+                where=str(path),
+                why=why,
+                fix="remove this checkpoint: the one before it will be used",
+            ) from error
         return Metadata(tensors, None, places, StorageMeta(load_id=self.load_id), state.get("version"))
 
 # %% ../../nbs/train/09_checkpoint.ipynb #700dcade
@@ -708,27 +916,49 @@ def _index(folder: Path) -> dict[str, TensorStorageMetadata]:
     """What tensors a checkpoint holds: name to shape and number format."""
     return IndexReader(folder).read_metadata().state_dict_metadata
 
-
-def _empty_moments(model: nn.Module, optimizer: Optimizer, stored: Mapping[str, tuple[tuple[int, ...], torch.dtype]], where: Path) -> dict[tuple[str, str], Tensor]:
+# %% ../../nbs/train/09_checkpoint.ipynb #7fafea4f
+def _empty_moments(
+    model: nn.Module, optimizer: Optimizer, stored: Mapping[str, tuple[tuple[int, ...], torch.dtype]], where: Path
+) -> dict[tuple[str, str], Tensor]:
     """Room for the optimizer's tensors: (parameter, kind) to a tensor that is shared out like the parameter."""
     names, parameters = {id(p): name for name, p in _parameters(model).items()}, {}
     for group in optimizer.param_groups:
-        parameters |= {_known(names, p): (p, bool(group.get("fused") or group.get("capturable"))) for p in group["params"]}
+        parameters |= {
+            _known(names, p): (p, bool(group.get("fused") or group.get("capturable"))) for p in group["params"]
+        }
     room = {}
     for key, (shape, dtype) in stored.items():
         kind, _, name = key.partition(".")
         if name not in parameters:
-            raise UserError(f"the checkpoint has {kind} of {name}, which the optimizer does not move", where=str(where), why="what was trained would be frozen from here on", fix="give the settings it was written with")
+            raise UserError(
+                f"the checkpoint has {kind} of {name}, which the optimizer does not move",
+                where=str(where),
+                why="what was trained would be frozen from here on",
+                fix="give the settings it was written with",
+            )
         p, on_device = parameters[name]
         like = shape == tuple(p.shape)
         if not like and shape not in ((), (1,)):
-            raise UserError(f"{kind} of {name} has the shape {shape}, its parameter {tuple(p.shape)}", where=str(where), why="no optimizer of ours keeps such a tensor", fix="give the checkpoint that this training wrote")
-        room[name, kind] = torch.zeros_like(p, dtype=dtype, requires_grad=False) if like else torch.zeros(shape, dtype=dtype, device=p.device if on_device else "cpu")
+            raise UserError(
+                f"{kind} of {name} has the shape {shape}, its parameter {tuple(p.shape)}",
+                where=str(where),
+                why="no optimizer of ours keeps such a tensor",
+                fix="give the checkpoint that this training wrote",
+            )
+        room[name, kind] = (
+            torch.zeros_like(p, dtype=dtype, requires_grad=False)
+            if like
+            else torch.zeros(shape, dtype=dtype, device=p.device if on_device else "cpu")
+        )
     return room
 
-
-def _set_moments(model: nn.Module, optimizer: Optimizer, moments: Mapping[tuple[str, str], Tensor], groups: list[dict[str, Any]]) -> None:
-    """Give the optimizer its tensors and its learning rates; other settings are those of now, and a difference is said."""
+# %% ../../nbs/train/09_checkpoint.ipynb #ad0c7a0e
+def _set_moments(
+    model: nn.Module, optimizer: Optimizer, moments: Mapping[tuple[str, str], Tensor], groups: list[dict[str, Any]]
+) -> None:
+    """Give the optimizer its tensors and its learning rates; other settings are those of now, and a difference is
+    said.
+    """
     parameters = _parameters(model)
     optimizer.state.clear()
     for (name, kind), tensor in moments.items():
@@ -741,13 +971,19 @@ def _set_moments(model: nn.Module, optimizer: Optimizer, moments: Mapping[tuple[
                 _say(f"the optimizer's {key} was {old[key]} and is {now[key]} from here on")
         group.update({key: old[key] for key in ("lr", "initial_lr") if key in old})
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #d87df79f
 def _restore_rank(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The extra of this rank, and its random states. With another number of ranks: the extra of rank 0, and random states as far as there are any."""
+    """The extra of this rank, and its random states.
+
+    With another number of ranks: the extra of rank 0, and random states as far as there are any.
+    """
     rank, world = rank_and_world()
     same = world == checkpoint.world_size
     if not same:
-        _say(f"written by {_processes(checkpoint.world_size)}, read by {_processes(world)}: the place in the data is that of rank 0, random states go to the first {min(world, checkpoint.world_size)}")
+        _say(
+            f"written by {_processes(checkpoint.world_size)}, read by {_processes(world)}: the place in the data is "
+            f"that of rank 0, random states go to the first {min(world, checkpoint.world_size)}"
+        )
     own = _read_extra(checkpoint.path / f"rank_{rank:05d}.safetensors") if rank < checkpoint.world_size else None
     if own:
         set_random_state(own["random"])
@@ -774,9 +1010,12 @@ def language_model(
     for name, module in unwrapped(model).named_modules():
         if isinstance(module, PreTrainedModel):
             return (f"{_plain(name)}." if name else ""), module
-    raise UserError(f"no transformers model in {type(model).__name__}", fix="give a causal language model of transformers, wrapped or not")
+    raise UserError(
+        f"no transformers model in {type(model).__name__}",
+        fix="give a causal language model of transformers, wrapped or not",
+    )
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #a5de0d0d
 def full_state(
     model: nn.Module,
 ) -> dict[str, Tensor]:
@@ -801,31 +1040,50 @@ def _shards(tensors: Mapping[str, Tensor], most: int) -> list[list[str]]:
         used += size
     return shards
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #daad45d4
 def _write_weights(tensors: Mapping[str, Tensor], folder: Path, most: int) -> None:
     """Write safetensors files, and an index if there is more than one."""
     shards = _shards(tensors, most)
-    files = ["model.safetensors"] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    files = (
+        ["model.safetensors"]
+        if len(shards) == 1
+        else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    )
     for file, names in zip(files, shards, strict=True):
         # Slices of one tensor share memory, which safetensors refuses: so they are copied, a file at a time.
         save_tensors({name: tensors[name].contiguous().clone() for name in names}, folder / file, {"format": "pt"})
     if len(shards) > 1:
         total = sum(t.numel() * t.element_size() for t in tensors.values())
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": {name: file for file, names in zip(files, shards) for name in names}})
+        write_json(
+            folder / "model.safetensors.index.json",
+            {
+                "metadata": {"total_size": total},
+                "weight_map": {name: file for file, names in zip(files, shards) for name in names},
+            },
+        )
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #d7852ca7
 def _in_format(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """The number format to publish in; the router's bias stays in float32, as it is in the releases."""
-    return tensor if dtype is None or not tensor.is_floating_point() or name.endswith("e_score_correction_bias") else tensor.to(dtype)
+    return (
+        tensor
+        if dtype is None or not tensor.is_floating_point() or name.endswith("e_score_correction_bias")
+        else tensor.to(dtype)
+    )
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #f1a67a1f
 def _write_config(hf: PreTrainedModel, folder: Path, dtype: torch.dtype, mtp: bool) -> None:
     """config.json and generation_config.json. Here the scan kernel of GPUs is off; others get it back."""
     hf.config.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text()) | {"architectures": [type(hf).__name__], "dtype": str(dtype).removeprefix("torch.")}
+    config = json.loads((folder / "config.json").read_text()) | {
+        "architectures": [type(hf).__name__],
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     if config.get("model_type") == "nemotron_h":
         further = {"num_nextn_predict_layers": config.get("num_nextn_predict_layers") or 1} if mtp else {}
-        config = release_config({"mtp_layers_block_type": ["attention", "moe"]} | config | {"use_mamba_kernels": True} | further)
+        config = release_config(
+            {"mtp_layers_block_type": ["attention", "moe"]} | config | {"use_mamba_kernels": True} | further
+        )
     write_json(folder / "config.json", config)
     if hf.generation_config is not None:
         hf.generation_config.save_pretrained(folder)
@@ -835,38 +1093,89 @@ def export_hf(
     model: nn.Module,  # plain, wrapped, or sharded
     tokenizer_dir: str | Path,  # files of the tokenizer and its chat template, copied beside the weights
     folder: str | Path,  # must not exist yet
-    extra_tensors: Mapping[str, Tensor] | None = None,  # whole, under their published names, such as mtp.layers.0.norm.weight
+    # whole, under their published names, such as mtp.layers.0.norm.weight
+    extra_tensors: Mapping[str, Tensor] | None = None,
     *,
     state: Mapping[str, Tensor] | None = None,  # full_state of the model, if it was changed on the way
     dtype: torch.dtype | None = None,  # number format to write; None = as the weights are
     shard_bytes: int = 5_000_000_000,  # of a file
 ) -> Audit | None:
-    """Write the model in Hugging Face form; the folder appears when all is written, read again and found equal. Every rank calls it; rank 0 returns what was compared."""
+    """Write the model in Hugging Face form; the folder appears when all is written, read again and found equal.
+
+    Every rank calls it; rank 0 returns what was compared.
+    """
     prefix, hf = language_model(model)
     state = full_state(model) if state is None else state
-    return on_first(lambda: _export(hf, {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}, tokenizer_dir, folder, dict(extra_tensors or {}), dtype, shard_bytes))
+    return on_first(
+        lambda: _export(
+            hf,
+            {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)},
+            tokenizer_dir,
+            folder,
+            dict(extra_tensors or {}),
+            dtype,
+            shard_bytes,
+        )
+    )
 
-
-def _export(hf: PreTrainedModel, state: dict[str, Tensor], tokenizer_dir: str | Path, folder: str | Path, extra: dict[str, Tensor], dtype: torch.dtype | None, shard_bytes: int) -> Audit:
-    """`export_hf` on the first rank."""
-    if any(".lora_" in name for name in state):
-        raise UserError("this model has adapters beside its weights", where="export_hf", why="they have no place in a checkpoint of the base", fix="use nemotron_nb.train.lora: save_adapter for the adapters, export_merged for the sum")
-    if not Path(tokenizer_dir).is_dir():
-        raise UserError("no such folder", where=str(tokenizer_dir), why="a model without its tokenizer and chat template is of no use", fix="give the tokenizer folder of the prepared data")
+# %% ../../nbs/train/09_checkpoint.ipynb #b01397a1
+def _published(
+    hf: PreTrainedModel, state: Mapping[str, Tensor], extra: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Every tensor of a model under its published names, in the format it is published in."""
     ours = hf.config.model_type == "nemotron_h"
     tensors = {}
     for name, tensor in state.items():
         names = release_names(name, tuple(tensor.shape)) if ours else [name]
-        tensors |= {n: _in_format(n, t, dtype) for n, t in zip(names, tensor if len(names) > 1 else [tensor], strict=True)}
+        tensors |= {
+            n: _in_format(n, t, dtype) for n, t in zip(names, tensor if len(names) > 1 else [tensor], strict=True)
+        }
     tied = set() if ours or not hf.config.tie_word_embeddings else set(hf._tied_weights_keys or ())
-    tensors = {n: t for n, t in tensors.items() if n not in tied} | {n: _in_format(n, t.detach().cpu(), dtype) for n, t in extra.items()}
+    tensors = {n: t for n, t in tensors.items() if n not in tied}
+    return tensors | {n: _in_format(n, t.detach().cpu(), dtype) for n, t in extra.items()}
+
+# %% ../../nbs/train/09_checkpoint.ipynb #c2dd3077
+def _check_export(state: Mapping[str, Tensor], tokenizer_dir: str | Path) -> None:
+    """Refuse a model with adapters beside its weights, and one without a tokenizer."""
+    if any(".lora_" in name for name in state):
+        raise UserError(
+            "this model has adapters beside its weights",
+            where="export_hf",
+            why="they have no place in a checkpoint of the base",
+            fix="use nemotron_nb.train.lora: save_adapter for the adapters, export_merged for the sum",
+        )
+    if not Path(tokenizer_dir).is_dir():
+        raise UserError(
+            "no such folder",
+            where=str(tokenizer_dir),
+            why="a model without its tokenizer and chat template is of no use",
+            fix="give the tokenizer folder of the prepared data",
+        )
+
+# %% ../../nbs/train/09_checkpoint.ipynb #e224023b
+def _export(
+    hf: PreTrainedModel,
+    state: dict[str, Tensor],
+    tokenizer_dir: str | Path,
+    folder: str | Path,
+    extra: dict[str, Tensor],
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+) -> Audit:
+    """`export_hf` on the first rank."""
+    _check_export(state, tokenizer_dir)
+    tensors = _published(hf, state, extra, dtype)
     with new_folder(folder) as new:
         _write_weights(tensors, new, shard_bytes)
         _write_config(hf, new, dtype or hf.dtype, any(name.startswith("mtp.") for name in extra))
         shutil.copytree(tokenizer_dir, new, dirs_exist_ok=True)
         found = audit_tensors(tensors, new)
         if not found.ok:
-            raise UserError(f"what was read is not what was written: {found}", where=str(folder), fix="look at the disk; nothing was left behind")
+            raise UserError(
+                f"what was read is not what was written: {found}",
+                where=str(folder),
+                fix="look at the disk; nothing was left behind",
+            )
     return found
 
 # %% ../../nbs/train/09_checkpoint.ipynb #521d6dcf
@@ -881,13 +1190,13 @@ def _stored(folder: Path) -> dict[str, Path]:
             stored |= {name: file for name in opened.keys()}
     return stored
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #f67fb214
 def _tensor_of(name: str, file: Path) -> Tensor:
     """One tensor of a file; the others stay on disk."""
     with open_tensors(file) as opened:
         return opened.get_tensor(name)
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #c8dc81c4
 def audit_tensors(
     tensors: Mapping[str, Tensor],  # as they should be
     folder: str | Path,  # as they are
@@ -909,39 +1218,68 @@ def _canonical(name: str) -> str:
     name = "backbone." + name.removeprefix("model.") if name.startswith("model.") else name
     return RENAMED.get(name, name)
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #235d16c0
 def import_hf(
     model: nn.Module,  # filled in place; plain, wrapped, or sharded
     folder: str | Path,  # in Hugging Face form, as NVIDIA publishes it or as transformers saves it
 ) -> dict[str, Tensor]:
-    """Fill the model with the weights of a folder, in the model's number format. Returns the tensors `mtp.*`; other tensors too many or too few raise `UserError`."""
+    """Fill the model with the weights of a folder, in the model's number format.
+
+    Returns the tensors `mtp.*`; other tensors too many or too few raise `UserError`.
+    """
     prefix, hf = language_model(model)
-    state = {_plain(name).removeprefix(prefix): t for name, t in unwrapped(model).state_dict().items() if _plain(name).startswith(prefix)}
+    state = {
+        _plain(name).removeprefix(prefix): t
+        for name, t in unwrapped(model).state_dict().items()
+        if _plain(name).startswith(prefix)
+    }
     ours = hf.config.model_type == "nemotron_h"
     stored = {_canonical(name) if ours else name: (name, file) for name, file in _stored(Path(folder)).items()}
     tied = set(hf._tied_weights_keys or ()) if hf.config.tie_word_embeddings else set()
-    names = {name: release_names(name, tuple(t.shape)) if ours else [name] for name, t in state.items() if name not in tied}
+    names = {
+        name: release_names(name, tuple(t.shape)) if ours else [name] for name, t in state.items() if name not in tied
+    }
     _refuse_folder({n for group in names.values() for n in group}, stored.keys(), Path(folder))
     for name, parts in names.items():
         read = [_tensor_of(*stored[part]) for part in parts]
-        _fill(state[name], torch.stack(read) if len(parts) > 1 or STACKED.fullmatch(name) else read[0], name, Path(folder))
+        _fill(
+            state[name], torch.stack(read) if len(parts) > 1 or STACKED.fullmatch(name) else read[0], name, Path(folder)
+        )
     return {name: _tensor_of(*place) for name, place in stored.items() if name.startswith("mtp.")}
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #eb8920f8
 def _refuse_folder(wanted: set[str], stored: set[str], folder: Path) -> None:
     """Names of the model against names in the folder."""
-    told = [f"{what}: {_some(sorted(names))}" for what, names in (("missing", wanted - stored), ("not known to the model", {n for n in stored - wanted if not n.startswith("mtp.")})) if names]
+    told = [
+        f"{what}: {_some(sorted(names))}"
+        for what, names in (
+            ("missing", wanted - stored),
+            ("not known to the model", {n for n in stored - wanted if not n.startswith("mtp.")}),
+        )
+        if names
+    ]
     if told:
-        raise UserError("weights of another model; " + "; ".join(told), where=str(folder), why="a part of the model would stay random", fix="give the folder whose config.json the model was built from")
+        raise UserError(
+            "weights of another model; " + "; ".join(told),
+            where=str(folder),
+            why="a part of the model would stay random",
+            fix="give the folder whose config.json the model was built from",
+        )
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #34a32c19
 @torch.no_grad()
 def _fill(target: Tensor, whole: Tensor, name: str, folder: Path) -> None:
     """Copy a whole tensor into its place, or this rank's part of it."""
     if tuple(target.shape) != tuple(whole.shape):
-        raise UserError(f"{name} has shape {tuple(whole.shape)}, the model wants {tuple(target.shape)}", where=str(folder), fix="give the folder whose config.json the model was built from")
+        raise UserError(
+            f"{name} has shape {tuple(whole.shape)}, the model wants {tuple(target.shape)}",
+            where=str(folder),
+            fix="give the folder whose config.json the model was built from",
+        )
     if isinstance(target, DTensor):
-        own = distribute_tensor(whole.to(target.device, target.dtype), target.device_mesh, target.placements, src_data_rank=None)
+        own = distribute_tensor(
+            whole.to(target.device, target.dtype), target.device_mesh, target.placements, src_data_rank=None
+        )
         target.to_local().copy_(own.to_local())
     else:
         target.copy_(whole)

@@ -25,7 +25,7 @@ from ..core import UserError
 # %% ../../nbs/train/15_ending.ipynb #e4d1005a
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
-
+# %% ../../nbs/train/15_ending.ipynb #79571d2e
 @contextmanager
 def handling_signals(
     handler: Callable[[int, FrameType | None], None],  # is given the number of a signal
@@ -67,9 +67,12 @@ class StopSignals:
 # %% ../../nbs/train/15_ending.ipynb #e4d10008
 LOCK = ".training.lock"
 
-
+# %% ../../nbs/train/15_ending.ipynb #acf821b3
 def _opened_lock(path: Path) -> int | None:
-    """The lock file, opened and locked; None: another process holds it. It is the file that has the name now, not one that was removed meanwhile."""
+    """The lock file, opened and locked; None: another process holds it.
+
+    It is the file that has the name now, not one that was removed meanwhile.
+    """
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -86,7 +89,7 @@ def _opened_lock(path: Path) -> int | None:
             return handle
         os.close(handle)
 
-
+# %% ../../nbs/train/15_ending.ipynb #e70c874c
 def lock_holder(
     folder: str | Path,  # the output folder of a training
 ) -> dict[str, Any]:
@@ -101,7 +104,7 @@ def lock_holder(
         except BlockingIOError:
             return json.loads(file.read() or "{}") or {"pid": 0}
 
-
+# %% ../../nbs/train/15_ending.ipynb #5ec7a933
 @contextmanager
 def locked_folder(
     folder: str | Path,  # the output folder of a training; made if it is not there
@@ -112,11 +115,29 @@ def locked_folder(
     handle = _opened_lock(path)
     if handle is None:
         about = lock_holder(folder)
-        who = f"process {about['pid']} on {about['host']}, since {about['since']}" if "host" in about else "another process"
-        raise UserError(f"another training works in this folder: {who}", where=str(folder), why="two would cut each other's metrics and checkpoints", fix="wait for it, ask it to end with a file STOP in the folder, or give another output_dir")
+        who = (
+            f"process {about['pid']} on {about['host']}, since {about['since']}"
+            if "host" in about
+            else "another process"
+        )
+        raise UserError(
+            f"another training works in this folder: {who}",
+            where=str(folder),
+            why="two would cut each other's metrics and checkpoints",
+            fix="wait for it, ask it to end with a file STOP in the folder, or give another output_dir",
+        )
     try:
         os.ftruncate(handle, 0)
-        os.write(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"}).encode())
+        os.write(
+            handle,
+            json.dumps(
+                {
+                    "pid": os.getpid(),
+                    "host": socket.gethostname(),
+                    "since": f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}",
+                }
+            ).encode(),
+        )
         yield
     finally:
         path.unlink(missing_ok=True)

@@ -39,7 +39,7 @@ class HeldOutLoss:
     trained_tokens: int
     conversations: int
 
-
+# %% ../../nbs/train/17_evaluate.ipynb #1be471e9
 @torch.no_grad()
 def held_out_loss(
     model: NemotronHForCausalLM,
@@ -64,11 +64,14 @@ def _part(pack: Pack, chosen: Sequence[int]) -> Pack:
     names, sources = (tuple(t[k] for k in chosen) if t else () for t in (pack.conversation_ids, pack.sources))
     return Pack(ids, mask, starts, names, sources)
 
-
+# %% ../../nbs/train/17_evaluate.ipynb #e55e1a63
 def by_source(
     packs: Sequence[Pack],
 ) -> dict[str, list[Pack]]:
-    """The packs taken apart by source, in order of first appearance. Packs without provenance are of the source "all"."""
+    """The packs taken apart by source, in order of first appearance.
+
+    Packs without provenance are of the source "all".
+    """
     parts: dict[str, list[Pack]] = {}
     for pack in packs:
         sources = pack.sources or ("all",) * len(pack.spans)
@@ -76,7 +79,7 @@ def by_source(
             parts.setdefault(source, []).append(_part(pack, [k for k, s in enumerate(sources) if s == source]))
     return parts
 
-
+# %% ../../nbs/train/17_evaluate.ipynb #afc257f1
 def losses_by_source(
     model: NemotronHForCausalLM,
     packs: Sequence[Pack],
@@ -87,20 +90,25 @@ def losses_by_source(
     parts = {source: [p for p in part if p.loss_mask.any()] for source, part in by_source(packs).items()}
     return {source: held_out_loss(model, part, max_tokens, unit) for source, part in parts.items() if part}
 
-
+# %% ../../nbs/train/17_evaluate.ipynb #529bd050
 def together(
     losses: Sequence[HeldOutLoss],  # of parts that share no conversation
 ) -> HeldOutLoss:
     """The loss of all parts: each mean weighted by what it is a mean of."""
     tokens, chats = sum(x.trained_tokens for x in losses), sum(x.conversations for x in losses)
-    return HeldOutLoss(sum(x.loss_token * x.trained_tokens for x in losses) / tokens, sum(x.loss_sample * x.conversations for x in losses) / chats, tokens, chats)
+    return HeldOutLoss(
+        sum(x.loss_token * x.trained_tokens for x in losses) / tokens,
+        sum(x.loss_sample * x.conversations for x in losses) / chats,
+        tokens,
+        chats,
+    )
 
 # %% ../../nbs/train/17_evaluate.ipynb #8c77fcde
 def ids_of(row: Row) -> list[int]:
     """All tokens of a row's conversation, the last one included."""
     return [*row.tokens.tolist(), int(row.labels[-1])]
 
-
+# %% ../../nbs/train/17_evaluate.ipynb #b2b650c0
 @torch.no_grad()
 def token_losses(
     model: NemotronHForCausalLM,
@@ -111,7 +119,7 @@ def token_losses(
     nll = share_of_loss(model, batch, "token", Denominators(1, 1))[1][0].tolist()
     return [None, *(loss if trained else None for loss, trained in zip(nll, row.mask.tolist(), strict=True))]
 
-
+# %% ../../nbs/train/17_evaluate.ipynb #d124f4d8
 def roles_of(
     pieces: Sequence[str],  # the text of each token
 ) -> list[str]:
@@ -151,7 +159,7 @@ class Generation:
     well_formed: bool
     exact: bool  # token for token what the reference says
 
-
+# %% ../../nbs/train/17_evaluate.ipynb #3f17673f
 def generations(
     model: NemotronHForCausalLM,
     rows: Sequence[Row],
@@ -160,14 +168,28 @@ def generations(
     max_new_tokens: int,
 ) -> list[Generation]:
     """Continue held-out prompts and look at the form of what comes."""
-    cases = list(itertools.islice(((r.conversation_id, *turn) for r in rows for turn in prompts_of(r)), num_generations))
+    cases = list(
+        itertools.islice(((r.conversation_id, *turn) for r in rows for turn in prompts_of(r)), num_generations)
+    )
     end, call = tokenizer.im_end_id, tokenizer.special_ids["<tool_call>"]
     found = []
-    for (name, prompt, expected), ids in zip(cases, generate(model, [c[1] for c in cases], end, max_new_tokens), strict=True):
+    for (name, prompt, expected), ids in zip(
+        cases, generate(model, [c[1] for c in cases], end, max_new_tokens), strict=True
+    ):
         ended, text = ids[-1:] == [end], tokenizer.decode(prompt)
         form = health(text, tokenizer.decode(ids[: len(ids) - ended]), call in expected, ended)
         exact = ids == expected[: expected.index(end) + 1] if end in expected else False
-        found.append(Generation(name, text, tokenizer.decode(expected), tokenizer.decode(ids), **asdict(form), well_formed=form.well_formed, exact=exact))
+        found.append(
+            Generation(
+                name,
+                text,
+                tokenizer.decode(expected),
+                tokenizer.decode(ids),
+                **asdict(form),
+                well_formed=form.well_formed,
+                exact=exact,
+            )
+        )
     return found
 
 # %% ../../nbs/train/17_evaluate.ipynb #a9ef6fc8
@@ -181,9 +203,15 @@ def example_of(
     row = min(rows, key=lambda r: (call not in r.labels[r.mask], len(r)))
     pieces, nll = tokenizer.pieces(ids_of(row)), token_losses(model, row)
     trained = [0, *row.mask.astype(int).tolist()]
-    return {"conversation_id": row.conversation_id, "pieces": pieces, "roles": roles_of(pieces), "trained": trained, "nll": nll}
+    return {
+        "conversation_id": row.conversation_id,
+        "pieces": pieces,
+        "roles": roles_of(pieces),
+        "trained": trained,
+        "nll": nll,
+    }
 
-
+# %% ../../nbs/train/17_evaluate.ipynb #ce7bad9e
 def evaluate(
     model: NemotronHForCausalLM,
     packs: Sequence[Pack],  # held out
@@ -197,7 +225,10 @@ def evaluate(
     """Loss, one conversation token by token, generations and their health, ready for JSON."""
     rows, losses = global_batch(packs).rows, losses_by_source(model, packs, max_tokens, unit)
     written = generations(model, rows, tokenizer, num_generations, max_new_tokens)
-    rate = {f"{name}_rate": sum(getattr(g, name) for g in written) / len(written) if written else 0.0 for name in ("well_formed", "called_as_expected", "exact")}
+    rate = {
+        f"{name}_rate": sum(getattr(g, name) for g in written) / len(written) if written else 0.0
+        for name in ("well_formed", "called_as_expected", "exact")
+    }
     return {
         "step": step,
         **asdict(together(list(losses.values()))),
@@ -219,22 +250,28 @@ def check_mode(mode: str) -> None:
     if mode not in MODES:
         raise UserError(f"unknown reasoning mode {mode!r}", where="eval.modes", fix=nearest(mode, MODES))
 
-
+# %% ../../nbs/train/17_evaluate.ipynb #778a600c
 def _with_ending(inner: list[int], words: str, tokenizer: ChatTokenizer) -> list[int]:
     """What stands inside a turn, with words at its end; special tokens stay what they are."""
     special = not set(tokenizer.special_ids.values()).isdisjoint(inner)
     return tokenizer.encode(tokenizer.decode(inner) + words, special=special)
 
-
+# %% ../../nbs/train/17_evaluate.ipynb #fdc0525c
 def _turn_spans(ids: Sequence[int], tokenizer: ChatTokenizer) -> list[tuple[str, int, int]]:
     """(role, start, end) of what stands between <|im_start|> and <|im_end|> of each turn; the last one is open."""
     starts = [i + 1 for i, token in enumerate(ids) if token == tokenizer.special_ids[IM_START]]
     stops = [*(start - 1 for start in starts[1:]), len(ids)][: len(starts)]
-    spans = [(start, next((i for i in range(start, stop) if ids[i] == tokenizer.im_end_id), stop)) for start, stop in zip(starts, stops, strict=True)]
+    spans = [
+        (start, next((i for i in range(start, stop) if ids[i] == tokenizer.im_end_id), stop))
+        for start, stop in zip(starts, stops, strict=True)
+    ]
     called = tokenizer.special_ids["<tool_response>"]
-    return [("tool" if called in ids[a : min(a + 3, b)] else tokenizer.decode(ids[a : min(a + 8, b)]).split("\n")[0], a, b) for a, b in spans]
+    return [
+        ("tool" if called in ids[a : min(a + 3, b)] else tokenizer.decode(ids[a : min(a + 8, b)]).split("\n")[0], a, b)
+        for a, b in spans
+    ]
 
-
+# %% ../../nbs/train/17_evaluate.ipynb #5f34bc60
 def with_mode(
     prompt: Sequence[int],  # ends with the opening of an assistant turn
     mode: str,  # one of MODES
@@ -247,10 +284,16 @@ def with_mode(
     ids, spans = list(prompt), _turn_spans(prompt, tokenizer)
     head = tokenizer.encode("assistant\n", special=False)
     if not spans or spans[-1][0] != "assistant" or ids[spans[-1][1] :][: len(head)] != head:
-        raise UserError("the prompt does not end with the opening of an assistant turn", where=repr(tokenizer.decode(ids[-12:])), fix="cut it where the model would begin to write")
+        raise UserError(
+            "the prompt does not end with the opening of an assistant turn",
+            where=repr(tokenizer.decode(ids[-12:])),
+            fix="cut it where the model would begin to write",
+        )
     ids[spans[-1][1] :] = [*head, *tokenizer.encode(_OPENINGS[mode], special=True)]
     last_user = max((i for i, (role, *_) in enumerate(spans) if role == "user"), default=-1)
-    words = (marker if mode == "low" else "") + (f"\n\n{{thinking token budget: {budget}}}" if budget is not None else "")
+    words = (marker if mode == "low" else "") + (
+        f"\n\n{{thinking token budget: {budget}}}" if budget is not None else ""
+    )
     if words and last_user >= 0:
         _, start, end = spans[last_user]
         ids[start:end] = _with_ending(ids[start:end], words, tokenizer)
@@ -266,20 +309,25 @@ class HeldOutTurn:
     prompt: tuple[int, ...]
     expected: tuple[int, ...]
 
-
+# %% ../../nbs/train/17_evaluate.ipynb #97f54b14
 def held_out_turns(
     packs: Sequence[Pack],
     count: int,  # turns to take; 0 = all
 ) -> list[HeldOutTurn]:
     """Held-out turns, one of each source in turn."""
     queues = [
-        [HeldOutTurn(row.conversation_id, source, tuple(prompt), tuple(expected)) for pack in part for row in rows_of(pack) for prompt, expected in prompts_of(row)]
+        [
+            HeldOutTurn(row.conversation_id, source, tuple(prompt), tuple(expected))
+            for pack in part
+            for row in rows_of(pack)
+            for prompt, expected in prompts_of(row)
+        ]
         for source, part in by_source(packs).items()
     ]
     mixed = [turn for turns in itertools.zip_longest(*queues) for turn in turns if turn is not None]
     return mixed[: count or None]
 
-
+# %% ../../nbs/train/17_evaluate.ipynb #c32810cb
 @dataclass(frozen=True)
 class Written:
     """One generated turn in one mode, and its form."""
@@ -300,23 +348,45 @@ class Written:
     called_as_expected: bool
     well_formed: bool
 
-
+# %% ../../nbs/train/17_evaluate.ipynb #30e64520
 def _thought_length(ids: Sequence[int], tokenizer: ChatTokenizer) -> int:
     """Tokens before </think>, without the line break that the format sets there."""
     close, line = tokenizer.special_ids["</think>"], tokenizer.encode("\n", special=False)
     thought = list(ids[: ids.index(close)] if close in ids else ids)
     return len(thought) - (len(line) if thought[-len(line) :] == line else 0)
 
-
-def _written(turn: HeldOutTurn, mode: str, test: int, prompt: str, ids: list[int], budget: ThoughtBudget | None, tokenizer: ChatTokenizer) -> Written:
+# %% ../../nbs/train/17_evaluate.ipynb #f10344b4
+def _written(
+    turn: HeldOutTurn,
+    mode: str,
+    test: int,
+    prompt: str,
+    ids: list[int],
+    budget: ThoughtBudget | None,
+    tokenizer: ChatTokenizer,
+) -> Written:
     """What was generated, and its form."""
     ended = ids[-1:] == [tokenizer.im_end_id]
-    form = health(prompt, tokenizer.decode(ids[: len(ids) - ended]), tokenizer.special_ids["<tool_call>"] in turn.expected, ended)
+    form = health(
+        prompt, tokenizer.decode(ids[: len(ids) - ended]), tokenizer.special_ids["<tool_call>"] in turn.expected, ended
+    )
     thought = _thought_length(ids, tokenizer) if _OPENINGS[mode] == OPEN_THOUGHT else 0
     said = tokenizer.decode(turn.expected), tokenizer.decode(ids)
-    return Written(turn.conversation_id, turn.source, mode, test, prompt, *said, len(ids), thought, budget is not None and thought >= budget.tokens, **asdict(form), well_formed=form.well_formed)
+    return Written(
+        turn.conversation_id,
+        turn.source,
+        mode,
+        test,
+        prompt,
+        *said,
+        len(ids),
+        thought,
+        budget is not None and thought >= budget.tokens,
+        **asdict(form),
+        well_formed=form.well_formed,
+    )
 
-
+# %% ../../nbs/train/17_evaluate.ipynb #dafab833
 def write_turns(
     model: NemotronHForCausalLM,
     turns: Sequence[HeldOutTurn],
@@ -332,16 +402,26 @@ def write_turns(
     prompts = [with_mode(t.prompt, mode, tokenizer, budget if mode != "off" else None) for t in turns]
     stop = ThoughtBudget(budget, tokenizer) if budget is not None and mode != "off" else None
     found = iter(generate(model, prompts, tokenizer.im_end_id, max_new_tokens, max_tokens, sampling, stop, tests))
-    return [_written(turn, mode, test, tokenizer.decode(prompt), next(found), stop, tokenizer) for turn, prompt in zip(turns, prompts, strict=True) for test in range(tests)]
+    return [
+        _written(turn, mode, test, tokenizer.decode(prompt), next(found), stop, tokenizer)
+        for turn, prompt in zip(turns, prompts, strict=True)
+        for test in range(tests)
+    ]
 
-
+# %% ../../nbs/train/17_evaluate.ipynb #ea05bf3b
 def health_rates(
     written: Sequence[Written],
 ) -> dict[str, float | int | None]:
-    """Share of turns of each virtue, and mean lengths. Of calls that can be read: among the turns that call; None if none does."""
+    """Share of turns of each virtue, and mean lengths.
+
+    Of calls that can be read: among the turns that call; None if none does.
+    """
     count = len(written)
     calls = [w.well_formed_tool_call for w in written if w.well_formed_tool_call is not None]
-    rates = {name: sum(getattr(w, name) for w in written) / max(1, count) for name in ("well_formed", "closed_think", "ended", "called_as_expected", "reached_budget")}
+    rates = {
+        name: sum(getattr(w, name) for w in written) / max(1, count)
+        for name in ("well_formed", "closed_think", "ended", "called_as_expected", "reached_budget")
+    }
     lengths = {name: sum(getattr(w, name) for w in written) / max(1, count) for name in ("tokens", "thought_tokens")}
     return {"turns": count, **rates, "readable_calls": sum(calls) / len(calls) if calls else None, **lengths}
 
@@ -360,7 +440,7 @@ class Answered:
     by: str  # the rule that judged
     found: str  # what it took for the answer
 
-
+# %% ../../nbs/train/17_evaluate.ipynb #3bfaa4a2
 def question_prompt(
     problem: str,
     tokenizer: ChatTokenizer,
@@ -370,7 +450,7 @@ def question_prompt(
     messages = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": problem}]
     return [i for chunk in chunks(messages, add_generation_prompt=True) for i in tokenizer.encode_pieces(chunk.pieces)]
 
-
+# %% ../../nbs/train/17_evaluate.ipynb #1075a8b2
 def answer_questions(
     model: NemotronHForCausalLM,
     questions: Sequence[Question],
@@ -386,11 +466,22 @@ def answer_questions(
     max_tokens: int = 16_384,
 ) -> list[Answered]:
     """Ask each question `tests` times, and judge the answers."""
-    prompts = [with_mode(question_prompt(q.problem, tokenizer, system), mode, tokenizer, budget if mode != "off" else None) for q in questions]
+    prompts = [
+        with_mode(question_prompt(q.problem, tokenizer, system), mode, tokenizer, budget if mode != "off" else None)
+        for q in questions
+    ]
     stop = ThoughtBudget(budget, tokenizer) if budget is not None and mode != "off" else None
-    texts = map(tokenizer.decode, generate(model, prompts, tokenizer.im_end_id, max_new_tokens, max_tokens, sampling, stop, tests))
+    texts = map(
+        tokenizer.decode,
+        generate(model, prompts, tokenizer.im_end_id, max_new_tokens, max_tokens, sampling, stop, tests),
+    )
     answered = []
     for (question, test), text in zip(itertools.product(questions, range(tests)), texts, strict=True):
         verdict = verify(answer_of(text, _OPENINGS[mode] == OPEN_THOUGHT), question.solution, verifier, rel_tol)
-        answered.append(Answered(question.problem, question.solution, question.domain, mode, test, text, verdict.right, verdict.by, verdict.found))
+        answered.append(
+            Answered(
+                question.problem, question.solution, question.domain, mode, test, text, verdict.right, verdict.by,
+                verdict.found,
+            )
+        )
     return answered

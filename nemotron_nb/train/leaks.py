@@ -25,6 +25,7 @@ from .batches import collate, grouped, rows_of, share_of_loss
 from .scan import ChunkedMixer, causal_conv
 from ..viz import Picture, png, table
 
+# %% ../../nbs/train/06_leaks.ipynb #e3cd9512
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -33,37 +34,65 @@ def isolation_picture(
     pack: Pack,
     title: str = "",
 ) -> Picture:
-    """Block-diagonal attention, and below it on the same axis the tokens that a Mamba-2 state has read since its last reset."""
+    """Block-diagonal attention, and below it on the same axis the tokens that a Mamba-2 state has read since its
+    last reset.
+    """
     from matplotlib.collections import PolyCollection
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2, 5.6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    above.add_collection(PolyCollection([[(a, a), (a, b), (b, b)] for a, b in pack.spans], facecolors="#9a9a9a", edgecolors="#222222", linewidths=0.8))
+    above.add_collection(
+        PolyCollection(
+            [[(a, a), (a, b), (b, b)] for a, b in pack.spans],
+            facecolors="#9a9a9a",
+            edgecolors="#222222",
+            linewidths=0.8,
+        )
+    )
     above.set(xlim=(0, len(pack)), ylim=(len(pack), 0), ylabel="token that looks", title=title)
-    above.text(0.97, 0.95, "grey: is seen\nwhite: must not be seen", transform=above.transAxes, ha="right", va="top", fontsize=9)
-    below.plot([x for a, b in pack.spans for x in (a, a, b)], [y for a, b in pack.spans for y in (0, 0, b - a)], color="#2166ac", linewidth=1.2)
-    below.plot(pack.seq_start_id, np.zeros(len(pack.spans)), "v", color="#c9660f", markersize=6, clip_on=False, label="reset")
+    above.text(
+        0.97, 0.95, "grey: is seen\nwhite: must not be seen", transform=above.transAxes, ha="right", va="top",
+        fontsize=9,
+    )
+    below.plot(
+        [x for a, b in pack.spans for x in (a, a, b)],
+        [y for a, b in pack.spans for y in (0, 0, b - a)],
+        color="#2166ac",
+        linewidth=1.2,
+    )
+    below.plot(
+        pack.seq_start_id, np.zeros(len(pack.spans)), "v", color="#c9660f", markersize=6, clip_on=False, label="reset"
+    )
     below.set(xlabel="place in the pack; above: token that is seen", ylabel="tokens in\nthe state", ylim=(0, None))
     below.legend(frameon=False, fontsize=8, loc="upper left")
     sizes = np.diff([*pack.seq_start_id, len(pack)])
     named = ", ".join(map(str, sizes[:8])) + (f" and {len(sizes) - 8} more" if len(sizes) > 8 else "")
     head = f"{title}: " if title else ""
-    return png(figure, f"{head}{len(sizes)} conversations of {named} tokens in one row. Attention stays inside {len(sizes)} triangles on the diagonal; the Mamba-2 state is reset {len(sizes)} times, at the start of each.")
+    return png(
+        figure,
+        f"{head}{len(sizes)} conversations of {named} tokens in one row. Attention stays inside {len(sizes)} "
+        f"triangles on the diagonal; the Mamba-2 state is reset {len(sizes)} times, at the start of each.",
+    )
 
 # %% ../../nbs/train/06_leaks.ipynb #1dfa5ce2
 RESETS = ("attention", "convolution", "scan")
 
-
+# %% ../../nbs/train/06_leaks.ipynb #ab041e5e
 def _mamba(mixer: ChunkedMixer, x_1TH: Tensor, convolution: list[int], scan: list[int]) -> Tensor:
     """A Mamba-2 layer whose convolution and scan begin anew with each part; the lists hold the lengths of the parts."""
     gate, xbc, dt = mixer.in_proj(x_1TH).split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], dim=-1)
-    filtered = [causal_conv(part, mixer.conv1d.weight[:, 0], mixer.conv1d.bias)[0] for part in xbc.split(convolution, dim=1)]
+    filtered = [
+        causal_conv(part, mixer.conv1d.weight[:, 0], mixer.conv1d.bias)[0] for part in xbc.split(convolution, dim=1)
+    ]
     xbc = mixer.act(torch.cat(filtered, dim=1))
-    y = [mixer._scan(part, steps, None)[0] for part, steps in zip(xbc.split(scan, dim=1), dt.split(scan, dim=1), strict=True)]
+    y = [
+        mixer._scan(part, steps, None)[0]
+        for part, steps in zip(xbc.split(scan, dim=1), dt.split(scan, dim=1), strict=True)
+    ]
     return mixer.out_proj(mixer.norm(torch.cat(y, dim=1), gate).to(x_1TH.dtype))
 
-
+# %% ../../nbs/train/06_leaks.ipynb #ee9fe602
 def one_row_hidden(
     model: NemotronHForCausalLM,
     tokens_T: Tensor,  # int64 [T] a whole pack
@@ -87,7 +116,7 @@ def one_row_hidden(
 # %% ../../nbs/train/06_leaks.ipynb #6d445982
 Layout = Callable[[NemotronHForCausalLM, Pack, Tensor, Tensor], tuple[Tensor, Tensor]]
 
-
+# %% ../../nbs/train/06_leaks.ipynb #01bd420d
 def engine_rows(
     model: NemotronHForCausalLM,
     pack: Pack,
@@ -95,7 +124,9 @@ def engine_rows(
     counted_T: Tensor,  # bool [T] whose losses are asked for
     max_tokens: int = 8192,  # padded tokens of a micro-batch
 ) -> tuple[Tensor, Tensor]:
-    """(sum of the losses asked for, differentiable; the losses [T] in nats, 0 elsewhere), computed as the PyTorch engine does."""
+    """(sum of the losses asked for, differentiable; the losses [T] in nats, 0 elsewhere), computed as the PyTorch
+    engine does.
+    """
     names = tuple(map(str, range(len(pack.spans))))
     asked = replace(pack, loss_mask=counted_T.numpy().astype(np.uint8), conversation_ids=names)
     read = replace(asked, input_ids=tokens_T.numpy().astype(np.int32))
@@ -110,7 +141,7 @@ def engine_rows(
             nll_T[start : start + len(row)] = nll[: len(row)].detach()
     return total, nll_T
 
-
+# %% ../../nbs/train/06_leaks.ipynb #6bd06a27
 def one_row(
     model: NemotronHForCausalLM,
     pack: Pack,
@@ -135,7 +166,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "nothing reset": partial(one_row, resets=()),
 }
 
-
+# %% ../../nbs/train/06_leaks.ipynb #fca3d8cb
 def _layout(layout: str | Layout) -> tuple[str, Layout]:
     """The name of a layout and what computes it."""
     if callable(layout):
@@ -147,7 +178,7 @@ def _layout(layout: str | Layout) -> tuple[str, Layout]:
 # %% ../../nbs/train/06_leaks.ipynb #f778fc32
 ROUNDING = 1e-5  # nats; float32 losses of about 8 move by a tenth of this when a matrix product has another shape
 
-
+# %% ../../nbs/train/06_leaks.ipynb #e823a780
 @dataclass(frozen=True, eq=False)
 class LeakMap:
     """By how much the loss of every label of a pack moved when one input token was changed."""
@@ -161,7 +192,9 @@ class LeakMap:
     def between(self) -> np.ndarray:
         """float64 [S,S]: the largest change in sequence j by a change in sequence i."""
         owner = np.searchsorted([end for _, end in self.spans], self.probes, side="right")
-        return np.array([[self.changes[owner == i, a:b].max(initial=0) for a, b in self.spans] for i in range(len(self.spans))])
+        return np.array(
+            [[self.changes[owner == i, a:b].max(initial=0) for a, b in self.spans] for i in range(len(self.spans))]
+        )
 
     @property
     def largest_leak(self) -> float:
@@ -175,27 +208,38 @@ class LeakMap:
 
     def _said(self) -> str:
         """The verdict in a sentence."""
-        verdict = "nothing reaches another conversation" if self.isolated else f"a change in one conversation moves the loss in another by up to {self.largest_leak:.2g} nats"
+        verdict = (
+            "nothing reaches another conversation"
+            if self.isolated
+            else f"a change in one conversation moves the loss in another by up to {self.largest_leak:.2g} nats"
+        )
         return f"{self.layout}: {verdict}"
 
     def __repr__(self) -> str:
-        rows = [[f"token of {i} changed", *(f"{v:.0e}" if v > ROUNDING else "." for v in row)] for i, row in enumerate(self.between[:12])]
+        rows = [
+            [f"token of {i} changed", *(f"{v:.0e}" if v > ROUNDING else "." for v in row)]
+            for i, row in enumerate(self.between[:12])
+        ]
         return table(rows, header=["", *(f"loss of {j}" for j in range(len(self.spans)))], title=self._said()).text
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
         return leak_picture([self])._repr_mimebundle_(include, exclude)
 
-
+# %% ../../nbs/train/06_leaks.ipynb #e6c5b9d8
 def _probes(pack: Pack, per_sequence: int) -> np.ndarray:
-    """int64 [K]: tokens spread over each sequence. The very last one is an input only where packs are fed as one row, so the one before it is taken too."""
+    """int64 [K]: tokens spread over each sequence.
+
+    The very last one is an input only where packs are fed as one row, so the one before it is taken too.
+    """
     places = [{*np.linspace(a, b - 2, per_sequence).astype(int).tolist(), b - 1} for a, b in pack.spans if b - a > 1]
     return np.array(sorted(set().union(*places)), dtype=np.int64)
 
-
+# %% ../../nbs/train/06_leaks.ipynb #48bd81d7
 def leak_map(
     model: NemotronHForCausalLM,
     pack: Pack,  # short ones are enough: each probe is a pass through the model
-    layout: str | Layout = "rows of the engine",  # one of LAYOUTS, or any function of that form, such as another engine's
+    # one of LAYOUTS, or any function of that form, such as another engine's
+    layout: str | Layout = "rows of the engine",
     probes: int = 4,  # tokens changed in each sequence, and its last one
 ) -> LeakMap:
     """Change one input token at a time and measure how the loss of every label moves."""
@@ -220,16 +264,29 @@ def _leak_panel(axes: "Axes", found: LeakMap) -> Any:
     from matplotlib.patches import Rectangle
 
     shown = np.ma.masked_less_equal(found.changes, ROUNDING)
-    colours = ListedColormap(colormaps["inferno_r"](np.linspace(0.25, 1, 256)))  # the faintest leak must still be seen on white
-    image = axes.imshow(shown, aspect="auto", interpolation="nearest", cmap=colours, norm=LogNorm(ROUNDING, 10), extent=(0, found.changes.shape[1], len(found.probes), 0))
+    # the faintest leak must still be seen on white
+    colours = ListedColormap(colormaps["inferno_r"](np.linspace(0.25, 1, 256)))
+    image = axes.imshow(
+        shown,
+        aspect="auto",
+        interpolation="nearest",
+        cmap=colours,
+        norm=LogNorm(ROUNDING, 10),
+        extent=(0, found.changes.shape[1], len(found.probes), 0),
+    )
     for a, b in found.spans:
         low, high = np.searchsorted(found.probes, (a, b))
-        axes.add_patch(Rectangle((a, low), b - a, high - low, fill=False, edgecolor="#111111", linewidth=1.2, clip_on=False))
+        axes.add_patch(
+            Rectangle((a, low), b - a, high - low, fill=False, edgecolor="#111111", linewidth=1.2, clip_on=False)
+        )
     axes.set(xticks=[], yticks=[])
-    axes.set_title(f"{found.layout}\n" + ("isolated" if found.isolated else f"LEAKS, up to {found.largest_leak:.1g} nats"), fontsize=8.5)
+    axes.set_title(
+        f"{found.layout}\n" + ("isolated" if found.isolated else f"LEAKS, up to {found.largest_leak:.1g} nats"),
+        fontsize=8.5,
+    )
     return image
 
-
+# %% ../../nbs/train/06_leaks.ipynb #0a78eb45
 def leak_picture(
     maps: Sequence[LeakMap],
     columns: int = 3,  # panels side by side
@@ -257,7 +314,10 @@ def gradient_map(
     pack: Pack,
     layout: str | Layout = "rows of the engine",
 ) -> np.ndarray:
-    """float64 [S,S]: the largest entry of the gradient of the loss of sequence j at the embeddings of sequence i. Off the diagonal it must be 0."""
+    """float64 [S,S]: the largest entry of the gradient of the loss of sequence j at the embeddings of sequence i.
+
+    Off the diagonal it must be 0.
+    """
     _, compute = _layout(layout)
     tokens_T, places_T = torch.from_numpy(pack.input_ids.astype(np.int64)), torch.arange(len(pack))
     shared = model.get_input_embeddings()

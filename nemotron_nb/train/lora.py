@@ -56,10 +56,14 @@ class NaiveLora(nn.Module):
         return self.linear.weight + self.scale * self.B @ self.A
 
 # %% ../../nbs/train/10_lora.ipynb #07c80485
-MEGATRON = {"q_proj": "linear_qkv", "k_proj": "linear_qkv", "v_proj": "linear_qkv", "o_proj": "linear_proj", "up_proj": "linear_fc1", "down_proj": "linear_fc2"}
-PLACES = {"linear_qkv": "self_attention", "linear_proj": "self_attention", "in_proj": "mixer", "out_proj": "mixer"}  # all else is in the mlp
+MEGATRON = {
+    "q_proj": "linear_qkv", "k_proj": "linear_qkv", "v_proj": "linear_qkv", "o_proj": "linear_proj",
+    "up_proj": "linear_fc1", "down_proj": "linear_fc2",
+}
+# all else is in the mlp
+PLACES = {"linear_qkv": "self_attention", "linear_proj": "self_attention", "in_proj": "mixer", "out_proj": "mixer"}
 
-
+# %% ../../nbs/train/10_lora.ipynb #30d62671
 def megatron_name(
     name: str,  # of a linear layer of NemotronHForCausalLM
 ) -> str:
@@ -70,7 +74,7 @@ def megatron_name(
     last = MEGATRON.get(found[3], found[3])
     return f"decoder.layers.{found[1]}.{PLACES.get(last, 'mlp')}.{found[2] or ''}{last}"
 
-
+# %% ../../nbs/train/10_lora.ipynb #b4165c27
 def matches(
     pattern: str,  # a last name, or a whole one with wildcards
     name: str,  # of a linear layer
@@ -90,22 +94,43 @@ def _stacked_experts(model: nn.Module) -> list[str]:
     """Parameters that hold the matrices of many experts."""
     return [name for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3]
 
-
+# %% ../../nbs/train/10_lora.ipynb #3fc5bb25
 def _refuse_pattern(pattern: str, model: nn.Module, layers: Iterable[str]) -> None:
     """Say why a pattern means no layer."""
     output = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), "")
     if output and (matches(pattern, output) or pattern in ("output_layer", "lm_head")):
-        raise UserError(f"{pattern!r} means the output layer", where="peft", why="in training it answers with the loss, from its matrix alone: a pair beside it would not be trained", fix="leave it out")
+        raise UserError(
+            f"{pattern!r} means the output layer",
+            where="peft",
+            why="in training it answers with the loss, from its matrix alone: a pair beside it would not be trained",
+            fix="leave it out",
+        )
     if any(matches(pattern, name) for name in _stacked_experts(model)):
-        raise UserError(f"{pattern!r} means routed experts alone", where="peft", why="they are stacked in one tensor for each layer, and pairs are put beside linear layers", fix="name shared_experts, or train with the Megatron engine, which has pairs for routed experts")
+        raise UserError(
+            f"{pattern!r} means routed experts alone",
+            where="peft",
+            why="they are stacked in one tensor for each layer, and pairs are put beside linear layers",
+            fix="name shared_experts, or train with the Megatron engine, which has pairs for routed experts",
+        )
     layers = list(layers)
     same = [n for n in layers if matches(pattern.rpartition(".")[2], n)]
     if same:
-        raise UserError(f"{pattern!r} means no linear layer of this model", where="peft", why="an adapter that is not there trains without a word, and learns less", fix=f"there are {', '.join(same[:3])}{' and more' if len(same) > 3 else ''}")
+        raise UserError(
+            f"{pattern!r} means no linear layer of this model",
+            where="peft",
+            why="an adapter that is not there trains without a word, and learns less",
+            fix=f"there are {', '.join(same[:3])}{' and more' if len(same) > 3 else ''}",
+        )
     last = {n.rpartition(".")[2] for n in layers} | {megatron_name(n).rpartition(".")[2] for n in layers}
-    raise UserError(f"{pattern!r} means no linear layer of this model", where="peft", why="an adapter that is not there trains without a word, and learns less", fix=f"{nearest(pattern.rpartition('.')[2], last)} whole names look like {layers[0]} or {megatron_name(layers[0])}")
+    raise UserError(
+        f"{pattern!r} means no linear layer of this model",
+        where="peft",
+        why="an adapter that is not there trains without a word, and learns less",
+        fix=f"{nearest(pattern.rpartition('.')[2], last)} whole names look like {layers[0]} or "
+            f"{megatron_name(layers[0])}",
+    )
 
-
+# %% ../../nbs/train/10_lora.ipynb #6a259d37
 def lora_targets(
     model: PreTrainedModel,  # the base
     peft: PeftSection,  # of the recipe
@@ -113,7 +138,9 @@ def lora_targets(
     """Names of the linear layers that get a pair, in the order of the model. Every pattern must mean at least one."""
     layers = list(_linear_layers(model))
     for pattern in (*peft.target_modules, *peft.exclude_modules):
-        if not any(matches(pattern, name) for name in layers) and not (pattern in peft.exclude_modules and matches(pattern, "lm_head")):
+        if not any(matches(pattern, name) for name in layers) and not (
+            pattern in peft.exclude_modules and matches(pattern, "lm_head")
+        ):
             _refuse_pattern(pattern, model, layers)
     if peft.target_modules:
         return [name for name in layers if any(matches(p, name) for p in peft.target_modules)]
@@ -128,7 +155,7 @@ def _say(line: str) -> None:
     if rank_and_world()[0] == 0:
         print(f"lora: {line}", flush=True)
 
-
+# %% ../../nbs/train/10_lora.ipynb #f914836e
 def _library() -> ModuleType:
     """The library `peft`, which is needed only here."""
     try:
@@ -137,7 +164,7 @@ def _library() -> ModuleType:
         raise UserError("peft is not installed", where="peft.enabled", fix='pip install "nemotron-nb[lora]"') from error
     return peft
 
-
+# %% ../../nbs/train/10_lora.ipynb #1b30247b
 @contextmanager
 def _unguarded(config: PreTrainedConfig) -> Iterator[None]:
     """Let peft put pairs beside out_proj: it looks at the type of the model, which has another name meanwhile."""
@@ -148,13 +175,19 @@ def _unguarded(config: PreTrainedConfig) -> Iterator[None]:
     finally:
         config.model_type = kind
 
-
+# %% ../../nbs/train/10_lora.ipynb #b8827100
 def _refuse_kernel(model: PreTrainedModel, targets: Sequence[str]) -> None:
     """A pair beside a layer that is never called would not be trained."""
     if getattr(model.config, "use_mamba_kernels", False) and any(name.endswith(".out_proj") for name in targets):
-        raise UserError("a pair beside out_proj, and the fused Mamba kernel is on", where="peft", why="in training that kernel reads the matrix of out_proj and never calls the layer: the pair would not be trained", fix="set config.use_mamba_kernels = False, as build_model does, or exclude *out_proj*")
+        raise UserError(
+            "a pair beside out_proj, and the fused Mamba kernel is on",
+            where="peft",
+            why="in training that kernel reads the matrix of out_proj and never calls the layer: the pair would not "
+                "be trained",
+            fix="set config.use_mamba_kernels = False, as build_model does, or exclude *out_proj*",
+        )
 
-
+# %% ../../nbs/train/10_lora.ipynb #b1331873
 def _draw(linear: nn.Linear, how: str) -> None:
     """The random start of A."""
     if how == "xavier":
@@ -167,7 +200,7 @@ def _drop_late(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, sh
     """Dropout of what comes out of the pair: a hook on B."""
     return nn.functional.dropout(output, share, module.training)
 
-
+# %% ../../nbs/train/10_lora.ipynb #47a37be9
 def _pairs(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that have a pair, by name."""
     return {name: m for name, m in model.named_modules() if hasattr(m, "lora_A") and len(getattr(m, "lora_A", ()))}
@@ -178,17 +211,34 @@ def apply_lora(
     peft: PeftSection,  # which layers, what rank, how it begins
     seed: int = 0,  # of the random start of A
 ) -> nn.Module:
-    """Put a pair beside each chosen linear layer and freeze all else. Returns peft's model, which trains as the base did. Call it before the model is wrapped or shared out."""
+    """Put a pair beside each chosen linear layer and freeze all else.
+
+    Returns peft's model, which trains as the base did. Call it before the model is wrapped or shared out.
+    """
     library, targets = _library(), lora_targets(model, peft)
     _refuse_kernel(model, targets)
     if peft.a2a_experimental:
-        raise UserError("a way to communicate between Megatron's ranks", where="peft.a2a_experimental", fix="set it to false for this engine")
+        raise UserError(
+            "a way to communicate between Megatron's ranks",
+            where="peft.a2a_experimental",
+            fix="set it to false for this engine",
+        )
     if peft.use_triton:
         _say("no kernel of NeMo RL here; PyTorch's matrix products do the same")
     if _stacked_experts(model) and any(".shared_experts." in name for name in targets):
-        _say("routed experts stay frozen: they are one tensor a layer, and pairs are put beside linear layers; the shared expert has pairs")
+        _say(
+            "routed experts stay frozen: they are one tensor a layer, and pairs are put beside linear layers; the "
+            "shared expert has pairs"
+        )
     alpha = int(peft.alpha) if peft.alpha == int(peft.alpha) else peft.alpha
-    config = library.LoraConfig(r=peft.dim, lora_alpha=alpha, lora_dropout=peft.dropout if peft.dropout_position == "pre" else 0.0, target_modules=targets, bias="none", task_type="CAUSAL_LM")
+    config = library.LoraConfig(
+        r=peft.dim,
+        lora_alpha=alpha,
+        lora_dropout=peft.dropout if peft.dropout_position == "pre" else 0.0,
+        target_modules=targets,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
     with torch.random.fork_rng(devices=[] if model.device.type != "cuda" else [model.device]), _unguarded(model.config):
         torch.manual_seed(seed)
         wrapped = library.get_peft_model(model, config, autocast_adapter_dtype=False)
@@ -196,7 +246,7 @@ def apply_lora(
             _begin_pair(pair, peft)
     return wrapped
 
-
+# %% ../../nbs/train/10_lora.ipynb #ea4d13b8
 @torch.no_grad()
 def _begin_pair(pair: nn.Module, peft: PeftSection) -> None:
     """A drawn, B zero, in the asked number format; late dropout hung on."""
@@ -220,7 +270,7 @@ def _kinds(model: PreTrainedModel, chosen: set[str]) -> Iterator[tuple[int, str,
         if found:
             yield int(found[1]), found[2], "pair" if name in chosen else "routed" if ".experts." in name else "frozen"
 
-
+# %% ../../nbs/train/10_lora.ipynb #5f4be08e
 def lora_picture(
     model: PreTrainedModel,  # the base, before apply_lora
     peft: PeftSection,  # which layers
@@ -229,15 +279,28 @@ def lora_picture(
     cells = {(matrix, layer): what for layer, matrix, what in _kinds(model, set(lora_targets(model, peft)))}
     layers = range(max(layer for _, layer in cells) + 1)
     matrices = list(dict.fromkeys(matrix for matrix, _ in cells))
-    box = '<td title="{title}" style="width:9px;height:14px;padding:0;border:1px solid #ffffff;background:{colour}"></td>'
+    box = (
+        '<td title="{title}" style="width:9px;height:14px;padding:0;border:1px solid #ffffff;background:{colour}"></td>'
+    )
     rows = "".join(
-        f'<tr><td style="padding:0 8px;text-align:right">{escape(m)}</td>' + "".join(box.format(title=escape(f"layer {i} {cells.get((m, i), 'no such matrix')}"), colour=COLOURS[cells.get((m, i), "")]) for i in layers) + "</tr>"
+        f'<tr><td style="padding:0 8px;text-align:right">{escape(m)}</td>'
+        + "".join(
+            box.format(
+                title=escape(f"layer {i} {cells.get((m, i), 'no such matrix')}"), colour=COLOURS[cells.get((m, i), "")]
+            )
+            for i in layers
+        )
+        + "</tr>"
         for m in matrices
     )
     wide = max(map(len, matrices))
     text = "\n".join([f"{m:>{wide}} {''.join(MARKS[cells.get((m, i), '')] for i in layers)}" for m in matrices])
     legend = "# a pair   . a frozen linear layer   e routed experts, frozen"
-    return Picture(f'<div>one column a layer; blue: a pair, grey: a frozen linear layer, yellow: routed experts, frozen</div><table style="border-collapse:collapse">{rows}</table>', f"{text}\n{legend}")
+    return Picture(
+        '<div>one column a layer; blue: a pair, grey: a frozen linear layer, yellow: routed experts, '
+        f'frozen</div><table style="border-collapse:collapse">{rows}</table>',
+        f"{text}\n{legend}",
+    )
 
 # %% ../../nbs/train/10_lora.ipynb #7dcd045a
 SUPER_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "in_proj", "out_proj")
@@ -251,14 +314,26 @@ class LoraRecipe:
     lr: float  # learning rate that goes with it
     source: str
 
-
+# %% ../../nbs/train/10_lora.ipynb #febb0ba3
 RECIPES: Mapping[str, LoraRecipe] = {
-    "super": LoraRecipe(PeftSection(enabled=True, target_modules=SUPER_TARGETS, dim=32, alpha=32, dropout_position="pre"), 1e-4, "Super fine-tuning guide; Megatron-Bridge"),
-    "nano": LoraRecipe(PeftSection(enabled=True, target_modules=SUPER_TARGETS, dim=32, alpha=32, dropout_position="pre"), 1e-4, "Megatron-Bridge, nemotron_3_nano"),
-    "nano_rl": LoraRecipe(PeftSection(enabled=True, exclude_modules=("*out_proj*",), dim=256, alpha=512), 1.5e-5, "NeMo RL, sft-nanov3 with LoRA; the rate is that of the recipe it varies"),
+    "super": LoraRecipe(
+        PeftSection(enabled=True, target_modules=SUPER_TARGETS, dim=32, alpha=32, dropout_position="pre"),
+        1e-4,
+        "Super fine-tuning guide; Megatron-Bridge",
+    ),
+    "nano": LoraRecipe(
+        PeftSection(enabled=True, target_modules=SUPER_TARGETS, dim=32, alpha=32, dropout_position="pre"),
+        1e-4,
+        "Megatron-Bridge, nemotron_3_nano",
+    ),
+    "nano_rl": LoraRecipe(
+        PeftSection(enabled=True, exclude_modules=("*out_proj*",), dim=256, alpha=512),
+        1.5e-5,
+        "NeMo RL, sft-nanov3 with LoRA; the rate is that of the recipe it varies",
+    ),
 }
 
-
+# %% ../../nbs/train/10_lora.ipynb #c76247b1
 def lora_recipe(
     name: str,  # "super", "nano" or "nano_rl"
 ) -> LoraRecipe:
@@ -274,9 +349,15 @@ def _part(name: str) -> str:
     found = re.search(r"layers\.\d+\.mixer\.(.+?)(\.weight|\.bias)?$", name)
     if not found:
         return "embeddings and output" if "embed" in name or "lm_head" in name else "norms"
-    return "routed experts" if ".experts." in name else found[1] if found[1].endswith("_proj") else "router, scan, convolution"
+    return (
+        "routed experts"
+        if ".experts." in name
+        else found[1]
+        if found[1].endswith("_proj")
+        else "router, scan, convolution"
+    )
 
-
+# %% ../../nbs/train/10_lora.ipynb #ea60a229
 def parameter_table(
     model: nn.Module,  # of apply_lora
 ) -> Picture:
@@ -285,9 +366,14 @@ def parameter_table(
     for name, p in model.named_parameters():
         (trained if p.requires_grad else frozen)[_part(name)] += p.numel()
     parts = list(dict.fromkeys([*frozen, *trained]))
-    rows = [[part, frozen[part], trained[part], f"{trained[part] / (frozen[part] + trained[part]):.2%}"] for part in parts]
+    rows = [
+        [part, frozen[part], trained[part], f"{trained[part] / (frozen[part] + trained[part]):.2%}"] for part in parts
+    ]
     total = frozen.total() + trained.total()
-    return table([*rows, ["all", frozen.total(), trained.total(), f"{trained.total() / total:.2%}"]], header=["part", "frozen", "trained", "share"])
+    return table(
+        [*rows, ["all", frozen.total(), trained.total(), f"{trained.total() / total:.2%}"]],
+        header=["part", "frozen", "trained", "share"],
+    )
 
 # %% ../../nbs/train/10_lora.ipynb #5f4bf175
 def _peft_model(model: nn.Module) -> tuple[str, nn.Module]:
@@ -298,18 +384,19 @@ def _peft_model(model: nn.Module) -> tuple[str, nn.Module]:
             return (f"{name}." if name else ""), module
     raise UserError(f"no adapters in {type(model).__name__}", fix="call apply_lora first")
 
-
+# %% ../../nbs/train/10_lora.ipynb #dd209b19
 def save_adapter(
     model: nn.Module,  # of apply_lora; plain, wrapped or sharded
     folder: str | Path,  # must not exist yet
-    base: str = "",  # the model they belong to: a folder in Hugging Face form, or a hub name; empty: as the model itself says
+    # the model they belong to: a folder in Hugging Face form, or a hub name; empty: as the model itself says
+    base: str = "",
 ) -> None:
     """Write the pairs in PEFT form, with the name of their base. Every rank calls it, rank 0 writes."""
     prefix, wrapped = _peft_model(model)
     state = {n.removeprefix(prefix): t for n, t in full_state(model).items() if ".lora_" in n}
     on_first(lambda: _write_adapter(wrapped, state, folder, base))
 
-
+# %% ../../nbs/train/10_lora.ipynb #de59a2ee
 def _write_adapter(wrapped: nn.Module, state: Mapping[str, Tensor], folder: str | Path, base: str) -> None:
     """`save_adapter` on rank 0."""
     if base:
@@ -320,9 +407,12 @@ def _write_adapter(wrapped: nn.Module, state: Mapping[str, Tensor], folder: str 
         readme.unlink(missing_ok=True)
         give_usual_rights(new)
     if any("out_proj" in name for name in state):
-        _say("pairs beside out_proj: peft itself refuses to load them on a Mamba model; use nemotron_nb.train.lora.load_adapter, or merge")
+        _say(
+            "pairs beside out_proj: peft itself refuses to load them on a Mamba model; use "
+            "nemotron_nb.train.lora.load_adapter, or merge"
+        )
 
-
+# %% ../../nbs/train/10_lora.ipynb #69826ca1
 def load_adapter(
     model: PreTrainedModel,  # the base, with a plain scan where out_proj has a pair
     folder: str | Path,  # of save_adapter, or any other LoRA adapter in PEFT form
@@ -334,7 +424,9 @@ def load_adapter(
         raise UserError("no adapter here", where=str(folder), fix="give a folder with adapter_config.json")
     _refuse_kernel(model, [f".{name}" for name in json.loads(path.read_text())["target_modules"]])
     with _unguarded(model.config), weights_in_words(folder, "give a folder that save_adapter or peft wrote"):
-        return library.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, autocast_adapter_dtype=False)
+        return library.PeftModel.from_pretrained(
+            model, str(folder), is_trainable=trainable, autocast_adapter_dtype=False
+        )
 
 # %% ../../nbs/train/10_lora.ipynb #14350b54
 def merged(
@@ -344,12 +436,17 @@ def merged(
     _, wrapped = _peft_model(model)
     return copy.deepcopy(wrapped).merge_and_unload(safe_merge=True)
 
-
+# %% ../../nbs/train/10_lora.ipynb #a54e4fa9
 def merged_state(
     model: nn.Module,  # of apply_lora; plain, wrapped or sharded
 ) -> dict[str, Tensor]:
-    """All weights with the pairs added, under the names of the base (behind peft's prefix); on rank 0, elsewhere empty. Every rank calls it. Sums are made in float64."""
-    state, scales = full_state(model), {name: pair.scaling["default"] for name, pair in _pairs(unwrapped(model)).items()}
+    """All weights with the pairs added, under the names of the base (behind peft's prefix); on rank 0, elsewhere
+    empty. Every rank calls it. Sums are made in float64.
+    """
+    state, scales = (
+        full_state(model),
+        {name: pair.scaling["default"] for name, pair in _pairs(unwrapped(model)).items()},
+    )
     if not state:
         return {}
     for name, scale in scales.items():
@@ -357,14 +454,19 @@ def merged_state(
         state[f"{name}.weight"] = (W.double() + scale * (B.double() @ A.double())).to(W.dtype)
     return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
 
-
+# %% ../../nbs/train/10_lora.ipynb #b3692c14
 def base_state(
     model: nn.Module,  # of apply_lora; plain, wrapped or sharded
 ) -> dict[str, Tensor]:
-    """All weights without the pairs, under the names of the base (behind peft's prefix); on rank 0, elsewhere empty. Every rank calls it."""
-    return {name.replace(".base_layer.", "."): tensor for name, tensor in full_state(model).items() if ".lora_" not in name}
+    """All weights without the pairs, under the names of the base (behind peft's prefix); on rank 0, elsewhere empty.
 
+    Every rank calls it.
+    """
+    return {
+        name.replace(".base_layer.", "."): tensor for name, tensor in full_state(model).items() if ".lora_" not in name
+    }
 
+# %% ../../nbs/train/10_lora.ipynb #f4d154dd
 def export_base(
     model: nn.Module,  # of apply_lora; plain, wrapped or sharded
     tokenizer_dir: str | Path,  # files of the tokenizer and its chat template
@@ -373,7 +475,7 @@ def export_base(
     """Write the base alone in Hugging Face form, for adapters whose base nobody else has. Every rank calls it."""
     return export_hf(model, tokenizer_dir, folder, state=base_state(model))
 
-
+# %% ../../nbs/train/10_lora.ipynb #eacaecb9
 def export_merged(
     model: nn.Module,  # of apply_lora; plain, wrapped or sharded
     tokenizer_dir: str | Path,  # files of the tokenizer and its chat template
@@ -398,7 +500,7 @@ def _megatron_pattern(pattern: str) -> str:
     # The places between layer number and matrix have other names: anything may stand there.
     return re.sub(r"\b(model|backbone)\b", "decoder", head).replace(".mixer", ".*").replace(".*.*", ".*") + dot + last
 
-
+# %% ../../nbs/train/10_lora.ipynb #0300e3bd
 def _check_fused(patterns: Sequence[str]) -> None:
     """Query, key and value are one matrix in Megatron: all three or none."""
     heads: dict[str, set[str]] = {}
@@ -407,9 +509,14 @@ def _check_fused(patterns: Sequence[str]) -> None:
         heads.setdefault(head, set()).update({last} & {"q_proj", "k_proj", "v_proj"})
     for head, found in heads.items():
         if found and len(found) < 3:
-            raise UserError(f"{' and '.join(sorted(found))} without the others", where="peft", why="Megatron keeps query, key and value in one matrix, linear_qkv", fix="name all three, or linear_qkv")
+            raise UserError(
+                f"{' and '.join(sorted(found))} without the others",
+                where="peft",
+                why="Megatron keeps query, key and value in one matrix, linear_qkv",
+                fix="name all three, or linear_qkv",
+            )
 
-
+# %% ../../nbs/train/10_lora.ipynb #d247c452
 def megatron_peft(
     peft: PeftSection,  # of the recipe
 ) -> dict[str, Any]:
@@ -417,7 +524,10 @@ def megatron_peft(
     if peft.use_triton:
         raise UserError("Megatron-Bridge has no such kernel", where="peft.use_triton", fix="set peft.use_triton=false")
     _check_fused([*peft.target_modules, *peft.exclude_modules])
-    targets, excluded = (list(dict.fromkeys(_megatron_pattern(p) for p in patterns)) for patterns in (peft.target_modules, peft.exclude_modules))
+    targets, excluded = (
+        list(dict.fromkeys(_megatron_pattern(p) for p in patterns))
+        for patterns in (peft.target_modules, peft.exclude_modules)
+    )
     return {
         "target_modules": targets,
         "exclude_modules": [] if targets else [*excluded, "output_layer"],

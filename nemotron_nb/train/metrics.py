@@ -34,7 +34,12 @@ class MetricsFile:
         try:
             return open(path, "x" if kept is None else "a", encoding="utf-8")
         except FileExistsError as error:
-            raise UserError("there are metrics already", where=str(path), why="results are never overwritten", fix="give another output_dir") from error
+            raise UserError(
+                "there are metrics already",
+                where=str(path),
+                why="results are never overwritten",
+                fix="give another output_dir",
+            ) from error
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line of JSON and flush it; `NaN` is refused."""
@@ -45,7 +50,9 @@ class MetricsFile:
     def __enter__(self) -> "MetricsFile":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._file:
             self._file.close()
 
@@ -53,7 +60,10 @@ class MetricsFile:
 def metric_lines(
     path: str | Path,
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Each line of a metrics file, as it is and as JSON. A last line without an end was cut off by a kill, and is left out."""
+    """Each line of a metrics file, as it is and as JSON.
+
+    A last line without an end was cut off by a kill, and is left out.
+    """
     path = Path(path)
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     return [(line, json.loads(line)) for line in lines if line.endswith("\n")]
@@ -67,6 +77,10 @@ def lines_to_keep(
     """The lines that stay when a training goes on."""
     def stays(line: dict[str, Any]) -> bool:
         """Is it from before the checkpoint?"""
-        return line.get("step", 0) <= step and line["kind"] != "end" and not (line["kind"] == "valid" and line["step"] == last)
+        return (
+            line.get("step", 0) <= step
+            and line["kind"] != "end"
+            and not (line["kind"] == "valid" and line["step"] == last)
+        )
 
     return [text for text, line in lines if stays(line)]

@@ -43,7 +43,8 @@ NANO: Mapping[str, object] = {
     "initializer_range": 0.0173,
 }
 SUPER: Mapping[str, object] = {
-    "hybrid_override_pattern": "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME",
+    "hybrid_override_pattern": "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*"
+    "EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME",
     "hidden_size": 4096,
     "num_attention_heads": 32,
     "num_key_value_heads": 2,
@@ -95,7 +96,7 @@ def _part_of(name: str, block_types: list[str]) -> str:
         return block_types[int(layer)]
     return "routed experts" if ".experts." in rest else "router and shared expert"
 
-
+# %% ../../nbs/train/04_model.ipynb #fd94fb8a
 def count_parameters(
     config: NemotronHConfig,
 ) -> dict[str, int]:
@@ -107,7 +108,7 @@ def count_parameters(
         counts[_part_of(name, config.layers_block_type)] += parameter.numel()
     return dict(counts)
 
-
+# %% ../../nbs/train/04_model.ipynb #b6a96e70
 def active_parameters(
     config: NemotronHConfig,
 ) -> int:
@@ -131,10 +132,19 @@ def tiny_config(
             fix="use M (Mamba-2), E (experts) and * (attention), with at least one M",
         )
     if config.experts_per_token > config.experts:
-        raise UserError(f"{config.experts_per_token} of {config.experts} experts per token", where="model.experts_per_token", fix="route to fewer")
+        raise UserError(
+            f"{config.experts_per_token} of {config.experts} experts per token",
+            where="model.experts_per_token",
+            fix="route to fewer",
+        )
     for name in ("attention_heads", "mamba_heads"):
         if getattr(config, name) < 2 or getattr(config, name) % 2:
-            raise UserError(f"{name} is {getattr(config, name)}", where=f"model.{name}", why="heads share keys and values, or B and C, in two groups", fix="give an even number")
+            raise UserError(
+                f"{name} is {getattr(config, name)}",
+                where=f"model.{name}",
+                why="heads share keys and values, or B and C, in two groups",
+                fix="give an even number",
+            )
     shape = {
         "hybrid_override_pattern": config.pattern,
         "hidden_size": config.hidden_size,
@@ -184,40 +194,66 @@ def _check_manners(model: PreTrainedModel, name: str) -> None:
     other[0, -1] = (tokens[0, -1] + 1) % model.config.vocab_size
     logits, moved = model(tokens).logits, model(other).logits
     if not torch.allclose(logits[:, :-1], moved[:, :-1], atol=1e-4):
-        raise UserError(f"a {type(model).__name__} looks ahead", where=name, why="it would see the token it has to predict", fix="give a causal language model")
+        raise UserError(
+            f"a {type(model).__name__} looks ahead",
+            where=name,
+            why="it would see the token it has to predict",
+            fix="give a causal language model",
+        )
     plain = model.base_model(tokens).last_hidden_state @ model.get_output_embeddings().weight.T
     if not torch.allclose(logits, plain, atol=1e-4, rtol=1e-3):
-        raise UserError(f"the output of a {type(model).__name__} is more than hidden states times a matrix", where=name, why="the loss would be that of other logits", fix="train a model without scaled, capped or biased logits")
+        raise UserError(
+            f"the output of a {type(model).__name__} is more than hidden states times a matrix",
+            where=name,
+            why="the loss would be that of other logits",
+            fix="train a model without scaled, capped or biased logits",
+        )
 
-
+# %% ../../nbs/train/04_model.ipynb #0844fc0b
 def checkpoint_folder(
     name: str,  # a folder in Hugging Face form, or a hub name
 ) -> Path:
-    """Where a checkpoint lies: in the folder of that name, or in the local cache of the hub. `UserError` if in neither."""
+    """Where a checkpoint lies: in the folder of that name, or in the local cache of the hub.
+
+    `UserError` if in neither.
+    """
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError("no config.json here", where=name, fix="give a folder in Hugging Face form, as save_pretrained writes it")
+        raise UserError(
+            "no config.json here", where=name, fix="give a folder in Hugging Face form, as save_pretrained writes it"
+        )
     try:
         return folder if folder.is_dir() else Path(snapshot_download(name, local_files_only=True))
     except (LocalEntryNotFoundError, ValueError) as error:
         raise UserError(
             f"no such model on this machine: {name!r}",
             where="model.name",
-            why="it is neither a folder with a checkpoint nor in the local cache of the hub, and nothing is downloaded unasked",
+            why="it is neither a folder with a checkpoint nor in the local cache of the hub, and nothing is "
+                "downloaded unasked",
             fix=f"run `hf download {name}` first, give a folder, or use {TINY!r}",
         ) from error
 
-
+# %% ../../nbs/train/04_model.ipynb #b3443d26
 def _loaded_model(name: str) -> PreTrainedModel:
     """A model from a local folder or from the local cache of the hub, in float32."""
     folder = checkpoint_folder(name)
     try:
-        family = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).model_type == "nemotron_h"
+        family = (
+            AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).model_type
+            == "nemotron_h"
+        )
         ours = {"use_mamba_kernels": False, "experts_implementation": "eager"} if family else {}
         with weights_in_words(folder, "give a folder in Hugging Face form, as save_pretrained writes it"):
-            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, **ours)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, **ours
+            )
     except ValueError as error:
-        raise UserError("no causal language model that the library knows", where=name, why=str(error).split("\n")[0][:200], fix="give a checkpoint whose model_type transformers has a causal language model for") from error
+        raise UserError(
+            "no causal language model that the library knows",
+            where=name,
+            why=str(error).split("\n")[0][:200],
+            fix="give a checkpoint whose model_type transformers has a causal language model for",
+        ) from error
     if not family:
         _check_manners(model, name)
     return model
@@ -235,10 +271,17 @@ NAMES_THERE = {
     "init_std": "initializer_range",
 }  # what config.json calls the sizes of the tiny model
 
-
+# %% ../../nbs/train/04_model.ipynb #868eaea8
 def _check_sizes(config: ModelConfig) -> None:
-    """Sizes belong to the tiny model. Beside a checkpoint those that fit it change nothing, and all others are refused."""
-    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in TRAITS and getattr(config, f.name) != f.default}
+    """Sizes belong to the tiny model.
+
+    Beside a checkpoint those that fit it change nothing, and all others are refused.
+    """
+    given = {
+        f.name: getattr(config, f.name)
+        for f in dataclasses.fields(config)
+        if f.name not in TRAITS and getattr(config, f.name) != f.default
+    }
     if config.name == TINY or not given:
         return
     file = Path(config.name) / "config.json"
@@ -251,10 +294,11 @@ def _check_sizes(config: ModelConfig) -> None:
             f"{', '.join(differing)} set beside the checkpoint {config.name!r}",
             where="model",
             why=f"a checkpoint has its own sizes{f' ({sizes})' if sizes else ''}, and these would be ignored",
-            fix=f"where the recipe sets sizes, as tiny does, leave model.name and give the weights: checkpoint.pretrained_checkpoint={weights} (or --art.model=NAME for an artifact); else remove the sizes",
+            fix="where the recipe sets sizes, as tiny does, leave model.name and give the weights: "
+            f"checkpoint.pretrained_checkpoint={weights} (or --art.model=NAME for an artifact); else remove the sizes",
         )
 
-
+# %% ../../nbs/train/04_model.ipynb #5ad75f75
 def build_model(
     config: ModelConfig,
     vocab_size: int,  # tokens the tokenizer can produce

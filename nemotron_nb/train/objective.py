@@ -45,7 +45,7 @@ class _Layers(nn.Module):
             hidden_RTH = block(hidden_RTH)
         return hidden_RTH
 
-
+# %% ../../nbs/train/12_objective.ipynb #c647eab1
 def make_mtp(
     model: PreTrainedModel,  # the main model: shapes and layers are taken from its configuration
     seed: int = 0,  # of the random start
@@ -53,10 +53,17 @@ def make_mtp(
     """A block for the further depths with random weights; the global random state is left as it was."""
     config = model.config
     if config.model_type != "nemotron_h":
-        raise UserError(f"no multi-token prediction for {config.model_type!r}", where="model.mtp_num_layers", why="the block is made of layers of Nemotron", fix="set it to 0")
+        raise UserError(
+            f"no multi-token prediction for {config.model_type!r}",
+            where="model.mtp_num_layers",
+            why="the block is made of layers of Nemotron",
+            fix="set it to 0",
+        )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        block = MTPBlock(config.hidden_size, _Layers(config), norm=lambda size: NemotronHRMSNorm(size, eps=config.layer_norm_epsilon))
+        block = MTPBlock(
+            config.hidden_size, _Layers(config), norm=lambda size: NemotronHRMSNorm(size, eps=config.layer_norm_epsilon)
+        )
         block.apply(model._init_weights)
     return use_chunked_scan(block)
 
@@ -67,7 +74,7 @@ def _name_on_disk(name: str, layers: int) -> str:
         return "mtp.layers." + name.removeprefix("mtp_model_layer.blocks.")
     return f"mtp.layers.{layers - 1 if name.startswith('final_layernorm') else 0}.{name}"
 
-
+# %% ../../nbs/train/12_objective.ipynb #84430963
 def mtp_tensors(
     state: Mapping[str, Tensor],  # a state dict of the block
 ) -> dict[str, Tensor]:
@@ -82,7 +89,7 @@ def mtp_tensors(
             found[name] = tensor
     return found
 
-
+# %% ../../nbs/train/12_objective.ipynb #c90dfd0e
 def load_mtp(
     block: MTPBlock,  # filled in place
     folder: str | Path,  # a checkpoint in Hugging Face form
@@ -97,7 +104,11 @@ def load_mtp(
     if not stored:
         return False
     if missing := sorted(name for name in wanted if name not in stored or stored[name].shape != wanted[name].shape):
-        raise UserError(f"{len(missing)} tensors of multi-token prediction are missing or of another shape, e.g. {missing[0]}", where=str(folder), fix="give a checkpoint of Super's form, or set model.mtp_num_layers to 0")
+        raise UserError(
+            f"{len(missing)} tensors of multi-token prediction are missing or of another shape, e.g. {missing[0]}",
+            where=str(folder),
+            fix="give a checkpoint of Super's form, or set model.mtp_num_layers to 0",
+        )
     layers = len(block.mtp_model_layer.blocks)
     for name, tensor in state.items():
         stem, _, kind = _name_on_disk(name, layers).rpartition(".")
@@ -114,7 +125,7 @@ class ShieldedRouter(NemotronHTopkRouter):
         with torch.autocast(hidden_states.device.type, enabled=False):
             return super().forward(hidden_states)
 
-
+# %% ../../nbs/train/12_objective.ipynb #3c440bc6
 class ShieldedMixer(ChunkedMixer):
     """A Mamba-2 layer whose recurrence computes in float32 even under autocast. Same parameters."""
 
@@ -123,7 +134,7 @@ class ShieldedMixer(ChunkedMixer):
         with torch.autocast(xbc.device.type, enabled=False):
             return super()._scan(xbc, dt, state)
 
-
+# %% ../../nbs/train/12_objective.ipynb #c2085e12
 def set_precision(
     module: nn.Module,  # changed in place
     precision: str,  # "fp32", "bf16" (autocast) or "bf16_pure"
@@ -150,7 +161,7 @@ class Share(NamedTuple):
     imbalance: Tensor  # 0-dim: mean over layers and the rows of the global batch, 1 = even
     counts: Tensor  # int64 [L,E], how often each expert was taken
 
-
+# %% ../../nbs/train/12_objective.ipynb #fb786cfa
 class Learner(nn.Module):
     """A causal language model with all that it is trained on."""
 
@@ -199,17 +210,37 @@ class Learner(nn.Module):
             if self.watch and rows:
                 self.watch.begin()
             loss, main, nll_KRT, trained_KRT = self._predicted(batch, stage, denominators, targets)
-            return self._balanced(batch, rows, Share(loss, main, nll_KRT, trained_KRT, loss.new_zeros(()), torch.zeros(0, 0, dtype=torch.int64, device=loss.device)))
+            return self._balanced(
+                batch,
+                rows,
+                Share(
+                    loss,
+                    main,
+                    nll_KRT,
+                    trained_KRT,
+                    loss.new_zeros(()),
+                    torch.zeros(0, 0, dtype=torch.int64, device=loss.device),
+                ),
+            )
 
-    def _predicted(self, batch: MicroBatch, stage: str, denominators: Denominators, targets: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _predicted(
+        self, batch: MicroBatch, stage: str, denominators: Denominators, targets: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(loss of all depths, that of the next token alone, nll [1+K,R,T], trained [1+K,R,T])."""
         hidden_RTH = self.base.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
         output = fused_output(self.base)
         if not targets:
-            loss, stats = output(hidden_RTH.flatten(0, 1), batch.labels.flatten(), batch.weights(stage).flatten(), 1 / denominators.of(stage))
+            loss, stats = output(
+                hidden_RTH.flatten(0, 1),
+                batch.labels.flatten(),
+                batch.weights(stage).flatten(),
+                1 / denominators.of(stage),
+            )
             return loss, loss.detach(), stats.nll.view(1, *batch.mask.shape), batch.mask[None]
         row_of_RT = torch.arange(len(batch.tokens), device=batch.tokens.device)[:, None].expand_as(batch.tokens)
-        states = mtp_hidden_states(self.mtp, hidden_RTH, batch.tokens, row_of_RT, self.base.get_input_embeddings(), depths=len(targets))
+        states = mtp_hidden_states(
+            self.mtp, hidden_RTH, batch.tokens, row_of_RT, self.base.get_input_embeddings(), depths=len(targets)
+        )
         labels_KRT, lengths_KRT = mtp_targets(batch.labels, batch.lengths, row_of_RT, len(targets))
         counts = (denominators, *(Denominators(n, 0) for n in targets))
         exact = torch.promote_types(hidden_RTH.dtype, torch.float32)
@@ -224,7 +255,11 @@ class Learner(nn.Module):
             return share
         routed = self.watch.end(batch.real)
         loss = share.loss + self.config.moe_aux_loss_coeff / rows * routed.imbalance
-        return share._replace(loss=loss, imbalance=routed.imbalance.detach() / rows / max(1, len(self.watch.layers)), counts=routed.counts_LE)
+        return share._replace(
+            loss=loss,
+            imbalance=routed.imbalance.detach() / rows / max(1, len(self.watch.layers)),
+            counts=routed.counts_LE,
+        )
 
     def share_of_loss(self, batch: MicroBatch, stage: str, denominators: Denominators) -> tuple[Tensor, Tensor]:
         """Share and losses of the next token alone, as the function of that name gives them."""
@@ -240,14 +275,14 @@ def recompute(
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
-
+# %% ../../nbs/train/12_objective.ipynb #984c809c
 def layers_of(
     learner: nn.Module,
 ) -> list[nn.Module]:
     """The layers of a transformers model, those of the further depths behind those of the main stack."""
     return [m for m in learner.modules() if isinstance(m, GradientCheckpointingLayer)]
 
-
+# %% ../../nbs/train/12_objective.ipynb #b5e15f0f
 def compile_layers(
     learner: nn.Module,  # changed in place; names of parameters stay
 ) -> int:

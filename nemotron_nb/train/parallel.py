@@ -59,20 +59,28 @@ class Ranks:
         """What the first rank says; every rank must call it."""
         return self.gathered(value if self.first else None)[0]
 
-
+# %% ../../nbs/train/13_parallel.ipynb #8b98b4b0
 def _own_device(local_rank: int, local_world: int) -> torch.device:
     """The device of this process."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if local_world > torch.cuda.device_count():
-        raise UserError(f"{local_world} processes and {torch.cuda.device_count()} GPUs", where="torchrun", why="two processes would share a device", fix=f"start with --nproc-per-node {torch.cuda.device_count()}")
+        raise UserError(
+            f"{local_world} processes and {torch.cuda.device_count()} GPUs",
+            where="torchrun",
+            why="two processes would share a device",
+            fix=f"start with --nproc-per-node {torch.cuda.device_count()}",
+        )
     return torch.device("cuda", local_rank)
 
-
+# %% ../../nbs/train/13_parallel.ipynb #58052665
 @contextmanager
 def ranks_of_process() -> Iterator[Ranks]:
     """Join the other processes, as torchrun's environment says, and part from them at the end."""
-    told = {name: int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))}
+    told = {
+        name: int(os.environ.get(name, default))
+        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
+    }
     device = _own_device(told["LOCAL_RANK"], told["LOCAL_WORLD_SIZE"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -99,13 +107,16 @@ def dealt(
         load[lightest] += len(row)
     return hands
 
-
+# %% ../../nbs/train/13_parallel.ipynb #f7d53fea
 def passes(
     rows: Sequence[Row],  # of the global batch
     max_tokens: int,  # padded tokens of a micro-batch
     ranks: Ranks,
 ) -> list[list[Row]]:
-    """The micro-batches of this rank. All ranks have equally many: a rank with fewer rows gets empty ones at the end."""
+    """The micro-batches of this rank.
+
+    All ranks have equally many: a rank with fewer rows gets empty ones at the end.
+    """
     of_rank = [grouped(hand, max_tokens) for hand in dealt(rows, ranks.world)]
     return of_rank[ranks.rank] + [[]] * (max(map(len, of_rank)) - len(of_rank[ranks.rank]))
 
@@ -121,7 +132,7 @@ def _buckets(parameters: Sequence[nn.Parameter], most: int) -> Iterator[list[nn.
     if bucket:
         yield bucket
 
-
+# %% ../../nbs/train/13_parallel.ipynb #b941ec0a
 def sum_gradients(
     parameters: Iterable[nn.Parameter],  # the same on every rank
     ranks: Ranks,
@@ -146,7 +157,7 @@ def _spread(module: nn.Module, **how: Any) -> None:
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)
 
-
+# %% ../../nbs/train/13_parallel.ipynb #467696ff
 def share_out(
     learner: Learner,  # changed in place: each rank keeps a slice of each parameter
     ranks: Ranks,
@@ -164,7 +175,7 @@ def share_out(
         _spread(output, mesh=mesh, mp_policy=inner)
     _spread(learner, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False))
 
-
+# %% ../../nbs/train/13_parallel.ipynb #1f40d8c7
 def same_start(
     learner: Learner,
     ranks: Ranks,
@@ -173,7 +184,7 @@ def same_start(
     for tensor in [*learner.parameters(), *learner.buffers()] if ranks.world > 1 else ():
         dist.broadcast(tensor.data, 0)
 
-
+# %% ../../nbs/train/13_parallel.ipynb #e3ca686e
 def spread(
     learner: Learner,  # on the CPU
     ranks: Ranks,
@@ -188,7 +199,7 @@ def spread(
     same_start(learner, ranks)
     return learner
 
-
+# %% ../../nbs/train/13_parallel.ipynb #81044d23
 def whole(
     value: Tensor,
 ) -> Tensor:

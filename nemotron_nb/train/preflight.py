@@ -38,7 +38,7 @@ class Inventory:
     def __len__(self) -> int:
         return len(self.trained)
 
-
+# %% ../../nbs/train/16_preflight.ipynb #b2bccfb5
 def inventory(
     packs: Sequence[Pack],
 ) -> Inventory:
@@ -50,7 +50,7 @@ def inventory(
         ids[i] = (pack.input_ids.min(), pack.input_ids.max()) if len(pack) else 0
     return Inventory(rows, tokens, trained, ids)
 
-
+# %% ../../nbs/train/16_preflight.ipynb #a9ad1c09
 def check_tokens(
     train: Inventory,
     valid: Inventory,
@@ -68,7 +68,7 @@ def check_tokens(
                 fix="prepare the data again",
             )
 
-
+# %% ../../nbs/train/16_preflight.ipynb #3710e688
 def check_batches(
     found: Inventory,
     config: TrainConfig,
@@ -82,7 +82,8 @@ def check_batches(
                 f"nothing is trained in step {step + 1}: packs {', '.join(map(str, chosen[:5]))} have no trained token",
                 where=str(Path(config.data_dir) / "splits" / "train"),
                 why="its loss would be 0/0",
-                fix=f"look at the loss mask of the data ({(found.trained == 0).sum()} of {len(found)} packs have no trained token), or set a larger train.global_batch_size",
+                fix=f"look at the loss mask of the data ({(found.trained == 0).sum()} of {len(found)} packs have no "
+                    "trained token), or set a larger train.global_batch_size",
             )
 
 # %% ../../nbs/train/16_preflight.ipynb #3c72d889
@@ -93,7 +94,12 @@ def check_context(
     """A pack fits into the model's context."""
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest and pack_size > longest:
-        raise UserError(f"packs of {pack_size:,} tokens, and a model for {longest:,}", where="pack_size", why="positions beyond its context mean nothing to it", fix=f"prepare the data with pack_size: {longest} or less")
+        raise UserError(
+            f"packs of {pack_size:,} tokens, and a model for {longest:,}",
+            where="pack_size",
+            why="positions beyond its context mean nothing to it",
+            fix=f"prepare the data with pack_size: {longest} or less",
+        )
 
 # %% ../../nbs/train/16_preflight.ipynb #20290101
 def _template_of(folder: Path) -> str:
@@ -104,26 +110,35 @@ def _template_of(folder: Path) -> str:
     given = json.loads(path.read_text()).get("chat_template") if path.is_file() else None
     return given.strip() if isinstance(given, str) else ""
 
-
+# %% ../../nbs/train/16_preflight.ipynb #1f31491c
 def check_tokenizer(
     checkpoint: str,  # a folder in Hugging Face form, a hub name, or "tiny"
     data_dir: str | Path,
 ) -> None:
-    """A checkpoint with a tokenizer and a template has those of the data. `UserError` if not, and if there is no such checkpoint."""
+    """A checkpoint with a tokenizer and a template has those of the data.
+
+    `UserError` if not, and if there is no such checkpoint.
+    """
     if checkpoint == TINY:
         return
     folder, own = checkpoint_folder(checkpoint), Path(data_dir) / "tokenizer"
     if (folder / "tokenizer.json").is_file():
         theirs, ours = load_tokenizer(str(folder)).digest, load_tokenizer(str(own)).digest
         if theirs != ours:
-            raise UserError(f"the checkpoint has the tokenizer {theirs}, the data {ours}", where=checkpoint, why="the same id would be another piece of text", fix=f"prepare the data with tokenizer.model: {checkpoint}")
+            raise UserError(
+                f"the checkpoint has the tokenizer {theirs}, the data {ours}",
+                where=checkpoint,
+                why="the same id would be another piece of text",
+                fix=f"prepare the data with tokenizer.model: {checkpoint}",
+            )
     theirs, ours = _template_of(folder), _template_of(own)
     if theirs and ours and theirs != ours:
         raise UserError(
             "the checkpoint and the data have different chat templates",
             where=str(folder / "chat_template.jinja"),
             why="the model would be trained on turns of one form and asked in another",
-            fix="prepare the data with chat_template: tokenizer and the checkpoint's tokenizer; or, if the model is to learn the new form, put the data's tokenizer/chat_template.jinja in its place",
+            fix="prepare the data with chat_template: tokenizer and the checkpoint's tokenizer; or, if the model is "
+                "to learn the new form, put the data's tokenizer/chat_template.jinja in its place",
         )
 
 # %% ../../nbs/train/16_preflight.ipynb #a8222e15
@@ -131,14 +146,25 @@ def check_settings(
     config: TrainConfig,
 ) -> None:
     """Settings of the PyTorch engine that exclude each other."""
-    if config.scheduler.lr_decay_style == "WSD" and not 0 < config.scheduler.lr_wsd_decay_iters <= config.train.train_iters:
+    if (
+        config.scheduler.lr_decay_style == "WSD"
+        and not 0 < config.scheduler.lr_wsd_decay_iters <= config.train.train_iters
+    ):
         raise UserError(
-            f"{config.scheduler.lr_wsd_decay_iters} steps of decay in {config.train.train_iters}", where="scheduler.lr_wsd_decay_iters", why="WSD ends with a way down, and this one has no steps or too many", fix="say how many of the last steps it takes"
+            f"{config.scheduler.lr_wsd_decay_iters} steps of decay in {config.train.train_iters}",
+            where="scheduler.lr_wsd_decay_iters",
+            why="WSD ends with a way down, and this one has no steps or too many",
+            fix="say how many of the last steps it takes",
         )
     if config.peft.enabled and config.model.mtp_num_layers:
-        raise UserError("adapters and multi-token prediction", where="model.mtp_num_layers", why="the block of the further depths would be trained as a whole beside a frozen model", fix="set model.mtp_num_layers to 0")
+        raise UserError(
+            "adapters and multi-token prediction",
+            where="model.mtp_num_layers",
+            why="the block of the further depths would be trained as a whole beside a frozen model",
+            fix="set model.mtp_num_layers to 0",
+        )
 
-
+# %% ../../nbs/train/16_preflight.ipynb #6563ebc0
 def made_for(
     manifest: Manifest,
 ) -> dict[str, str]:
@@ -158,7 +184,7 @@ def deciding_settings(
     flat = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
     return {name: value for name, value in flat.items() if name not in IDLE}
 
-
+# %% ../../nbs/train/16_preflight.ipynb #aa1e2aeb
 def changed_settings(
     was: Mapping[str, Any],  # of a checkpoint; one that was written without them says nothing
     now: Mapping[str, Any],
@@ -171,4 +197,8 @@ def unused_words(
     config: TrainConfig,
 ) -> str:
     """A line about settings that this engine does not read; empty: there are none."""
-    return f"settings of Megatron-Bridge that do nothing here: {', '.join(sorted(config.megatron))}" if config.megatron else ""
+    return (
+        f"settings of Megatron-Bridge that do nothing here: {', '.join(sorted(config.megatron))}"
+        if config.megatron
+        else ""
+    )

@@ -21,23 +21,32 @@ from .tensor_files import open_tensors, save_tensors
 # %% ../../nbs/train/07_release.ipynb #a93d2bc8
 LETTERS = {"mamba": "M", "moe": "E", "attention": "*", "mlp": "-"}
 
-
+# %% ../../nbs/train/07_release.ipynb #8b1b3b80
 def release_config(
     config: dict,  # config.json as transformers 5 writes it
 ) -> dict:
     """The configuration as NVIDIA's releases write it: patterns of letters, and the number of layers."""
     if config.get("model_type") != "nemotron_h":
-        raise UserError(f"a model of type {config.get('model_type')!r}", where="config.json", why="the patterns of layers are those of nemotron_h", fix="give a Nemotron-H or Nemotron 3 checkpoint")
+        raise UserError(
+            f"a model of type {config.get('model_type')!r}",
+            where="config.json",
+            why="the patterns of layers are those of nemotron_h",
+            fix="give a Nemotron-H or Nemotron 3 checkpoint",
+        )
     if "hybrid_override_pattern" in config:
         return config
     pattern = "".join(LETTERS[kind] for kind in config["layers_block_type"])
-    further = {"mtp_hybrid_override_pattern": "".join(LETTERS[kind] for kind in config["mtp_layers_block_type"])} if config.get("num_nextn_predict_layers") else {}
+    further = (
+        {"mtp_hybrid_override_pattern": "".join(LETTERS[kind] for kind in config["mtp_layers_block_type"])}
+        if config.get("num_nextn_predict_layers")
+        else {}
+    )
     return config | {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)} | further
 
 # %% ../../nbs/train/07_release.ipynb #189bd1fb
 RENAMED = {"backbone.embedding.weight": "backbone.embeddings.weight"}  # transformers 5 to NVIDIA's releases
 
-
+# %% ../../nbs/train/07_release.ipynb #8cf27ade
 def release_folder(
     source: str | Path,  # a folder that transformers has saved
     target: str | Path,  # must not exist yet
@@ -47,14 +56,25 @@ def release_folder(
     source = Path(source)
     with new_folder(target) as new:
         for file in sorted(source.glob("*.safetensors")):
-            save_tensors({RENAMED.get(name, name): tensor for name, tensor in load_file(file).items()}, new / file.name, {"format": "pt"})
+            save_tensors(
+                {RENAMED.get(name, name): tensor for name, tensor in load_file(file).items()},
+                new / file.name,
+                {"format": "pt"},
+            )
         for index in source.glob("*.safetensors.index.json"):
             found = json.loads(index.read_text())
-            write_json(new / index.name, found | {"weight_map": {RENAMED.get(name, name): file for name, file in found["weight_map"].items()}})
+            write_json(
+                new / index.name,
+                found | {"weight_map": {RENAMED.get(name, name): file for name, file in found["weight_map"].items()}},
+            )
         write_json(new / "config.json", release_config(json.loads((source / "config.json").read_text())))
         for folder in filter(None, (source, tokenizer_dir and Path(tokenizer_dir))):
             for file in folder.iterdir():
-                if file.is_file() and not (new / file.name).exists() and not file.name.endswith((".safetensors", ".safetensors.index.json")):
+                if (
+                    file.is_file()
+                    and not (new / file.name).exists()
+                    and not file.name.endswith((".safetensors", ".safetensors.index.json"))
+                ):
                     shutil.copy(file, new)
     return Path(target)
 
@@ -75,9 +95,12 @@ class Audit:
 
     def __repr__(self) -> str:
         worst = sorted(self.differing.items(), key=lambda item: -item[1])[:5]
-        return f"Audit({self.equal} tensors equal; missing {list(self.missing)[:5]}; extra {list(self.extra)[:5]}; differing {dict(worst)})"
+        return (
+            f"Audit({self.equal} tensors equal; missing {list(self.missing)[:5]}; extra {list(self.extra)[:5]}; "
+            f"differing {dict(worst)})"
+        )
 
-
+# %% ../../nbs/train/07_release.ipynb #ab766982
 def _tensors(folder: Path) -> Iterator[tuple[str, Path]]:
     """Each tensor of a folder under its name in NVIDIA's layout, and the file it is in."""
     files = sorted(folder.glob("*.safetensors"))
@@ -87,7 +110,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Path]]:
         with open_tensors(file) as opened:
             yield from ((name, file) for name in opened.keys())
 
-
+# %% ../../nbs/train/07_release.ipynb #af25d781
 def shapes(
     folder: str | Path,  # in Hugging Face form
 ) -> dict[str, tuple[int, ...]]:
@@ -98,20 +121,22 @@ def shapes(
             found[RENAMED.get(name, name)] = tuple(opened.get_slice(name).get_shape())
     return found
 
-
+# %% ../../nbs/train/07_release.ipynb #f791f555
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """The largest difference of two tensors, 0 if equal, infinite if their shapes differ."""
     if a.shape != b.shape:
         return float("inf")
     return 0.0 if torch.equal(a, b) else (a.double() - b.double()).abs().max().item()
 
-
+# %% ../../nbs/train/07_release.ipynb #58a5cee5
 def audit(
     first: str | Path,  # a folder in Hugging Face form
     second: str | Path,
 ) -> Audit:
     """Compare two checkpoints tensor by tensor, one at a time in memory. Names are compared in NVIDIA's layout."""
-    sides = [{RENAMED.get(name, name): (name, file) for name, file in _tensors(Path(folder))} for folder in (first, second)]
+    sides = [
+        {RENAMED.get(name, name): (name, file) for name, file in _tensors(Path(folder))} for folder in (first, second)
+    ]
     differing, equal = {}, 0
     for name in sorted(sides[0].keys() & sides[1].keys()):
         tensors = []

@@ -19,7 +19,9 @@ def imbalance(
     chosen_RTK: Tensor,  # int64, the experts each token takes
     real_RT: Tensor,  # bool, False = padding
 ) -> tuple[Tensor, Tensor]:
-    """(imbalance of each row [R], differentiable, 0 for a row without tokens; how often each expert is taken [R, E])."""
+    """(imbalance of each row [R], differentiable, 0 for a row without tokens; how often each expert is taken [R,
+    E]).
+    """
     experts, taken = scores_RTE.shape[-1], chosen_RTK.shape[-1]
     tokens_R1 = real_RT.sum(1, keepdim=True).clamp(min=1)
     shares_RTE = scores_RTE / scores_RTE.sum(-1, keepdim=True)
@@ -34,7 +36,7 @@ class Routed(NamedTuple):
     imbalance: Tensor  # 0-dim, differentiable: sum over rows and layers
     counts_LE: Tensor  # int64, how often each expert of each layer is taken; a layer that is applied twice counts twice
 
-
+# %% ../../nbs/train/11_router_balance.ipynb #38ccaf38
 class RouterWatch:
     """Sees what the routers of a model decide, while it is told to watch."""
 
@@ -63,12 +65,18 @@ class RouterWatch:
         """Stop watching, and say what was seen."""
         seen, self._seen = self._seen or [], None
         total = torch.zeros((), device=real_RT.device)
-        counts = [torch.zeros(layer.n_routed_experts, dtype=torch.int64, device=real_RT.device) for layer in self.layers]
+        counts = [
+            torch.zeros(layer.n_routed_experts, dtype=torch.int64, device=real_RT.device) for layer in self.layers
+        ]
         for number, logits in seen:
             chosen = self.layers[number].route_tokens_to_experts(logits.detach())[0]
-            per_row, count_RE = imbalance(logits.sigmoid().unflatten(0, real_RT.shape), chosen.unflatten(0, real_RT.shape), real_RT)
+            per_row, count_RE = imbalance(
+                logits.sigmoid().unflatten(0, real_RT.shape), chosen.unflatten(0, real_RT.shape), real_RT
+            )
             total, counts[number] = total + per_row.sum(), counts[number] + count_RE.sum(0)
-        return Routed(total, torch.stack(counts) if counts else torch.zeros(0, 0, dtype=torch.int64, device=real_RT.device))
+        return Routed(
+            total, torch.stack(counts) if counts else torch.zeros(0, 0, dtype=torch.int64, device=real_RT.device)
+        )
 
 # %% ../../nbs/train/11_router_balance.ipynb #eaf9bded
 @torch.no_grad()

@@ -49,8 +49,10 @@ def _in_chunks(t: torch.Tensor, size: int) -> torch.Tensor:
     t = F.pad(t, (0, 0) * (t.ndim - 2) + (0, -t.shape[1] % size))
     return t.view(t.shape[0], -1, size, *t.shape[2:])
 
-
-def _carry(fade_RKH: torch.Tensor, written_RKHNP: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+# %% ../../nbs/train/03_scan.ipynb #41dcad67
+def _carry(
+    fade_RKH: torch.Tensor, written_RKHNP: torch.Tensor, state: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The state that enters each chunk [R,K,H,N,P], and the one that leaves the last [R,H,N,P]."""
     state, entering = torch.zeros_like(written_RKHNP[:, 0]) if state is None else state, []
     for k in range(written_RKHNP.shape[1]):
@@ -104,36 +106,49 @@ def causal_conv(
 
 # %% ../../nbs/train/03_scan.ipynb #88482371
 def _silenced(t_RTC: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Zeros where the mask [R, past + T] has them. With a cache it covers the past as well; its end belongs to these tokens."""
+    """Zeros where the mask [R, past + T] has them.
+
+    With a cache it covers the past as well; its end belongs to these tokens.
+    """
     return t_RTC if mask is None else t_RTC * mask[:, -t_RTC.shape[1] :, None].to(t_RTC.dtype)
 
-
+# %% ../../nbs/train/03_scan.ipynb #52b3bfb3
 def _keep_format(stored: Any, state: torch.Tensor) -> None:
-    """Leave the state of a layer in its cache as it was computed: the cache begins it in the number format of the window."""
+    """Leave the state of a layer in its cache as it was computed: the cache begins it in the number format of the
+    window.
+    """
     if stored.recurrent_states.dtype != state.dtype:
         stored.recurrent_states = state
 
-
+# %% ../../nbs/train/03_scan.ipynb #2b3a320b
 class ChunkedMixer(NemotronHMamba2Mixer):
     """A Mamba-2 layer of Nemotron-H whose plain PyTorch pass is made of matrix products. Same parameters."""
 
     scan_chunk = 32  # tokens; the speed of a step is nearly flat from 16 to 64 on the processor we tried
 
-    def torch_forward(self, input_states: torch.Tensor, cache_params: Any = None, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def torch_forward(
+        self, input_states: torch.Tensor, cache_params: Any = None, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """One pass over [R,T,hidden], from the state in the cache if there is one."""
         stored = None if cache_params is None else cache_params.layers[self.layer_idx]
         resumed = stored is not None and stored.has_previous_state
-        gate, xbc, dt = self.in_proj(_silenced(input_states, attention_mask)).split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+        gate, xbc, dt = self.in_proj(_silenced(input_states, attention_mask)).split(
+            [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1
+        )
         before = stored.conv_states[..., 1:].mT if resumed else None
         xbc, window = causal_conv(xbc, self.conv1d.weight[:, 0], self.conv1d.bias, before)
-        y, state = self._scan(_silenced(self.act(xbc), attention_mask), dt, stored.recurrent_states if resumed else None)
+        y, state = self._scan(
+            _silenced(self.act(xbc), attention_mask), dt, stored.recurrent_states if resumed else None
+        )
         if stored is not None:
             cache_params.update_conv_state(window.mT, self.layer_idx)
             cache_params.update_recurrent_state(state, self.layer_idx)
             _keep_format(stored, state)
         return self.out_proj(self.norm(y, gate).to(input_states.dtype))
 
-    def _scan(self, xbc: torch.Tensor, dt: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _scan(
+        self, xbc: torch.Tensor, dt: torch.Tensor, state: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """From the filtered channels to the outputs [R,T,inner] and the last state [R,H,P,N], in float32 or better."""
         exact = torch.promote_types(xbc.dtype, torch.float32)
         xbc, dt, state = (t if t is None else t.to(exact) for t in (xbc, dt, state))
@@ -149,11 +164,15 @@ class ChunkedMixer(NemotronHMamba2Mixer):
 def use_chunked_scan(
     model: torch.nn.Module,  # changed in place
 ) -> torch.nn.Module:
-    """Give every Mamba-2 layer of a model the plain pass of this notebook. Parameters, their names and checkpoints stay as they are."""
+    """Give every Mamba-2 layer of a model the plain pass of this notebook.
+
+    Parameters, their names and checkpoints stay as they are.
+    """
     for module in model.modules():
         if type(module) is NemotronHMamba2Mixer:
             # The class is exchanged, as torch.nn.utils.parametrize does it: no parameter is touched.
             module.__class__ = ChunkedMixer
     if hasattr(model, "config"):
-        model.config.use_mamba_kernels = False  # the fused kernel is out of play: what asks for it, such as pairs of LoRA beside out_proj, may rely on that
+        # the fused kernel is out of play: what asks for it, such as pairs of LoRA beside out_proj, may rely on that
+        model.config.use_mamba_kernels = False
     return model

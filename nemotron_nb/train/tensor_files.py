@@ -32,7 +32,7 @@ def new_file_mode(
     finally:
         probe.unlink(missing_ok=True)
 
-
+# %% ../../nbs/train/02_tensor_files.ipynb #feb5d8a9
 def give_usual_rights(
     folder: str | Path,  # files of tensors in it, written by a library
 ) -> None:
@@ -60,7 +60,12 @@ def open_tensors(
         with safe_open(path, "pt") as file:
             yield file
     except SafetensorError as error:
-        raise UserError(f"this file of tensors is damaged: {str(error)[:200]}", where=str(path), why="its header does not fit its bytes; a copy may have broken off", fix="copy or download it again") from error
+        raise UserError(
+            f"this file of tensors is damaged: {str(error)[:200]}",
+            where=str(path),
+            why="its header does not fit its bytes; a copy may have broken off",
+            fix="copy or download it again",
+        ) from error
 
 # %% ../../nbs/train/02_tensor_files.ipynb #c0de000a
 @contextmanager
