@@ -176,7 +176,7 @@ def blend_of_path(
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 
 
-_ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # what `datasets` writes beside the rows
+_ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # what `datasets` writes beside data
 
 
 def _declared(readme: str, where: str) -> list[dict[str, Any]]:
@@ -229,9 +229,6 @@ def files_of_split(
     return chosen
 
 # %% ../../nbs/data/15_blend.ipynb #c19cea90
-_ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # what `datasets` writes beside data
-
-
 def _saved_files(folder: Path) -> set[str] | None:
     """The data files of a folder that `save_to_disk` wrote, by its state.json; None for any other folder."""
     try:

@@ -584,15 +584,22 @@ _COLUMNS = ("run", "state", "steps", "held-out loss", "loss", "stage", "time", "
 
 def _row(folder: Path) -> dict[str, Any]:
     """A run as one row. Raises what damage makes of its files."""
-    state, status = run_state(folder), read_status(folder)
+    status = read_status(folder)
+    state = run_state(folder, status)
     lines, whole = read_tail(folder / "metrics.jsonl")
     steps = [line for line in lines if line.get("kind") == "train" and "seconds" in line]
     last: Mapping[str, Any] = steps[-1] if steps else {}
-    up = resume_command(folder) if stage_of(folder).resumes else status.get("command", "")
-    said = {"lost": f"take it up: {up}", "unfollowed": f"nobody follows its training; take it up: {up}"}
     values = [str(folder), state, last.get("step", 0), _final_loss(folder), f"{last['loss']:.3f}" if last else "", last.get("stage", ""), _time_of_steps(steps, whole)]
-    values += [len(status.get("attempts", [])), job_of(folder), _in_a_line(said.get(state) or status.get("message", ""))]
+    values += [len(status.get("attempts", [])), job_of(folder, status), _in_a_line(_taken_up(folder, state, status) or status.get("message", ""))]
     return dict(zip(_COLUMNS, [*values, str(folder / "report.html") if (folder / "report.html").exists() else ""], strict=True))
+
+
+def _taken_up(folder: Path, state: str, status: Mapping[str, Any]) -> str:
+    """What to type to go on with a run that nobody follows; empty for all others."""
+    if state not in ("lost", "unfollowed"):
+        return ""
+    up = resume_command(folder) if stage_of(folder).resumes else status.get("command", "")
+    return f"{'nobody follows its training; ' if state == 'unfollowed' else ''}take it up: {up}"
 
 
 def _in_a_line(text: str, most: int = 120) -> str:
