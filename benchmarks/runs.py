@@ -4,8 +4,9 @@
     python benchmarks/runs.py --runs 5000         more of them
     python benchmarks/runs.py --root output       the runs that are there
 
-The folders are made up: complete, failed, preempted, queued, lost, and one in fifty is damaged. Each command runs in a process of its own,
-as people start it; the median of five, after one that warms the disk cache. Every run must be in the table.
+The folders are made up: complete, failed, preempted, queued, running, and one in fifty is damaged. Each command runs in
+a process of its own, as people start it; the median of five, after one that warms the disk cache. Every run must be in
+the table.
 """
 
 import argparse
@@ -21,7 +22,6 @@ from nemotron_nb.core import write_json
 from nemotron_nb.viz import table
 
 STATES = ("done", "done", "done", "failed", "preempted", "queued", "running")
-GONE = 2**22  # a process that is not there: the run is lost
 
 
 def make_run(folder: Path, number: int, steps: int) -> None:
@@ -29,10 +29,11 @@ def make_run(folder: Path, number: int, steps: int) -> None:
     folder.mkdir(parents=True)
     state = STATES[number % len(STATES)]
     now = "2026-03-14T09:26:53Z"
-    status = {"state": state, "attempt": 1, "started": now, "host": "elsewhere" if number % 2 else "here", "pid": GONE, "changed": now, "attempts": [{"attempt": 1}]}
-    write_json(folder / "status.json", status)
+    status = {"state": state, "attempt": 1, "started": now, "host": "elsewhere", "pid": 1, "changed": now}
+    write_json(folder / "status.json", status | {"attempts": [{"attempt": 1}]})
     (folder / "config.yaml").write_text("family: nano3\n" + "".join(f"setting_{i}: value\n" for i in range(200)))
-    line = {"kind": "train", "stage": "token", "loss": 2.5, "loss_token": 2.5, "loss_sample": 2.6, "lr": 1e-5, "grad_norm": 1.0, "tokens": 900, "trained_tokens": 300, "seconds": 0.1}
+    line = {"kind": "train", "stage": "token", "loss": 2.5, "loss_token": 2.5, "loss_sample": 2.6, "lr": 1e-5}
+    line |= {"grad_norm": 1.0, "tokens": 900, "trained_tokens": 300, "seconds": 0.1}
     lines = "".join(json.dumps(line | {"step": s}) + "\n" for s in range(1, steps + 1))
     (folder / "metrics.jsonl").write_text('{"kind": "start"}\n' + ("{" if number % 50 == 49 else lines))
     if state == "done":

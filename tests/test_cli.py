@@ -241,7 +241,7 @@ def test_a_value_of_the_environment_is_written_nowhere(tmp_path):
     files = [p for p in (tmp_path / "output").rglob("*") if p.is_file()]
     assert [str(p) for p in files if b"VerySecret" in p.read_bytes()] == []
     (folder,) = (tmp_path / "output" / "nano3" / "sft").iterdir()
-    for name in ("config.yaml", "manifest.json", "artifacts.json", "report.html", "notebook.ipynb"):
+    for name in ("config.yaml", "manifest.json", "report.html", "notebook.ipynb"):
         assert "${oc.env:PLACE}" in (folder / name).read_text(), name
 
 

@@ -11,11 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNorm, NemotronHTopkRouter
-from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
 from precision import EXACT, FACTOR, assert_same_curve, curve_units, exact, in_double, largest
 

@@ -51,9 +51,11 @@ def float_errors(
     double, found = all(_precision(x) == torch.float64 for x in inputs), []
     for stretch in STRETCHES:
         plain = [_in(x, torch.float32 if double else _precision(x), stretch) for x in inputs]
-        pairs = list(zip(*(_outputs(compute(*given)) for given in (plain, [_in(x, torch.float64) for x in plain])), strict=True))
+        exact = [_in(x, torch.float64) for x in plain]
+        pairs = list(zip(*(_outputs(compute(*given)) for given in (plain, exact)), strict=True))
         least = [torch.finfo(got.dtype).eps / 4 * measure(want.double()) for got, want in pairs]
-        found.append([max(measure(got.double() - want.double()), at_least) for (got, want), at_least in zip(pairs, least)])
+        errors = [measure(got.double() - want.double()) for got, want in pairs]
+        found.append([max(pair) for pair in zip(errors, least, strict=True)])
     return [max(errors) * (2.0**-29 if double else 1.0) for errors in zip(*found)]
 
 # %% ../../nbs/loss/00_precision.ipynb #900ec31a
@@ -72,5 +74,5 @@ def rounding(
 
 # %% ../../nbs/loss/00_precision.ipynb #8baa24ab
 def sum_error(terms: int, dtype: torch.dtype = torch.float32) -> float:
-    """The largest error of a sum of so many numbers, added in any order, as a share of the sum of their absolute values."""
+    """The largest error of a sum of so many numbers in any order, as a share of the sum of their absolute values."""
     return terms * torch.finfo(dtype).eps
