@@ -590,12 +590,12 @@ def _row(folder: Path) -> dict[str, Any]:
     steps = [line for line in lines if line.get("kind") == "train" and "seconds" in line]
     last: Mapping[str, Any] = steps[-1] if steps else {}
     values = [str(folder), state, last.get("step", 0), _final_loss(folder), f"{last['loss']:.3f}" if last else "", last.get("stage", ""), _time_of_steps(steps, whole)]
-    values += [len(status.get("attempts", [])), job_of(folder, status), _in_a_line(_taken_up(folder, state, status) or status.get("message", ""))]
+    values += [len(status.get("attempts", [])), job_of(folder, status), _taken_up(folder, state, status) or _in_a_line(status.get("message", ""))]
     return dict(zip(_COLUMNS, [*values, str(folder / "report.html") if (folder / "report.html").exists() else ""], strict=True))
 
 
 def _taken_up(folder: Path, state: str, status: Mapping[str, Any]) -> str:
-    """What to type to go on with a run that nobody follows; empty for all others."""
+    """What to type to go on with a run that nobody follows, whole, so that it can be copied; empty for all others."""
     if state not in ("lost", "unfollowed"):
         return ""
     up = resume_command(folder) if stage_of(folder).resumes else status.get("command", "")
