@@ -215,18 +215,21 @@ def _submit_data_prep(effective: "Effective", profile: "Profile", mode: str, scr
 
 
 def _data_prep_here(effective: "Effective", family: str, force: bool) -> None:
-    """Prepare data on this machine, and register it."""
+    """Prepare data on this machine, and register it as what the next training takes."""
     from nemotron_nb.data.prep import prepare
     from nemotron_nb.ops.artifacts import Store, log_data
+    from nemotron_nb.ops.config import PREPARED
     from nemotron_nb.stages.sft import data_settings
 
     settings = data_settings(effective.settings.data, family, effective.settings.run.output_root)
     with _progress() as told:
-        manifest = prepare(settings, force=force, **told)
+        manifest = prepare(settings, force=force, secrets=effective.secrets, **told)
     print(manifest)
     if manifest.tokenized:
         print(f"\ntokenized: {manifest.tokenized}")
-    artifact = log_data(Store(effective.settings.run.store), family, settings.output_dir, settings.blend_path, _typed())
+    store = Store(effective.settings.run.store)
+    artifact = log_data(store, family, settings.output_dir, settings.blend_path, _typed())
+    store.tag(artifact.address, PREPARED)
     print(f"\nprepared data: {settings.output_dir}\nto look at: {settings.output_dir}/report.html\nregistered: {artifact.address}")
 
 # %% ../nbs/90_cli.ipynb #da739dab
@@ -276,12 +279,14 @@ def sft(
     """Train, here or in a job, and say where the report is."""
     from nemotron_nb.ops.config import derived, sft_config
     from nemotron_nb.ops.report import headline, read_run
-    from nemotron_nb.stages.sft import Plan, check_start, cluster_layer, launch, new_run, on_cluster, resumed_settings
+    from nemotron_nb.stages.sft import Plan, check_model_here, check_start, cluster_layer, launch, new_run, on_cluster, resumed_settings
 
     asked = (resumed_settings(resume, overrides),) if resume else (config, overrides, cluster_layer(profile))
     effective = sft_config(family, *asked)
     if not (dry_run or (profile is not None and profile.dry_run)):
         check_start(effective)
+        if not on_cluster(profile):
+            check_model_here(effective.settings)
         _show_notes(effective)
     plan = Plan(
         stage=STAGES["sft"],
@@ -650,7 +655,7 @@ def lineage(
 # %% ../nbs/90_cli.ipynb #4855b3df
 @app.command("inspect", help="One chat as the model will see it: its tokens, and which are trained.", epilog="Example:\n\n  nemotron inspect chats.jsonl:3 --html chat.html")
 def inspect(
-    file: Annotated[str, typer.Argument(metavar="FILE[:LINE]", help="A file of chats, and the line of one.")],
+    file: Annotated[str, typer.Argument(metavar="FILE[:LINE]", help="A file of chats, and the line of one; of a folder or a glob the first file, of - standard input.")],
     html: Annotated[str, typer.Option("--html", help="Write a page to this file as well.")] = "",
     tokenizer: Annotated[str, typer.Option("--tokenizer", help="tiny, tekken, a folder, or a hub name.")] = "tiny",
     template: Annotated[str, typer.Option("--template", help="A template's name, or a .jinja file.")] = "nano3",

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 NEMOTRON = Path(sys.executable).with_name("nemotron")
@@ -30,6 +31,6 @@ mounts = ["/lustre:/lustre"]
 """
 
 
-def nemotron(*words: str, cwd: Path) -> subprocess.CompletedProcess:
+def nemotron(*words: str, cwd: Path, env: Mapping[str, str] = ONE_THREAD) -> subprocess.CompletedProcess:
     """`nemotron WORDS...` in the folder `cwd`, its output kept."""
-    return subprocess.run([str(NEMOTRON), *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300, env=ONE_THREAD)
+    return subprocess.run([str(NEMOTRON), *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300, env=env)

@@ -5,71 +5,29 @@ where it runs, and allows a fast path a small multiple of it.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNorm, NemotronHTopkRouter
+from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
+from nemotron_nb.loss.precision import FACTOR, NARROW_FACTOR, float_errors, largest, rounding, sum_error
+from nemotron_nb.train import torch_engine
 from nemotron_nb.train.batches import global_batch
+from nemotron_nb.train.objective import Learner
 
-FACTOR = 8.0  # a fast path may err this many times as much as the plain computation, whose own error is the largest of a few
-NARROW_FACTOR = 3.0  # in 16 bits, where the rounding of the result is nearly all of the error
-STRETCHES = (1.0, 1.01, 0.99, 1.03)  # the same problem in other numbers, so that no single lucky rounding sets the unit
-
-
-def largest(error: Tensor) -> float:
-    """The largest absolute value; 0 of nothing."""
-    return error.abs().max().item() if error.numel() else 0.0
+EXACT = sum_error(4096, torch.float64)  # both sides in float64, at most so many numbers are added
+__all__ = ["FACTOR", "NARROW_FACTOR", "float_errors", "largest", "rounding", "sum_error"]
 
 
 def norm(error: Tensor) -> float:
     """The Euclidean norm."""
     return error.norm().item()
-
-
-def _stretched(x: Tensor | nn.Module, factor: float) -> Tensor | nn.Module:
-    """A copy of a tensor or of a model with its numbers multiplied."""
-    if isinstance(x, Tensor):
-        return (x.detach() * factor).requires_grad_(x.requires_grad)
-    model = copy.deepcopy(x)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(factor)
-    return model
-
-
-def _as(x: Tensor | nn.Module, dtype: torch.dtype) -> Tensor | nn.Module:
-    """A copy in another precision."""
-    return x.detach().to(dtype).requires_grad_(x.requires_grad) if isinstance(x, Tensor) else copy.deepcopy(x).to(dtype)
-
-
-def _precision(x: Tensor | nn.Module) -> torch.dtype:
-    """The floating-point type of a tensor or of a model's parameters."""
-    return x.dtype if isinstance(x, Tensor) else next(x.parameters()).dtype
-
-
-def float_errors(
-    compute: Callable[..., Tensor | Sequence[Tensor]],  # the plain computation, of the inputs
-    *inputs: Tensor | nn.Module,  # in the precision in question
-    measure: Callable[[Tensor], float] = largest,
-) -> list[float]:
-    """For each output: the error of the plain computation in the precision of its inputs, against float64.
-
-    It is the largest of a few, and never less than the mean rounding of the result. Inputs in float64 are tried in float32, whose errors are 2**29 times as large.
-    """
-    double = all(_precision(x) == torch.float64 for x in inputs)
-    found: list[list[float]] = []
-    for factor in STRETCHES:
-        plain = [_stretched(_as(x, torch.float32) if double else x, factor) for x in inputs]
-        got, want = (_outputs(compute(*given)) for given in (plain, [_as(x, torch.float64) for x in plain]))
-        found.append([max(measure(g.double() - w.double()), torch.finfo(g.dtype).eps / 4 * measure(w.double())) for g, w in zip(got, want, strict=True)])
-    return [max(errors) * (2.0**-29 if double else 1.0) for errors in zip(*found)]
-
-
-def _outputs(found: Any) -> list[Tensor]:
-    """What a computation returns, as a list of detached tensors."""
-    return [t.detach() for t in ([found] if isinstance(found, Tensor) else found)]
 
 
 def float_error(compute: Callable[..., Tensor | Sequence[Tensor]], *inputs: Tensor | nn.Module, measure: Callable[[Tensor], float] = largest) -> float:
@@ -103,6 +61,64 @@ def near(got: Tensor, want: Tensor, unit: float) -> bool:
     return got.shape == want.shape and largest(got.detach().double() - want.detach().double()) <= FACTOR * unit
 
 
-def sum_error(terms: int, dtype: torch.dtype = torch.float32) -> float:
-    """The largest error of a sum of so many numbers, added in any order, as a share of the sum of their absolute values."""
-    return terms * torch.finfo(dtype).eps
+# ---- whole trainings
+
+
+class exact:
+    """The library computes norms and routers in float32, whatever it is given; here in what it is given."""
+
+    def __enter__(self):
+        def norm(self, hidden_states):
+            return self.weight * hidden_states * torch.rsqrt(hidden_states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+        def gated(self, hidden_states, gate=None):
+            h = hidden_states * F.silu(gate)
+            groups = h.unflatten(-1, (-1, self.group_size))
+            return self.weight * (groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)).flatten(-2)
+
+        def router(self, hidden_states):
+            return F.linear(hidden_states.view(-1, self.config.hidden_size), self.weight)
+
+        self.kept = {}
+        for kind, forward in ((NemotronHRMSNorm, norm), (Zamba2RMSNormGated, gated), (NemotronHTopkRouter, router)):
+            self.kept[kind], kind.forward = kind.forward, forward
+
+    def __exit__(self, *_):
+        for kind, forward in self.kept.items():
+            kind.forward = forward
+
+
+class _Double(Learner):
+    """What is trained, in float64."""
+
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named)
+        self.double()
+
+
+@contextmanager
+def in_double():
+    """Trainings of the PyTorch engine in this block compute in float64: the truth of a whole training."""
+    with exact(), mock.patch.object(torch_engine, "Learner", _Double):
+        yield
+
+
+def curve_units(
+    truth: Sequence[Mapping[str, Any]],  # the lines of a training in float64
+    plain: Iterable[Sequence[Mapping[str, Any]]],  # of the same in float32, one or several
+    names: Sequence[str],
+) -> dict[str, float]:
+    """For each number: the largest relative error of its float32 over the steps, and never less than the mean rounding of a number."""
+    least, gaps = torch.finfo(torch.float32).eps / 4, {name: [] for name in names}
+    for lines in plain:
+        for a, b in zip(lines, truth, strict=True):
+            for name in names:
+                gaps[name].append(abs(a[name] / b[name] - 1))
+    return {name: max(least, *found) for name, found in gaps.items()}
+
+
+def assert_same_curve(got: Sequence[Mapping[str, Any]], want: Sequence[Mapping[str, Any]], units: Mapping[str, float]) -> None:
+    """Two trainings are the same up to a few times what float32 strays from float64."""
+    for a, b in zip(got, want, strict=True):
+        for name, unit in units.items():
+            assert abs(a[name] / b[name] - 1) <= FACTOR * unit, (name, a.get("step"), a[name], b[name], unit)

@@ -17,7 +17,9 @@ from nemotron_nb.data.files import Reject, read_unit, units
 from nemotron_nb.data.inspect import inspect_file, inspect_row
 from nemotron_nb.data.prep import PrepConfig, prepare
 from nemotron_nb.data.sample import sample_path
+from nemotron_nb.data.shards import read_packs
 from nemotron_nb.data.tokenized import RowSettings, Spooled, Task, tokenize_unit
+from nemotron_nb.data.tokenizer import load_tokenizer
 
 CASES = Path(__file__).parent / "cases"
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -384,9 +386,33 @@ def test_a_folder_of_save_to_disk_is_read_without_its_state_and_its_caches(tmp_p
 
 
 @pytest.mark.parametrize("number", [24, 1])
+def test_few_chats_are_trained_on_though_their_split_is_another(number, tmp_path):
+    """With every seed: a hash says where a chat belongs, and a single one may fall to the held-out part."""
+    for seed in range(8):
+        ratios = {"train_ratio": 0.2, "valid_ratio": 0.4, "test_ratio": 0.4}
+        made = prepare(PrepConfig(path=str(case(number)), output_dir=str(tmp_path / f"out{seed}"), workers=1, seed=seed, pack_size=0, **ratios))
+        assert made["splits"]["train"]["packs"] >= 1
+
+
+@pytest.mark.parametrize("number", [24, 1])
 def test_one_chat_is_prepared(number, tmp_path):
     made = prepare(PrepConfig(path=str(case(number)), output_dir=str(tmp_path / "out"), workers=1, valid_ratio=0.0 if number == 1 else 0.01, test_ratio=0.02 if number == 1 else 0.01))
     assert made["splits"]["train"]["packs"] >= 1
+
+
+@pytest.mark.parametrize(("number", "form", "trained"), [(11, "alpaca", {}), (12, "sharegpt", {"good": 12}), (14, "sharegpt", {"R": 1})])
+def test_a_case_whose_form_is_given_in_a_blend(number, form, trained, tmp_path):
+    blend = write(tmp_path / "blend.json", [{"datasets": [{"name": "sg", "path": str(case(number)), "format": form}]}])
+    options = {"blend_path": str(blend), "output_dir": str(tmp_path / "out"), "workers": 1, "valid_ratio": 0.0, "test_ratio": 0.0, "train_ratio": 1.0}
+    if not trained:
+        with pytest.raises(UserError, match="empty_turn"):
+            prepare(PrepConfig(**options))
+        return
+    made = prepare(PrepConfig(**options))
+    tokenizer, packs = load_tokenizer(made.folder / "tokenizer"), read_packs(made.folder / "splits" / "train")
+    said = [tokenizer.decode(p.input_ids[a + 1 : b][p.loss_mask[a : b - 1] == 1].tolist()) for p in packs for a, b in p.spans]
+    ((word, count),) = trained.items()
+    assert len(said) == made["accepted"] == count and all(word in text and "BAD" not in text for text in said)
 
 
 def test_lost_chats_count_as_bad_and_marked_ones_do_not(tmp_path):

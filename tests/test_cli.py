@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -20,6 +21,7 @@ from nemotron_nb import cli
 from nemotron_nb.cli import app
 from nemotron_nb.ops.run_folder import read_metrics
 
+CASES = Path(__file__).parent / "cases"
 SMALL = ["-c", "tiny", "data.sample=24", "data.pack_size=512", "model.pattern=ME*", "model.hidden_size=32", "train.global_batch_size=1"]
 SMALL += ["evaluation.num_generations=2", "evaluation.max_new_tokens=4", "train.train_iters=2"]
 
@@ -213,6 +215,36 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path):
     assert again.returncode == 1 and "the run is complete" in again.stderr
 
 
+@pytest.mark.slow
+def test_one_chat_is_overfitted_with_adapters_and_the_last_lines_name_what_is_there(tmp_path):
+    """Cases 24 and 27: a single chat, in packs for training alone, and LoRA without a merged model."""
+    (one,) = CASES.glob("24-*.jsonl")
+    stages = "loss.stages=[{stage: token, steps: 2}, {stage: sample}]"
+    done = nemotron("nano3", "sft", *SMALL[:2], *SMALL[3:-1], "train.train_iters=4", "--peft", "lora", f"data.path={one}", stages, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = (tmp_path / "output" / "nano3" / "sft").iterdir()
+    assert "no held-out" in done.stdout and f"{folder.relative_to(tmp_path)}/adapter" in done.stdout
+    assert (folder / "adapter" / "adapter_config.json").is_file() and (folder / "base" / "config.json").is_file()
+    assert not (folder / "model").exists() and not re.search(rf"{folder.name}/model\b", done.stdout)
+
+
+@pytest.mark.slow
+def test_a_value_of_the_environment_is_written_nowhere(tmp_path):
+    """A folder whose name is a secret: no file of a run, of its data and of the register holds it; the variable is named instead."""
+    secret = tmp_path / "kept" / "hf_VerySecret&1"
+    secret.mkdir(parents=True)
+    chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    (secret / "chats.jsonl").write_text("".join(json.dumps(chat | {"id": str(i)}) + "\n" for i in range(30)) + "no chat\n")
+    words = [*SMALL[:2], *SMALL[3:-1], "train.train_iters=1", "evaluation.num_generations=0", "data.max_bad_fraction=1", "data.path=${oc.env:PLACE}/chats.jsonl"]
+    done = nemotron("nano3", "sft", *words, cwd=tmp_path, env=ONE_THREAD | {"PLACE": str(secret)})
+    assert done.returncode == 0 and "VerySecret" not in done.stdout, done.stdout + done.stderr
+    files = [p for p in (tmp_path / "output").rglob("*") if p.is_file()]
+    assert [str(p) for p in files if b"VerySecret" in p.read_bytes()] == []
+    (folder,) = (tmp_path / "output" / "nano3" / "sft").iterdir()
+    for name in ("config.yaml", "manifest.json", "report.html", "notebook.ipynb"):
+        assert "${oc.env:PLACE}" in (folder / name).read_text(), name
+
+
 def test_a_run_tells_what_it_does(run):
     done, folder = run
     assert f"Report: output/nano3/sft/{folder.name}/report.html" in done.stdout
@@ -237,12 +269,14 @@ def test_the_report_of_a_real_run_has_every_section(run):
 
 
 def test_a_run_that_fails_in_training_says_why(run, tmp_path):
-    done = nemotron("nano3", "sft", *SMALL, "model.name=no_such_folder/model", cwd=tmp_path)
+    (tmp_path / "no_model").mkdir()
+    (tmp_path / "no_model" / "config.json").write_text('{"model_type": "bert"}')
+    done = nemotron("nano3", "sft", *SMALL, "model.name=./no_model", cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.count("error: ") >= 1 and "no_such_folder/model" in done.stderr
+    assert done.stderr.count("error: ") >= 1 and "no_model" in done.stderr
     folder = next((tmp_path / "output" / "nano3" / "sft").iterdir())
     status = json.loads((folder / "status.json").read_text())
-    assert status["state"] == "failed" and "no_such_folder/model" in status["message"]
+    assert status["state"] == "failed" and "no_model" in status["message"]
     assert (folder / "notebook.ipynb").exists() and not (folder / ".partial.ipynb").exists()
     assert nemotron("report", folder, cwd=tmp_path).stdout.startswith("The run failed")
 
@@ -272,12 +306,64 @@ def test_a_run_that_is_asked_to_end_keeps_its_steps_and_leaves_no_process_behind
     command.send_signal(how)
     said, folder = command.communicate(timeout=120)[0], found[0].parent
     assert command.returncode == 128 + how and f"Go on with: nemotron nano3 sft --resume output/nano3/sft/{folder.name}" in said
-    while any(os.path.exists(f"/proc/{p}") and "Z" not in open(f"/proc/{p}/stat").read().split()[2] for p in below):
+    while not _ended(below):
         assert time.monotonic() < deadline, "a process was left behind"
         time.sleep(0.1)
     assert json.loads((folder / "status.json").read_text())["state"] == "preempted"
     last = read_metrics(folder / "metrics.jsonl")[-1]
     assert last["kind"] == "paused" and list((folder / "checkpoints").glob("step_*")), said
+
+
+def _ended(pids: list[int]) -> bool:
+    """Is none of these processes left?"""
+    return not any(os.path.exists(f"/proc/{p}") and "Z" not in open(f"/proc/{p}/stat").read().split()[2] for p in pids)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_before_the_first_step_ends_in_words(tmp_path, how):
+    """There is nothing to keep yet: the command says so, names the line that goes on, and leaves no process and no traceback."""
+    words = ["nano3", "sft", *SMALL[:-1], "train.train_iters=100000", "evaluation.num_generations=0"]
+    command = subprocess.Popen([str(NEMOTRON), *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ONE_THREAD, preexec_fn=_heard(how))
+    deadline = time.monotonic() + 240
+    while not list(tmp_path.glob("output/nano3/sft/*/.partial.ipynb")):  # the notebook has begun
+        assert time.monotonic() < deadline and command.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)
+    below = _descendants(command.pid)
+    command.send_signal(how)
+    said = command.communicate(timeout=120)[0]
+    (folder,) = tmp_path.glob("output/nano3/sft/*")
+    assert command.returncode == 128 + how and f"{how.name} before its first step" in said, said
+    assert f"Go on with: nemotron nano3 sft --resume output/nano3/sft/{folder.name}" in said
+    assert not re.search("Traceback|DeadKernel|Error", said), said
+    assert json.loads((folder / "status.json").read_text())["state"] == "preempted"
+    while not _ended(below):
+        assert time.monotonic() < deadline, "a process was left behind"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_training_whose_command_was_killed_is_listed_and_taken_up(tmp_path):
+    """kill -9: nobody can write that down. The list says who is not followed and what to type, and that ends the run with each step once."""
+    words = ["nano3", "sft", *SMALL[:-1], "train.train_iters=600", "evaluation.num_generations=0"]
+    command = subprocess.Popen([str(NEMOTRON), *words], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ONE_THREAD)
+    deadline = time.monotonic() + 240
+    while not (found := list(tmp_path.glob("output/nano3/sft/*/metrics.jsonl"))) or not any(m["kind"] == "train" for m in read_metrics(found[0])):
+        assert time.monotonic() < deadline and command.poll() is None
+        time.sleep(0.1)
+    command.kill()
+    command.wait()
+    folder, row = found[0].parent, {"state": "running"}
+    while row["state"] == "running":
+        assert time.monotonic() < deadline
+        (row,) = json.loads(nemotron("runs", "--json", cwd=tmp_path).stdout)
+    resume = f"nemotron nano3 sft --resume output/nano3/sft/{folder.name}"
+    assert row["state"] == "unfollowed" and row["said"] == f"nobody follows its training; take it up: {resume}"
+    training = json.loads((folder / "train.json").read_text())["pid"]
+    done = nemotron(*resume.split()[1:], cwd=tmp_path)
+    assert done.returncode == 0 and "The run is complete." in done.stdout, done.stdout + done.stderr
+    assert json.loads((folder / "train.json").read_text())["pid"] == training, "the same training, followed again"
+    assert [m["step"] for m in read_metrics(folder / "metrics.jsonl") if m["kind"] == "train"] == list(range(1, 601))
 
 
 @pytest.mark.parametrize("ignored", [True, False])
@@ -316,6 +402,7 @@ def test_versions_tables_and_folders_that_are_not_there(tmp_path, monkeypatch):
     (["checkpoint.pretrained_checkpoint=/no/such"], "there is no such checkpoint"),
     (["model.name=/no/such"], "model.name=/no/such: there is no such folder"),
     (["model.name=./such"], "there is no such folder"),
+    (["model.name=nobody/has-this"], "no such model on this machine: 'nobody/has-this'"),
     (["logger.wandb_mode=offline"], "no project is named"),
 ])
 def test_what_cannot_begin_is_refused_before_there_is_a_run_folder(tmp_path, monkeypatch, words, said):

@@ -11,6 +11,7 @@ from nemotron_nb.core import UserError, check_yaml, nearest, write_json
 from nemotron_nb.ops.artifacts import Source, Store
 from nemotron_nb.ops.spellings import ELSEWHERE
 from nemotron_nb.ops.config import (
+    PREPARED,
     BUILT_IN,
     COMMAND_LINE,
     FAMILIES,
@@ -31,6 +32,7 @@ from nemotron_nb.ops.config import (
     to_yaml,
     typed_layers,
 )
+from nemotron_nb.stages.evaluate import eval_config
 
 LEAVES = st.sampled_from([0, -1.5, True, None, "", "text", [], [1, 2]])
 NAMES = st.sampled_from("abc")
@@ -420,9 +422,7 @@ def test_a_name_far_from_all_of_a_long_list_is_met_with_three():
 
 
 def test_other_commands_lead_on_too():
-    from nemotron_nb.stages.evaluate import eval_config
-
-    with pytest.raises(UserError, match="'optimizer.lr', a setting of another command"):
+    with pytest.raises(UserError, match="'optimizer.lr', a setting of 'sft'"):
         data_prep_config("nano3", "tiny", ["learning_rate=1"])
     with pytest.raises(UserError, match="did you mean 'generation.max_new_tokens'"):
         eval_config("nano3", "tiny", ["max_tokens=1"])
@@ -553,6 +553,50 @@ def test_the_newest_prepared_data_is_taken_where_none_is_named(tmp_path):
     assert sft_config("nano3", "tiny", here).settings.run.data == "" and sft_config("super3", "default", here).settings.run.data == ""
     other = sft_config("nano3", "default", [*here, "data.tokenizer=tekken"])
     assert other.settings.run.data == "" and "--art.data DataBlendsArtifact-sft:v1" in other.notes[0]
+
+
+def test_data_that_was_prepared_wins_over_the_chats_of_a_committed_configuration(tmp_path):
+    """`data prep sft -c tiny`, then `sft -c tiny`: what somebody prepared is later than what tiny names, and earlier than what is typed or stands in a file of one's own."""
+    register = Store(tmp_path / "artifacts")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").write_text("{}")
+    made = register.log("DataBlendsArtifact-sft", "data", tmp_path / "data", {"pack_size": 512}, [Source("tiny", "tokenizer")])
+    here = [f"run.artifacts={tmp_path}/artifacts"]
+    assert sft_config("nano3", "tiny", here).settings.run.data == "", "data of a run alone is not taken"
+    register.tag(made.address, PREPARED)
+    taken = sft_config("nano3", "tiny", here)
+    assert (taken.settings.run.data, taken.settings.data.path) == ("DataBlendsArtifact-sft:v1", "")
+    assert "DataBlendsArtifact-sft:v1" in taken.notes[0] and "data.path=sample" in taken.notes[0]
+    (tmp_path / "mine.yaml").write_text("data: {path: mine.jsonl}\n")
+    for words in (("tiny", [*here, "data.path=sample"]), (["tiny", str(tmp_path / "mine.yaml")], here)):
+        assert sft_config("nano3", *words).settings.run.data == ""
+    sampled = sft_config("nano3", "tiny", [*here, "data.sample=7"])
+    assert sampled.settings.run.data == "" and "data.sample is given" in sampled.notes[0] and "--art.data DataBlendsArtifact-sft:v1" in sampled.notes[0]
+    (tmp_path / "data" / "manifest.json").unlink()
+    (tmp_path / "data").rmdir()
+    gone = sft_config("nano3", "tiny", here)
+    assert gone.settings.run.data == "" and gone.settings.data.path == "sample", "a folder that was removed is not missed"
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "said"),
+    [
+        ("eval", "data.path=x", "it belongs to 'data prep sft' and 'sft'"),
+        ("eval", "model.name=x", "it belongs to 'sft'"),
+        ("eval", "data.output_dir=x", "it belongs to 'data prep sft' and 'sft'"),
+        ("data prep", "optimizer.lr=1", "'optimizer.lr' is no setting of this command"),
+        ("data prep", "train.train_iters=1", "it belongs to 'sft'"),
+        ("sft", "data.questions=x", "it belongs to 'eval'"),
+        ("sft", "path=x", "did you mean 'data.path'?"),
+        ("eval", "learning_rate=1", "learning_rate is 'optimizer.lr', a setting of 'sft'"),
+    ],
+)
+def test_a_setting_of_another_command_is_told_with_that_command(command, given, said):
+    """It is not misspelt, so no near name is offered."""
+    read = {"sft": sft_config, "data prep": data_prep_config, "eval": eval_config}[command]
+    with pytest.raises(UserError) as error:
+        read("nano3", "default", [given])
+    assert said in str(error.value) and ("is nearest" not in str(error.value))
 
 
 PAGE = "{% for message in messages %}{%- if message['role'] == 'system'  %}{{'Context: ' + message['content'].strip()}}{%- elif message['role'] == 'user'  %}{{' Question: ' + message['content'].strip() + ' Answer: '}}{%- elif message['role'] == 'assistant'  %}{{message['content'].strip()}}{%- endif %}{% endfor %}"

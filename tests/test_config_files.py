@@ -83,5 +83,14 @@ def test_uv_takes_the_same_versions():
     assert PYPROJECT["tool"]["uv"]["constraint-dependencies"] == [line for line in lines if line and not line.startswith("#")]
 
 
+def test_uv_takes_the_build_of_pytorch_for_cpus_on_linux():
+    """On PyPI there is the one for CUDA, with several GB of libraries; macOS and Windows find theirs there."""
+    uv = PYPROJECT["tool"]["uv"]
+    (source,), (index,) = uv["sources"]["torch"], uv["index"]
+    assert source == {"index": index["name"], "marker": "sys_platform == 'linux'"}
+    assert index["url"].endswith("/whl/cpu") and index["explicit"], "every other package comes from where it always does"
+    assert "install --no-sources" in (ROOT / ".ci" / "setup").read_text(), "make takes the build that pip finds"
+
+
 def test_no_lock_file_names_one_machine():
     assert not (ROOT / "uv.lock").exists()

@@ -1,6 +1,7 @@
 """One row of a file: found by its line, drawn without harm, compared with inference, or refused with the reason."""
 
 import gzip
+import io
 import json
 import re
 import sys
@@ -18,6 +19,7 @@ from nemotron_nb.data.mask import Draft
 from nemotron_nb.data.records import parse_conversation
 from nemotron_nb.data.template import Chunk
 from nemotron_nb.data.tokenizer import load_tokenizer
+from nemotron_nb.viz import table
 
 TOKENIZER = load_tokenizer("tiny")
 ROWS = [{"messages": [{"role": "user", "content": f"question {k}"}, {"role": "assistant", "content": f"answer {k}"}]} for k in range(1, 6)]
@@ -225,3 +227,53 @@ def test_full_folds_nothing_on_the_page(tmp_path, capsys):
     assert not any(word in written for word in ("more messages", "more tokens", "more characters", "more pictures"))
     assert all(written.count(f"end{k}.") == 3 for k in range(8))
     assert inspect_file(path, html=target) == 0 and "more messages" in target.read_text()
+
+
+# ---- where the row lies
+
+
+@pytest.mark.parametrize("given", ["chats.jsonl", "~/chats.jsonl", ".", "*.jsonl", "../*/chats.jsonl", "-"])
+def test_every_way_to_name_a_file_shows_its_row(given, tmp_path, monkeypatch, capsys):
+    """A file, one in the home folder, a folder, a glob, and standard input."""
+    home = tmp_path / "home"
+    home.mkdir()
+    text = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "an answer"}]}) + "\n"
+    (home / "chats.jsonl").write_text(text)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    assert inspect_file(given, as_json=True) == 0
+    assert json.loads(capsys.readouterr().out)["sequences"][0]["trained"] > 2
+
+
+def test_of_a_folder_the_first_file_is_shown_and_said_to_be(tmp_path, capsys):
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": f"from {name}"}]}) + "\n")
+    assert inspect_file(tmp_path) == 0
+    said = capsys.readouterr()
+    assert "from a" in said.out and f"the first of 2 files: {tmp_path / 'a.jsonl'}" in said.err
+    with pytest.raises(UserError, match="matches no file"):
+        inspect_file(tmp_path / "*.parquet")
+    with pytest.raises(UserError, match="no such file"):
+        inspect_file(tmp_path / "c.jsonl")
+
+
+LINE_ENDS = "\u0085\u2028\u2029\x0b\x0c\x1c\x1d\x1e"  # str.splitlines cuts at each of them; a line of JSONL ends at \n alone
+
+
+def test_what_only_looks_like_the_end_of_a_line_ends_none(tmp_path, capsys):
+    """In the file, in what is trained, and in the text form of what is shown."""
+    said = f"x{LINE_ENDS}y"
+    rows = [{"messages": [{"role": "user", "content": said}, {"role": "assistant", "content": said}], "id": said}, {"messages": [{"role": "user", "content": "2"}, {"role": "assistant", "content": "two"}]}]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert inspect_file(path, 2) == 0 and "two" in capsys.readouterr().out
+    assert inspect_file(path, 1, as_json=True) == 0
+    (sequence,) = json.loads(capsys.readouterr().out)["sequences"]
+    tokenizer = load_tokenizer("tiny")
+    assert tokenizer.decode([i for i, on in zip(sequence["input_ids"], sequence["loss_mask"]) if on]) == f"{said}<|im_end|>\n"
+    assert inspect_file(path, 1) == 0
+    shown = capsys.readouterr().out
+    assert not any(c in shown for c in LINE_ENDS)
+    drawn = table([[said, 1]], header=["a", "b"]).text
+    assert len(drawn.splitlines()) == 2 and not any(c in drawn for c in LINE_ENDS)

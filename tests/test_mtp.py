@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from precision import EXACT
 
 from nemotron_nb.core import UserError
 from nemotron_nb.loss.fused import masked_linear_cross_entropy
@@ -102,9 +103,9 @@ def test_one_weighted_sum_is_the_loop(sequences, depths, stage, normalization, s
     _, mask_KT = mtp_targets(labels, mask, sequence_of, depths)
     weights = weights_by(mask_KT, sequence_of, stage, normalization=normalization)
     expected = mtp_loss_by_hand(nll, mask, sequence_of, stage, normalization=normalization)
-    torch.testing.assert_close((weights * nll).sum(), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close((weights * nll).sum(), expected, rtol=EXACT, atol=0)
     present = [1.0, *(0.3 / depths if m.any() else 0.0 for m in mask_KT[1:])]
-    torch.testing.assert_close(weights.sum(1), torch.tensor(present, dtype=torch.float64), rtol=1e-12, atol=0)
+    torch.testing.assert_close(weights.sum(1), torch.tensor(present, dtype=torch.float64), rtol=EXACT, atol=0)
 
 
 def test_values_by_arithmetic():
@@ -113,9 +114,9 @@ def test_values_by_arithmetic():
     assert mask_KT.tolist() == [[0, 1, 1, 1, 1], [1, 1, 0, 1, 0]]
     assert count_depths(mask_KT, sequence_of) == (Denominators(4, 2), Denominators(3, 2))
     each = 0.3 / 3
-    torch.testing.assert_close(weights_by(mask_KT, sequence_of, "sample")[1], torch.tensor([each, each, 0, each, 0], dtype=torch.float64))
+    torch.testing.assert_close(weights_by(mask_KT, sequence_of, "sample")[1], torch.tensor([each, each, 0, each, 0], dtype=torch.float64), rtol=EXACT, atol=EXACT)
     by_chat = 0.3 / 2
-    torch.testing.assert_close(weights_by(mask_KT, sequence_of, "sample", normalization="stage")[1], torch.tensor([by_chat / 2, by_chat / 2, 0, by_chat, 0], dtype=torch.float64))
+    torch.testing.assert_close(weights_by(mask_KT, sequence_of, "sample", normalization="stage")[1], torch.tensor([by_chat / 2, by_chat / 2, 0, by_chat, 0], dtype=torch.float64), rtol=EXACT, atol=EXACT)
     assert weights_by(mask_KT, sequence_of, "token")[0].tolist() == [0, 0.25, 0.25, 0.25, 0.25]
 
 
@@ -133,7 +134,7 @@ def test_token_stage_is_what_megatron_core_computes_on_one_micro_batch():
             moved[inside] = part
         total = total + 0.3 / depths * (nll[k] * moved).sum() * original / moved.sum().clamp(min=1)
     _, mask_KT = mtp_targets(labels, mask, sequence_of, depths)
-    torch.testing.assert_close((weights_by(mask_KT, sequence_of, "token") * nll).sum(), total / original, rtol=1e-12, atol=0)
+    torch.testing.assert_close((weights_by(mask_KT, sequence_of, "token") * nll).sum(), total / original, rtol=EXACT, atol=0)
 
 
 @settings(deadline=None, max_examples=30)
@@ -150,16 +151,16 @@ def test_one_call_equals_separate_calls_and_any_split(sequences, stage, normaliz
     full = F.cross_entropy((hidden @ output.T).flatten(0, 1), labels_KT.flatten(), reduction="none").view(3, T)
     by_hand = mtp_loss_by_hand(full, mask, sequence_of, stage, normalization=normalization)
     assert stats.num_active == int(mask_KT.sum())
-    torch.testing.assert_close(stats.nll, full.detach() * mask_KT)
+    torch.testing.assert_close(stats.nll, full.detach() * mask_KT, rtol=EXACT, atol=EXACT)
     gradients = torch.autograd.grad(once, (hidden, output))
     for other in (apart, by_hand):
-        torch.testing.assert_close(once, other, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(once, other, rtol=EXACT, atol=EXACT)
         for got, want in zip(gradients, torch.autograd.grad(other, (hidden, output)), strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-13)
+            torch.testing.assert_close(got, want, rtol=8 * EXACT, atol=EXACT)
     piece_of = torch.tensor(data.draw(st.lists(st.integers(0, 2), min_size=T, max_size=T)))
     share = lambda piece: mtp_cross_entropy([h[piece] for h in hidden.detach()], output, labels_KT[:, piece], weights[:, piece])[0]
     _, cut = split_invariance(share, output, {"whole": [torch.arange(T)], "cut": [(piece_of == p).nonzero().squeeze(1) for p in range(3)]}).values()
-    assert cut.loss == pytest.approx(once.item(), rel=1e-12) and cut.gradient_gap < 1e-11
+    assert cut.loss == pytest.approx(once.item(), rel=EXACT) and cut.gradient_gap < 8 * EXACT
 
 
 def test_stage_switch_leaves_the_depths_alone_unless_told():
@@ -168,7 +169,7 @@ def test_stage_switch_leaves_the_depths_alone_unless_told():
     token, sample, follows = (weights_by(mask_KT, sequence_of, *a) if len(a) == 1 else weights_by(mask_KT, sequence_of, a[0], normalization=a[1]) for a in (("token",), ("sample",), ("sample", "stage")))
     assert torch.equal(token[1:], sample[1:]) and not torch.equal(token[0], sample[0])
     for k in (1, 2):
-        torch.testing.assert_close(follows[k], 0.15 * token_weights(mask_KT[k], sequence_of, "sample", torch.float64) / 2)
+        torch.testing.assert_close(follows[k], 0.15 * token_weights(mask_KT[k], sequence_of, "sample", torch.float64) / 2, rtol=EXACT, atol=EXACT)
 
 
 def test_what_is_refused():
@@ -217,7 +218,7 @@ def test_the_block_is_the_published_one(block):
     sequence_of = torch.zeros(5)
     normed = lambda x: x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
     projected = torch.cat([normed(told), normed(hidden)], -1) @ block.eh_proj.weight.T  # the embedding comes first
-    torch.testing.assert_close(block(hidden, told, sequence_of=sequence_of), normed(block.mtp_model_layer(projected, sequence_of)))
+    torch.testing.assert_close(block(hidden, told, sequence_of=sequence_of), normed(block.mtp_model_layer(projected, sequence_of)), rtol=EXACT, atol=EXACT)
     assert [n for n, _ in block.named_children()] == ["enorm", "hnorm", "final_layernorm", "eh_proj", "mtp_model_layer"]
 
 
@@ -231,7 +232,7 @@ def test_nobody_hears_a_neighbour_nor_the_future(block):
         other = tokens.clone()
         other[j] = tokens[j] % (VOCAB - 1) + 1
         for k, (a, b) in enumerate(zip(states(block, embedding, other, sequence_of), before, strict=True)):
-            moved = (a - b).abs().amax(-1) > 1e-12
+            moved = (a - b).abs().amax(-1) > EXACT
             expected = (sequence_of == sequence_of[j]) & (torch.arange(9) + k >= j)
             if k == 0:
                 expected = torch.arange(9) == j  # the main model here is an embedding
@@ -258,7 +259,7 @@ def test_both_depths_train_one_block(block):
     _, first, second = states(block, embedding, tokens, sequence_of)
     parts = [torch.autograd.grad(h.sum(), block.eh_proj.weight, retain_graph=True)[0] for h in (first, second)]
     (both,) = torch.autograd.grad(first.sum() + second.sum(), block.eh_proj.weight)
-    torch.testing.assert_close(both, sum(parts))
+    torch.testing.assert_close(both, sum(parts), rtol=EXACT, atol=EXACT)
     assert all(p.abs().max() > 0 for p in parts)
 
 

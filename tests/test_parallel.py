@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNorm, NemotronHTopkRouter
-from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
+
+from precision import EXACT, FACTOR, assert_same_curve, curve_units, exact, in_double, largest
 
 from nemotron_nb.core import UserError, from_mapping
 from nemotron_nb.data.pack import make_pack
@@ -35,30 +34,6 @@ VOCAB = 61
 
 
 # ---- the cases, which every rank and the only rank run alike
-
-
-class exact:
-    """The library computes norms and routers in float32, whatever it is given; here in what it is given."""
-
-    def __enter__(self):
-        def norm(self, hidden_states):
-            return self.weight * hidden_states * torch.rsqrt(hidden_states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-
-        def gated(self, hidden_states, gate=None):
-            h = hidden_states * F.silu(gate)
-            groups = h.unflatten(-1, (-1, self.group_size))
-            return self.weight * (groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)).flatten(-2)
-
-        def router(self, hidden_states):
-            return F.linear(hidden_states.view(-1, self.config.hidden_size), self.weight)
-
-        self.kept = {}
-        for kind, forward in ((NemotronHRMSNorm, norm), (Zamba2RMSNormGated, gated), (NemotronHTopkRouter, router)):
-            self.kept[kind], kind.forward = kind.forward, forward
-
-    def __exit__(self, *_):
-        for kind, forward in self.kept.items():
-            kind.forward = forward
 
 
 def packs_of(sizes, seed=0):
@@ -151,6 +126,9 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
     prepare(PrepConfig(output_dir=str(folder / "data"), sample=40, pack_size=1024, train_ratio=0.8, valid_ratio=0.1, test_ratio=0.1))
     train(training(folder / "data", folder / "alone"))
+    train(training(folder / "data", folder / "alone_in_pieces", micro_batch_tokens=64))
+    with in_double():
+        train(training(folder / "data", folder / "alone_in_double"))
     return folder
 
 
@@ -177,14 +155,14 @@ def test_steps_of_several_ranks_are_those_of_one(several, alone):
         for ours, other in zip(lines, theirs, strict=True):
             assert ours.keys() == other.keys()
             for key in ours.keys() - {"seconds"}:
-                assert other[key] == (ours[key] if isinstance(ours[key], str) else pytest.approx(ours[key], rel=1e-12, abs=1e-12)), (name, key)
+                assert other[key] == (ours[key] if isinstance(ours[key], str) else pytest.approx(ours[key], rel=EXACT, abs=EXACT)), (name, key)
         assert "loss_mtp_2" in lines[0] and lines[0]["expert_imbalance"] > 0.9
         for part in (valid, *valid["sources"].values()):
             assert part["loss_token"] > 1
         assert their_valid["sources"].keys() == valid["sources"].keys()
-        assert [their_valid[k] for k in ("loss_token", "loss_sample")] == pytest.approx([valid[k] for k in ("loss_token", "loss_sample")], rel=1e-12)
+        assert [their_valid[k] for k in ("loss_token", "loss_sample")] == pytest.approx([valid[k] for k in ("loss_token", "loss_sample")], rel=EXACT)
         for key, tensor in state.items():
-            torch.testing.assert_close(their_state[key], tensor, rtol=0, atol=1e-12, msg=f"{name}: {key}")
+            torch.testing.assert_close(their_state[key], tensor, rtol=0, atol=EXACT, msg=f"{name}: {key}")
 
 
 def test_all_ranks_agree_on_a_bad_step(several, place):
@@ -204,14 +182,14 @@ def steps_of(folder):
     return [line for line in lines_of(folder) if line["kind"] == "train"]
 
 
-def close_to(ours, theirs):
-    """The same steps: identical in what is counted, equal to float32 rounding in what is computed."""
+def close_to(place, theirs):
+    """The same steps as alone: identical in what is counted, equal up to what float32 strays from float64 in what is computed."""
+    ours, in_pieces, truth = (steps_of(place / name) for name in ("alone", "alone_in_pieces", "alone_in_double"))
+    assert_same_curve(theirs, ours, curve_units(truth, [ours, in_pieces], ("loss", "loss_token", "loss_sample", "grad_norm")))
     assert [line["step"] for line in theirs] == [line["step"] for line in ours]
     for a, b in zip(ours, theirs, strict=True):
         for key in ("stage", "tokens", "trained_tokens", "conversations", "epoch", "lr"):
             assert a[key] == b[key], (key, a["step"])
-        for key in ("loss", "loss_token", "loss_sample", "grad_norm"):
-            assert b[key] == pytest.approx(a[key], rel=2e-4), (key, a["step"])
 
 
 def test_stopped_on_several_ranks_and_gone_on_alone(several, place):
@@ -223,20 +201,21 @@ def test_stopped_on_several_ranks_and_gone_on_alone(several, place):
     assert [line["kind"] for line in lines][:5] == ["start", "valid", "train", "paused", "resume"]
     assert lines[4] == {"kind": "resume", "step": 1, "attempt": 2} and lines[-1]["kind"] == "end"
     assert not (folder / "stopped" / "STOP").exists()
-    close_to(steps_of(place / "alone"), steps_of(folder / "stopped"))
+    close_to(place, steps_of(folder / "stopped"))
 
 
 def test_a_whole_training_with_a_model_that_is_shared_out(several, place):
     world, folder, _ = several
     if world != 2:
         pytest.skip("at two ranks")
-    close_to(steps_of(place / "alone"), steps_of(folder / "shared"))
-    ours, theirs = (json.loads((f / "evaluation_after.json").read_text()) for f in (place / "alone", folder / "shared"))
-    assert theirs["loss_token"] == pytest.approx(ours["loss_token"], rel=2e-4)
+    close_to(place, steps_of(folder / "shared"))
+    places = [place / "alone", folder / "shared", place / "alone_in_pieces", place / "alone_in_double"]
+    after = [json.loads((f / "evaluation_after.json").read_text()) for f in places]
+    assert_same_curve([after[1]], [after[0]], curve_units([after[3]], [[after[0]], [after[2]]], ("loss_token", "loss_sample")))
     tokens = torch.arange(3, 60)[None]
     with torch.no_grad():
-        one, other = (build_model(ModelConfig(name=str(f / "model")), 4096)(tokens).logits for f in (place / "alone", folder / "shared"))
-    torch.testing.assert_close(one, other, atol=5e-3, rtol=1e-3)
+        one, other, third, exactly = (build_model(ModelConfig(name=str(f / "model")), 4096)(tokens).logits for f in places)
+    assert largest(one - other) <= FACTOR * max(largest(one - exactly), largest(third - exactly)) < 0.1 * largest(one)
 
 
 @settings(max_examples=80, deadline=None)

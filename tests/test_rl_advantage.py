@@ -2,6 +2,7 @@
 
 import math
 import random
+import sys
 from fractions import Fraction
 
 import pytest
@@ -38,17 +39,18 @@ def test_against_fractions(seed, leave_one_out, normalize):
     got = group_advantages(
         [float(r) for r in rewards], leave_one_out=leave_one_out, normalize=normalize, deviation_floor=0.0
     )
+    lost = 1e6 * sys.float_info.epsilon  # of 10,000 beside the hundredth that it is divided by
     assert got == pytest.approx(
-        by_hand(rewards, leave_one_out, normalize), rel=1e-6, abs=1e-9
-    )  # Python's floats, 64 bits everywhere: a hundredth beside 10,000 is rounded to 1e-10 of itself
+        by_hand(rewards, leave_one_out, normalize), rel=8 * lost, abs=8 * lost
+    )
 
 
 def test_the_published_example_and_the_traps():
     assert group_advantages([1, 0, 0, 0]) == pytest.approx(
-        [1, *[-1 / math.sqrt(3)] * 3], abs=1e-5
+        [1, *[-1 / math.sqrt(3)] * 3], abs=2 * 1e-6
     )  # the published numbers leave out the 1e-6 that is added to the deviation
     assert group_advantages([100.01, 100.02, 100.03, 100.015])[0] == pytest.approx(
-        -1.5275, abs=1e-3
+        -1.5275, abs=0.5e-3
     )  # one pass in float32 says -0.0117
     close = [0.13092, 0.98764, 0.13099]
     assert max(group_advantages(close, deviation_floor=0.0)) > 10_000 > 1 > max(group_advantages(close))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import NemotronHConfig, NemotronHForCausalLM
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
-from precision import logits_error, near
+from precision import EXACT, logits_error, near
 
 from nemotron_nb.train.scan import ChunkedMixer, causal_conv, chunked_scan, scan_by_hand, use_chunked_scan
 
@@ -49,8 +49,8 @@ def test_values_and_state_equal_the_recurrence_for_any_chunk_and_any_cut(seed, T
         found = torch.cat([first, second], dim=1)
     else:
         found, last = chunked_scan(*inputs, chunk=chunk)
-    torch.testing.assert_close(found, y, atol=1e-11, rtol=0)
-    torch.testing.assert_close(last, state, atol=1e-11, rtol=0)
+    torch.testing.assert_close(found, y, atol=8 * EXACT, rtol=0)
+    torch.testing.assert_close(last, state, atol=8 * EXACT, rtol=0)
 
 
 def test_gradients_equal_those_of_the_recurrence():
@@ -61,14 +61,14 @@ def test_gradients_equal_those_of_the_recurrence():
         y, state = scan(*inputs)
         gradients.append(torch.autograd.grad((y * weight).sum() + state.square().sum(), inputs))
     for by_hand, chunked in zip(*gradients):
-        torch.testing.assert_close(chunked, by_hand, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(chunked, by_hand, atol=8 * EXACT, rtol=8 * EXACT)
 
 
 def test_large_steps_do_not_overflow():
     x, dt, a, b, c = draw(0, 1, 64, 2, 3, 1, 4)
     y, _ = chunked_scan(x, dt * 1e4, a, b, c)
     assert torch.isfinite(y).all()
-    torch.testing.assert_close(y, scan_by_hand(x, dt * 1e4, a, b, c)[0])
+    torch.testing.assert_close(y, scan_by_hand(x, dt * 1e4, a, b, c)[0], rtol=EXACT, atol=EXACT)
 
 
 def test_convolution_is_causal_and_resumes():
@@ -77,11 +77,11 @@ def test_convolution_is_causal_and_resumes():
     y, _ = causal_conv(x, w, bias)
     padded = F.pad(x, (0, 0, 3, 0))
     by_hand = torch.stack([(padded[:, t : t + 4] * w.T).sum(1) + bias for t in range(9)], dim=1)
-    torch.testing.assert_close(y, by_hand)
+    torch.testing.assert_close(y, by_hand, rtol=EXACT, atol=EXACT)
     for at in range(1, 9):
         start, last = causal_conv(x[:, :at], w, bias)
         rest, _ = causal_conv(x[:, at:], w, bias, last[:, 1:])
-        torch.testing.assert_close(torch.cat([start, rest], dim=1), y)
+        torch.testing.assert_close(torch.cat([start, rest], dim=1), y, rtol=EXACT, atol=EXACT)
 
 
 def test_within_a_chunk_the_library_agrees_and_parameters_stay():

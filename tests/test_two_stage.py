@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from precision import EXACT
 
 from nemotron_nb.core import UserError
 from nemotron_nb.loss.fused import masked_linear_cross_entropy
@@ -43,7 +44,7 @@ def test_values_by_arithmetic():
 @given(some_trained, st.sampled_from(sorted(LOSS_STAGES)), st.integers(0, 99))
 def test_weighted_sum_is_the_loop(sequences, stage, seed):
     nll, mask, sequence_of = batch_of(sequences, seed)
-    torch.testing.assert_close(weighted(nll, mask, sequence_of, stage), loss_by_hand(nll, mask, sequence_of, stage), rtol=1e-12, atol=0)
+    torch.testing.assert_close(weighted(nll, mask, sequence_of, stage), loss_by_hand(nll, mask, sequence_of, stage), rtol=EXACT, atol=0)
 
 
 @settings(deadline=None)
@@ -53,7 +54,7 @@ def test_weights_add_up_to_the_denominator(sequences, stage):
     denominators = count(mask, sequence_of)
     assert denominators == Denominators(sum(map(sum, sequences)), sum(map(any, sequences)))
     total = token_weights(mask, sequence_of, stage, torch.float64).sum().item()
-    assert total == pytest.approx(denominators.of(stage), rel=1e-12)
+    assert total == pytest.approx(denominators.of(stage), rel=EXACT)
 
 
 @settings(deadline=None)
@@ -63,31 +64,31 @@ def test_order_numbering_padding_and_prompts_do_not_matter(sequences, stage, ran
     expected = loss_by_hand(nll, mask, sequence_of, stage)
     order = torch.tensor(random.sample(range(len(nll)), len(nll)))
     names = torch.tensor(random.sample(range(-50, 10**12), len(sequences)))
-    torch.testing.assert_close(weighted(nll[order], mask[order], names[sequence_of][order], stage), expected)
+    torch.testing.assert_close(weighted(nll[order], mask[order], names[sequence_of][order], stage), expected, rtol=EXACT, atol=EXACT)
     pad = torch.zeros(5)
     padded = torch.cat([nll, pad + float(7)]), torch.cat([mask, pad.to(mask)]), torch.cat([sequence_of, pad.long() - 1])
-    torch.testing.assert_close(weighted(*padded, stage), expected)
+    torch.testing.assert_close(weighted(*padded, stage), expected, rtol=EXACT, atol=EXACT)
 
 
 @settings(deadline=None)
 @given(st.integers(1, 9), st.integers(1, 6))
 def test_equal_lengths_make_the_stages_equal(length, sequences):
     batch = batch_of([[0] + [1] * length] * sequences)
-    torch.testing.assert_close(loss_by_hand(*batch, "token"), loss_by_hand(*batch, "sample"), rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss_by_hand(*batch, "token"), loss_by_hand(*batch, "sample"), rtol=EXACT, atol=0)
 
 
 def test_repeating_an_answer_moves_the_token_stage_only():
     nll, mask, sequence_of = batch_of([[0, 1, 1], [1] * 30])
     first = sequence_of == 0
     repeated = [torch.cat([a, a[first]]) for a in (nll, mask, sequence_of)]
-    torch.testing.assert_close(weighted(*repeated, "sample"), weighted(nll, mask, sequence_of, "sample"), rtol=1e-12, atol=0)
+    torch.testing.assert_close(weighted(*repeated, "sample"), weighted(nll, mask, sequence_of, "sample"), rtol=EXACT, atol=0)
     assert abs(weighted(*repeated, "token") - weighted(nll, mask, sequence_of, "token")) > 1e-3
 
 
 def test_share_of_ten_tokens_beside_a_thousand():
     _, mask, sequence_of = batch_of([[1] * 10, [1] * 1000])
     shares = {stage: (token_weights(mask, sequence_of, stage, torch.float64)[:10].sum() / count(mask, sequence_of).of(stage)).item() for stage in LOSS_STAGES}
-    assert shares == pytest.approx({"token": 1 / 101, "sample": 1 / 2}, rel=1e-12)
+    assert shares == pytest.approx({"token": 1 / 101, "sample": 1 / 2}, rel=EXACT)
 
 
 def test_rows_and_columns_are_welcome():
@@ -125,9 +126,9 @@ def test_a_unit_is_a_regrouping_and_nothing_else(sequences, stage, unit, data):
     chats = data.draw(st.lists(st.sampled_from(["a", "b", ("c", 3)]), min_size=len(sequences), max_size=len(sequences)))
     owner = unit_of(sequence_of, chats, unit)
     by_name = torch.tensor([s if unit == "sequence" else 100 + ["a", "b", ("c", 3)].index(chats[s]) for s in sequence_of.tolist()])
-    torch.testing.assert_close(weighted(nll, mask, owner, stage), loss_by_hand(nll, mask, by_name, stage), rtol=1e-12, atol=0)
+    torch.testing.assert_close(weighted(nll, mask, owner, stage), loss_by_hand(nll, mask, by_name, stage), rtol=EXACT, atol=0)
     if stage == "token":
-        torch.testing.assert_close(weighted(nll, mask, owner, stage), weighted(nll, mask, sequence_of, stage), rtol=1e-12, atol=0)
+        torch.testing.assert_close(weighted(nll, mask, owner, stage), weighted(nll, mask, sequence_of, stage), rtol=EXACT, atol=0)
 
 
 def test_units_by_arithmetic():
@@ -257,9 +258,9 @@ def test_any_split_gives_one_loss_and_one_gradient(stage, data):
     piece_of = torch.tensor(data.draw(st.lists(st.integers(0, 4), min_size=T, max_size=T)))
     splits = {"one piece": [torch.arange(T)], "scattered": [(piece_of == p).nonzero().squeeze(1) for p in range(5)]}
     one, scattered = split_invariance(contribution_of(batch, weight, stage), weight, splits).values()
-    assert one.loss == pytest.approx(oracle(batch, weight, stage).item(), rel=1e-12)
-    assert scattered.loss == pytest.approx(one.loss, rel=1e-12)
-    assert scattered.gradient_gap < 1e-11
+    assert one.loss == pytest.approx(oracle(batch, weight, stage).item(), rel=EXACT)
+    assert scattered.loss == pytest.approx(one.loss, rel=EXACT)
+    assert scattered.gradient_gap < 8 * EXACT
 
 
 def test_split_invariance_sees_a_mean_of_means():

@@ -231,8 +231,6 @@ def blend_of_path(
 
 # %% ../../nbs/data/15_blend.ipynb #7d02d2c3
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
-# what `datasets` writes beside the rows
-_ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 # %% ../../nbs/data/15_blend.ipynb #33de721d
 def _declared(readme: str, where: str) -> list[dict[str, Any]]:

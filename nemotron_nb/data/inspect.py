@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['Part', 'MOST_TURNS', 'LONGEST_SHOWN', 'place_of', 'row_at', 'chat_at', 'parts_of', 'template_x_ray', 'Inspection',
-           'inspect_chat', 'ansi_draft', 'terminal_text', 'page', 'inspect_row', 'inspect_file']
+           'inspect_chat', 'ansi_draft', 'terminal_text', 'page', 'one_file', 'inspect_row', 'inspect_file']
 
 # %% ../../nbs/data/23_inspect.ipynb #50963a64
 import json
 import os
 import re
+import shutil
 import sys
+import tempfile
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby, takewhile
@@ -22,12 +25,12 @@ from typing import Any
 import numpy as np
 
 from ..core import UserError, nearest, write_atomic
-from .files import Reject, read_unit, units
+from .files import Reject, open_chats, read_unit, units
 from .jinja_template import Template, chat_template
 from nemotron_nb.data.mask import (
     LOSS_MODES, Draft, Parity, TrainingSequence, check_arguments, encode_chunks, inference_prompt, mask_rows,
 )
-from .blend import Dataset, folder_name
+from .blend import Dataset, blend_of_path, folder_name, resolve
 from .reasoning import apply_reasoning
 from .records import REJECTS, REPAIRS, BadRecord, Conversation
 from .tokenized import Chat, RowSettings, chats_of_row, dataset_form
@@ -497,6 +500,26 @@ def _refusal_json(reject: Reject) -> dict[str, Any]:
         "fix": REJECTS[reject.reason].fix if reject.reason in REJECTS else "",
     }
 
+
+@contextmanager
+def one_file(
+    path: str,  # a file, a folder, a glob, or - for standard input
+) -> Iterator[Path]:
+    """The file to look into: itself, the first of a folder or of a glob, or a copy of standard input for as long as the block runs."""
+    if path == "-":
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / "stdin"
+            with open(copy, "wb") as file:
+                shutil.copyfileobj(sys.stdin.buffer, file)
+            yield open_chats(copy)
+    elif "://" in path:
+        yield open_chats(path)
+    else:
+        first, *more = resolve(blend_of_path(path).datasets[0], "")
+        if more:
+            print(f"the first of {len(more) + 1} files: {visible(str(first))}", file=sys.stderr)
+        yield first
+
 # %% ../../nbs/data/23_inspect.ipynb #de262988
 def inspect_row(
     path: str | os.PathLike,
@@ -533,7 +556,7 @@ def _shown(found: Inspection | Reject, color: bool, full: bool, as_json: bool) -
 
 # %% ../../nbs/data/23_inspect.ipynb #86080b5c
 def inspect_file(
-    path: str | os.PathLike,  # a file of chats
+    path: str | os.PathLike,  # a file of chats, a folder or a glob of them, or - for standard input
     line: int | None = None,  # counted from 1; None: its first row
     tokenizer: str = "tiny",  # as in `load_tokenizer`
     template: str = "nano3",  # as in `chat_template`
@@ -549,13 +572,12 @@ def inspect_file(
     """
     if loss_mode not in LOSS_MODES:
         raise UserError(f"unknown loss mode {loss_mode!r}", where="loss_mode", fix=nearest(loss_mode, LOSS_MODES))
-    found = inspect_row(
-        path,
-        line,
-        RowSettings(
-            Dataset(folder_name(Path(path).name), str(path)), str(tokenizer), str(template), loss_mode=loss_mode
-        ),
-    )
+    with one_file(str(path)) as file:
+        found = inspect_row(
+            file,
+            line,
+            RowSettings(Dataset(folder_name(file.name), str(file)), str(tokenizer), str(template), loss_mode=loss_mode),
+        )
     _shown(found, color, full, as_json)
     if isinstance(found, Reject):
         return 1

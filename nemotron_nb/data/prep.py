@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ from nemotron_nb.core import (
     UserError,
     digest,
     locked,
+    named,
+    named_in,
     nearest,
     publish,
     sweep,
@@ -585,6 +588,9 @@ def _split_of_chats(corpus: Corpus, sources: Sequence[Source], chats: np.ndarray
         else:
             where = assign_splits((corpus.chat_ids[c] for c in own), ratios, config.seed)
             split_C[own] = [SPLITS.index(where[corpus.chat_ids[c]]) for c in own]
+    if config.train_ratio and not (split_C == SPLITS.index("train")).any():  # a few chats, and none fell to training
+        free = [n for n, source in enumerate(sources) if source.part not in SPLITS]
+        split_C[chats[np.isin(corpus.source_C[chats], free)]] = SPLITS.index("train")
     return split_C
 
 # %% ../../nbs/data/22_prep.ipynb #5b48ea15
@@ -1160,6 +1166,7 @@ def prepare(
     config: PrepConfig,
     force: bool = False,  # prepare again, in place of what is there
     progress: Progress = lambda done, total: None,  # told how many bytes of rows are tokenized
+    secrets: Mapping[str, str] = MappingProxyType({}),  # value of a setting that is written nowhere -> how it is named
 ) -> Manifest:
     """Chats to packs, into `config.output_dir`. The manifest appears last; the same request finds it again."""
     folder = Path(config.output_dir)
@@ -1172,15 +1179,24 @@ def prepare(
             if (folder / "manifest.json").exists() and (waited or not force):  # somebody else was first
                 return _found(folder, plan.key)
             _sweep(config)
-            return _prepare(plan, folder, progress)
+            return _prepare(plan, folder, progress, secrets)
     except (OSError, MemoryError) as e:
         said = _say(e, folder)
         if said is None:
             raise
         raise said from e
 
+
+def _hide(folder: Path, secrets: Mapping[str, str]) -> None:
+    """Put the names of secret values into the texts of a folder: of a preparation that is not yet in place, or of a tokenized unit."""
+    for path in folder.iterdir() if secrets else ():
+        if path.suffix in (".json", ".jsonl", ".html"):
+            text = path.read_text(encoding="utf-8")
+            if (new := named(text, secrets)) != text:
+                write_atomic(path, new)
+
 # %% ../../nbs/data/22_prep.ipynb #fedacf55
-def _prepare(plan: Plan, folder: Path, progress: Progress) -> Manifest:
+def _prepare(plan: Plan, folder: Path, progress: Progress, secrets: Mapping[str, str]) -> Manifest:
     """`prepare`, alone in its folder."""
     config = plan.config
     if config.sample:
@@ -1188,6 +1204,8 @@ def _prepare(plan: Plan, folder: Path, progress: Progress) -> Manifest:
     else:
         tasks = [[plan.task(s, u) for u in s.units] for s in plan.sources]
         tokenized = tokenize([t for ts in tasks for t in ts], worker_count(config.workers), config.executor, progress)
+    for folder_of_unit in {t.folder for ts in tasks for t in ts}:
+        _hide(Path(folder_of_unit), secrets)
     spools = [[Spooled(Path(t.folder)) for t in ts] for ts in tasks]
     ledger = Ledger()
     for part in (p for ps in spools for p in ps):
@@ -1200,10 +1218,11 @@ def _prepare(plan: Plan, folder: Path, progress: Progress) -> Manifest:
     try:
         new.mkdir()
         _write(built, new, worker_count(config.workers))
+        _hide(new, secrets)
         _put_in_place(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    return Manifest(built.values, folder, tokenized)
+    return Manifest(named_in(built.values, secrets), folder, tokenized)
 
 # %% ../../nbs/data/22_prep.ipynb #885eff89
 def _without_rows(sources: Sequence[Source], spools: Sequence[Sequence[Spooled]]) -> list[str]:

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['NULLS', 'SPELLINGS', 'SECTION_SPELLINGS', 'LAST_SPELLINGS', 'WORDS', 'BUILT_IN', 'COMMAND', 'COMMAND_LINE',
-           'MEGATRON', 'POINTER', 'Layer', 'RIVALS', 'PATHS', 'CALL', 'FAMILIES', 'Parts', 'SLOTS', 'NEWEST',
-           'NAMES_DATA', 'flatten', 'nest', 'read_yaml', 'read_override', 'known_names', 'canonical', 'InForce',
-           'shown_name', 'changed_names', 'Effective', 'merge', 'project_root', 'config_names', 'job_configs',
-           'config_label', 'config_file', 'EnvSection', 'RunSection', 'SftConfig', 'DataPrepConfig', 'file_layers',
-           'typed_layers', 'sft_config', 'data_prep_config', 'stage_files', 'stage_config', 'derived', 'to_yaml']
+           'MEGATRON', 'POINTER', 'ENVIRONMENT', 'Layer', 'RIVALS', 'PATHS', 'CALL', 'FAMILIES', 'Parts', 'SLOTS',
+           'NEWEST', 'NAMES_DATA', 'PREPARED', 'flatten', 'nest', 'read_yaml', 'read_override', 'known_names',
+           'canonical', 'InForce', 'shown_name', 'changed_names', 'Effective', 'merge', 'project_root', 'config_names',
+           'job_configs', 'config_label', 'config_file', 'EnvSection', 'RunSection', 'SftConfig', 'DataPrepConfig',
+           'file_layers', 'typed_layers', 'sft_config', 'data_prep_config', 'stage_files', 'stage_config', 'derived',
+           'to_yaml']
 
 # %% ../../nbs/ops/06_config.ipynb #9b4b1e86
 import dataclasses
@@ -30,6 +31,7 @@ from ..core import UserError, check_yaml, from_mapping, nearest
 from ..data.prep import PrepConfig
 from ..loss.schedule import StageSchedule
 from .spellings import unknown_setting
+from .stage import STAGES, command_words
 from .tracking import LoggerSection, WandbSection
 from ..megatron.names import check_bridge_names, known_bridge_names, needed_multiple, open_bridge_names
 from nemotron_nb.train.settings import (
@@ -142,10 +144,23 @@ def _check_name(name: str, known: Iterable[str], origin: str, others: Iterable[s
     """Refuse a setting nobody knows, and lead to the one that was probably meant."""
     if name in known:
         return
-    if any(name == block or name.startswith(f"{block}.") for block in _BLOCKS):
+    bare = name.removeprefix("data.")  # data preparation alone puts the section before what is typed
+    if bare not in known and _commands_with(bare) and not _commands_with(name):
+        name = bare
+    elif any(name == block or name.startswith(f"{block}.") for block in _BLOCKS):
         fix = "write that section to a file, data: {train: {...}}, and give data.blend_path=FILE.yaml"
         raise UserError(f"{name} is a setting of NeMo RL's data section", where=origin, why="here a file names the data", fix=fix)
-    raise unknown_setting(name, known, others, origin)
+    raise unknown_setting(name, known, others, origin, _commands_with)
+
+
+def _commands_with(name: str) -> list[str]:
+    """The commands that have a setting of this name, or of this spelling."""
+    found = []
+    for stage in STAGES.values():
+        known = known_names(stage.settings_class)
+        if {canonical(name, known), canonical(f"data.{name}" if stage.name == "data_prep" else name, known)} & set(known):
+            found.append(" ".join(command_words(stage)))
+    return found
 
 # %% ../../nbs/ops/06_config.ipynb #659e27a8
 SPELLINGS = {
@@ -219,6 +234,7 @@ def _meant(name: str, value: Any, known: Mapping[str, Any], origin: str) -> dict
 BUILT_IN, COMMAND, COMMAND_LINE = "built in", "the command itself", "command line"
 MEGATRON = "megatron."  # section of the names that only Megatron-Bridge knows
 POINTER = re.compile(r"\$\{\.*([\w.]+)\}")  # ${name}
+ENVIRONMENT = re.compile(r"\$\{oc\.env:([^},]+)")  # ${oc.env:NAME} or ${oc.env:NAME,default}
 
 
 @dataclass(frozen=True)
@@ -243,6 +259,12 @@ class InForce:
         """Dotted names and the values in force. A variable of the environment is shown by its name: it may be a secret."""
         flat = flatten(dataclasses.asdict(self.settings)) | self.private
         return {name: value for name, value in flat.items() if name in self.origins}
+
+    @property
+    def secrets(self) -> dict[str, str]:
+        """The value of each variable of the environment that a setting names -> how it is written."""
+        variables = {v for text in self.pointers.values() for v in ENVIRONMENT.findall(str(text))}
+        return {os.environ[v]: f"${{oc.env:{v}}}" for v in sorted(variables) if os.environ.get(v)}
 
     @property
     def engine(self) -> str:
@@ -732,6 +754,7 @@ def _with_artifacts(layers: list[Layer]) -> tuple[list[Layer], dict[str, Any]]:
 
 # %% ../../nbs/ops/06_config.ipynb #401c1e79
 NEWEST, NAMES_DATA = "the newest prepared data", ("data.path", "data.blend_path", "run.data")
+PREPARED = "prepared"  # alias of the version that `data prep` or `data import` entered last; `latest` may be that of a run
 
 
 def _tokenizer_of(artifact: Any) -> str:
@@ -739,21 +762,38 @@ def _tokenizer_of(artifact: Any) -> str:
     return next((source.name for source in artifact.inputs if source.role == "tokenizer"), "")
 
 
-def _with_newest_data(family: str, layers: list[Layer]) -> tuple[list[Layer], list[str]]:
-    """The layers with the newest prepared data where none names any; and what to tell about it."""
-    if any(_last_said(layers, name) for name in NAMES_DATA):
-        return layers, []
+def _newest_data(family: str, layers: list[Layer], alias: str) -> Any:
+    """The newest prepared data of a family, as the register knows it; `None` where there is none, or where its folder is gone."""
     from nemotron_nb.ops.artifacts import Store, data_name
 
     store, name = Store(_run_of(layers).store), data_name(family)
     if not (store.root / name).is_dir():
+        return None
+    try:
+        newest = store.get(f"{name}:{alias}")
+    except UserError:  # data of runs alone, which nobody prepared for others
+        return None
+    return newest if newest.path.is_dir() else None
+
+
+def _with_newest_data(family: str, layers: list[Layer]) -> tuple[list[Layer], list[str]]:
+    """The layers with the newest prepared data where nobody names any; and what to tell about it."""
+    own = [(origin, values) for origin, values in layers if not origin.startswith("papermill_runs/")]
+    named = next((name for name in NAMES_DATA if _last_said(layers, name)), "")
+    if any(_last_said(own, name) for name in NAMES_DATA):
         return layers, []
-    newest = store.get(f"{name}:latest")
-    address, wanted = f"{name}:{newest.version}", str(_last_said(layers, "data.tokenizer.model"))
+    newest = _newest_data(family, layers, PREPARED if named else "latest")
+    if newest is None:
+        return layers, []
+    address, wanted = f"{newest.name}:{newest.version}", str(_last_said(layers, "data.tokenizer.model"))
+    all_the_same = f"it is not taken. To take it all the same: --art.data {address}"
     if (made_with := _tokenizer_of(newest)) not in (wanted, Path(wanted).name):
-        said = f"the newest prepared data, {address}, was made with the tokenizer {made_with!r}, and this run has {wanted!r}"
-        return layers, [f"{said}; it is not taken. To take it all the same: --art.data {address}"]
-    return [*layers, (NEWEST, {"run.data": address})], [f"no chats are named; the run takes {address}, {NEWEST} ({newest.path})"]
+        return layers, [f"the newest prepared data, {address}, was made with the tokenizer {made_with!r}, and this run has {wanted!r}; {all_the_same}"]
+    if named and (typed := next((name for _, values in own for name in values if name.startswith("data.")), "")):
+        return layers, [f"{typed} is given, so the chats of the configuration are prepared with it ({named}={_last_said(layers, named)}); the newest prepared data is {address}, and {all_the_same}"]
+    back = f"; the chats of the configuration: {named}={_last_said(layers, named)}" if named else ""
+    told = f"no chats are named; the run takes {address}, {NEWEST} ({newest.path}){back}"
+    return [*layers, (NEWEST, {"run.data": address} | ({named: ""} if named else {}))], [told]
 
 
 def _with_own_sizes(layers: list[Layer]) -> tuple[list[Layer], list[str]]:

@@ -751,12 +751,11 @@ _COLUMNS = ("run", "state", "steps", "held-out loss", "loss", "stage", "time", "
 # %% ../../nbs/ops/07_report.ipynb #535a8ad0
 def _row(folder: Path) -> dict[str, Any]:
     """A run as one row. Raises what damage makes of its files."""
-    state, status = run_state(folder), read_status(folder)
+    status = read_status(folder)
+    state = run_state(folder, status)
     lines, whole = read_tail(folder / "metrics.jsonl")
     steps = [line for line in lines if line.get("kind") == "train" and "seconds" in line]
     last: Mapping[str, Any] = steps[-1] if steps else {}
-    up = resume_command(folder) if stage_of(folder).resumes else status.get("command", "")
-    said = {"lost": f"take it up: {up}", "unfollowed": f"nobody follows its training; take it up: {up}"}
     values = [
         str(folder),
         state,
@@ -768,12 +767,20 @@ def _row(folder: Path) -> dict[str, Any]:
     ]
     values += [
         len(status.get("attempts", [])),
-        job_of(folder),
-        _in_a_line(said.get(state) or status.get("message", "")),
+        job_of(folder, status),
+        _taken_up(folder, state, status) or _in_a_line(status.get("message", "")),
     ]
     return dict(
         zip(_COLUMNS, [*values, str(folder / "report.html") if (folder / "report.html").exists() else ""], strict=True)
     )
+
+
+def _taken_up(folder: Path, state: str, status: Mapping[str, Any]) -> str:
+    """What to type to go on with a run that nobody follows, whole, so that it can be copied; empty for all others."""
+    if state not in ("lost", "unfollowed"):
+        return ""
+    up = resume_command(folder) if stage_of(folder).resumes else status.get("command", "")
+    return f"{'nobody follows its training; ' if state == 'unfollowed' else ''}take it up: {up}"
 
 # %% ../../nbs/ops/07_report.ipynb #999ff0ed
 def _in_a_line(text: str, most: int = 120) -> str:

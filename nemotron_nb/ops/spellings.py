@@ -8,7 +8,7 @@ __all__ = ['OPTIMISATION', 'LENGTHS', 'PLACES', 'SIZES', 'DATA', 'ADAPTERS', 'EL
 
 # %% ../../nbs/ops/02_spellings.ipynb #8d0658a8
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from ..core import UserError
@@ -267,10 +267,13 @@ def suggestions(
     return list(dict.fromkeys(found))[:count]
 
 # %% ../../nbs/ops/02_spellings.ipynb #f4f1acd3
-def _either(names: list[str]) -> str:
-    """'a', 'b' or 'c'."""
+_LIST = "list the settings of this command with --dry-run --all"
+
+
+def _either(names: list[str], word: str = "or") -> str:
+    """'a', 'b' or 'c'; empty without names."""
     quoted = [repr(name) for name in names]
-    return " or ".join(filter(None, (", ".join(quoted[:-1]), quoted[-1])))
+    return f" {word} ".join(filter(None, (", ".join(quoted[:-1]), *quoted[-1:])))
 
 # %% ../../nbs/ops/02_spellings.ipynb #7c786c0f
 def unknown_setting(
@@ -278,17 +281,24 @@ def unknown_setting(
     known: Iterable[str],  # the settings of the command
     others: Iterable[str] = (),  # further names, of Megatron-Bridge
     where: str = "",  # the file, or the command line
+    commands_with: Callable[[str], Iterable[str]] = lambda name: (),  # the commands that have a setting
 ) -> UserError:
-    """The error for a setting that nobody knows, with the three that are nearest."""
+    """The error for a setting that nobody knows: the command it belongs to, or the three that are nearest."""
     known, row = list(known), elsewhere(name)
-    near = suggestions(name, known, others)
-    fix = f"did you mean {_either(near)}?" if near else "list them with --dry-run --all"
-    if row and not set(row.names) & set(known):
-        fix = (
-            f"{_last(name)} is {row.names[0]!r}, a setting of another command; of this one {_either(near)} is nearest"
-            if near
-            else fix
+    foreign = row.names[0] if row and not set(row.names) & set(known) else ""
+    alike = "." not in name and any(_last(other) == _last(name) for other in known)  # path, where there is data.path
+    if not alike and (there := list(commands_with(name))):
+        return UserError(
+            f"{name!r} is no setting of this command",
+            where=where,
+            why=f"it belongs to {_either(there, 'and')}",
+            fix=_LIST,
         )
+    near = suggestions(name, known, others)
+    fix = f"did you mean {_either(near)}?" if near else _LIST
+    if foreign:
+        whose = _either(list(commands_with(foreign)), "and") or "another command"
+        fix = f"{_last(name)} is {foreign!r}, a setting of {whose}; {_LIST}"
     elif row and row.differs:
         fix += f" ({row.names[0]}: {row.differs})" if row.names[0] in near else ""
     return UserError(

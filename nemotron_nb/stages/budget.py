@@ -299,7 +299,9 @@ def start_collecting(
 # %% ../../nbs/stages/03_budget.ipynb #a09deaaa
 def rollout_rows(folder: str | os.PathLike) -> list[dict[str, Any]]:
     """The chats that were collected."""
-    return [json.loads(line) for line in (Path(folder) / "rollouts.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (Path(folder) / "rollouts.jsonl").read_bytes().splitlines()
+    ]  # of bytes: in a text it would cut at U+2028, too
 
 # %% ../../nbs/stages/03_budget.ipynb #9d7e7ea1
 def check_kept(

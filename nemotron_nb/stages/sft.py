@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MODEL_FILES', 'RUN_NOTEBOOK', 'Show', 'Parameters', 'given_parameters', 'cluster_layer', 'check_chats',
-           'data_settings', 'prepare_data', 'check_start', 'new_folder', 'new_run', 'begin_run', 'notebook_settings',
-           'notebook_layer', 'opened_run', 'open_run', 'new_stage_folder', 'open_stage_folder', 'settled_settings',
-           'training_settings', 'start_command', 'data_artifact', 'first_weights', 'consumed', 'model_artifact',
-           'open_tracker', 'import_folder', 'run_notebook', 'execute_into', 'check_place', 'job_script', 'stage_script',
-           'submit_run', 'Plan', 'on_cluster', 'hand_over', 'launch', 'resumed_settings', 'run_stage', 'begin_stage',
-           'enter_made']
+           'data_settings', 'prepare_data', 'check_start', 'check_model_here', 'new_folder', 'new_run', 'begin_run',
+           'notebook_settings', 'notebook_layer', 'opened_run', 'open_run', 'new_stage_folder', 'open_stage_folder',
+           'settled_settings', 'training_settings', 'start_command', 'data_artifact', 'first_weights', 'consumed',
+           'model_artifact', 'open_tracker', 'import_folder', 'run_notebook', 'execute_into', 'check_place',
+           'job_script', 'stage_script', 'submit_run', 'Plan', 'on_cluster', 'hand_over', 'launch', 'resumed_settings',
+           'run_stage', 'begin_stage', 'enter_made']
 
 # %% ../../nbs/stages/01_sft.ipynb #eda987ec
 import dataclasses
@@ -28,11 +28,22 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from ..core import UserError, from_mapping, nearest, write_atomic, write_json
+from ..core import UserError, from_mapping, named_in, nearest, write_atomic, write_json
 from ..data.manifest import Manifest
 from ..data.prep import PrepConfig, data_key, prepare
 from nemotron_nb.ops.config import (
-    Effective, Layer, RunSection, SftConfig, config_label, config_names, project_root, sft_config, to_yaml,
+    Effective,
+    Layer,
+    PREPARED,
+    RunSection,
+    SftConfig,
+    config_label,
+    config_names,
+    project_root,
+    sft_config,
+    stage_config,
+    stage_files,
+    to_yaml,
 )
 from ..ops.config import stage_config, stage_files
 from nemotron_nb.ops.run_folder import (
@@ -136,7 +147,9 @@ def prepare_data(
         from nemotron_nb.ops.artifacts import Store
 
         return Manifest.load(Store(settings.run.store).verify(settings.run.data).path)
-    return prepare(data_settings(settings.data, settings.family, settings.run.output_root), **told)
+    return prepare(
+        data_settings(settings.data, settings.family, settings.run.output_root), secrets=effective.secrets, **told
+    )
 
 # %% ../../nbs/stages/01_sft.ipynb #7528bc0a
 def check_start(
@@ -175,6 +188,16 @@ def check_start(
                 fix="give a folder that holds step_ folders, or one in Hugging Face form; or a registered model: "
                     "--art.model NAME:VERSION",
             )
+
+
+def check_model_here(
+    settings: SftConfig,
+) -> None:
+    """Refuse a model that the PyTorch engine would not find on this machine. A cluster and Megatron-Bridge have caches of their own."""
+    if settings.train.engine == "torch" and settings.model.name != TINY:
+        from nemotron_nb.train.model import checkpoint_folder  # PyTorch, which a training needs anyway
+
+        checkpoint_folder(settings.model.name)
 
 # %% ../../nbs/stages/01_sft.ipynb #e27cee14
 def _inputs(effective: Effective, data: Any) -> dict[str, Any]:
@@ -301,7 +324,7 @@ def open_run(
     """The run folder with everything that is known before training, its status `running`."""
     if folder is None:
         folder = begin_run(new_run(effective, parameters.config, manifest["key"], parameters.run_dir), effective, shell)
-    write_json(folder / "manifest.json", manifest.values)
+    write_json(folder / "manifest.json", named_in(manifest.values, effective.secrets))
     OmegaConf.save(training_settings(effective, manifest, folder), folder / "train.yaml")
     return folder
 
@@ -497,7 +520,8 @@ def import_folder(
     if not path.is_dir():
         raise UserError("there is no such folder", where=str(path), fix="give the folder that holds it")
     if kind == "data":
-        return log_data(store, family, path, command=command, stage=stage, name=name, about=about)
+        artifact = log_data(store, family, path, command=command, stage=stage, name=name, about=about)
+        return store.tag(artifact.address, PREPARED)
     if not any((path / known).exists() for known in MODEL_FILES):
         raise UserError(
             "this folder holds no model",

@@ -64,9 +64,10 @@ def metric_lines(
 
     A last line without an end was cut off by a kill, and is left out.
     """
-    path = Path(path)
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+    if not Path(path).is_file():
+        return []
+    with open(path, encoding="utf-8", newline="\n") as lines:  # a text may hold U+2028, at which str.splitlines cuts
+        return [(line, json.loads(line)) for line in lines if line.endswith("\n")]
 
 # %% ../../nbs/train/08_metrics.ipynb #d6675301
 def lines_to_keep(
