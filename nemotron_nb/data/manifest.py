@@ -32,7 +32,11 @@ class Manifest:
         path = Path(folder) / "manifest.json"
         if not path.is_file():
             raise UserError("no manifest.json: this is not a folder of prepared data", where=str(folder), fix="run the data preparation, or give its output folder")
-        return cls(json.loads(path.read_text()), Path(folder))
+        values = json.loads(path.read_text())
+        if values.get("kind") == "documents":
+            fix = "give chats as packs: data prep sft; documents are read by pretrain"
+            raise UserError("the folder holds documents, and not packs of chats", where=str(folder), fix=fix)
+        return cls(values, Path(folder))
 
     @property
     def funnel(self) -> list[tuple[str, int]]:
