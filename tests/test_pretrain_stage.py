@@ -558,40 +558,6 @@ def test_from_text_to_a_fine_tuned_model(home):
         assert name in text, (name, text)
 
 
-def test_a_run_that_is_asked_to_stop_goes_on(home):
-    """SIGTERM makes the run preempted; --resume ends with what an uninterrupted run has."""
-    words = [
-        "nano3",
-        "pretrain",
-        "-c",
-        "tiny",
-        *TYPED,
-        "train.train_iters=60",
-        "train.eval_interval=0",
-        "scheduler.lr_wsd_decay_iters=9",
-    ]
-    child = subprocess.Popen(
-        [NEMOTRON, *words], cwd=home, env=ONE_THREAD, stdout=subprocess.PIPE, text=True, stderr=subprocess.STDOUT
-    )
-    while child.poll() is None and not any(
-        '"step": 3,' in p.read_text() for p in home.glob("output/nano3/pretrain/*/metrics.jsonl")
-    ):
-        time.sleep(0.02)
-    child.send_signal(signal.SIGTERM)
-    said = child.communicate(timeout=300)[0]
-    run = next(p.parent for p in home.glob("output/nano3/pretrain/*/status.json"))
-    assert json.loads((run / "status.json").read_text())["state"] == "preempted", said
-    assert child.returncode == 128 + signal.SIGTERM and "--resume" in said
-    refused = run_command(home, "nano3", "pretrain", "--resume", str(run), "optimizer.lr=1")
-    assert refused.returncode == 1 and "settings together with --resume" in refused.stderr
-    done = run_command(home, "nano3", "pretrain", "--resume", str(run))
-    assert done.returncode == 0 and "It took 2 attempts" in done.stdout, done.stderr + done.stdout
-    whole = from_mapping(TrainConfig, OmegaConf.to_container(OmegaConf.load(run / "train.yaml")))
-    run_training(dataclasses.replace(whole, output_dir=str(home / "whole")))
-    assert timeless(run / "metrics.jsonl") == timeless(home / "whole" / "metrics.jsonl")
-    assert (run / "model/model.safetensors").read_bytes() == (home / "whole/model/model.safetensors").read_bytes()
-
-
 def test_the_newest_documents_are_taken_where_none_are_named(home):
     """`data prep pretrain`, then `pretrain` without a word about text."""
     jsonl(home / "docs.jsonl", [f"Document {i} is about lamps and about nothing else." for i in range(200)])
