@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: help sft test test-long lab bench readme pictures docs
+.PHONY: help pretrain sft test test-long lab bench readme pictures docs
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -25,6 +25,10 @@ help:  ## this list
 	@echo '  make sft ARGS="train.train_iters=50"  any setting, as key=value; see them all with ARGS=--dry-run'
 	@echo "  make ... PYTHON=python3.12            another interpreter (3.11 or newer)"
 	@echo "  make ... TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu   PyTorch from another index"
+
+pretrain:  ## text to a small base model, and a report (needs no GPU and no network); DATA=docs.jsonl reads your own text
+	@.ci/setup run
+	@$(IN) nemotron $(FAMILY) pretrain -c $(call quote,$(CONFIG)) $(if $(DATA),$(call quote,data.path=$(DATA))) $(if $(TOKENIZER),$(call quote,data.tokenizer=$(TOKENIZER))) $(ARGS)
 
 sft:  ## chats to packs, a small model trained on them, and a report (needs no GPU and no network)
 	@.ci/setup run

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'Config', 'Overrides', 'Run', 'Batch', 'DryRun', 'All', 'AsJson', 'Name', 'Project', 'Entity', 'OPTIONS',
-           'Groups', 'GROUPS', 'IMPORTS', 'ELSEWHERE', 'ABSENT', 'FAMILIES', 'Artifacts', 'data_prep', 'sft',
-           'evaluation', 'budget', 'import_artifact', 'Option', 'importable', 'report', 'runs', 'artifacts', 'lineage',
-           'inspect', 'main']
+           'Groups', 'GROUPS', 'IMPORTS', 'ELSEWHERE', 'ABSENT', 'FAMILIES', 'Artifacts', 'data_prep',
+           'data_prep_pretrain', 'sft', 'pretrain', 'evaluation', 'budget', 'import_artifact', 'Option', 'importable',
+           'report', 'runs', 'artifacts', 'lineage', 'inspect', 'main']
 
 # %% ../nbs/90_cli.ipynb #bcdf1490
 import dataclasses
@@ -41,7 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Train NVIDIA Nemotron 3 on chats: prepare data, train, look at the result.",
+    help="Train NVIDIA Nemotron 3 on text and chats: prepare data, train, look at the result.",
 )
 
 
@@ -56,7 +56,7 @@ def _say_version(asked: bool) -> None:
 def _options(
     version: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and leave.")] = False,
 ) -> None:
-    """Train NVIDIA Nemotron 3 on chats: prepare data, train, look at the result."""
+    """Train NVIDIA Nemotron 3 on text and chats: prepare data, train, look at the result."""
 
 
 Config = Annotated[list[str], typer.Option("--config", "-c", metavar="NAME|FILE", help="A configuration's name, such as tiny, or a path to a YAML file. Given several times, they are layers in their order.", show_default="default")]
@@ -232,6 +232,61 @@ def _data_prep_here(effective: "Effective", family: str, force: bool) -> None:
     store.tag(artifact.address, PREPARED)
     print(f"\nprepared data: {settings.output_dir}\nto look at: {settings.output_dir}/report.html\nregistered: {artifact.address}")
 
+# %% ../nbs/90_cli.ipynb #a918a211
+def data_prep_pretrain(
+    family: str,
+    config: list[str],  # what -c was given
+    overrides: list[str],
+    *,
+    force: bool = False,
+    dry_run: bool = False,
+    profile: "Profile | None" = None,  # of a cluster; None: this machine
+    mode: str = "run",  # on a cluster: "run" waits for the job, "batch" does not
+    command: str = "",  # as typed
+    show: "Show",  # how a plan is shown
+) -> None:
+    """Prepare documents here, or in a job, and print what became of them."""
+    from nemotron_nb.ops.config import documents_prep_config, job_configs
+    from nemotron_nb.ops.slurm import submit
+    from nemotron_nb.stages.pretrain import check_documents
+    from nemotron_nb.stages.sft import check_place, cluster_layer, hand_over, job_script, on_cluster
+
+    overrides, asked = _forced(overrides)
+    effective = documents_prep_config(family, config, overrides, cluster_layer(profile))
+    told, script = dry_run or (profile is not None and profile.dry_run), ""
+    if not told:
+        check_place(effective.settings.run, profile)
+        check_documents(effective.settings.data)
+    if on_cluster(profile):
+        arguments = [family, *job_configs(config), *overrides, *(["force=true"] if force or asked else [])]
+        script = job_script(STAGES["data_prep_pretrain"], profile, arguments, effective.settings.run, mode)
+    if told:
+        return show(effective, "", script)
+    if not script:
+        return _documents_here(effective, family, force or asked)
+    job = submit(script)
+    if code := hand_over(job, mode, Path(f"{profile.job_name or 'nemotron-data-prep-pretrain'}-{job}.log")):
+        raise typer.Exit(code)
+
+
+def _documents_here(effective: "Effective", family: str, force: bool) -> None:
+    """Prepare documents on this machine, and register them."""
+    from nemotron_nb.ops.artifacts import Store, log_data
+    from nemotron_nb.pretrain.documents import prepare_documents
+    from nemotron_nb.stages.pretrain import documents_settings
+
+    settings, said = documents_settings(effective.settings.data, family, effective.settings.run.output_root)
+    if said:
+        print(said, flush=True)
+    with _progress() as told:
+        manifest = prepare_documents(settings, force=force, **told)
+    print(manifest)
+    if manifest.tokenized:
+        print(f"\ntokenized: {manifest.tokenized}")
+    store = Store(effective.settings.run.store)
+    artifact = log_data(store, family, settings.output_dir, settings.blend_path, _typed(), "pretrain")
+    print(f"\nprepared documents: {settings.output_dir}\nfor Megatron: {settings.output_dir}/blend.json\nregistered: {artifact.address}")
+
 # %% ../nbs/90_cli.ipynb #da739dab
 @contextmanager
 def _told_as_it_goes(
@@ -319,6 +374,72 @@ def _sft_here(effective: "Effective", config: list[str], resume: str, command: s
     parameters = Parameters(effective.settings.family, str(folder.absolute() / "config.yaml"))
     with passing_signals_on(folder, lambda said: print(said, flush=True)) as request, _told_as_it_goes(folder, effective.settings.train.train_iters):
         run_notebook(folder, parameters)
+    print("\n".join(["", *headline(read_run(folder)), f"Report: {folder / 'report.html'}"]))
+    if request.number:
+        raise typer.Exit(128 + request.number)
+    return folder
+
+# %% ../nbs/90_cli.ipynb #50d754f6
+def pretrain(
+    family: str,
+    config: list[str],  # what -c was given
+    overrides: list[str],
+    *,
+    dry_run: bool = False,
+    profile: "Profile | None" = None,  # of a cluster; None: this machine
+    mode: str = "run",  # on a cluster: "run" waits for the job, "batch" does not
+    command: str = "",  # as typed
+    show: "Show",  # how a plan is shown
+    resume: str = "",  # a run folder
+) -> None:
+    """Train a base model, here or in a job, and say where the report is."""
+    from nemotron_nb.ops.config import pretrain_config
+    from nemotron_nb.ops.report import read_run
+    from nemotron_nb.stages.pretrain import check_start, following, headline, new_run
+    from nemotron_nb.stages.sft import Plan, cluster_layer, launch, on_cluster, resumed_settings
+
+    asked = (resumed_settings(resume, overrides),) if resume else (config, overrides, cluster_layer(profile))
+    effective = pretrain_config(family, *asked)
+    if not (dry_run or (profile is not None and profile.dry_run)):
+        check_start(effective)
+        _show_notes(effective)
+    plan = Plan(
+        stage=STAGES["pretrain"],
+        effective=effective,
+        follows=str(following(effective.settings)),
+        make=lambda: new_run(effective, config, command=command),
+        here=lambda: _pretrain_here(effective, config, resume, command),
+        resume=resume,
+    )
+    folder = launch(plan, profile, mode, dry_run, show)
+    if folder and mode == "run" and on_cluster(profile):  # the job was followed to its end
+        print("\n".join(["", *headline(read_run(folder)), f"Report: {folder / 'report.html'}"]))
+
+# %% ../nbs/90_cli.ipynb #677a60a4
+def _pretrain_here(effective: "Effective", config: list[str], resume: str, command: str) -> Path:
+    """Pretrain on this machine: the documents first, then the run folder, then the notebook."""
+    from nemotron_nb.ops.report import read_run
+    from nemotron_nb.ops.run_folder import passing_signals_on, put_back
+    from nemotron_nb.stages.pretrain import headline, new_run, prepare_data
+    from nemotron_nb.stages.sft import Parameters, run_notebook
+
+    with _progress() as told:
+        manifest, said = prepare_data(effective, **told)
+    if said:
+        print(said)
+    train = manifest["splits"]["train"]
+    print(f"data: {train['documents']:,} documents, {train['tokens']:,} tokens to train on ({manifest.folder})")
+    lost = sum(manifest["rejects"].values()) + sum(manifest["left_out"].values())
+    if lost:
+        print(f"note: {lost:,} of {manifest['rows']:,} rows gave no document; see dropped.jsonl beside them")
+    if resume:
+        put_back(resume)
+    folder = Path(resume) if resume else new_run(effective, config, manifest["key"], command=command)
+    print(f"run folder: {folder}", flush=True)
+    parameters = Parameters(effective.settings.family, str(folder.absolute() / "config.yaml"))
+    tell = lambda said: print(said, flush=True)
+    with passing_signals_on(folder, tell) as request, _told_as_it_goes(folder, effective.settings.train.train_iters):
+        run_notebook(folder, parameters, STAGES["pretrain"].notebook)
     print("\n".join(["", *headline(read_run(folder)), f"Report: {folder / 'report.html'}"]))
     if request.number:
         raise typer.Exit(128 + request.number)
@@ -453,7 +574,7 @@ IMPORTS = {  # kind -> type of its artifacts, what a folder of it is, examples
         "model import pretrain checkpoints/base --step 100000", "model import sft output/{family}/sft/RUN/model",
     )),
 }  # fmt: skip
-_HELP = {"data": "Register packs that were prepared elsewhere.", "model": "Register a model of the stage {stage}."}
+_HELP = {"data": "Register packs or documents that were prepared elsewhere.", "model": "Register a model of the stage {stage}."}
 _STEP = ("step", _option(int | None, "--step", "-s", help="The training step it was written at."), None)
 
 
@@ -488,7 +609,6 @@ def _add_imports(groups: Groups, rows: Sequence[Stage], family: str) -> None:
 # %% ../nbs/90_cli.ipynb #bd8350e7
 ELSEWHERE = "https://github.com/NVIDIA-NeMo/Nemotron (src/nemotron/recipes/{family}/{folder})"
 ABSENT = {
-    "pretrain": ("pretraining, stage 0", "stage0_pretrain"),
     "rl": ("reinforcement learning, stage 2", "stage2_rl"),
 }
 _ABSENT_WHAT = {
@@ -503,11 +623,11 @@ _ANYTHING = {"allow_extra_args": True, "ignore_unknown_options": True}
 def _not_here(commands: typer.Typer, family: str, stage: str, what: str) -> None:
     """A command of the recipe that no row covers: it says so, and where it is."""
     words, folder = ABSENT[stage]
-    helped = f"Not in this lab, which covers supervised fine-tuning: {words}."
+    helped = f"Not in this lab, which covers pretraining and supervised fine-tuning: {words}."
 
     @commands.command(stage, help=helped, context_settings=_ANYTHING)
     def _refuse(context: typer.Context) -> None:
-        said = f"this lab covers supervised fine-tuning, stage 1; {what} is {words}"
+        said = f"this lab covers pretraining and supervised fine-tuning, stages 0 and 1; {what} is {words}"
         place = ELSEWHERE.format(family=family, folder=folder)
         raise UserError(said, where=f"nemotron {family}", fix=f"NVIDIA's own recipe has it: {place}")
 

@@ -169,14 +169,14 @@ def test_what_does_not_load_is_said_and_left_out(path):
 
 
 def test_a_row_adds_data_preparation_and_a_model_to_import(path):
-    made, words = ("DataBlendsArtifact-pretrain", "ModelArtifact-rl"), ("data", "prep", "pretrain")
-    row = f"STAGE = Stage('prep_pretrain', 'm:C', '', makes={made}, command={words}, words='Documents.')"
+    made, words = ("DataBlendsArtifact-notes", "ModelArtifact-notes"), ("data", "prep", "notes")
+    row = f"STAGE = Stage('prep_notes', 'm:C', '', makes={made}, command={words}, words='Documents.')"
     (path / "prep_stage.py").write_text(f"from nemotron_nb.ops.stage import Stage\n{row}")
     add_package(path, "prep", prep="prep_stage:STAGE")
     ask = lambda *words: CliRunner().invoke(app, ["nano3", *words, "--help"]).output
-    assert "Documents." in ask("data", "prep", "pretrain") and "Not in this lab" in ask("data", "prep", "rl")
-    assert "Register packs" in ask("data", "import", "pretrain") and "Register a model" in ask("model", "import", "rl")
-    error = CliRunner().invoke(app, ["nano3", "data", "prep", "pretrain"]).exception
+    assert "Documents." in ask("data", "prep", "notes") and "Not in this lab" in ask("data", "prep", "rl")
+    assert "Register packs" in ask("data", "import", "notes") and "Register a model" in ask("model", "import", "notes")
+    error = CliRunner().invoke(app, ["nano3", "data", "prep", "notes"]).exception
     assert isinstance(error, UserError) and "'m:C' cannot be loaded" in str(error)
 
 

@@ -59,7 +59,11 @@ class Manifest:
         if not path.is_file():
             what, fix = "this is not a folder of prepared data", "run the data preparation, or give its output folder"
             raise UserError(f"no manifest.json: {what}", where=str(folder), fix=fix)
-        return cls(json.loads(path.read_text()), Path(folder))
+        values = json.loads(path.read_text())
+        if values.get("kind") == "documents":
+            fix = "give chats as packs: data prep sft; documents are read by pretrain"
+            raise UserError("the folder holds documents, and not packs of chats", where=str(folder), fix=fix)
+        return cls(values, Path(folder))
 
     @property
     def funnel(self) -> list[tuple[str, int]]:

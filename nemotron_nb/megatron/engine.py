@@ -223,6 +223,7 @@ def bridge_values(
         "scheduler.lr_decay_style": s.lr_decay_style,
         "scheduler.lr_decay_iters": t.train_iters,
         "scheduler.lr_wsd_decay_iters": s.lr_wsd_decay_iters or None,
+        **({"scheduler.lr_wsd_decay_style": s.lr_wsd_decay_style} if s.lr_decay_style == "WSD" else {}),
         "scheduler.lr_warmup_iters": s.lr_warmup_iters or math.ceil(s.lr_warmup_samples / global_batch_size),
         # a resumed run may have other settings than the one that wrote the checkpoint
         "scheduler.override_opt_param_scheduler": True,

@@ -28,9 +28,11 @@ from ..data.manifest import Manifest
 from .run_folder import environment, read_metrics
 from ..viz import Picture, png, table
 
-# %% ../../nbs/ops/04_artifacts.ipynb #8af12079
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from nemotron_nb.pretrain.documents import DocumentsManifest
 
 # %% ../../nbs/ops/04_artifacts.ipynb #32b06934
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -78,8 +80,8 @@ def data_name(
     family: str,  # nano3 or super3
     stage: str = "sft",
 ) -> str:
-    """The name of prepared data: DataBlendsArtifact-sft for Nano, SFTDataArtifact-sft for Super."""
-    return f"{DATA_ARTIFACTS.get(family, 'DataBlendsArtifact')}-{stage}"
+    """The name of prepared data: DataBlendsArtifact-sft for Nano, SFTDataArtifact-sft for Super; DataBlendsArtifact-pretrain for both."""
+    return f"{DATA_ARTIFACTS.get(family, 'DataBlendsArtifact') if stage == 'sft' else 'DataBlendsArtifact'}-{stage}"
 
 # %% ../../nbs/ops/04_artifacts.ipynb #44213ef7
 def model_name(
@@ -902,17 +904,18 @@ _NOT_DATA = ("runs", ".lock", "report.html")  # tokenized rows for the next time
 
 # %% ../../nbs/ops/04_artifacts.ipynb #1971311f
 def data_sources(
-    manifest: Manifest,  # of prepared data
+    manifest: "Manifest | DocumentsManifest",  # of prepared data
     blend_path: str = "",  # the blend file, where there was one
 ) -> list[Source]:
-    """What prepared data was made from. The digests of chats and tokenizer are those that its preparation found."""
+    """What prepared data was made from.
+
+    The digests of chats, documents and tokenizer are those that its preparation found.
+    """
     v = manifest.values
-    parts = [source(blend_path, "blend")] if blend_path else []
-    parts += [Source(d["name"], "chats", d["path"], d["digest"]) for d in v["datasets"]]
-    return parts + [
-        Source(v["tokenizer"], "tokenizer", v["tokenizer"], v["tokenizer_digest"]),
-        Source(v["template"], "template", "", v["template_digest"]),
-    ]
+    parts, role = [source(blend_path, "blend")] if blend_path else [], v.get("kind", "chats")
+    parts += [Source(d["name"], role, d["path"], d["digest"]) for d in v["datasets"]]
+    parts.append(Source(v["tokenizer"], "tokenizer", v["tokenizer"], v["tokenizer_digest"]))
+    return parts + ([Source(v["template"], "template", "", v["template_digest"])] if "template" in v else [])
 
 # %% ../../nbs/ops/04_artifacts.ipynb #32df60a2
 def log_data(
@@ -926,7 +929,9 @@ def log_data(
     about: Mapping[str, Any] | None = None,  # what else a configuration may ask for
 ) -> Artifact:
     """Enter prepared data, with the files it was made from. `UserError` if the folder holds none."""
-    manifest = Manifest.load(folder)
+    from nemotron_nb.pretrain.documents import DocumentsManifest  # here, since a list of artifacts needs none
+
+    manifest = DocumentsManifest.load(folder) if stage == "pretrain" else Manifest.load(folder)
     written = _json(Path(folder) / "metadata.json")
     fields = (
         {name: written[name] for name in _DATA_FIELDS if written.get(name) is not None}

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['NULLS', 'SPELLINGS', 'SECTION_SPELLINGS', 'LAST_SPELLINGS', 'WORDS', 'BUILT_IN', 'COMMAND', 'COMMAND_LINE',
            'MEGATRON', 'POINTER', 'ENVIRONMENT', 'Layer', 'RIVALS', 'PATHS', 'CALL', 'FAMILIES', 'Parts', 'SLOTS',
-           'NEWEST', 'NAMES_DATA', 'PREPARED', 'flatten', 'nest', 'read_yaml', 'read_override', 'known_names',
-           'canonical', 'InForce', 'shown_name', 'changed_names', 'Effective', 'merge', 'project_root', 'config_names',
-           'job_configs', 'config_label', 'config_file', 'EnvSection', 'RunSection', 'SftConfig', 'DataPrepConfig',
-           'file_layers', 'typed_layers', 'sft_config', 'data_prep_config', 'stage_files', 'stage_config', 'derived',
-           'to_yaml']
+           'NEWEST', 'NAMES_DATA', 'PREPARED', 'PRETRAIN_SLOTS', 'flatten', 'nest', 'read_yaml', 'read_override',
+           'known_names', 'canonical', 'InForce', 'shown_name', 'changed_names', 'Effective', 'merge', 'project_root',
+           'config_names', 'job_configs', 'config_label', 'config_file', 'EnvSection', 'RunSection', 'SftConfig',
+           'DataPrepConfig', 'file_layers', 'typed_layers', 'sft_config', 'data_prep_config', 'stage_files',
+           'stage_config', 'PretrainConfig', 'DocumentsPrepConfig', 'documents_prep_config', 'pretrain_config',
+           'derived', 'to_yaml']
 
 # %% ../../nbs/ops/06_config.ipynb #9b4b1e86
 import dataclasses
@@ -34,10 +35,12 @@ from .spellings import unknown_setting
 from .stage import STAGES, command_words
 from .tracking import LoggerSection, WandbSection
 from ..megatron.names import check_bridge_names, known_bridge_names, needed_multiple, open_bridge_names
+from ..pretrain.documents import DocumentsConfig
 from nemotron_nb.train.settings import (
     TINY,
     TRAITS,
     CheckpointSection,
+    DatasetSection,
     EvaluationSection,
     LossSection,
     ModelConfig,
@@ -733,7 +736,7 @@ def _run_of(layers: Sequence[Layer]) -> RunSection:
     return merge(RunSection, [(origin, {n: v for n, v in values.items() if n in names}) for origin, values in own]).settings
 
 
-def _with_artifacts(layers: list[Layer]) -> tuple[list[Layer], dict[str, Any]]:
+def _with_artifacts(layers: list[Layer], parts: Mapping[str, Mapping[str, Any]] = SLOTS) -> tuple[list[Layer], dict[str, Any]]:
     """The layers with artifacts in their places, and the resolver that follows `${art:slot,field}`."""
     run = _run_of(layers)
     slots = {slot: getattr(run, slot) for slot in SLOTS if getattr(run, slot)}
@@ -748,7 +751,7 @@ def _with_artifacts(layers: list[Layer]) -> tuple[list[Layer], dict[str, Any]]:
     implied = []
     for slot, address in pinned.items():
         origin = next(o for o, values in reversed(layers) if f"run.{slot}" in values)
-        free = {name: value for name, value in SLOTS[slot].items() if not (slot == "model" and _last_said(layers, name))}
+        free = {name: value for name, value in parts[slot].items() if not (slot == "model" and _last_said(layers, name))}
         implied.append((origin, {f"run.{slot}": address} | free))
     return [*layers, *implied], {"art": art_resolver(store, pinned)}
 
@@ -762,11 +765,11 @@ def _tokenizer_of(artifact: Any) -> str:
     return next((source.name for source in artifact.inputs if source.role == "tokenizer"), "")
 
 
-def _newest_data(family: str, layers: list[Layer], alias: str) -> Any:
+def _newest_data(family: str, layers: list[Layer], alias: str, stage: str = "sft") -> Any:
     """The newest prepared data of a family, as the register knows it; `None` where there is none, or where its folder is gone."""
     from nemotron_nb.ops.artifacts import Store, data_name
 
-    store, name = Store(_run_of(layers).store), data_name(family)
+    store, name = Store(_run_of(layers).store), data_name(family, stage)
     if not (store.root / name).is_dir():
         return None
     try:
@@ -776,13 +779,15 @@ def _newest_data(family: str, layers: list[Layer], alias: str) -> Any:
     return newest if newest.path.is_dir() else None
 
 
-def _with_newest_data(family: str, layers: list[Layer]) -> tuple[list[Layer], list[str]]:
+def _with_newest_data(
+    family: str, layers: list[Layer], stage: str = "sft", what: str = "chats"
+) -> tuple[list[Layer], list[str]]:
     """The layers with the newest prepared data where nobody names any; and what to tell about it."""
     own = [(origin, values) for origin, values in layers if not origin.startswith("papermill_runs/")]
     named = next((name for name in NAMES_DATA if _last_said(layers, name)), "")
     if any(_last_said(own, name) for name in NAMES_DATA):
         return layers, []
-    newest = _newest_data(family, layers, PREPARED if named else "latest")
+    newest = _newest_data(family, layers, PREPARED if named else "latest", stage)
     if newest is None:
         return layers, []
     address, wanted = f"{newest.name}:{newest.version}", str(_last_said(layers, "data.tokenizer.model"))
@@ -790,9 +795,9 @@ def _with_newest_data(family: str, layers: list[Layer]) -> tuple[list[Layer], li
     if (made_with := _tokenizer_of(newest)) not in (wanted, Path(wanted).name):
         return layers, [f"the newest prepared data, {address}, was made with the tokenizer {made_with!r}, and this run has {wanted!r}; {all_the_same}"]
     if named and (typed := next((name for _, values in own for name in values if name.startswith("data.")), "")):
-        return layers, [f"{typed} is given, so the chats of the configuration are prepared with it ({named}={_last_said(layers, named)}); the newest prepared data is {address}, and {all_the_same}"]
-    back = f"; the chats of the configuration: {named}={_last_said(layers, named)}" if named else ""
-    told = f"no chats are named; the run takes {address}, {NEWEST} ({newest.path}){back}"
+        return layers, [f"{typed} is given, so the {what} of the configuration are prepared with it ({named}={_last_said(layers, named)}); the newest prepared data is {address}, and {all_the_same}"]
+    back = f"; the {what} of the configuration: {named}={_last_said(layers, named)}" if named else ""
+    told = f"no {what} are named; the run takes {address}, {NEWEST} ({newest.path}){back}"
     return [*layers, (NEWEST, {"run.data": address} | ({named: ""} if named else {}))], [told]
 
 
@@ -925,6 +930,115 @@ def stage_config(
         where, fix = effective.origins["family"], "use the command of that family"
         raise UserError(f"is for the family {effective.settings.family!r}", where=where, fix=fix)
     return effective
+
+# %% ../../nbs/ops/06_config.ipynb #365524a1
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Every setting of a pretraining run."""
+
+    family: str = ""  # nano3 or super3
+    data: DocumentsConfig = DocumentsConfig()
+    dataset: DatasetSection = DatasetSection()
+    model: ModelConfig = ModelConfig()
+    train: TrainSection = TrainSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    scheduler: SchedulerSection = SchedulerSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    logger: LoggerSection = LoggerSection()
+    run: RunSection = RunSection()
+    megatron: dict[str, Any] = field(default_factory=dict)  # dotted names of Megatron-Bridge and their values
+
+    def training(
+        self,
+        data_dir: str,  # the prepared documents
+        output_dir: str,  # the run folder
+    ) -> TrainConfig:
+        """What the training process is told."""
+        sections = {name: getattr(self, name) for name in ("model", "train", "optimizer", "scheduler", "evaluation", "checkpoint")}
+        bridge = self.megatron if self.train.engine == "megatron" else {}
+        return TrainConfig(data_dir, output_dir, **sections, megatron=bridge, dataset=self.dataset)
+
+    def __post_init__(self) -> None:
+        """Refuse what the training would refuse, before there is a run folder."""
+        self.training("", "")
+
+# %% ../../nbs/ops/06_config.ipynb #4d53a1d8
+@dataclass(frozen=True)
+class DocumentsPrepConfig:
+    """Every setting of the preparation of documents alone."""
+
+    data: DocumentsConfig = DocumentsConfig()
+    run: RunSection = RunSection()
+
+
+_OF_TOKENIZER = ("add_bos", "add_eos", "eos_token")  # may be typed without their section
+
+
+def _in_documents(name: str) -> str:
+    """A setting of the preparation of documents with its section."""
+    return f"data.tokenizer.{name}" if name in _OF_TOKENIZER else _in_data(name)
+
+
+def _one_count(layers: list[Layer]) -> list[Layer]:
+    """The layers with one of the two ways to say how many files there are: who says one takes away what others said."""
+    ways = {"data.num_shards": "data.shard_size", "data.shard_size": "data.num_shards"}
+    by = {(origin, n) for origin, said in layers for n in ways if said.get(n) is not None}
+    gone = [{ways[n]: None for n in ways if said.get(n) is not None and (o, ways[n]) not in by} for o, said in layers]
+    return [(origin, dict(said) | more) for (origin, said), more in zip(layers, gone)]
+
+
+def documents_prep_config(
+    family: str,
+    name: str | Sequence[str] = "default",
+    overrides: Iterable[str] = (),
+    profile: Layer | None = None,
+) -> Effective:
+    """The settings of the preparation of documents: data_prep_pretrain/*.yaml, the cluster's profile, the command line."""
+    known = known_names(DocumentsPrepConfig)
+    told = [(origin, {n: v for n, v in said.items() if n in known}) for origin, said in ([profile] if profile else [])]
+    files = [*file_layers(family, [("data_prep_pretrain", "")], name), *told]
+    layers = [*files, *typed_layers(overrides, DocumentsPrepConfig, _in_documents)]
+    placed = [(origin, {canonical(_in_documents(n), known): v for n, v in said.items()}) for origin, said in layers]
+    return merge(DocumentsPrepConfig, _one_count(placed))
+
+# %% ../../nbs/ops/06_config.ipynb #69fbae4e
+PRETRAIN_SLOTS = {"data": {"data.output_dir": "${art:data,path}"}, "model": SLOTS["model"]}
+
+
+def _short_of_rate(settings: PretrainConfig) -> list[str]:
+    """What to tell where a run ends within its warm-up. A length in epochs is only known with the data."""
+    steps, s = settings.train.train_iters, settings.scheduler
+    size = settings.train.packs_in_step(settings.dataset.sequence_length)
+    warm_up = max(s.lr_warmup_iters, math.ceil(s.lr_warmup_samples / size))
+    if not steps or warm_up <= steps:
+        return []
+    return [f"the run ends after step {steps:,}, within a warm-up of {warm_up:,} steps: the learning rate stays below optimizer.lr. To change it: scheduler.lr_warmup_iters=N"]
+
+
+def pretrain_config(
+    family: str,  # one of FAMILIES
+    name: str | Sequence[str] = "default",  # a configuration's name, or a path; several are layers in their order
+    overrides: Iterable[str] = (),  # key=value, the last one wins
+    profile: Layer | None = None,  # what env.toml says, with run.* names
+) -> Effective:
+    """The settings of a pretraining run: data_prep_pretrain/*.yaml as its data, pretrain/*.yaml, the profile, the command line."""
+    layers = file_layers(family, [("data_prep_pretrain", "data."), ("pretrain", "")], name)
+    layers = [*layers, *([profile] if profile else []), *typed_layers(overrides, PretrainConfig)]
+    known = known_names(PretrainConfig)
+    layers = _one_count([(origin, {canonical(n, known): v for n, v in said.items()}) for origin, said in layers])
+    layers, notes = _with_newest_data(family, layers, "pretrain", "documents")
+    layers, sizes = _with_own_sizes(layers)
+    layers, resolvers = _with_artifacts(layers, PRETRAIN_SLOTS)
+    effective = _check_engine(merge(PretrainConfig, [(COMMAND, {"family": family}), *layers], **resolvers))
+    settings, origins = effective.settings, effective.origins
+    if settings.family != family:
+        why, fix = f"the command says {family!r}", "use the command of that family"
+        raise UserError(f"is for the family {settings.family!r}", where=origins["family"], why=why, fix=fix)
+    if not settings.dataset.sequence_length:
+        where, fix = origins["dataset.sequence_length"], "give dataset.sequence_length, such as 8192"
+        raise UserError("nothing says how long a sample is", where=where, fix=fix)
+    return dataclasses.replace(effective, notes=(*notes, *sizes, *_short_of_rate(settings)))
 
 # %% ../../nbs/ops/06_config.ipynb #2e44797b
 def _data_parallel(settings: SftConfig) -> int:

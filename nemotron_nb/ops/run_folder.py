@@ -442,7 +442,10 @@ def progress_line(
 ) -> str:
     """A line for people: about ten of them in a run, so that most entries give none."""
     if entry["kind"] == "train" and (entry["step"] % max(1, steps // 10) == 0 or entry["step"] == 1):
-        return f"  step {entry['step']:>5} of {steps}   {entry['stage']} stage   loss over tokens {entry['loss_token']:.3f}   over chats {entry['loss_sample']:.3f}"
+        where = f"  step {entry['step']:>5} of {steps}   "
+        if entry.get("tokens") == entry.get("trained_tokens", -1):  # text, and no chats: every token is a label
+            return f"{where}loss {entry['loss_token']:.3f}   learning rate {entry['lr']:.2e}"
+        return f"{where}{entry['stage']} stage   loss over tokens {entry['loss_token']:.3f}   over chats {entry['loss_sample']:.3f}"
     if entry["kind"] == "resume":
         return f"  going on after step {entry['step']}"
     if entry["kind"] == "paused":

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MODEL_FILES', 'RUN_NOTEBOOK', 'Show', 'Parameters', 'given_parameters', 'cluster_layer', 'check_chats',
-           'data_settings', 'prepare_data', 'check_start', 'check_model_here', 'new_folder', 'new_run', 'begin_run',
-           'notebook_settings', 'notebook_layer', 'opened_run', 'open_run', 'new_stage_folder', 'open_stage_folder',
-           'settled_settings', 'training_settings', 'start_command', 'data_artifact', 'first_weights', 'consumed',
-           'model_artifact', 'open_tracker', 'import_folder', 'run_notebook', 'execute_into', 'check_place',
-           'job_script', 'stage_script', 'submit_run', 'Plan', 'on_cluster', 'hand_over', 'launch', 'resumed_settings',
-           'run_stage', 'begin_stage', 'enter_made']
+           'data_settings', 'prepare_data', 'check_start', 'check_weights_and_record', 'check_model_here', 'new_folder',
+           'new_run', 'begin_run', 'notebook_settings', 'notebook_layer', 'opened_run', 'open_run', 'new_stage_folder',
+           'open_stage_folder', 'settled_settings', 'training_settings', 'start_command', 'data_artifact',
+           'first_weights', 'consumed', 'model_artifact', 'open_tracker', 'import_folder', 'run_notebook',
+           'execute_into', 'check_place', 'job_script', 'stage_script', 'submit_run', 'Plan', 'on_cluster', 'hand_over',
+           'launch', 'resumed_settings', 'run_stage', 'begin_stage', 'enter_made']
 
 # %% ../../nbs/stages/01_sft.ipynb #eda987ec
 import dataclasses
@@ -45,7 +45,6 @@ from nemotron_nb.ops.config import (
     stage_files,
     to_yaml,
 )
-from ..ops.config import stage_config, stage_files
 from nemotron_nb.ops.run_folder import (
     begin_attempt, found_training, keep_notebook, make_run_folder, note_failures, put_back, read_status, run_name,
     set_status, slurm_job,
@@ -155,16 +154,20 @@ def prepare_data(
 def check_start(
     effective: Effective,
 ) -> None:
-    """Refuse what a training cannot begin with, before there is a run folder: no chats, a checkpoint or a model
-    that is not there, a record that would not be made.
-    """
+    """Refuse what a training cannot begin with, before there is a run folder: no chats, a checkpoint or a model that is not there, a record that would not be made."""
+    if not effective.settings.run.data:
+        check_chats(effective.settings.data)
+    check_weights_and_record(effective.settings)
+
+
+def check_weights_and_record(
+    settings: Any,  # of a training: SftConfig or PretrainConfig
+) -> None:
+    """Refuse a checkpoint or a model that is not there, and a record that would not be made."""
     import importlib.util
 
     from nemotron_nb.ops.tracking import check_request
 
-    settings = effective.settings
-    if not settings.run.data:
-        check_chats(settings.data)
     check_request(
         settings.logger,
         dataclasses.asdict(settings.run.wandb),
@@ -172,8 +175,9 @@ def check_start(
         importlib.util.find_spec("wandb") is not None,
     )
     model = settings.model.name
-    # else it may be a name of the hub
-    if (model.startswith(("/", ".", "~")) or model.count("/") > 1) and not Path(model).expanduser().is_dir():
+    if (model.startswith(("/", ".", "~")) or model.count("/") > 1) and not Path(
+        model
+    ).expanduser().is_dir():  # else it may be a name of the hub
         raise UserError(
             "there is no such folder",
             where=f"model.name={model}",
@@ -185,8 +189,7 @@ def check_start(
             raise UserError(
                 "there is no such checkpoint",
                 where=f"checkpoint.{name}={path}",
-                fix="give a folder that holds step_ folders, or one in Hugging Face form; or a registered model: "
-                    "--art.model NAME:VERSION",
+                fix="give a folder that holds step_ folders, or one in Hugging Face form; or a registered model: --art.model NAME:VERSION",
             )
 
 
@@ -549,13 +552,14 @@ RUN_NOTEBOOK = SFT.notebook
 def run_notebook(
     folder: Path,  # a run folder that new_run made, or that is resumed
     parameters: Parameters,
+    notebook: str = "",  # of another training, relative to the checkout; empty: that of fine-tuning
 ) -> None:
     """Execute the run notebook into the folder as notebook.ipynb.
 
     However it ends, the status says so, and no training is left behind.
     """
     try:
-        execute_into(RUN_NOTEBOOK, folder, parameters, SFT.ends)
+        execute_into(notebook or RUN_NOTEBOOK, folder, parameters, SFT.ends)
     finally:
         _end_training(folder)
 

@@ -26,6 +26,8 @@ def learning_rate(
         return factor * peak
     if s.lr_decay_style == "WSD":
         down = min(s.lr_wsd_decay_iters, of)
-        return factor * (peak - (peak - s.min_lr) * max(0, step - (of - down)) / down)
+        gone, fall = max(0, step - (of - down)), peak - s.min_lr
+        lost = fall * gone / down if s.lr_wsd_decay_style == "linear" else fall * math.sqrt(gone / down)
+        return factor * (peak - lost)
     progress = max(0.0, step - warmup) / max(1.0, of - warmup)
     return factor * (s.min_lr + (peak - s.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['NOT_HELD_OUT', 'make_optimizer', 'Measured', 'make_gradient', 'train_step', 'export_model', 'held_out',
-           'build_learner', 'Beginning', 'find_beginning', 'Training', 'set_up', 'train']
+           'held_out_rows', 'Counted', 'Source', 'PackSource', 'build_learner', 'Beginning', 'find_beginning',
+           'Training', 'set_up', 'train']
 
 # %% ../../nbs/train/19_torch_engine.ipynb #3b3cb9e6
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,6 @@ from nemotron_nb.train.parallel import (
     whole,
 )
 from nemotron_nb.train.preflight import (
-    Inventory,
     changed_settings,
     check_batches,
     check_context,
@@ -208,7 +208,7 @@ def export_model(
     export_hf(model, tokenizer_dir, folder, mtp_tensors(block) if block else None, state={n: t for n, t in state.items() if not n.startswith("mtp.")})
 
 # %% ../../nbs/train/19_torch_engine.ipynb #57c2bfd1
-def _arithmetic(config: TrainConfig, model: nn.Module, found: Inventory) -> dict[str, Any]:
+def _arithmetic(config: TrainConfig, model: nn.Module, found: "Counted") -> dict[str, Any]:
     """What follows from settings, data and model."""
     size, steps, trained = config.train.global_batch_size, config.train.train_iters, int(found.trained.sum())
     share = size / len(found)
@@ -261,7 +261,18 @@ def held_out(
     ranks: Ranks = Ranks(),
 ) -> dict[str, Any]:
     """Both means over all held-out conversations, and over those of each source if there are several. Every rank must call it."""
-    rows = global_batch(packs, unit).rows
+    return held_out_rows(learner, global_batch(packs, unit).rows, max_tokens, unit, ranks)
+
+
+@torch.no_grad()
+def held_out_rows(
+    learner: Learner,
+    rows: Sequence[Row],  # of batch_of_rows
+    max_tokens: int,  # padded tokens of a micro-batch
+    unit: str = "sequence",
+    ranks: Ranks = Ranks(),
+) -> dict[str, Any]:
+    """`held_out`, of rows."""
     sources = sorted({row.source for row in rows})
     sums_S2 = torch.zeros(len(sources), len(LOSS_STAGES), dtype=torch.float64, device=learner.device)
     for group in passes(rows, max_tokens, ranks):
@@ -290,6 +301,83 @@ def _progress(line: dict[str, Any], steps: int) -> str:
         f"{where}  {line['stage']}  loss {line['loss']:.3f}  token {line['loss_token']:.3f}  sample {line['loss_sample']:.3f}  "
         f"lr {line['lr']:.2e}  grad {line['grad_norm']:.2f}  {line['tokens'] / line['seconds']:,.0f} tokens/s"
     )
+
+# %% ../../nbs/train/19_torch_engine.ipynb #be5e9d2a
+class Counted(Protocol):
+    """How much there is to train on; its length is the number of packs."""
+
+    rows: int
+    tokens: int
+    trained: Any  # numbers of trained labels, of each pack or all together
+
+    def __len__(self) -> int: ...
+
+
+class Source(Protocol):
+    """What a training reads, and is measured on. Its length is the number of packs of one pass."""
+
+    size: int  # tokens of a pack
+    tokenizer: ChatTokenizer
+    made_for: dict[str, str]  # what a checkpoint remembers of the data, as digests
+    nothing_held_out: str  # what is said where nothing is held out
+    found: Counted  # after `begin`, as what follows
+    place: dict[str, Any]  # what the place in the data is counted with
+    held_out: Sequence[Row]
+
+    def __len__(self) -> int: ...
+
+    def begin(self, config: TrainConfig) -> None:
+        """Look at the data, for a training whose steps are known. `UserError` for what cannot be trained on."""
+
+    def batch(self, step: int) -> GlobalBatch:
+        """The batch of a step; the first step is 0."""
+
+    def examine(self, model: nn.Module, step: int) -> dict[str, Any]:
+        """What the model makes of what is held out, ready for JSON."""
+
+    def in_words(self, result: dict[str, Any]) -> str:
+        """What `examine` found, in a line."""
+
+# %% ../../nbs/train/19_torch_engine.ipynb #923b2923
+class PackSource:
+    """Packs of chats, as data preparation writes them."""
+
+    nothing_held_out = NOT_HELD_OUT
+
+    def __init__(self, config: TrainConfig):
+        self.folder = Path(config.data_dir)
+        self.manifest = Manifest.load(self.folder)  # a folder without a manifest was never completed
+        self.size, self.made_for = self.manifest["pack_size"], made_for(self.manifest)
+        self.tokenizer = load_tokenizer(str(self.folder / "tokenizer"))
+        self.packs, self.valid = PackReader(self.folder / "splits" / "train"), _held_out_packs(self.folder)
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def begin(self, config: TrainConfig) -> None:
+        """Count the packs, and look for batches and ids that cannot be trained on."""
+        self.config, self.found = config, inventory(self.packs)
+        check_tokens(self.found, inventory(self.valid), self.tokenizer.vocab_size, self.folder)
+        check_batches(self.found, config)
+        self.held_out = global_batch(self.valid, config.loss.conversation_unit).rows if self.valid else ()
+        t = config.train
+        self.place = {"data": self.manifest["key"], "packs": len(self.packs), "packs_in_step": t.global_batch_size, "seed": t.seed}
+
+    def batch(self, step: int) -> GlobalBatch:
+        """The packs of a step."""
+        t = self.config.train
+        chosen = packs_of_step(step, len(self.packs), t.global_batch_size, t.seed)
+        return global_batch([self.packs[i] for i in chosen], self.config.loss.conversation_unit)
+
+    def examine(self, model: nn.Module, step: int) -> dict[str, Any]:
+        """Losses, one chat token by token, and answers to held-out prompts."""
+        t, e, unit = self.config.train, self.config.evaluation, self.config.loss.conversation_unit
+        return evaluate(model, self.valid, self.tokenizer, step, e.num_generations, e.max_new_tokens, t.micro_batch_tokens, unit)
+
+    def in_words(self, result: dict[str, Any]) -> str:
+        """Held-out loss, and the form of the answers."""
+        said = f"{result['well_formed_rate']:.0%} of {result['num_generations']} generations well formed"
+        return f"held-out loss {result['loss_token']:.3f}, {said}"
 
 # %% ../../nbs/train/19_torch_engine.ipynb #ae5d1e33
 def _first_weights(config: TrainConfig) -> tuple[ModelConfig, str]:
@@ -379,10 +467,7 @@ class Training:
 
     config: TrainConfig
     ranks: Ranks
-    tokenizer: ChatTokenizer
-    packs: PackReader
-    held_out: list[Pack]
-    found: Inventory
+    source: Source
     learner: Learner
     optimizer: torch.optim.AdamW
     store: Checkpoints
@@ -406,23 +491,23 @@ class Training:
 
     def examine(self, name: str, step: int) -> None:
         """Evaluate on held-out packs, if there are any, and write it down."""
-        if not self.held_out:
+        if not self.source.held_out:
             return
-        t, e = self.config.train, self.config.evaluation
         speaker = OneVoice(self.learner.eval(), self.ranks) if is_shared_out(self.learner) else self.learner.eval()
-        result = evaluate(speaker, self.held_out, self.tokenizer, step, e.num_generations, e.max_new_tokens, t.micro_batch_tokens, self.config.loss.conversation_unit)
+        result = self.source.examine(speaker, step)
         if not math.isfinite(result["loss_token"]):
             raise UserError(f"the held-out loss is {result['loss_token']} after step {step}", where=str(Path(self.config.data_dir) / "splits" / "valid"), why="its numbers are beyond what this precision can hold", fix="train with train.precision=fp32, or lower optimizer.lr")
         if self.ranks.first:
             write_json(self.output / f"evaluation_{name}.json", result)
         self.metrics.write(_valid_line(step, result))
-        self.say(f"{name}: held-out loss {result['loss_token']:.3f}, {result['well_formed_rate']:.0%} of {result['num_generations']} generations well formed")
+        self.say(f"{name}: {self.source.in_words(result)}")
 
     def measure(self, step: int) -> None:
         """The held-out loss in between, if there are held-out packs."""
-        if not self.held_out:
+        if not self.source.held_out:
             return
-        result = held_out(self.learner, self.held_out, self.config.train.micro_batch_tokens, self.config.loss.conversation_unit, self.ranks)
+        t, unit = self.config.train, self.config.loss.conversation_unit
+        result = held_out_rows(self.learner, self.source.held_out, t.micro_batch_tokens, unit, self.ranks)
         self.score, self.scored = result["loss_token"], step
         self.metrics.write(_valid_line(step, result))
 
@@ -450,10 +535,8 @@ class Training:
     def step(self, step: int) -> None:
         """One step, and its line."""
         t = self.config.train
-        chosen = packs_of_step(step, len(self.packs), t.global_batch_size, t.seed)
-        batch = global_batch([self.packs[i] for i in chosen], self.config.loss.conversation_unit)
-        line = train_step(self.learner, self.optimizer, batch, step, self.config, self.ranks, self.guard)
-        self.metrics.write(line | {"epoch": (step + 1) * t.global_batch_size / len(self.packs)})
+        line = train_step(self.learner, self.optimizer, self.source.batch(step), step, self.config, self.ranks, self.guard)
+        self.metrics.write(line | {"epoch": (step + 1) * t.global_batch_size / len(self.source)})
         if (step + 1) % t.log_interval == 0 or line["kind"] == "skipped":
             self.say(_progress(line, t.train_iters))
         if self.guard.in_a_row:
@@ -521,26 +604,23 @@ def set_up(
     config: TrainConfig,
     ranks: Ranks = Ranks(),
     stop: StopSignals | None = None,  # what asks the training to end
+    open_source: Callable[[TrainConfig], Source] = PackSource,  # what its data is read with
 ) -> tuple[Training, Beginning]:
     """Everything a training needs. What cannot end well is refused here, before a file is written."""
-    data = Path(config.data_dir)
-    manifest = Manifest.load(data)  # a folder without a manifest was never completed
+    source = open_source(config)
     check_places(config)
     described, _ = _first_weights(config)
-    check_tokenizer(described.name, data)
-    tokenizer, packs, held_out_packs = load_tokenizer(str(data / "tokenizer")), PackReader(data / "splits" / "train"), _held_out_packs(data)
-    config = replace(config, train=config.train.in_steps(len(packs), manifest["pack_size"]))
+    check_tokenizer(described.name, config.data_dir)
+    config = replace(config, train=config.train.in_steps(len(source), source.size))
     check_settings(config)
-    found = inventory(packs)
-    check_tokens(found, inventory(held_out_packs), tokenizer.vocab_size, data)
-    check_batches(found, config)
-    store = Checkpoints(config.checkpoint.save or Path(config.output_dir) / "checkpoints", config.checkpoint.keep_top_k, made_for(manifest))
+    source.begin(config)
+    store = Checkpoints(config.checkpoint.save or Path(config.output_dir) / "checkpoints", config.checkpoint.keep_top_k, source.made_for)
     beginning = find_beginning(config, store, ranks)
-    learner = build_learner(config, tokenizer.vocab_size, ranks)
-    check_context(learner.base, manifest["pack_size"])
-    place = {"data": manifest["key"], "packs": len(packs), "packs_in_step": config.train.global_batch_size, "seed": config.train.seed}
+    learner = build_learner(config, source.tokenizer.vocab_size, ranks)
+    check_context(learner.base, source.size)
     optimizer = make_optimizer(learner, config.optimizer)
-    training = Training(config, ranks, tokenizer, packs, held_out_packs, found, learner, optimizer, store, place, Guard(config.train.spike_factor), stop or StopSignals())
+    guard = Guard(config.train.spike_factor)
+    training = Training(config, ranks, source, learner, optimizer, store, source.place, guard, stop or StopSignals())
     if beginning.checkpoint:
         training.resume(beginning)
     training.check_weights(beginning.step)
@@ -551,13 +631,13 @@ def _begin(training: Training, beginning: Beginning) -> None:
     """The first lines, and the evaluation before the first step."""
     first_time = not beginning.kept
     if first_time:
-        start = {"kind": "start", **_arithmetic(training.config, training.learner, training.found)}
+        start = {"kind": "start", **_arithmetic(training.config, training.learner, training.source.found)}
         training.metrics.write(start)
         training.say(_announce(start))
     if line := unused_words(training.config):
         training.say(line)
-    if not training.held_out:
-        training.say(NOT_HELD_OUT)
+    if not training.source.held_out:
+        training.say(training.source.nothing_held_out)
     if beginning.checkpoint or beginning.attempt > 1:
         seam = {"kind": "resume", "step": beginning.step, "attempt": beginning.attempt}
         training.metrics.write(seam | ({"changed": training.changed} if training.changed else {}))
@@ -571,11 +651,12 @@ def _begin(training: Training, beginning: Beginning) -> None:
 def train(
     config: TrainConfig,
     stop: StopSignals | None = None,  # what asks the training to end, besides a file STOP in the output folder
+    open_source: Callable[[TrainConfig], Source] = PackSource,  # what its data is read with
 ) -> None:
     """Train, and write metrics.jsonl, evaluation_before.json, evaluation_after.json, checkpoints/ and model/ (or adapter/) to the output folder."""
     started = time.perf_counter()
     with ranks_of_process() as ranks, ExitStack() as held:
-        training, beginning = set_up(config, ranks, stop)
+        training, beginning = set_up(config, ranks, stop, open_source)
         on_first(lambda: held.enter_context(locked_folder(training.output)) if ranks.first else None)
         if beginning.kept is not None and ranks.first:
             (training.output / "STOP").unlink(missing_ok=True)  # it was obeyed
