@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'Config', 'Overrides', 'Run', 'Batch', 'DryRun', 'All', 'AsJson', 'Name', 'Project', 'Entity', 'OPTIONS',
            'Groups', 'GROUPS', 'IMPORTS', 'ELSEWHERE', 'ABSENT', 'FAMILIES', 'Artifacts', 'data_prep', 'sft',
-           'evaluation', 'budget', 'import_artifact', 'Option', 'importable', 'report', 'runs', 'artifacts', 'lineage',
-           'inspect', 'main']
+           'evaluation', 'rl', 'budget', 'import_artifact', 'Option', 'importable', 'report', 'runs', 'artifacts',
+           'lineage', 'inspect', 'main']
 
 # %% ../nbs/90_cli.ipynb #bcdf1490
 import dataclasses
@@ -326,6 +326,44 @@ def evaluation(family: str, config: list[str], overrides: list[str], *, dry_run:
 
     profile, mode = _place(run, batch)
     evaluate_run(family, config, overrides, dry_run, profile, mode, _typed(), show=partial(_show_plan, whole=whole, as_json=as_json))
+
+
+def rl(
+    family: str,
+    config: list[str],  # what -c was given
+    overrides: list[str],
+    *,
+    dry_run: bool = False,
+    profile: "Profile | None" = None,  # of a cluster; None: this machine
+    mode: str = "run",  # on a cluster: "run" waits for the job, "batch" does not
+    command: str = "",  # as typed
+    show: "Show",  # how a plan is shown
+    resume: str = "",  # a run folder
+) -> None:
+    """Reinforcement learning, here or in a job, and say where the report is."""
+    from nemotron_nb.stages.rl import headline, rl_launch, rl_plan
+
+    plan = rl_plan(family, config, overrides, profile, command, resume, _rl_here)
+    if not dry_run:
+        _show_notes(plan.effective)
+    folder = rl_launch(plan, profile, mode, dry_run, show)
+    if folder and mode == "run":
+        print("\n".join(["", *headline(folder), f"Report: {folder / 'report.html'}"]))
+
+
+def _rl_here(effective: "Effective", folder: Path) -> Path:
+    """Execute the run notebook of reinforcement learning into a run folder, and print its steps as they come."""
+    from nemotron_nb.ops.run_folder import passing_signals_on
+    from nemotron_nb.stages.sft import Parameters, execute_into
+
+    stage, family = STAGES["rl"], effective.settings.family
+    print(f"run folder: {folder}", flush=True)
+    parameters = Parameters(family, str(folder.absolute() / "config.yaml"))
+    with passing_signals_on(folder, lambda said: print(said, flush=True)) as request, _told_as_it_goes(folder, 0):
+        execute_into(stage.notebook, folder, parameters, stage.ends)
+    if request.number:
+        raise typer.Exit(128 + request.number)
+    return folder
 
 
 def budget(family: str, config: list[str], overrides: list[str], *, dry_run: bool = False, run: str = "", batch: str = "", whole: bool = False, as_json: bool = False) -> None:

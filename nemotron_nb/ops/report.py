@@ -586,7 +586,7 @@ def _row(folder: Path) -> dict[str, Any]:
     """A run as one row. Raises what damage makes of its files."""
     state, status = run_state(folder), read_status(folder)
     lines, whole = read_tail(folder / "metrics.jsonl")
-    steps = [line for line in lines if line.get("kind") == "train" and "seconds" in line]
+    steps = [line for line in lines if line.get("kind") in ("train", "rl", "dpo") and "seconds" in line]
     last: Mapping[str, Any] = steps[-1] if steps else {}
     up = resume_command(folder) if stage_of(folder).resumes else status.get("command", "")
     said = {"lost": f"take it up: {up}", "unfollowed": f"nobody follows its training; take it up: {up}"}

@@ -430,6 +430,11 @@ def progress_line(
     """A line for people: about ten of them in a run, so that most entries give none."""
     if entry["kind"] == "train" and (entry["step"] % max(1, steps // 10) == 0 or entry["step"] == 1):
         return f"  step {entry['step']:>5} of {steps}   {entry['stage']} stage   loss over tokens {entry['loss_token']:.3f}   over chats {entry['loss_sample']:.3f}"
+    if entry["kind"] in ("rl", "dpo") and (entry["step"] % max(1, steps // 10) == 0 or entry["step"] == 1):
+        numbers = entry.get("rewards") or {name: entry[name] for name in ("loss", "preferred", "margin")}
+        return f"  step {entry['step']:>5} of {steps}   " + "   ".join(f"{name} {value:.2f}" for name, value in numbers.items())
+    if entry["kind"] == "rl_valid":
+        return f"  held-out tasks after step {entry['step']}: " + "   ".join(f"{name} {value:.2f}" for name, value in entry["rewards"].items())
     if entry["kind"] == "resume":
         return f"  going on after step {entry['step']}"
     if entry["kind"] == "paused":
@@ -678,7 +683,7 @@ class StopRequest:
 
     def _has_begun(self) -> bool:
         """Has it trained a step?"""
-        return any(line.get("kind") in ("train", "resume") for line in read_tail(self.folder / "metrics.jsonl")[0])
+        return any(line.get("kind") in ("train", "rl", "dpo", "resume") for line in read_tail(self.folder / "metrics.jsonl")[0])
 
     def end(self) -> None:
         """There is nobody to be asked any more."""

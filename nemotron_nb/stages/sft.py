@@ -413,6 +413,11 @@ def import_folder(
     command = f"nemotron {family} {kind} import {stage}"
     if not path.is_dir():
         raise UserError("there is no such folder", where=str(path), fix="give the folder that holds it")
+    if kind == "data" and stage == "rl":
+        from nemotron_nb.rl.prepare import Prepared
+
+        fields = {"family": family, "key": Prepared.load(path).values.get("key", "")} | dict(about or {})
+        return store.log(name or f"DataBlendsArtifact-{stage}", kind, path, fields, (), ("latest", family), producer(command))
     if kind == "data":
         return log_data(store, family, path, command=command, stage=stage, name=name, about=about)
     if not any((path / known).exists() for known in MODEL_FILES):
