@@ -347,13 +347,14 @@ def rl(
     if not dry_run:
         _show_notes(plan.effective)
     folder = rl_launch(plan, profile, mode, dry_run, show)
-    if folder and mode == "run":
+    if folder and (folder / "slurm.log").exists() and mode == "run":  # the job was followed to its end
         print("\n".join(["", *headline(folder), f"Report: {folder / 'report.html'}"]))
 
 
 def _rl_here(effective: "Effective", folder: Path) -> Path:
     """Execute the run notebook of reinforcement learning into a run folder, and print its steps as they come."""
     from nemotron_nb.ops.run_folder import passing_signals_on
+    from nemotron_nb.stages.rl import headline
     from nemotron_nb.stages.sft import Parameters, execute_into
 
     stage, family = STAGES["rl"], effective.settings.family
@@ -361,6 +362,7 @@ def _rl_here(effective: "Effective", folder: Path) -> Path:
     parameters = Parameters(family, str(folder.absolute() / "config.yaml"))
     with passing_signals_on(folder, lambda said: print(said, flush=True)) as request, _told_as_it_goes(folder, 0):
         execute_into(stage.notebook, folder, parameters, stage.ends)
+    print("\n".join(["", *headline(folder), f"Report: {folder / 'report.html'}"]))
     if request.number:
         raise typer.Exit(128 + request.number)
     return folder

@@ -143,7 +143,7 @@ ONLY_HERE: Mapping[str, str] = {
     "curriculum": "the order of the file is the curriculum: write it into the file",
 }
 
-# %% ../../nbs/rl/19_nemo_rl.ipynb #2fed2b1f
+# %% ../../nbs/rl/19_nemo_rl.ipynb #f512ef3d
 def _there(ours: Mapping[str, Any], mapped: Mapped) -> Any:
     """The value of one of our settings, as NeMo RL says it."""
     value = ours[mapped.ours]
@@ -156,14 +156,17 @@ def _there(ours: Mapping[str, Any], mapped: Mapped) -> Any:
 
 def _here(theirs: str, value: Any) -> Any:
     """A value of NeMo RL, as ours says it. `UserError` where it is neither true nor false and must be."""
-    switches = {"loss_fn.token_level_loss": ("token", "sequence"), "loss_fn.use_importance_sampling_correction": ("plain", "none")}
+    switches = {
+        "loss_fn.token_level_loss": ("token", "sequence"),
+        "loss_fn.use_importance_sampling_correction": ("plain", "none"),
+    }
     if theirs not in switches:
         return value
     if not isinstance(value, bool):
         raise UserError(f"expected true or false, got {value!r}", where=theirs, fix="write true or false")
     return switches[theirs][0 if value else 1]
 
-
+# %% ../../nbs/rl/19_nemo_rl.ipynb #f2ef6745
 @dataclass(frozen=True)
 class NemoRlConfig:
     """What a configuration of NeMo RL says otherwise than, or as, the recipe's own file, upon which it is laid."""
@@ -181,7 +184,9 @@ class NemoRlConfig:
 
     def picture(self) -> Picture:
         """Every key with its value and where it comes from."""
-        rows = [[name, "null" if value is None else str(value), self.origins[name]] for name, value in self.values.items()]
+        rows = [
+            [name, "null" if value is None else str(value), self.origins[name]] for name, value in self.values.items()
+        ]
         return table(rows, header=["key of NeMo RL", "value", "from"])
 
 # %% ../../nbs/rl/19_nemo_rl.ipynb #776b88b8
@@ -215,7 +220,7 @@ def nemo_rl_config(
     notes += [f"{name} is {later} in later versions of NeMo RL" for name, later in MOVED.items()]
     return NemoRlConfig(kept, {name: origins[name] for name in kept}, tuple(notes))
 
-# %% ../../nbs/rl/19_nemo_rl.ipynb #3ec6dbd2
+# %% ../../nbs/rl/19_nemo_rl.ipynb #d85094f6
 OLD_NAMES: Mapping[str, str] = {
     "grpo.num_iterations": "grpo.max_num_steps",
     "grpo.learning_rate": "grpo.lr",
@@ -245,12 +250,17 @@ def our_names(
         elif name in ONLY_THERE:
             found[f"nemo_rl.{name}"] = value
         elif name.startswith(SECTIONS) and name not in BATCH:
-            raise UserError(f"unknown key {name!r}", where=origin, why="it is in a section of NeMo RL, and no table has it", fix=nearest(name, THEIRS))
+            raise UserError(
+                f"unknown key {name!r}",
+                where=origin,
+                why="it is in a section of NeMo RL, and no table has it",
+                fix=nearest(name, THEIRS),
+            )
         else:
             found[name] = value
     return found, said
 
-
+# %% ../../nbs/rl/19_nemo_rl.ipynb #5d0f191c
 def check_batch(
     values: Mapping[str, Any],  # our settings by dotted name
     given: Iterable[Any],  # what was said about the size of a batch
@@ -260,5 +270,11 @@ def check_batch(
     for size in given:
         if size != prompts * each:
             why = "there is one optimizer step for each batch of rollouts"
-            fix = f"leave it out, or set grpo.num_prompts_per_step={size // each}" if isinstance(size, int) and size % each == 0 else "leave it out"
-            raise UserError(f"a batch of {size}, and {prompts} prompts with {each} generations", where=BATCH[0], why=why, fix=fix)
+            fix = (
+                f"leave it out, or set grpo.num_prompts_per_step={size // each}"
+                if isinstance(size, int) and size % each == 0
+                else "leave it out"
+            )
+            raise UserError(
+                f"a batch of {size}, and {prompts} prompts with {each} generations", where=BATCH[0], why=why, fix=fix
+            )

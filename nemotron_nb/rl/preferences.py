@@ -93,7 +93,7 @@ class Pair:
     chosen: Side
     rejected: Side
 
-# %% ../../nbs/rl/17_preferences.ipynb #e2373553
+# %% ../../nbs/rl/17_preferences.ipynb #01128a9a
 def _side(rollout: Rollout) -> Side:
     """A rollout as a side of a pair."""
     return Side(rollout.ids, tuple(rollout.mask))
@@ -117,7 +117,7 @@ def _pair(task: Any, good: tuple[Rollout, Any], bad: tuple[Rollout, Any], tokeni
     reason = f"{praised.rule}: {praised.reward:g}; the other {against}"
     return Pair(f"{task.id}#{chosen.member}-{rejected.member}", category, reason, _side(chosen), _side(rejected))
 
-
+# %% ../../nbs/rl/17_preferences.ipynb #4aa52a57
 def own_pairs(
     answers: Sequence[Answers],  # judged
     tokenizer: ChatTokenizer,
@@ -176,7 +176,7 @@ def _two_completions(row: Mapping[str, Any]) -> tuple[list[Any], list[Any], list
     sides = (_messages(c.get("completion"), "assistant") for c in (better, worse))
     return (_messages(row.get("context"), "user"), *sides)
 
-# %% ../../nbs/rl/17_preferences.ipynb #7079dab9
+# %% ../../nbs/rl/17_preferences.ipynb #407840ad
 def sides_of_row(
     row: Any,  # in one of the forms
 ) -> tuple[list[Any], list[Any], list[Any]]:
@@ -211,7 +211,7 @@ def _encoded(context: list[Any], answer: list[Any], tools: Any, tokenizer: ChatT
     end = len(ids) - ids[::-1].index(tokenizer.special_ids[IM_END])
     return Side(tuple(ids[:end]), tuple(trained[:end]))
 
-
+# %% ../../nbs/rl/17_preferences.ipynb #26cad943
 def pair_of_row(
     row: Any,
     tokenizer: ChatTokenizer,
@@ -301,7 +301,7 @@ def reference_logp(
             found[k] = one, other
     return found
 
-# %% ../../nbs/rl/17_preferences.ipynb #203a88f3
+# %% ../../nbs/rl/17_preferences.ipynb #90697a7f
 @dataclass(frozen=True)
 class DpoStats:
     """Sums over pairs; those of micro-batches add up."""
@@ -321,7 +321,7 @@ class DpoStats:
         n = self.pairs or 1.0
         return {name: getattr(self, name) / n for name in ("preferred", "margin", "chosen", "rejected", "nll")}
 
-
+# %% ../../nbs/rl/17_preferences.ipynb #8977fe6b
 def dpo_gradient(
     policy: Policy,
     pairs: Sequence[Pair],  # of the whole step
@@ -338,7 +338,14 @@ def dpo_gradient(
         share = dpo_loss(good, bad, was_good, was_bad, **weights, denominator=len(pairs))
         share.backward()
         up, down = (good - was_good).detach(), (bad - was_bad).detach()
-        sums = [len(places), (up > down).sum(), settings.beta * (up - down).sum(), up.sum(), down.sum(), -good.detach().sum()]
+        sums = [
+            len(places),
+            (up > down).sum(),
+            settings.beta * (up - down).sum(),
+            up.sum(),
+            down.sum(),
+            -good.detach().sum(),
+        ]
         loss, stats = loss + float(share.detach()), stats + DpoStats(*map(float, sums))
     return loss, stats
 
@@ -360,7 +367,9 @@ def dpo_step(
     norm = float(torch.nn.utils.clip_grad_norm_(moving, clip_grad))
     if not (np.isfinite(loss) and np.isfinite(norm)):
         why = "one more step would spoil the weights"
-        raise UserError(f"the loss is {loss}, the gradient norm {norm}", where=f"dpo, step {step + 1}", why=why, fix="lower dpo.lr")
+        raise UserError(
+            f"the loss is {loss}, the gradient norm {norm}", where=f"dpo, step {step + 1}", why=why, fix="lower dpo.lr"
+        )
     for group in policy.optimizer.param_groups:
         group["lr"] = settings.learning_rate(step)
     policy.optimizer.step()
@@ -384,7 +393,9 @@ def margins_picture(
     axis.legend(fontsize=8)
     last = lines[-1] if lines else {"chosen": 0.0, "rejected": 0.0, "preferred": 0.0}
     words = f"after {len(lines)} steps chosen {last['chosen']:+.2f}, rejected {last['rejected']:+.2f}"
-    return png(figure, f"Log-probability of answers against the reference; {words}; {last['preferred']:.0%} of pairs preferred")
+    return png(
+        figure, f"Log-probability of answers against the reference; {words}; {last['preferred']:.0%} of pairs preferred"
+    )
 
 
 def pairs_picture(

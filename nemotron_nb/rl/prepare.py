@@ -66,9 +66,14 @@ class TaskFiles:
                 raise UserError(f"{name} is {value}", where=f"data.{name}", fix=f"give at least {least}")
         if self.val_path and self.val_path == self.path:
             why = "what is trained on would be measured on"
-            raise UserError("val_path is the file that is trained on", where="data.val_path", why=why, fix="leave it out: the last val_rows tasks are kept apart")
+            raise UserError(
+                "val_path is the file that is trained on",
+                where="data.val_path",
+                why=why,
+                fix="leave it out: the last val_rows tasks are kept apart",
+            )
 
-# %% ../../nbs/rl/16_prepare.ipynb #c376e757
+# %% ../../nbs/rl/16_prepare.ipynb #4c5b77d7
 def origin_files(
     said: Sequence[str],  # REPOSITORY=FILE
 ) -> dict[str, str]:
@@ -94,7 +99,7 @@ def _rows_in(path: str, split: str = "") -> Iterator[tuple[str, int, Any]]:
     for file in _files(path, split):
         yield from ((file, line, row) for unit in units(file) for line, row in read_unit(unit))
 
-
+# %% ../../nbs/rl/16_prepare.ipynb #1493616e
 def fetching(
     files: Mapping[str, str],  # of `origin_files`
 ) -> Fetch:
@@ -113,7 +118,7 @@ def fetching(
 
     return fetch
 
-# %% ../../nbs/rl/16_prepare.ipynb #2e51718f
+# %% ../../nbs/rl/16_prepare.ipynb #5c91593e
 @dataclass
 class Funnel:
     """What became of the rows of one file."""
@@ -140,14 +145,21 @@ class Funnel:
         self.repairs.update(words)
         self.tasks.append((task, row if compat else task_row(task)))
 
-
+# %% ../../nbs/rl/16_prepare.ipynb #1aa4f652
 def _without(funnel: Funnel, names: Iterable[str] = ()) -> list[tuple[Task, dict[str, Any]]]:
     """The tasks without those of these names and without a second coming; what goes is listed."""
     kept, seen, held = [], {}, set(names)
     for task, row in funnel.tasks:
         if task.id in held or task.id in seen:
             reason = "in_validation" if task.id in held else "duplicate_task"
-            funnel.rejects.append(Reject(task.source, task.line, reason, f"as in line {seen.get(task.id, '?')}" if task.id in seen else "it is measured on"))
+            funnel.rejects.append(
+                Reject(
+                    task.source,
+                    task.line,
+                    reason,
+                    f"as in line {seen.get(task.id, '?')}" if task.id in seen else "it is measured on",
+                )
+            )
             continue
         seen[task.id] = task.line
         kept.append((task, row))
@@ -169,7 +181,9 @@ def distinct_tasks(
             found.append(replace(task, source=f"{SAMPLE}/{seed}", line=len(found) + 1))
         if len(found) == count:
             return found
-    raise UserError(f"there are no {count} different tasks", where="data.sample_tasks", fix=f"give at most {len(found)}")
+    raise UserError(
+        f"there are no {count} different tasks", where="data.sample_tasks", fix=f"give at most {len(found)}"
+    )
 
 
 def _sampled(settings: TaskFiles) -> tuple[Funnel, Funnel]:
@@ -179,7 +193,7 @@ def _sampled(settings: TaskFiles) -> tuple[Funnel, Funnel]:
     train, val = (Funnel(len(some), [(t, task_row(t)) for t in some]) for some in (tasks, held))
     return train, val
 
-# %% ../../nbs/rl/16_prepare.ipynb #c32a129a
+# %% ../../nbs/rl/16_prepare.ipynb #e0ead834
 @dataclass(frozen=True)
 class Prepared:
     """Prepared tasks. `values` is what manifest.json holds."""
@@ -192,7 +206,11 @@ class Prepared:
         """Those of a folder; `UserError` if it holds none."""
         path = Path(folder) / "manifest.json"
         if not path.is_file():
-            raise UserError("no manifest.json: these are no prepared tasks", where=str(folder), fix="run nemotron FAMILY data prep rl")
+            raise UserError(
+                "no manifest.json: these are no prepared tasks",
+                where=str(folder),
+                fix="run nemotron FAMILY data prep rl",
+            )
         return cls(Path(folder), json.loads(path.read_text()))
 
     @property
@@ -208,10 +226,18 @@ class Prepared:
     def picture(self) -> Picture:
         """Rows, tasks, and what was lost."""
         v = self.values
-        counts = [("rows read", v["rows"]), ("placeholders resolved", v["resolved"]), ("tasks to train on", v["tasks"]["train"]), ("tasks to measure on", v["tasks"]["val"])]
+        counts = [
+            ("rows read", v["rows"]),
+            ("placeholders resolved", v["resolved"]),
+            ("tasks to train on", v["tasks"]["train"]),
+            ("tasks to measure on", v["tasks"]["val"]),
+        ]
         lost = [("left out", reason, n, LOST[reason].meaning) for reason, n in v["rejects"].items()]
         lost += [("repaired", word, n, "") for word, n in v["repairs"].items()]
-        parts = [table(counts, header=["", "number"]), table([(n, c) for n, c in v["environments"].items()], header=["environment", "tasks to train on"])]
+        parts = [
+            table(counts, header=["", "number"]),
+            table([(n, c) for n, c in v["environments"].items()], header=["environment", "tasks to train on"]),
+        ]
         return joined([*parts, *([table(lost, header=["", "reason", "rows", "what it means"])] if lost else [])])
 
     def __repr__(self) -> str:
@@ -220,7 +246,7 @@ class Prepared:
     def _repr_html_(self) -> str:
         return self.picture().html
 
-
+# %% ../../nbs/rl/16_prepare.ipynb #634d299a
 def task_key(
     settings: TaskFiles,
 ) -> tuple[str, list[dict[str, str]]]:
@@ -233,7 +259,9 @@ def task_key(
     files = [(role, file) for role, path in named if path for file in _files(path, settings.split)]
     sources = [{"role": role, "path": file, "digest": file_digest(file, 64)} for role, file in files]
     own = {k: v for k, v in asdict(settings).items() if k not in ("output_dir", "path", "val_path", "origins")}
-    return digest([own, settings.path if settings.path == SAMPLE else "", [[s["role"], s["digest"]] for s in sources]]), sources
+    return digest(
+        [own, settings.path if settings.path == SAMPLE else "", [[s["role"], s["digest"]] for s in sources]]
+    ), sources
 
 # %% ../../nbs/rl/16_prepare.ipynb #508dad64
 def _read(settings: TaskFiles) -> tuple[Funnel, Funnel]:
@@ -249,7 +277,12 @@ def _read(settings: TaskFiles) -> tuple[Funnel, Funnel]:
     elif settings.val_rows:
         if len(train.tasks) <= settings.val_rows:
             why = f"of {train.rows} rows {len(train.tasks)} are tasks: {dict(Counter(r.reason for r in train.rejects))}"
-            raise UserError(f"{settings.val_rows} tasks to measure on, and nothing is left to train on", where="data.val_rows", why=why, fix="give fewer, or val_path=FILE, or more rows")
+            raise UserError(
+                f"{settings.val_rows} tasks to measure on, and nothing is left to train on",
+                where="data.val_rows",
+                why=why,
+                fix="give fewer, or val_path=FILE, or more rows",
+            )
         train.tasks, val.tasks = train.tasks[: -settings.val_rows], train.tasks[-settings.val_rows :]
     return train, val
 
@@ -271,12 +304,12 @@ def _manifest(key: str, sources: Sequence[Mapping[str, str]], train: Funnel, val
         "sources": list(sources),
     }
 
-# %% ../../nbs/rl/16_prepare.ipynb #45bf753f
+# %% ../../nbs/rl/16_prepare.ipynb #abbdba7f
 def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
     """Rows as JSON lines."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
-
+# %% ../../nbs/rl/16_prepare.ipynb #8bc6938d
 def prepare_tasks(
     settings: TaskFiles,
     output_root: str | os.PathLike = "output/tasks",  # where output_dir is "auto"
@@ -288,13 +321,23 @@ def prepare_tasks(
     if (folder / "manifest.json").is_file() and not force:
         found = Prepared.load(folder)
         if found.values.get("key") != key:
-            raise UserError("the folder holds other tasks", where=str(folder), why="results are never overwritten", fix="give another output_dir, or --force")
+            raise UserError(
+                "the folder holds other tasks",
+                where=str(folder),
+                why="results are never overwritten",
+                fix="give another output_dir, or --force",
+            )
         return found
     train, val = _sampled(settings) if settings.path == SAMPLE else _read(settings)
     train.tasks = _without(train, [t.id for t, _ in val.tasks])
     if not train.tasks:
         why = f"{train.rows} rows were read; {dict(Counter(r.reason for r in train.rejects))}"
-        raise UserError("no row is a task", where=settings.path, why=why, fix="rows must have the form of NeMo Gym: nbs/rl/01_tasks.ipynb")
+        raise UserError(
+            "no row is a task",
+            where=settings.path,
+            why=why,
+            fix="rows must have the form of NeMo Gym: nbs/rl/01_tasks.ipynb",
+        )
     if folder.exists() and (force or not any(folder.iterdir())):
         shutil.rmtree(folder)
     with new_folder(folder, same_content=True) as new:

@@ -28,7 +28,16 @@ from ..core import UserError, digest, file_digest, from_mapping, nearest, write_
 from ..data.tokenizer import load_tokenizer
 from .curriculum import CurriculumSettings, curriculum
 from .environments import environment, judge
-from .grpo import Answers, GrpoSettings, Judge, Policy, draw_and_judge, grpo_steps, make_policy, step_record
+from nemotron_nb.rl.grpo import (
+    Answers,
+    GrpoSettings,
+    Judge,
+    Policy,
+    draw_and_judge,
+    grpo_steps,
+    make_policy,
+    step_record,
+)
 from .judgement import write_ledger
 from .preferences import DpoSettings, Pair, dpo_step, own_pairs, read_pair_rows, read_pairs
 from .preferences import reference_logp, write_pairs
@@ -80,7 +89,7 @@ class TaskOrder:
     shares: dict[str, float] = field(default_factory=dict)  # environment -> share of each step; empty: the supply's
     settings: CurriculumSettings = CurriculumSettings()
 
-# %% ../../nbs/rl/18_training.ipynb #939588a4
+# %% ../../nbs/rl/18_training.ipynb #bb6c604c
 @dataclass(frozen=True)
 class RlTraining:
     """Everything that the training process is told."""
@@ -119,23 +128,28 @@ class RlTraining:
             values[section].pop("max_num_steps")  # a run may go on longer
         return values
 
-
+# %% ../../nbs/rl/18_training.ipynb #3bf1e992
 def read_training(
     path: str | os.PathLike,  # train.yaml
 ) -> RlTraining:
     """The settings of a run from its file."""
     return from_mapping(RlTraining, OmegaConf.to_container(OmegaConf.load(path), resolve=True), str(path))
 
-# %% ../../nbs/rl/18_training.ipynb #9e9a289a
+# %% ../../nbs/rl/18_training.ipynb #f609f7c7
 def usable_tasks(
     path: str,
     switched_on: Sequence[str] = (),
 ) -> tuple[Task, ...]:
-    """The tasks of a prepared file. `UserError` for one that holds none, or rows that are none, or an environment that is off."""
+    """The tasks of a prepared file. `UserError` where it has none, or rows that are none, or an environment is off."""
     found = read_tasks(path)
     if found.rejects:
         first, fix = found.rejects[0], "prepare the file: nemotron FAMILY data prep rl path=FILE"
-        raise UserError(f"{len(found.rejects)} rows are no tasks: line {first.line} is {first.reason}", where=path, why=first.detail, fix=fix)
+        raise UserError(
+            f"{len(found.rejects)} rows are no tasks: line {first.line} is {first.reason}",
+            where=path,
+            why=first.detail,
+            fix=fix,
+        )
     if not found.tasks:
         raise UserError("there is no task in the file", where=path, fix="give a file of rows")
     for name in sorted({task.environment for task in found.tasks}):
@@ -155,7 +169,7 @@ def ordered(
     shares = order.shares or {name: names.count(name) / len(names) for name in sorted(set(names))}
     return curriculum(tasks, g.max_num_steps, g.num_prompts_per_step, shares, order.settings)
 
-
+# %% ../../nbs/rl/18_training.ipynb #313c1945
 @dataclass
 class Work:
     """A run under way."""
@@ -192,7 +206,12 @@ def set_up(
     held_out = list(usable_tasks(config.val, config.environments)) if config.val else []
     if same := {t.id for t in tasks} & {t.id for t in held_out}:
         fix = "prepare them together: nemotron FAMILY data prep rl"
-        raise UserError(f"{len(same)} tasks are measured on and trained on", where=config.val, why="the result would be too good", fix=fix)
+        raise UserError(
+            f"{len(same)} tasks are measured on and trained on",
+            where=config.val,
+            why="the result would be too good",
+            fix=fix,
+        )
     made_for = {"tasks": digest([t.id for t in tasks]), "tokenizer": file_digest(start / "tokenizer.json")}
     store = Checkpoints(Path(config.output_dir) / "checkpoints", config.checkpoint.keep_top_k, made_for)
     policy = make_policy(model, tokenizer, config.grpo, reference)
@@ -287,7 +306,7 @@ def run_grpo(
         work.metrics.write(line | {"seconds": round(seconds, 3)})
         after(line["step"])
 
-# %% ../../nbs/rl/18_training.ipynb #040885cc
+# %% ../../nbs/rl/18_training.ipynb #476696e2
 def _made_pairs(work: Work) -> list[Pair]:
     """Pairs of the model's own answers, or of a file. What is no pair is listed in pairs_left_out.jsonl."""
     d, g = work.config.dpo, work.config.grpo
@@ -311,14 +330,19 @@ def prepare_pairs(
         pairs = _made_pairs(work)
         if len(pairs) < d.min_pairs:
             why = "a pair needs one answer that is right and one that is not"
-            raise UserError(f"{len(pairs)} pairs, {d.min_pairs} are needed", where="dpo.min_pairs", why=why, fix="give more tasks or more solutions, or a start model whose answers differ")
+            raise UserError(
+                f"{len(pairs)} pairs, {d.min_pairs} are needed",
+                where="dpo.min_pairs",
+                why=why,
+                fix="give more tasks or more solutions, or a start model whose answers differ",
+            )
         write_pairs(path, pairs)
         limit = work.config.grpo.micro_batch_tokens
         write_json(kept, reference_logp(work.policy.model, pairs, d.average, limit))
     work.pairs = read_pairs(path)
     work.reference = [(good, bad) for good, bad in json.loads(kept.read_text())]
 
-
+# %% ../../nbs/rl/18_training.ipynb #f53df294
 def run_dpo(
     work: Work,
     done: int,  # optimizer steps that a checkpoint has done
@@ -328,11 +352,13 @@ def run_dpo(
     g = work.config.grpo
     for step in range(done, work.config.steps):
         started = time.perf_counter()
-        line = dpo_step(work.policy, work.pairs, work.reference, step, work.config.dpo, g.clip_grad, g.micro_batch_tokens)
+        line = dpo_step(
+            work.policy, work.pairs, work.reference, step, work.config.dpo, g.clip_grad, g.micro_batch_tokens
+        )
         work.metrics.write(line | {"seconds": round(time.perf_counter() - started, 3)})
         after(step + 1)
 
-# %% ../../nbs/rl/18_training.ipynb #29eafffb
+# %% ../../nbs/rl/18_training.ipynb #55bd7b0e
 def _gone_on_from(work: Work) -> int:
     """The steps that the newest checkpoint has done, its weights and moments loaded; 0 without one."""
     newest = work.store.newest()
@@ -343,7 +369,12 @@ def _gone_on_from(work: Work) -> int:
     if was != now:
         other = sorted(k for k in now if was.get(k) != now[k])
         why = "the steps before and after would belong to different runs"
-        raise UserError(f"the checkpoint was written with other settings: {', '.join(other)}", where=str(newest.path), why=why, fix="begin a new run")
+        raise UserError(
+            f"the checkpoint was written with other settings: {', '.join(other)}",
+            where=str(newest.path),
+            why=why,
+            fix="begin a new run",
+        )
     return newest.step
 
 
@@ -359,7 +390,7 @@ def _asked_to_stop(work: Work, stop: StopSignals | None) -> bool:
     """Was there a signal, or a file STOP?"""
     return bool(stop and stop.name) or (work.folder / "STOP").exists()
 
-
+# %% ../../nbs/rl/18_training.ipynb #36ecf405
 def _after_step(work: Work, stop: StopSignals | None, step: int) -> None:
     """Measure, save and stop where it is time to."""
     config, last = work.config, step == work.config.steps
@@ -373,7 +404,7 @@ def _after_step(work: Work, stop: StopSignals | None, step: int) -> None:
         work.metrics.write({"kind": "paused", "step": step})
         raise Paused(f"paused after step {step}")
 
-# %% ../../nbs/rl/18_training.ipynb #ebc15f8e
+# %% ../../nbs/rl/18_training.ipynb #a9898540
 def _first_lines(work: Work, done: int, again: bool) -> None:
     """What stands before the first step, or at the seam."""
     config = work.config
@@ -400,7 +431,7 @@ def _export(work: Work) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     export_hf(work.policy.model, beside, folder)
 
-
+# %% ../../nbs/rl/18_training.ipynb #22379796
 def train(
     config: RlTraining,
     stop: StopSignals | None = None,  # what asks the run to end, besides a file STOP in the run folder

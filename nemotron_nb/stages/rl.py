@@ -8,42 +8,70 @@ __all__ = ['ENGINES', 'NOT_RUN', 'StartSection', 'RlConfig', 'rl_config', 'clust
            'before_after_picture', 'headline', 'ledger_of_step', 'strips_of_step', 'parity_of_run', 'answers_picture',
            'rl_sections', 'write_rl_report', 'follows', 'rl_plan', 'refuse_cluster', 'rl_launch']
 
-# %% ../../nbs/stages/06_rl.ipynb #16c0c6b2
+# %% ../../nbs/stages/06_rl.ipynb #3cb7c4e0
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
-from ..core import UserError, from_mapping, nearest, write_atomic
+from ..core import UserError, nearest, write_atomic
 from ..ops.artifacts import Artifact, Source, Store, source
-from ..ops.config import COMMAND, Effective, Layer, RunSection, config_label, file_layers, flatten, known_names
+from nemotron_nb.ops.config import (
+    COMMAND,
+    Effective,
+    Layer,
+    RunSection,
+    config_label,
+    file_layers,
+    flatten,
+    known_names,
+)
 from ..ops.config import merge, sft_config, to_yaml, typed_layers
-from ..ops.report import Section, artifacts_picture, attempts_picture, environment_picture, html_page, read_run
+from nemotron_nb.ops.report import (
+    Section,
+    artifacts_picture,
+    attempts_picture,
+    environment_picture,
+    html_page,
+    read_run,
+)
 from ..ops.report import settings_picture
-from ..ops.run_folder import Started, list_runs, passing_signals_on, put_back, read_status, run_state, set_status
-from ..ops.run_folder import start_training
+from nemotron_nb.ops.run_folder import (
+    Started,
+    list_runs,
+    passing_signals_on,
+    put_back,
+    run_state,
+)
+from ..ops.run_folder import resume_command, start_training
 from ..ops.stage import RL, RL_DATA, SFT
 from ..rl.grpo import GrpoSettings
 from ..rl.nemo_rl import BATCH, SCRIPT, NemoRlConfig, check_batch, nemo_rl_config, our_names
 from ..rl.prepare import SAMPLE, Prepared, TaskFiles
 from ..rl.preferences import DpoSettings
 from ..rl.sample_tasks import write_careless_chats
-from ..rl.training import METHODS, KeepSection, RlTraining, TaskOrder, ValidationSection, read_training, step_file
+from nemotron_nb.rl.training import (
+    METHODS,
+    KeepSection,
+    RlTraining,
+    TaskOrder,
+    ValidationSection,
+    read_training,
+    step_file,
+)
 from .evaluate import model_of
 from .rl_data import log_tasks, prepared_tasks
-from .sft import Parameters, Plan, Show, cluster_layer, enter_made, execute_into, launch, new_run
+from .sft import Parameters, Plan, Show, cluster_layer, launch, new_run
 from .sft import new_stage_folder, on_cluster, prepare_data, resumed_settings, run_notebook
 from ..viz import Picture, clipped, joined, table
 
 if TYPE_CHECKING:
     from nemotron_nb.ops.profiles import Profile
 
-# %% ../../nbs/stages/06_rl.ipynb #7668ef40
+# %% ../../nbs/stages/06_rl.ipynb #a6470fe9
 ENGINES = ("torch", "nemo_rl")
 
 
@@ -54,9 +82,16 @@ class StartSection:
     careless: bool = False  # fine-tune one on careless chats, once; False: the newest fine-tuning run that is done
     chats: int = 4000  # of them, half answered wrongly
     sft: str = "tiny"  # configuration of the fine-tuning run
-    sft_overrides: list[str] = field(default_factory=lambda: ["train.train_iters=350", "loss.stages=[{stage: token}]", "train.eval_interval=0", "evaluation.num_generations=8"])
+    sft_overrides: list[str] = field(
+        default_factory=lambda: [
+            "train.train_iters=350",
+            "loss.stages=[{stage: token}]",
+            "train.eval_interval=0",
+            "evaluation.num_generations=8",
+        ]
+    )
 
-
+# %% ../../nbs/stages/06_rl.ipynb #5df3a010
 @dataclass(frozen=True)
 class RlConfig:
     """Every setting of a run of reinforcement learning."""
@@ -79,7 +114,9 @@ class RlConfig:
     def __post_init__(self) -> None:
         for name, known in (("method", METHODS), ("engine", ENGINES)):
             if getattr(self, name) not in known:
-                raise UserError(f"unknown {name} {getattr(self, name)!r}", where=name, fix=nearest(getattr(self, name), known))
+                raise UserError(
+                    f"unknown {name} {getattr(self, name)!r}", where=name, fix=nearest(getattr(self, name), known)
+                )
         if self.engine == "torch" and self.run.ranks > 1:
             fix = "leave run.nodes and run.nproc_per_node at 1, or engine=nemo_rl for a cluster"
             raise UserError(f"{self.run.ranks} processes, and the PyTorch engine trains with one", where="run", fix=fix)
@@ -88,7 +125,7 @@ class RlConfig:
         if self.start.chats < 1:
             raise UserError(f"{self.start.chats} chats", where="start.chats", fix="give at least 1")
 
-# %% ../../nbs/stages/06_rl.ipynb #88e1f737
+# %% ../../nbs/stages/06_rl.ipynb #230e7a2a
 def _gathered(layers: Sequence[Layer]) -> Layer:
     """What all layers say in the section nemo_rl, as one value: its names keep their dots."""
     own = {n.removeprefix("nemo_rl."): v for _, said in layers for n, v in said.items() if n.startswith("nemo_rl.")}
@@ -102,7 +139,7 @@ def rl_config(
     overrides: Iterable[str] = (),  # key=value, the last one wins
     profile: Layer | None = None,  # what env.toml says, with run.* names
 ) -> Effective:
-    """The settings of a run: data_prep_rl/*.yaml as its data section, then rl/*.yaml, the cluster's profile, the command line."""
+    """The settings of a run: data_prep_rl/*.yaml as its data, then rl/*.yaml, env.toml, the command line."""
     known, notes, sizes, layers = known_names(RlConfig), [], [], []
     files = file_layers(family, [(RL_DATA.name, "data."), (RL.name, "")], name)
     told = [(o, {n: v for n, v in said.items() if n in known}) for o, said in ([profile] if profile else [])]
@@ -115,13 +152,21 @@ def rl_config(
     plain = [(o, {n: v for n, v in said.items() if not n.startswith("nemo_rl.")}) for o, said in layers]
     effective = merge(RlConfig, [(COMMAND, {"family": family}), *plain, gathered])
     if effective.settings.family != family:
-        raise UserError(f"is for the family {effective.settings.family!r}", where=effective.origins["family"], fix="use the command of that family")
+        raise UserError(
+            f"is for the family {effective.settings.family!r}",
+            where=effective.origins["family"],
+            fix="use the command of that family",
+        )
     check_batch(flatten(asdict(effective.settings)), sizes)
-    nemo_rl_config(flatten(asdict(replace(effective.settings, nemo_rl={}))), effective.settings.nemo_rl)  # refuses unknown keys
+    nemo_rl_config(
+        flatten(asdict(replace(effective.settings, nemo_rl={}))), effective.settings.nemo_rl
+    )  # refuses unknown keys
     return replace(effective, notes=tuple(notes))
 
 # %% ../../nbs/stages/06_rl.ipynb #e38d0283
-NOT_RUN = "NeMo RL was not run by this project: the keys are those of its own files, and what it makes of them is NVIDIA's."
+NOT_RUN = (
+    "NeMo RL was not run by this project: the keys are those of its own files, and what it makes of them is NVIDIA's."
+)
 
 
 def cluster_config(
@@ -142,28 +187,38 @@ def cluster_script(
     return (
         f"# From a checkout of NeMo RL, the configuration above in nemo_rl.yaml. {NOT_RUN}\n"
         f'COMMAND="uv run {SCRIPT} --config nemo_rl.yaml" \\\n'
-        f'CONTAINER={config.run.env.container or "IMAGE"} MOUNTS="$PWD:$PWD" GPUS_PER_NODE={config.run.nproc_per_node} \\\n'
+        f'CONTAINER={config.run.env.container or "IMAGE"} MOUNTS="$PWD:$PWD" '
+        f"GPUS_PER_NODE={config.run.nproc_per_node} \\\n"
         f"sbatch --nodes={config.run.nodes}{account} ray.sub"
     )
 
-# %% ../../nbs/stages/06_rl.ipynb #cd264347
+# %% ../../nbs/stages/06_rl.ipynb #8c718741
 def _same_run(effective: Effective) -> Path | None:
     """A run of fine-tuning with these settings that is done; None if there is none."""
     settings, text = effective.settings, to_yaml(effective)
     root = SFT.root(settings.run.output_root, settings.family)
-    mine = (run for run in reversed(list_runs(settings.run.output_root)) if run.parent == root and run_state(run) == "done")
+    mine = (
+        run for run in reversed(list_runs(settings.run.output_root)) if run.parent == root and run_state(run) == "done"
+    )
     return next((run for run in mine if (run / "model").is_dir() and (run / "config.yaml").read_text() == text), None)
 
-
+# %% ../../nbs/stages/06_rl.ipynb #7480dffe
 def careless_start(
     config: RlConfig,
 ) -> Path:
-    """The run folder of the careless start model: found, or trained now. `UserError` if that does not come to its end."""
+    """The run folder of the careless start model: found, or trained now. `UserError` if it does not come to its end."""
     chats = Path(config.run.output_root).absolute() / config.family / "careless" / f"chats-{config.start.chats}.jsonl"
     if not chats.exists():
         write_careless_chats(chats, config.start.chats)
-    told = {"data.path": chats, "run.output_root": config.run.output_root, "run.artifacts": str(config.run.store), "run.label": "careless start"}
-    run = sft_config(config.family, config.start.sft, [*(f"{n}={v}" for n, v in told.items()), *config.start.sft_overrides])
+    told = {
+        "data.path": chats,
+        "run.output_root": config.run.output_root,
+        "run.artifacts": str(config.run.store),
+        "run.label": "careless start",
+    }
+    run = sft_config(
+        config.family, config.start.sft, [*(f"{n}={v}" for n, v in told.items()), *config.start.sft_overrides]
+    )
     if found := _same_run(run):
         return found
     print("start model: fine-tuned on careless chats first, which takes a minute or two", flush=True)
@@ -172,16 +227,22 @@ def careless_start(
     with passing_signals_on(folder):
         run_notebook(folder, Parameters(config.family, str(folder.absolute() / "config.yaml")))
     if run_state(folder) != "done":
-        raise UserError(f"the start model is {run_state(folder)}", where=str(folder), fix="start again: what is trained so far is not lost, `nemotron runs` says how to go on")
+        raise UserError(
+            f"the start model is {run_state(folder)}",
+            where=str(folder),
+            fix="start again: what is trained so far is not lost, `nemotron runs` says how to go on",
+        )
     return folder
 
-
+# %% ../../nbs/stages/06_rl.ipynb #c623fb76
 def start_model(
     config: RlConfig,
 ) -> str:
     """The folder of the model to begin with. `UserError` where there is none."""
     if config.run.model:
-        return model_of(str(Store(config.run.store).verify(config.run.model).path), config.family, config.run.output_root)
+        return model_of(
+            str(Store(config.run.store).verify(config.run.model).path), config.family, config.run.output_root
+        )
     if config.model or not config.start.careless:
         return model_of(config.model, config.family, config.run.output_root)
     return model_of(str(careless_start(config)), config.family, config.run.output_root)
@@ -207,7 +268,13 @@ def known_model(
     """The newest version in the register that lies in this folder; else the folder, read."""
     here = Path(folder).absolute()
     found = [a for a in store.list() if a.kind == "model" and a.path == here] if store.root.is_dir() else []
-    return found[-1] if found else source(here, "base model") if here.is_dir() else Source(str(folder), "base model", f"hf://{folder}")
+    return (
+        found[-1]
+        if found
+        else source(here, "base model")
+        if here.is_dir()
+        else Source(str(folder), "base model", f"hf://{folder}")
+    )
 
 # %% ../../nbs/stages/06_rl.ipynb #c1a69f1f
 def training_of(
@@ -244,7 +311,7 @@ def rl_folder(
     """A new run folder, its status `queued`."""
     return new_stage_folder(effective, config, RL, run_label(config, name), command=command)
 
-# %% ../../nbs/stages/06_rl.ipynb #62abde73
+# %% ../../nbs/stages/06_rl.ipynb #7ba1f91c
 def _kinds(lines: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:
     """The metrics lines of one kind."""
     return [line for line in lines if line.get("kind") == kind]
@@ -259,11 +326,13 @@ def before_after_picture(
         return table([["held-out tasks", "measured before and after a whole run"]], header=["", ""])
     first, last = measured[0], measured[-1]
     rows = [[name, first["rewards"][name], last["rewards"].get(name, 0.0)] for name in first["rewards"]]
-    rows += [[word, first[key], last[key]] for word, key in (("tokens an answer", "mean_length"), ("entropy", "entropy"))]
+    rows += [
+        [word, first[key], last[key]] for word, key in (("tokens an answer", "mean_length"), ("entropy", "entropy"))
+    ]
     head = ["mean reward", "before", f"after step {last['step']}"]
     return table([[name, f"{a:.2f}", f"{b:.2f}"] for name, a, b in rows], header=head)
 
-
+# %% ../../nbs/stages/06_rl.ipynb #0e9471b3
 def headline(
     folder: str | os.PathLike,
 ) -> list[str]:
@@ -271,17 +340,34 @@ def headline(
     run = read_run(folder)
     steps = [*_kinds(run.metrics, "rl"), *_kinds(run.metrics, "dpo")]
     measured, whole = _kinds(run.metrics, "rl_valid"), next(iter(run.lines("start")), {})
-    said = [f"{run.state}: {len(steps)} of {whole.get('train_iters', '?')} steps of {str(whole.get('method', '')).upper()}." + (f" {run.message}" if run.message else "")]
+    said = [
+        f"{run.state}: {len(steps)} of {whole.get('train_iters', '?')} steps of {str(whole.get('method', '')).upper()}."
+        + (f" {run.message}" if run.message else "")
+    ]
     if len(measured) > 1:
         first, last = measured[0]["rewards"], measured[-1]["rewards"]
-        said.append("Mean reward on held-out tasks: " + ", ".join(f"{n} {v:.2f} to {last.get(n, 0.0):.2f}" for n, v in first.items()) + ".")
+        said.append(
+            "Mean reward on held-out tasks: "
+            + ", ".join(f"{n} {v:.2f} to {last.get(n, 0.0):.2f}" for n, v in first.items())
+            + "."
+        )
     if silent := sum(line["groups"].get("silent", 0) for line in _kinds(run.metrics, "rl")):
         groups = sum(sum(line["groups"].values()) for line in _kinds(run.metrics, "rl"))
-        said.append(f"{silent} of {groups} groups were silent: all answers earned the same, and nothing was learned from them.")
+        said.append(
+            f"{silent} of {groups} groups were silent: all answers earned the same, and nothing was learned from them."
+        )
     model = Path(folder) / "model"
-    return [*said, f"The model: {model}"] if model.is_dir() else said
+    end = [f"The model: {model}"] if model.is_dir() else []
+    return [*said, *end, *([f"Go on with: {resume_command(folder)}"] if run.state == "preempted" else [])]
 
-# %% ../../nbs/stages/06_rl.ipynb #c0b112b9
+# %% ../../nbs/stages/06_rl.ipynb #6d1e7c53
+def _tokenizer(folder: Path) -> Any:
+    """The tokenizer of the model that a run began with."""
+    from nemotron_nb.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(read_training(folder / "train.yaml").model)
+
+
 def _step_answers(folder: Path, step: int, held_out: bool = False) -> list[tuple[Any, Any]]:
     """(rollout, judgement) of a step, from its files; empty where they were not kept."""
     from nemotron_nb.rl.judgement import Judgement
@@ -304,26 +390,32 @@ def ledger_of_step(
     """Which rule decided, for some answers of a step; those that earned least come first."""
     from nemotron_nb.rl.judgement import ledger_picture
 
-    found = sorted(_step_answers(Path(folder), step, held_out), key=lambda pair: (pair[1].reward is not None, pair[1].reward or 0.0))
+    found = sorted(
+        _step_answers(Path(folder), step, held_out),
+        key=lambda pair: (pair[1].reward is not None, pair[1].reward or 0.0),
+    )
     chosen = [*found[: count // 2], *found[-(count - count // 2) :]] if len(found) > count else found
-    return ledger_picture([(f"{r.task[:8]} #{r.member}", j) for r, j in chosen], f"{len(chosen)} of {len(found)} answers")
+    return ledger_picture(
+        [(f"{r.task[:8]} #{r.member}", j) for r, j in chosen], f"{len(chosen)} of {len(found)} answers"
+    )
 
-
+# %% ../../nbs/stages/06_rl.ipynb #03d95e9f
 def strips_of_step(
     folder: str | os.PathLike,
     step: int,
     count: int = 2,
 ) -> Picture:
-    """The best and the worst answer of some live groups of a step, each token coloured by the advantage that pushes it."""
-    from nemotron_nb.data.tokenizer import load_tokenizer
+    """Best and worst answer of some live groups of a step, each token coloured by the advantage that pushes it."""
     from nemotron_nb.rl.advantage import advantage_strip, value_group
 
     told, groups, parts = read_training(Path(folder) / "train.yaml"), {}, []
     for rollout, judgement in _step_answers(Path(folder), step):
         groups.setdefault(rollout.task, []).append((rollout, judgement))
-    tokenizer = load_tokenizer(told.model)
+    tokenizer = _tokenizer(Path(folder))
     for members in groups.values():
-        group = value_group([j.reward for _, j in members], [r.status == "truncated" for r, _ in members], told.grpo.advantage)
+        group = value_group(
+            [j.reward for _, j in members], [r.status == "truncated" for r, _ in members], told.grpo.advantage
+        )
         values = group.advantages
         if len(parts) == 2 * count or max(values) == min(values):
             continue
@@ -331,10 +423,14 @@ def strips_of_step(
             rollout, judgement = members[place]
             colours = [values[place] if drew else None for drew in rollout.mask]
             pieces = [tokenizer.decode([i]) for i in rollout.ids]
-            parts.append(advantage_strip(pieces, colours, f"reward {judgement.reward:g}, {judgement.rule}", top=max(map(abs, values))))
+            parts.append(
+                advantage_strip(
+                    pieces, colours, f"reward {judgement.reward:g}, {judgement.rule}", top=max(map(abs, values))
+                )
+            )
     return joined(parts) if parts else table([["every group of this step was silent"]], header=[""])
 
-# %% ../../nbs/stages/06_rl.ipynb #3feb1be4
+# %% ../../nbs/stages/06_rl.ipynb #e41cddf0
 def parity_of_run(
     folder: str | os.PathLike,
 ) -> Picture:
@@ -353,48 +449,83 @@ def answers_picture(
     count: int = 6,
 ) -> Picture:
     """The same held-out tasks, answered before and after; those whose reward changed come first."""
-    from nemotron_nb.data.tokenizer import load_tokenizer
-
     folder = Path(folder)
     told = read_training(folder / "train.yaml")
     first, last = (_step_answers(folder, step, held_out=True) for step in (0, told.steps))
-    tokenizer, rows = load_tokenizer(told.model), []
+    tokenizer, rows = _tokenizer(folder), []
 
     def text(rollout: Any) -> str:
         """What the model wrote."""
         return clipped(tokenizer.decode(list(rollout.drawn)), 300)
 
     pairs = [pair for pair in zip(first, last) if pair[0][0].member == 0]
-    for (was, old), (now, new) in sorted(pairs, key=lambda p: -abs((p[0][1].reward or 0) - (p[1][1].reward or 0)))[:count]:
-        rows.append([clipped(tokenizer.decode(list(was.prompt[-40:])), 160), text(was), old.reward, text(now), new.reward])
+    for (was, old), (now, new) in sorted(pairs, key=lambda p: -abs((p[0][1].reward or 0) - (p[1][1].reward or 0)))[
+        :count
+    ]:
+        rows.append(
+            [clipped(tokenizer.decode(list(was.prompt[-40:])), 160), text(was), old.reward, text(now), new.reward]
+        )
     return table(rows, header=["end of the prompt", "before", "reward", "after", "reward"])
 
-# %% ../../nbs/stages/06_rl.ipynb #abbf17c9
+# %% ../../nbs/stages/06_rl.ipynb #0353bfaf
+def _numbers(lines: Sequence[Mapping[str, Any]]) -> list[tuple[bool, str, str, Callable[[], Picture]]]:
+    """(is it there, title, how to read it, picture) of what the metrics show."""
+    from nemotron_nb.rl.advantage import reward_picture
+    from nemotron_nb.rl.preferences import margins_picture
+
+    grpo, dpo, measured = (_kinds(lines, kind) for kind in ("rl", "dpo", "rl_valid"))
+    held = "Held-out tasks, always with the same draws; the reward is what the verifiers gave."
+    groups = (
+        "Above, the mean reward of each step. Below, grey groups are silent: all answers earned the same, no gradient."
+    )
+    margin = "Log-probability against the start model. A margin may grow because the rejected ones fall."
+    return [
+        (len(measured) > 1, "Before and after", held, lambda: before_after_picture(lines)),
+        (bool(grpo), "Reward by environment, and silent groups", groups, lambda: reward_picture(grpo)),
+        (bool(dpo), "Chosen and rejected answers", margin, lambda: margins_picture(dpo)),
+    ]
+
+
+def _answers(folder: Path, lines: Sequence[Mapping[str, Any]]) -> list[tuple[bool, str, str, Callable[[], Picture]]]:
+    """The same of what the rollouts show."""
+    from nemotron_nb.rl.preferences import pairs_picture, read_pairs
+
+    last = max((line["step"] for line in _kinds(lines, "rl")), default=0)
+    kept, pairs = last > 0 and step_file(folder, "rollouts", last).is_file(), folder / "pairs.jsonl"
+    both = len(_kinds(lines, "rl_valid")) > 1 and step_file(folder, "rollouts", 0, True).is_file()
+    two = "Of two own answers to one task, the better one and the other, with the reason."
+    same = "The same draw of the same task before and after; those whose reward changed come first."
+    tint = "Blue tokens are made more likely, red ones less; grey ones were given, not drawn."
+    rule = "Which rule decided, what it found and expected. A judgement that failed has no reward, and is not a 0."
+    point = "The same drawn tokens, read twice; a point off the line is a token on which the two disagree."
+    return [
+        (pairs.is_file(), "Pairs", two, lambda: pairs_picture(read_pairs(pairs), _tokenizer(folder))),
+        (both, "Answers to held-out tasks", same, lambda: answers_picture(folder)),
+        (kept, "Advantages, token by token", tint, lambda: strips_of_step(folder, last)),
+        (kept, "The ledger", rule, lambda: ledger_of_step(folder, last)),
+        ((folder / "parity.json").is_file(), "Sampling against training", point, lambda: parity_of_run(folder)),
+    ]
+
+# %% ../../nbs/stages/06_rl.ipynb #55f9f1d5
 def rl_sections(
     folder: str | os.PathLike,
 ) -> list[Section]:
     """The parts of the report that the run folder has data for."""
-    from nemotron_nb.data.tokenizer import load_tokenizer
-    from nemotron_nb.rl.advantage import reward_picture
-    from nemotron_nb.rl.preferences import margins_picture, pairs_picture, read_pairs
-
     folder, run = Path(folder), read_run(folder)
-    grpo, dpo, measured = (_kinds(run.metrics, kind) for kind in ("rl", "dpo", "rl_valid"))
-    last, whole = (grpo[-1]["step"] if grpo else 0), len(measured) > 1
-    kept, pairs = step_file(folder, "rollouts", last).is_file() and last > 0, folder / "pairs.jsonl"
+    again = "Each row is one attempt; what follows the first went on from its newest checkpoint."
+    changed = "What somebody changed; all other settings are folded away below."
     plan = [
-        (whole, "Before and after", "Held-out tasks, always with the same draws; the reward is what the verifiers gave.", lambda: before_after_picture(run.metrics)),
-        (bool(grpo), "Reward by environment, and silent groups", "Above, the mean reward of each step's answers. Below, grey groups are silent: all their answers earned the same, so they have no gradient.", lambda: reward_picture(grpo)),
-        (bool(dpo), "Chosen and rejected answers", "Log-probability against the start model. A margin may grow because the rejected ones fall.", lambda: margins_picture(dpo)),
-        (pairs.is_file(), "Pairs", "Of two own answers to one task, the better one and the other, with the reason.", lambda: pairs_picture(read_pairs(pairs), load_tokenizer(read_training(folder / "train.yaml").model))),
-        (whole and step_file(folder, "rollouts", 0, True).is_file(), "Answers to held-out tasks", "The same draw of the same task before and after; those whose reward changed come first.", lambda: answers_picture(folder)),
-        (kept, "Advantages, token by token", "Blue tokens are made more likely, red ones less; grey ones were given, not drawn.", lambda: strips_of_step(folder, last)),
-        (kept, "The ledger", "Which rule decided, what it found and what it expected. A judgement that failed has no reward, and is not a 0.", lambda: ledger_of_step(folder, last)),
-        ((folder / "parity.json").is_file(), "Sampling against training", "The same drawn tokens, read twice; a point off the line is a token on which sampler and trainer disagree.", lambda: parity_of_run(folder)),
-        (bool(run.artifacts), "What came from what", "Digests say which bytes they were.", lambda: artifacts_picture(run.artifacts)),
-        (len(run.attempts) > 1, "Attempts", "Each row is one attempt; what follows the first went on from its newest checkpoint.", lambda: attempts_picture(run.attempts)),
-        (bool(run.config), "Settings in force", "What somebody changed; all other settings are folded away below.", lambda: settings_picture(run)),
-        (bool(run.env), "Code and machine", "What is needed to repeat the run.", lambda: environment_picture(run.env)),
+        *_numbers(run.metrics),
+        *_answers(folder, run.metrics),
+        (
+            bool(run.artifacts),
+            "What came from what",
+            "Digests say which bytes.",
+            lambda: artifacts_picture(run.artifacts),
+        ),
+        (len(run.attempts) > 1, "Attempts", again, lambda: attempts_picture(run.attempts)),
+        (bool(run.config), "Settings in force", changed, lambda: settings_picture(run)),
+        (bool(run.env), "Code and machine", "What repeats the run.", lambda: environment_picture(run.env)),
     ]
     return [Section(title, how, draw()) for there, title, how, draw in plan if there]
 
@@ -406,7 +537,7 @@ def write_rl_report(
     folder = Path(folder)
     return write_atomic(folder / "report.html", html_page(folder.name, headline(folder), rl_sections(folder)))
 
-# %% ../../nbs/stages/06_rl.ipynb #8dc542e2
+# %% ../../nbs/stages/06_rl.ipynb #d3c06d9b
 def follows(
     config: RlConfig,
 ) -> str:
@@ -414,17 +545,30 @@ def follows(
     if config.engine == "nemo_rl":
         there = cluster_config(config)
         notes = "".join(f"#   {note}\n" for note in there.notes)
-        return f"# {NOT_RUN}\n# NeMo RL's configuration, laid upon the recipe's file; where each key comes from: nbs/rl/19_nemo_rl.ipynb\n{there.yaml()}# What NeMo RL does otherwise:\n{notes}"
-    model = config.run.model or config.model or ("fine-tuned on careless chats first, or found" if config.start.careless else "the newest fine-tuning run that is done")
+        head = f"# {NOT_RUN}\n# NeMo RL's configuration, laid upon the recipe's file; "
+        head += "the source of each key: nbs/rl/19_nemo_rl.ipynb\n"
+        return f"{head}{there.yaml()}# What NeMo RL does otherwise:\n{notes}"
+    model = (
+        config.run.model
+        or config.model
+        or (
+            "fine-tuned on careless chats first, or found"
+            if config.start.careless
+            else "the newest fine-tuning run that is done"
+        )
+    )
     g, d = config.grpo, config.dpo
-    sizes = [("answers a step", f"{g.num_prompts_per_step} tasks x {g.num_generations_per_prompt}"), ("steps", g.max_num_steps)]
+    sizes = [
+        ("answers a step", f"{g.num_prompts_per_step} tasks x {g.num_generations_per_prompt}"),
+        ("steps", g.max_num_steps),
+    ]
     if config.method == "dpo":
         pairs = d.pairs or f"made of {d.solutions} own answers to each task"
         sizes = [("pairs", pairs), ("steps", f"{d.max_num_steps} of {d.pairs_per_step} pairs")]
     tasks = config.run.data or ("made by the project" if config.data.path == SAMPLE else config.data.path)
     return str(table([("model", model), ("tasks", tasks), *sizes], header=["what it comes to", ""]))
 
-# %% ../../nbs/stages/06_rl.ipynb #cd79606d
+# %% ../../nbs/stages/06_rl.ipynb #df2d8890
 def rl_plan(
     family: str,
     config: str | Sequence[str],  # what -c was given
@@ -454,7 +598,7 @@ def rl_plan(
 
     return Plan(RL, effective, follows(settings), make, do, resume)
 
-
+# %% ../../nbs/stages/06_rl.ipynb #054533cd
 def refuse_cluster(
     settings: RlConfig,
     profile: "Profile | None",
@@ -462,8 +606,13 @@ def refuse_cluster(
     """`UserError` for a run that NeMo RL would have to do."""
     if settings.engine == "nemo_rl":
         place = f" --run {profile.name}" if profile else ""
-        fix = f"--dry-run{place} prints its configuration and the command that starts it; -c tiny and engine=torch run here"
-        raise UserError("these settings are for NeMo RL, which this project does not start", where="engine=nemo_rl", why=NOT_RUN, fix=fix)
+        fix = f"--dry-run{place} prints its configuration and the command that starts it; -c tiny runs here"
+        raise UserError(
+            "these settings are for NeMo RL, which this project does not start",
+            where="engine=nemo_rl",
+            why=NOT_RUN,
+            fix=fix,
+        )
 
 
 def rl_launch(

@@ -47,9 +47,13 @@ def rl_data_config(
 ) -> Effective:
     """The settings: papermill_runs/<family>/data_prep_rl/*.yaml, the cluster's profile, then the command line."""
     known = known_names(RlDataConfig)
-    files = [(o, {_in_data(n): v for n, v in said.items()}) for o, said in file_layers(family, [(RL_DATA.name, "")], name)]
+    files = [
+        (o, {_in_data(n): v for n, v in said.items()}) for o, said in file_layers(family, [(RL_DATA.name, "")], name)
+    ]
     told = [(o, {n: v for n, v in said.items() if n in known}) for o, said in ([profile] if profile else [])]
-    typed = [(o, {_in_data(n): v for n, v in said.items()}) for o, said in typed_layers(overrides, RlDataConfig, _in_data)]
+    typed = [
+        (o, {_in_data(n): v for n, v in said.items()}) for o, said in typed_layers(overrides, RlDataConfig, _in_data)
+    ]
     return merge(RlDataConfig, [(COMMAND, {"family": family}), *files, *told, *typed])
 
 # %% ../../nbs/stages/05_rl_data.ipynb #63bc0240
@@ -73,10 +77,18 @@ def log_tasks(
     v = prepared.values
     made_from = [Source(Path(s["path"]).name, s["role"], s["path"], s["digest"]) for s in v["sources"]]
     made_from = made_from or [Source("sample tasks", "tasks of the project", "", v["key"])]
-    fields = {"family": family, "key": v["key"], "training_path": v["train"], "validation_path": v["val"], "tasks": v["tasks"]["train"]}
-    return store.log(RL_DATA.makes[0], "data", prepared.folder, fields, made_from, ("latest", family), producer(command))
+    fields = {
+        "family": family,
+        "key": v["key"],
+        "training_path": v["train"],
+        "validation_path": v["val"],
+        "tasks": v["tasks"]["train"],
+    }
+    return store.log(
+        RL_DATA.makes[0], "data", prepared.folder, fields, made_from, ("latest", family), producer(command)
+    )
 
-# %% ../../nbs/stages/05_rl_data.ipynb #ce4b4888
+# %% ../../nbs/stages/05_rl_data.ipynb #b55673e6
 def _submitted(effective: Effective, profile: "Profile", mode: str, script: str) -> None:
     """Prepare in a job; a job that fails ends the process with its code."""
     from nemotron_nb.ops.slurm import submit
@@ -98,7 +110,7 @@ def rl_data_run(
     force: bool = False,
     show: Show = lambda effective, follows, script: print(effective, follows, script),  # how a plan is shown
 ) -> Path | None:
-    """`nemotron FAMILY data prep rl`: prepare, enter, and say what became of each row. The folder; None of a dry run or a job."""
+    """`nemotron FAMILY data prep rl`: prepare, enter, and count. The folder; None of a plan or a job."""
     overrides = [*overrides, *(["force=true"] if force else [])]
     effective = rl_data_config(family, config, overrides, cluster_layer(profile))
     settings, script = effective.settings, ""
@@ -112,5 +124,8 @@ def rl_data_run(
     prepared = prepared_tasks(settings.data, family, settings.run.output_root, settings.force)
     artifact = log_tasks(Store(settings.run.store), family, prepared, command)
     lost = prepared.folder / "rejects.jsonl"
-    print(f"{prepared}\n\nprepared tasks: {prepared.folder}\nrows that were left out: {lost}\nregistered: {artifact.address}")
+    print(
+        f"{prepared}\n\nprepared tasks: {prepared.folder}\nrows that were left out: {lost}\n"
+        f"registered: {artifact.address}"
+    )
     return prepared.folder
