@@ -176,7 +176,7 @@ def _two_completions(row: Mapping[str, Any]) -> tuple[list[Any], list[Any], list
     sides = (_messages(c.get("completion"), "assistant") for c in (better, worse))
     return (_messages(row.get("context"), "user"), *sides)
 
-# %% ../../nbs/rl/17_preferences.ipynb #407840ad
+# %% ../../nbs/rl/17_preferences.ipynb #a19a410c
 def sides_of_row(
     row: Any,  # in one of the forms
 ) -> tuple[list[Any], list[Any], list[Any]]:
@@ -190,6 +190,8 @@ def sides_of_row(
     chosen, rejected = (_messages(row[side], "assistant") for side in ("chosen", "rejected"))
     if "prompt" in row:
         return _messages(row["prompt"], "user"), chosen, rejected
+    if chosen == rejected:
+        raise BadPair("tie", "both sides are the same")
     same = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
     return chosen[:same], chosen[same:], rejected[same:]
 
@@ -200,8 +202,10 @@ def _encoded(context: list[Any], answer: list[Any], tools: Any, tokenizer: ChatT
         chat = parse_conversation({"messages": [*context, *answer], "tools": tools or []}, source="pair")
     except BadRecord as error:
         raise BadPair("bad_chat", f"{error.reason}: {error}") from None
-    if not answer or chat.messages[-1]["role"] != "assistant":
-        raise BadPair("no_answer", f"the last turn is of {chat.messages[-1]['role']!r}")
+    if not answer:
+        raise BadPair("no_answer", "a side is empty")
+    if (role := chat.messages[-1]["role"]) != "assistant":
+        raise BadPair("no_answer", f"the last turn is of {role!r}")
     ids: list[int] = []
     trained: list[bool] = []
     for part in chunks(chat.messages, chat.tools):

@@ -360,7 +360,7 @@ def headline(
     end = [f"The model: {model}"] if model.is_dir() else []
     return [*said, *end, *([f"Go on with: {resume_command(folder)}"] if run.state == "preempted" else [])]
 
-# %% ../../nbs/stages/06_rl.ipynb #6d1e7c53
+# %% ../../nbs/stages/06_rl.ipynb #9c9e96a9
 def _tokenizer(folder: Path) -> Any:
     """The tokenizer of the model that a run began with."""
     from nemotron_nb.data.tokenizer import load_tokenizer
@@ -387,19 +387,20 @@ def ledger_of_step(
     held_out: bool = False,
     count: int = 12,
 ) -> Picture:
-    """Which rule decided, for some answers of a step; those that earned least come first."""
+    """Which rule decided, for the best and the worst answer to some tasks of a step."""
     from nemotron_nb.rl.judgement import ledger_picture
 
-    found = sorted(
-        _step_answers(Path(folder), step, held_out),
-        key=lambda pair: (pair[1].reward is not None, pair[1].reward or 0.0),
-    )
-    chosen = [*found[: count // 2], *found[-(count - count // 2) :]] if len(found) > count else found
-    return ledger_picture(
-        [(f"{r.task[:8]} #{r.member}", j) for r, j in chosen], f"{len(chosen)} of {len(found)} answers"
-    )
+    groups: dict[str, list[tuple[Any, Any]]] = {}
+    for rollout, judgement in _step_answers(Path(folder), step, held_out):
+        groups.setdefault(rollout.task, []).append((rollout, judgement))
+    chosen = []
+    for members in list(groups.values())[: count // 2]:
+        order = sorted(members, key=lambda pair: -1.0 if pair[1].reward is None else pair[1].reward)
+        chosen += [order[-1], order[0]]
+    title = f"best and worst answer to {len(chosen) // 2} of {len(groups)} tasks"
+    return ledger_picture([(f"{r.task[:8]} #{r.member}", j) for r, j in chosen], title)
 
-# %% ../../nbs/stages/06_rl.ipynb #03d95e9f
+# %% ../../nbs/stages/06_rl.ipynb #3213cb1f
 def strips_of_step(
     folder: str | os.PathLike,
     step: int,
@@ -421,8 +422,9 @@ def strips_of_step(
             continue
         for place in (values.index(max(values)), values.index(min(values))):
             rollout, judgement = members[place]
-            colours = [values[place] if drew else None for drew in rollout.mask]
-            pieces = [tokenizer.decode([i]) for i in rollout.ids]
+            begin = max(0, len(rollout.prompt) - 24)  # the end of the prompt is enough
+            colours = [values[place] if drew else None for drew in rollout.mask[begin:]]
+            pieces = [tokenizer.decode([i]) for i in rollout.ids[begin:]]
             parts.append(
                 advantage_strip(
                     pieces, colours, f"reward {judgement.reward:g}, {judgement.rule}", top=max(map(abs, values))
