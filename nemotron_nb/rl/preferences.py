@@ -11,7 +11,6 @@ __all__ = ['NO_TOOLS', 'WITH_TOOLS', 'HALLUCINATION', 'GIVEN', 'PAIR_REJECTS', '
 import json
 import os
 import random
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path

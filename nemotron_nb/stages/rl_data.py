@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..ops.artifacts import Artifact, Source, Store, producer
 from ..ops.config import COMMAND, Effective, Layer, RunSection, file_layers, job_configs, known_names, merge
