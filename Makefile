@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: help pretrain sft test test-long lab bench readme pictures docs
+.PHONY: help pretrain sft rl test test-long lab bench readme pictures docs
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -33,6 +33,10 @@ pretrain:  ## text to a small base model, and a report (needs no GPU and no netw
 sft:  ## chats to packs, a small model trained on them, and a report (needs no GPU and no network)
 	@.ci/setup run
 	@$(IN) nemotron $(FAMILY) sft -c $(call quote,$(CONFIG)) $(if $(DATA),$(call quote,data.path=$(DATA))) $(if $(TOKENIZER),$(call quote,data.tokenizer=$(TOKENIZER))) $(ARGS)
+
+rl:  ## a careless small model learns from rewards, and a report (needs no GPU and no network)
+	@.ci/setup run
+	@$(IN) nemotron $(FAMILY) rl -c $(call quote,$(CONFIG)) $(if $(DATA),$(call quote,data.path=$(DATA))) $(ARGS)
 
 test:  ## notebooks in step with the library, every notebook executed, then pytest
 	@.ci/setup dev

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'Config', 'Overrides', 'Run', 'Batch', 'DryRun', 'All', 'AsJson', 'Name', 'Project', 'Entity', 'OPTIONS',
-           'Groups', 'GROUPS', 'IMPORTS', 'ELSEWHERE', 'ABSENT', 'FAMILIES', 'Artifacts', 'data_prep',
-           'data_prep_pretrain', 'sft', 'pretrain', 'evaluation', 'budget', 'import_artifact', 'Option', 'importable',
-           'report', 'runs', 'artifacts', 'lineage', 'inspect', 'main']
+           'Groups', 'GROUPS', 'IMPORTS', 'FAMILIES', 'Artifacts', 'data_prep', 'data_prep_pretrain', 'sft', 'pretrain',
+           'evaluation', 'rl', 'budget', 'import_artifact', 'Option', 'importable', 'report', 'runs', 'artifacts',
+           'lineage', 'inspect', 'main']
 
 # %% ../nbs/90_cli.ipynb #bcdf1490
 import dataclasses
@@ -454,6 +454,46 @@ def evaluation(family: str, config: list[str], overrides: list[str], *, dry_run:
     evaluate_run(family, config, overrides, dry_run, profile, mode, _typed(), show=partial(_show_plan, whole=whole, as_json=as_json))
 
 
+def rl(
+    family: str,
+    config: list[str],  # what -c was given
+    overrides: list[str],
+    *,
+    dry_run: bool = False,
+    profile: "Profile | None" = None,  # of a cluster; None: this machine
+    mode: str = "run",  # on a cluster: "run" waits for the job, "batch" does not
+    command: str = "",  # as typed
+    show: "Show",  # how a plan is shown
+    resume: str = "",  # a run folder
+) -> None:
+    """Reinforcement learning, here or in a job, and say where the report is."""
+    from nemotron_nb.stages.rl import headline, rl_launch, rl_plan
+
+    plan = rl_plan(family, config, overrides, profile, command, resume, _rl_here)
+    if not dry_run:
+        _show_notes(plan.effective)
+    folder = rl_launch(plan, profile, mode, dry_run, show)
+    if folder and (folder / "slurm.log").exists() and mode == "run":  # the job was followed to its end
+        print("\n".join(["", *headline(folder), f"Report: {folder / 'report.html'}"]))
+
+
+def _rl_here(effective: "Effective", folder: Path) -> Path:
+    """Execute the run notebook of reinforcement learning into a run folder, and print its steps as they come."""
+    from nemotron_nb.ops.run_folder import passing_signals_on
+    from nemotron_nb.stages.rl import headline
+    from nemotron_nb.stages.sft import Parameters, execute_into
+
+    stage, family = STAGES["rl"], effective.settings.family
+    print(f"run folder: {folder}", flush=True)
+    parameters = Parameters(family, str(folder.absolute() / "config.yaml"))
+    with passing_signals_on(folder, lambda said: print(said, flush=True)) as request, _told_as_it_goes(folder, 0):
+        execute_into(stage.notebook, folder, parameters, stage.ends)
+    print("\n".join(["", *headline(folder), f"Report: {folder / 'report.html'}"]))
+    if request.number:
+        raise typer.Exit(128 + request.number)
+    return folder
+
+
 def budget(family: str, config: list[str], overrides: list[str], *, dry_run: bool = False, run: str = "", batch: str = "", whole: bool = False, as_json: bool = False) -> None:
     """Run the budget stage, here or in a job."""
     from nemotron_nb.stages.budget import budget_run
@@ -606,41 +646,6 @@ def _add_imports(groups: Groups, rows: Sequence[Stage], family: str) -> None:
             about = {"help": _HELP[kind].format(stage=stage), "epilog": _examples(family, IMPORTS[kind][2])}
             _group(groups, (kind, "import")).command(stage, **about)(_import_command(family, kind, stage))
 
-# %% ../nbs/90_cli.ipynb #bd8350e7
-ELSEWHERE = "https://github.com/NVIDIA-NeMo/Nemotron (src/nemotron/recipes/{family}/{folder})"
-ABSENT = {
-    "rl": ("reinforcement learning, stage 2", "stage2_rl"),
-}
-_ABSENT_WHAT = {
-    (): "{}",
-    ("data", "prep"): "data for {}",
-    ("data", "import"): "data for {}",
-    ("model", "import"): "a model of {}",
-}
-_ANYTHING = {"allow_extra_args": True, "ignore_unknown_options": True}
-
-
-def _not_here(commands: typer.Typer, family: str, stage: str, what: str) -> None:
-    """A command of the recipe that no row covers: it says so, and where it is."""
-    words, folder = ABSENT[stage]
-    helped = f"Not in this lab, which covers pretraining and supervised fine-tuning: {words}."
-
-    @commands.command(stage, help=helped, context_settings=_ANYTHING)
-    def _refuse(context: typer.Context) -> None:
-        said = f"this lab covers pretraining and supervised fine-tuning, stages 0 and 1; {what} is {words}"
-        place = ELSEWHERE.format(family=family, folder=folder)
-        raise UserError(said, where=f"nemotron {family}", fix=f"NVIDIA's own recipe has it: {place}")
-
-
-def _add_absent(groups: Groups, family: str) -> None:
-    """Hang in what is not here, where no row has the words."""
-    for words, what in _ABSENT_WHAT.items():
-        group = _group(groups, words)
-        there = {command.name for command in group.registered_commands}
-        for stage in ABSENT:
-            if stage not in there:
-                _not_here(group, family, stage, what.format(stage))
-
 # %% ../nbs/90_cli.ipynb #a95e1c02
 FAMILIES = {"nano3": "Nemotron 3 Nano (30B-A3B)", "super3": "Nemotron 3 Super (120B-A12B)"}
 
@@ -669,7 +674,6 @@ def _family_app(family: str) -> typer.Typer:
     for stage in rows:
         _add_stage(groups, stage, family)
     _add_imports(groups, rows, family)
-    _add_absent(groups, family)
     return groups[()]
 
 # %% ../nbs/90_cli.ipynb #d30b78e4

@@ -754,7 +754,7 @@ def _row(folder: Path) -> dict[str, Any]:
     status = read_status(folder)
     state = run_state(folder, status)
     lines, whole = read_tail(folder / "metrics.jsonl")
-    steps = [line for line in lines if line.get("kind") == "train" and "seconds" in line]
+    steps = [line for line in lines if line.get("kind") in ("train", "rl", "dpo") and "seconds" in line]
     last: Mapping[str, Any] = steps[-1] if steps else {}
     values = [
         str(folder),

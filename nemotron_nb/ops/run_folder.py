@@ -436,11 +436,23 @@ def planned_steps(
     return json.loads(first).get("train_iters", 0) if first.endswith(b"\n") else 0
 
 
+def _reward_line(entry: Mapping[str, Any], steps: int) -> str:
+    """A line of a run of reinforcement learning."""
+    numbers = entry.get("rewards") or {name: entry[name] for name in ("loss", "preferred", "margin") if name in entry}
+    said = "   ".join(f"{name} {value:.2f}" for name, value in numbers.items())
+    if entry["kind"] == "rl_valid":
+        return f"  held-out tasks after step {entry['step']}: {said}"
+    shown = entry["kind"] in ("rl", "dpo") and (entry["step"] % max(1, steps // 10) == 0 or entry["step"] == 1)
+    return f"  step {entry['step']:>5} of {steps}   {said}" if shown else ""
+
+
 def progress_line(
     entry: Mapping[str, Any],  # of metrics.jsonl
     steps: int,  # in the whole run
 ) -> str:
     """A line for people: about ten of them in a run, so that most entries give none."""
+    if entry["kind"].startswith(("rl", "dpo")):
+        return _reward_line(entry, steps)
     if entry["kind"] == "train" and (entry["step"] % max(1, steps // 10) == 0 or entry["step"] == 1):
         where = f"  step {entry['step']:>5} of {steps}   "
         if entry.get("tokens") == entry.get("trained_tokens", -1):  # text, and no chats: every token is a label
@@ -695,7 +707,7 @@ class StopRequest:
 
     def _has_begun(self) -> bool:
         """Has it trained a step?"""
-        return any(line.get("kind") in ("train", "resume") for line in read_tail(self.folder / "metrics.jsonl")[0])
+        return any(line.get("kind") in ("train", "rl", "dpo", "resume") for line in read_tail(self.folder / "metrics.jsonl")[0])
 
     def end(self) -> None:
         """There is nobody to be asked any more."""

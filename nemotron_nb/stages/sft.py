@@ -522,6 +522,11 @@ def import_folder(
     command = f"nemotron {family} {kind} import {stage}"
     if not path.is_dir():
         raise UserError("there is no such folder", where=str(path), fix="give the folder that holds it")
+    if kind == "data" and stage == "rl":
+        from nemotron_nb.rl.prepare import Prepared
+
+        fields = {"family": family, "key": Prepared.load(path).values.get("key", "")} | dict(about or {})
+        return store.log(name or f"DataBlendsArtifact-{stage}", kind, path, fields, (), ("latest", family), producer(command))
     if kind == "data":
         artifact = log_data(store, family, path, command=command, stage=stage, name=name, about=about)
         return store.tag(artifact.address, PREPARED)
