@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['T', 'YAML_CHARACTERS', 'YAML_NODES', 'YAML_DEPTH', 'SHORTEST_SECRET', 'UserError', 'nearest', 'from_mapping',
-           'expect', 'check_yaml', 'temporary_name', 'abandoned', 'sweep', 'write_atomic', 'write_json', 'named',
-           'named_in', 'publish', 'new_folder', 'locked', 'digest', 'file_digest']
+           'typed_value', 'expect', 'check_yaml', 'temporary_name', 'abandoned', 'sweep', 'write_atomic', 'write_json',
+           'named', 'named_in', 'publish', 'new_folder', 'locked', 'digest', 'file_digest']
 
 # %% ../nbs/00_core.ipynb #6d351b78
 import dataclasses
@@ -106,7 +106,7 @@ def from_mapping(
                 why="a misspelt setting would leave its default in force without a word",
                 fix=nearest(name, names),
             )
-        filled[name] = _fill(kinds[name], value, f"{where}: {name}")
+        filled[name] = typed_value(kinds[name], value, f"{where}: {name}")
     missing = [
         f.name
         for f in dataclasses.fields(cls)
@@ -117,13 +117,17 @@ def from_mapping(
     return cls(**filled)
 
 # %% ../nbs/00_core.ipynb #df19cc59
-def _fill(kind: Any, value: Any, where: str) -> Any:
-    """One value of `from_mapping`: a nested dataclass, a list of them, or a checked plain value."""
+def typed_value(
+    kind: Any,  # a type, as a field of a dataclass names it
+    value: Any,
+    where: str,  # what to call the place in an error
+) -> Any:
+    """A value as a setting of this type: a nested dataclass, a list of them, or a plain value. `UserError` for another type."""
     if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
         return from_mapping(kind, value, where)
     inner = typing.get_args(kind)[0] if typing.get_origin(kind) is list else None
     if dataclasses.is_dataclass(inner) and isinstance(value, list):
-        return [_fill(inner, v, f"{where}[{i}]") for i, v in enumerate(value)]
+        return [typed_value(inner, v, f"{where}[{i}]") for i, v in enumerate(value)]
     if not (isinstance(value, kind) if dataclasses.is_dataclass(kind) else _matches(value, kind)):
         raise UserError(
             f"expected {_type_name(kind)}, got {type(value).__name__} {value!r}",
@@ -164,7 +168,7 @@ def check_yaml(
     sizes: dict[str, int] = {}  # nodes below each anchor
     open_nodes: list[tuple[str | None, int]] = []  # (anchor, nodes before it)
     count = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         if isinstance(event, yaml.AliasEvent):
             count += sizes.get(event.anchor, YAML_NODES)  # one that is not closed yet would repeat itself for ever
         elif isinstance(event, (yaml.ScalarEvent, yaml.CollectionStartEvent)):

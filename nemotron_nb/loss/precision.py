@@ -60,7 +60,7 @@ def float_errors(
 
 # %% ../../nbs/loss/00_precision.ipynb #900ec31a
 FACTOR = 8.0  # two right ways may lie so many units apart, the unit being the error of the plain one
-NARROW_FACTOR = 3.0  # in 16 bits, where the rounding of the result is nearly all of the error
+NARROW_FACTOR = 4.0  # in 16 bits: one rounding of the result is nearly all of the error, and one of what it is made of
 
 
 def rounding(

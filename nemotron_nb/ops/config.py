@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['NULLS', 'SPELLINGS', 'SECTION_SPELLINGS', 'LAST_SPELLINGS', 'WORDS', 'BUILT_IN', 'COMMAND', 'COMMAND_LINE',
-           'MEGATRON', 'POINTER', 'ENVIRONMENT', 'Layer', 'RIVALS', 'PATHS', 'CALL', 'FAMILIES', 'Parts', 'SLOTS',
-           'NEWEST', 'NAMES_DATA', 'PREPARED', 'PRETRAIN_SLOTS', 'flatten', 'nest', 'read_yaml', 'read_override',
-           'known_names', 'canonical', 'InForce', 'shown_name', 'changed_names', 'Effective', 'merge', 'project_root',
-           'config_names', 'job_configs', 'config_label', 'config_file', 'EnvSection', 'RunSection', 'SftConfig',
-           'DataPrepConfig', 'file_layers', 'typed_layers', 'sft_config', 'data_prep_config', 'stage_files',
-           'stage_config', 'PretrainConfig', 'DocumentsPrepConfig', 'documents_prep_config', 'pretrain_config',
-           'derived', 'to_yaml']
+           'MEGATRON', 'POINTER', 'ENVIRONMENT', 'Layer', 'RIVALS', 'PATHS', 'CALL', 'FAMILIES', 'Read', 'Parts',
+           'SLOTS', 'NEWEST', 'NAMES_DATA', 'PREPARED', 'PRETRAIN_SLOTS', 'flatten', 'nest', 'read_yaml',
+           'read_override', 'known_names', 'canonical', 'InForce', 'shown_name', 'changed_names', 'Effective', 'merge',
+           'project_root', 'config_names', 'job_configs', 'config_label', 'config_file', 'EnvSection', 'RunSection',
+           'SftConfig', 'DataPrepConfig', 'file_layers', 'typed_layers', 'sft_config', 'data_prep_config',
+           'stage_files', 'stage_config', 'PretrainConfig', 'DocumentsPrepConfig', 'documents_prep_config',
+           'pretrain_config', 'derived', 'to_yaml']
 
 # %% ../../nbs/ops/06_config.ipynb #9b4b1e86
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -28,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import nemotron_nb
-from ..core import UserError, check_yaml, from_mapping, nearest
+from ..core import UserError, check_yaml, from_mapping, nearest, typed_value
 from ..data.prep import PrepConfig
 from ..loss.schedule import StageSchedule
 from .spellings import unknown_setting
@@ -427,9 +428,9 @@ def _filled(cls: type, values: Mapping[str, Any]) -> Any:
 
 
 def _check_type(name: str, kind: Any, value: Any, origin: str) -> None:
-    """Refuse a value of the wrong type: a dataclass that has this setting alone is filled, and thrown away."""
+    """Refuse a value of the wrong type."""
     section, _, last = name.rpartition(".")
-    from_mapping(dataclasses.make_dataclass("Setting", [(last, kind)]), {last: value}, f"{origin}: {section}" if section else origin)
+    typed_value(kind, value, ": ".join(filter(None, (origin, section, last))))
 
 # %% ../../nbs/ops/06_config.ipynb #16c7102b
 PATHS = frozenset(
@@ -464,17 +465,18 @@ def _called(value: Any, resolvers: Mapping[str, Any]) -> Any:
 def _resolved(cls: type, raw: Mapping[str, Any], origins: Mapping[str, str], resolvers: Mapping[str, Any]) -> dict[str, Any]:
     """The values with `${...}` followed."""
     answered = {name: _called(value, resolvers) for name, value in raw.items()}
-    return answered | {name: _followed(name, cls, answered, origins[name]) for name, value in answered.items() if "${" in str(value)}
+    pointing = [name for name, value in answered.items() if "${" in str(value)]
+    tree = functools.cache(lambda: OmegaConf.create(nest(flatten(dataclasses.asdict(cls())) | answered)))
+    return answered | {name: _followed(name, tree, answered[name], origins[name]) for name in pointing}
 
 
-def _followed(name: str, cls: type, raw: Mapping[str, Any], origin: str) -> Any:
-    """What one value points at."""
+def _followed(name: str, tree: Callable[[], Any], said: Any, origin: str) -> Any:
+    """What one value points at in the whole tree, which is made when it is first asked for."""
     try:
-        tree = OmegaConf.create(nest(flatten(dataclasses.asdict(cls())) | dict(raw)))
-        value = OmegaConf.select(tree, name)
+        value = OmegaConf.select(tree(), name)
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     except OmegaConfBaseException as e:
-        raise UserError(f"{raw[name]!r} cannot be resolved: {str(e).splitlines()[0]}", where=f"{origin}: {name}", fix="write the value out, or set the variable") from None
+        raise UserError(f"{said!r} cannot be resolved: {str(e).splitlines()[0]}", where=f"{origin}: {name}", fix="write the value out, or set the variable") from None
 
 # %% ../../nbs/ops/06_config.ipynb #ea2b7e0c
 FAMILIES = ("nano3", "super3")
@@ -613,9 +615,12 @@ class DataPrepConfig:
     run: RunSection = RunSection()
 
 # %% ../../nbs/ops/06_config.ipynb #9e2182f4
-def _file_layer(path: Path, section: str = "") -> Layer:
+Read = Callable[[Path], dict[str, Any]]  # the settings of a file
+
+
+def _file_layer(path: Path, section: str = "", read: Read = read_yaml) -> Layer:
     """A file as a layer, put under a section where it belongs to one; its `run` section is then left to those who run it alone."""
-    values = read_yaml(path)
+    values = dict(read(path))
     values.pop("defaults", None)
     return _origin(path), {f"{section}{name}": value for name, value in values.items() if not (section and name.startswith("run."))}
 
@@ -649,23 +654,25 @@ def _files_of(family: str, parts: Parts, name: str, beside: Path) -> list[tuple[
     return [(path, section) for path, section in files if path.exists()]
 
 
-def _built_upon(path: Path) -> list[str]:
+def _built_upon(path: Path, read: Read) -> list[str]:
     """What a file says under `defaults`."""
-    said = read_yaml(path).get("defaults") or []
+    said = read(path).get("defaults") or []
     names = [said] if isinstance(said, str) else said
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise UserError(f"{said!r} is no configuration", where=f"{_origin(path)}: defaults", fix="give a name such as tiny, a path, or a list of them")
     return names
 
 
-def _chain(family: str, parts: Parts, name: str, beside: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, str]]:
+def _chain(
+    family: str, parts: Parts, name: str, beside: Path, read: Read, above: tuple[Path, ...] = ()
+) -> Iterator[tuple[Path, str]]:
     """A configuration's files, those they are built upon first."""
     for path, section in _files_of(family, parts, name, beside):
         if path in above:
             circle = " -> ".join(_origin(p) for p in (*above, path))
             raise UserError(f"configurations are built upon each other in a circle: {circle}", where=_origin(path), fix="take one `defaults` out")
-        for other in _built_upon(path):
-            yield from _chain(family, parts, other, path.parent, (*above, path))
+        for other in _built_upon(path, read):
+            yield from _chain(family, parts, other, path.parent, read, (*above, path))
         yield path, section
 
 # %% ../../nbs/ops/06_config.ipynb #81e32824
@@ -676,12 +683,13 @@ def file_layers(
 ) -> list[Layer]:
     """The files of a command as layers, first to last: the recipe, then each configuration with what it is built upon."""
     _check_family(family)
+    read = functools.cache(read_yaml)  # a file is read once, whoever is built upon it
     files = [(config_file(family, stage, "default"), section) for stage, section in parts]
     for name in config_names(config):
-        chain = list(_chain(family, parts, name, Path.cwd()))
+        chain = list(_chain(family, parts, name, Path.cwd(), read))
         own = _files_of(family, parts, name, Path.cwd())
         files += [file for file in chain if file not in files or (file in own and file not in files[: len(parts)])]
-    return [_file_layer(path, section) for path, section in files]
+    return [_file_layer(path, section, read) for path, section in files]
 
 
 def typed_layers(
