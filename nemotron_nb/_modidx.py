@@ -3192,6 +3192,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'nemotron_nb.ops.spellings._either': ( 'ops/spellings.html#_either',
                                                                                   'nemotron_nb/ops/spellings.py'),
                                            'nemotron_nb.ops.spellings._last': ('ops/spellings.html#_last', 'nemotron_nb/ops/spellings.py'),
+                                           'nemotron_nb.ops.spellings._near_home': ( 'ops/spellings.html#_near_home',
+                                                                                     'nemotron_nb/ops/spellings.py'),
                                            'nemotron_nb.ops.spellings.elsewhere': ( 'ops/spellings.html#elsewhere',
                                                                                     'nemotron_nb/ops/spellings.py'),
                                            'nemotron_nb.ops.spellings.suggestions': ( 'ops/spellings.html#suggestions',

@@ -422,7 +422,7 @@ def test_a_name_far_from_all_of_a_long_list_is_met_with_three():
 
 
 def test_other_commands_lead_on_too():
-    with pytest.raises(UserError, match="'optimizer.lr', a setting of 'sft'"):
+    with pytest.raises(UserError, match="'optimizer.lr', a setting of 'pretrain' and 'sft'"):
         data_prep_config("nano3", "tiny", ["learning_rate=1"])
     with pytest.raises(UserError, match="did you mean 'generation.max_new_tokens'"):
         eval_config("nano3", "tiny", ["max_tokens=1"])
@@ -581,14 +581,14 @@ def test_data_that_was_prepared_wins_over_the_chats_of_a_committed_configuration
 @pytest.mark.parametrize(
     ("command", "given", "said"),
     [
-        ("eval", "data.path=x", "it belongs to 'data prep sft' and 'sft'"),
-        ("eval", "model.name=x", "it belongs to 'sft'"),
-        ("eval", "data.output_dir=x", "it belongs to 'data prep sft' and 'sft'"),
+        ("eval", "data.path=x", "'pretrain', 'data prep sft', 'sft', 'data prep rl' and 'rl'"),
+        ("eval", "model.name=x", "it belongs to 'pretrain' and 'sft'"),
+        ("eval", "data.output_dir=x", "it belongs to 'data prep pretrain', 'pretrain', 'data prep sft'"),
         ("data prep", "optimizer.lr=1", "'optimizer.lr' is no setting of this command"),
-        ("data prep", "train.train_iters=1", "it belongs to 'sft'"),
+        ("data prep", "train.train_iters=1", "it belongs to 'pretrain' and 'sft'"),
         ("sft", "data.questions=x", "it belongs to 'eval'"),
         ("sft", "path=x", "did you mean 'data.path'?"),
-        ("eval", "learning_rate=1", "learning_rate is 'optimizer.lr', a setting of 'sft'"),
+        ("eval", "learning_rate=1", "learning_rate is 'optimizer.lr', a setting of 'pretrain' and 'sft'"),
     ],
 )
 def test_a_setting_of_another_command_is_told_with_that_command(command, given, said):

@@ -259,7 +259,8 @@ def suggestions(
     known, others, name = list(known), list(others), name[:100]
     row, last = elsewhere(name), _last(name)
     found = [other for other in (row.names if row else ()) if other in known]
-    found += [other for names in (known, others) for other in names if _last(other) == last]
+    meant = {last, *map(_last, row.names if row else ())}
+    found += [other for names in (known, others) for other in names if _last(other) in meant]
     found += difflib.get_close_matches(name, known, n=count, cutoff=0.75) + difflib.get_close_matches(
         name, others, n=count, cutoff=0.75
     )
@@ -276,6 +277,13 @@ def _either(names: list[str], word: str = "or") -> str:
     return f" {word} ".join(filter(None, (", ".join(quoted[:-1]), *quoted[-1:])))
 
 # %% ../../nbs/ops/02_spellings.ipynb #7c786c0f
+def _near_home(name: str, meant: Iterable[str], known: Iterable[str]) -> bool:
+    """Has the command the section of this name, or a setting that ends as one of those that are meant?"""
+    sections, lasts = {other.partition(".")[0] for other in known}, {_last(other) for other in known}
+    at_home = "." in name and name.partition(".")[0] in sections and _last(name) not in ELSEWHERE
+    return at_home or any(_last(other) in lasts for other in meant)
+
+
 def unknown_setting(
     name: str,
     known: Iterable[str],  # the settings of the command
@@ -285,7 +293,7 @@ def unknown_setting(
 ) -> UserError:
     """The error for a setting that nobody knows: the command it belongs to, or the three that are nearest."""
     known, row = list(known), elsewhere(name)
-    foreign = row.names[0] if row and not set(row.names) & set(known) else ""
+    foreign = row.names[0] if row and not _near_home(name, row.names, known) else ""
     alike = "." not in name and any(_last(other) == _last(name) for other in known)  # path, where there is data.path
     if not alike and (there := list(commands_with(name))):
         return UserError(
