@@ -37,7 +37,7 @@ LESSONS = {
     "data/01_files": 11, "data/02_levels": 13, "data/03_records": 10, "data/08_mask": 12, "data/09_sandbox": 12,
     "data/10_jinja_template": 12, "data/11_nvidia_prep": 14, "data/14_judge": 14, "data/15_blend": 16,
     "data/16_sources": 13, "data/17_pack": 13, "data/18_pack_fast": 16, "data/19_shards": 12,
-    "data/20_tokenized": 14, "data/21_manifest": 15, "data/22_prep": 12, "data/23_inspect": 16,
+    "data/20_tokenized": 14, "data/21_manifest": 15, "data/22_prep": 12, "data/23_inspect": 17,
     "ops/04_artifacts": 12, "ops/05_tracking": 15, "train/09_checkpoint": 12,
 }  # fmt: skip
 LONGEST_CELL, LONGEST_LINE = 40, 120

@@ -36,7 +36,7 @@ from nemotron_nb.train.objective import Learner, compile_layers, load_mtp, make_
 from nemotron_nb.train.lora import load_adapter
 from nemotron_nb.train.model import build_model
 from nemotron_nb.train.scan import use_chunked_scan
-from nemotron_nb.train.settings import RANGES, CheckpointSection, EvaluationSection, LossSection, ModelConfig, OptimizerSection, PeftSection, SchedulerSection, TrainConfig, TrainSection
+from nemotron_nb.train.settings import RANGES, CheckpointSection, DatasetSection, EvaluationSection, LossSection, ModelConfig, OptimizerSection, PeftSection, SchedulerSection, TrainConfig, TrainSection
 from nemotron_nb.train.lr import learning_rate
 from nemotron_nb.train.torch_engine import (
     MetricsFile,
@@ -681,7 +681,7 @@ def test_what_is_not_there_is_refused_before_a_folder_is_made(tmp_path, capsys, 
 
 # ---- settings: ranges and kinds, at the constructor
 
-SECTIONS = {"model": ModelConfig, "train": TrainSection, "optimizer": OptimizerSection, "scheduler": SchedulerSection, "loss": LossSection, "evaluation": EvaluationSection, "checkpoint": CheckpointSection, "peft": PeftSection}
+SECTIONS = {"dataset": DatasetSection, "model": ModelConfig, "train": TrainSection, "optimizer": OptimizerSection, "scheduler": SchedulerSection, "loss": LossSection, "evaluation": EvaluationSection, "checkpoint": CheckpointSection, "peft": PeftSection}
 
 
 def test_every_number_has_a_range():

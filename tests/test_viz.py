@@ -8,6 +8,7 @@ import pkgutil
 import re
 import unicodedata
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from nemotron_nb.data import blend, nvidia_prep as compat, filters, inspect, mas
 from nemotron_nb.data.records import BadRecord, parse_conversation
 from nemotron_nb.loss import two_stage
 from nemotron_nb.ops import report
-from nemotron_nb.train import leaks, model
+from nemotron_nb.pretrain.world import Fact
+from nemotron_nb.train import base_model, leaks, model, sequences
 from nemotron_nb.viz import Picture, escape, visible
 
 ACTING = "\x00\x07\x1b[2J\x1b]0;owned\x07\x7f\x9b31m\u202e\u2066\u200f\u2028\ufeff"
@@ -74,7 +76,7 @@ def a_pack(words):
 
 def a_leak(words):
     """A map with a hostile name."""
-    return leaks.LeakMap(words[:50].replace("$", ""), ((0, 5), (5, 12)), np.array([1, 6]), np.full((2, 12), 0.1))
+    return leaks.LeakMap(words[:50].replace("$", ""), ((0, 5), (5, 12)), np.array([1, 6]), np.full((2, 12), 0.1), 1e-6)
 
 
 def manifest(words):
@@ -103,7 +105,25 @@ def env(words):
     return {"git": {"commit": words, "dirty": True}, "python": words, "packages": {"torch": words}, "host": {"name": words, "cpu": words, "system": words, "cpus": 2}}
 
 
+def a_base(words):
+    """What was found of a base model that read a hostile source."""
+    numbers = {"bytes": 9, "bits_per_byte": 1.5, "loss_token": 1.0}
+    said = {"source": words, "prompt": words, "expected": words, "generated": words, "right_tokens": 1}
+    return numbers | {"sources": {words: numbers}, "continuations": [said], "positions": [{"from": 0, "to": 4, "loss": 1.0}]}
+
+
+def a_reader(words):
+    """A training that reads one hostile source."""
+    mixture = SimpleNamespace(blend=SimpleNamespace(dataset=np.zeros(4, int)), readers=[SimpleNamespace(tokens=64)])
+    return SimpleNamespace(curriculum=None, mixture=mixture, steps=2, batch_size=2, names=[words], dataset=SimpleNamespace(sequence_length=8))
+
+
 PICTURES = {
+    base_model.bits_table: lambda w: base_model.bits_table(a_base(w), a_base(w)),
+    base_model.continuations_table: lambda w: base_model.continuations_table(a_base(w), a_base(w)),
+    base_model.facts_table: lambda w: base_model.facts_table([Fact(w, w, w, "1")], [True]),
+    base_model.positions_picture: lambda w: base_model.positions_picture(a_base(w), a_base(w)),
+    sequences.passes_table: lambda w: sequences.passes_table(a_reader(w)),
     viz.token_strip: lambda w: viz.token_strip([w] * 9, [0, 1, 0] * 3, roles=[w, "user", "tool"] * 3, title=w, fold=9),
     viz.png: lambda w: viz.png(figure(), w),
     viz.table: lambda w: viz.table([{w: w, "n": 1.5}], title=w),

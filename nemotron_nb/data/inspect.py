@@ -505,7 +505,10 @@ def _refusal_json(reject: Reject) -> dict[str, Any]:
 def one_file(
     path: str,  # a file, a folder, a glob, or - for standard input
 ) -> Iterator[Path]:
-    """The file to look into: itself, the first of a folder or of a glob, or a copy of standard input for as long as the block runs."""
+    """The file to look into.
+
+    Itself, the first of a folder or of a glob, or a copy of standard input for as long as the block runs.
+    """
     if path == "-":
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / "stdin"

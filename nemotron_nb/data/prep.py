@@ -1188,7 +1188,10 @@ def prepare(
 
 
 def _hide(folder: Path, secrets: Mapping[str, str]) -> None:
-    """Put the names of secret values into the texts of a folder: of a preparation that is not yet in place, or of a tokenized unit."""
+    """Put the names of secret values into the texts of a folder.
+
+    It holds a preparation that is not yet in place, or a tokenized unit.
+    """
     for path in folder.iterdir() if secrets else ():
         if path.suffix in (".json", ".jsonl", ".html"):
             text = path.read_text(encoding="utf-8")

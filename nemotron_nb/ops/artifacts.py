@@ -80,7 +80,10 @@ def data_name(
     family: str,  # nano3 or super3
     stage: str = "sft",
 ) -> str:
-    """The name of prepared data: DataBlendsArtifact-sft for Nano, SFTDataArtifact-sft for Super; DataBlendsArtifact-pretrain for both."""
+    """The name of prepared data.
+
+    DataBlendsArtifact-sft for Nano, SFTDataArtifact-sft for Super; DataBlendsArtifact-pretrain for both.
+    """
     return f"{DATA_ARTIFACTS.get(family, 'DataBlendsArtifact') if stage == 'sft' else 'DataBlendsArtifact'}-{stage}"
 
 # %% ../../nbs/ops/04_artifacts.ipynb #44213ef7
