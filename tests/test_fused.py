@@ -449,7 +449,7 @@ def test_the_library_works_without_triton():
     assert done.stdout.strip() == "tensor(True)", done.stderr
 
 
-@pytest.mark.parametrize("shards", [(30, 7), (3, 14, 1, 19)], ids=["2 processes", "4 processes"])
+@pytest.mark.parametrize("shards", [(30, 7), pytest.param((3, 14, 1, 19), marks=pytest.mark.long)], ids=["2 processes", "4 processes"])
 def test_processes_that_share_a_vocabulary(shards, tmp_path):
     """Real processes over gloo, parts of unequal size, both strategies: one loss, and the gradients of the whole."""
     run_shards(shards, tmp_path, {})

@@ -396,6 +396,7 @@ def test_a_run_that_dies_anywhere_ends_with_the_same_bytes(start, tmp_path, monk
     assert left_behind(tmp_path / "broken") == left_behind(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_a_process_that_is_killed_goes_on_to_the_same_bytes(start, tmp_path):
     """SIGKILL in the middle of a step, for real."""
     whole = training(start, tmp_path / "whole", grpo=dataclasses.replace(RUN, max_num_steps=8))
