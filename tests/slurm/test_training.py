@@ -121,7 +121,8 @@ def test_stopped_and_robbed_of_a_node_it_ends_with_the_same_losses_bitwise(whole
     assert steps(folder) == steps(whole[0])
     assert read_status(folder)["state"] == "done" and read_status(folder)["attempt"] == 3
     kinds = [m["kind"] for m in read_metrics(folder / "metrics.jsonl")]
-    assert kinds.count("resume") == 2 and kinds.count("paused") == 1 and kinds[-1] == "end"
+    assert kinds.count("resume") == 2 and kinds[-1] == "end"
+    assert kinds.count("paused") in (1, 2), "robbed of its node it may hear the signal in time for another checkpoint"
 
 
 def test_every_attempt_keeps_its_notebook_and_there_is_one_report(pieces):
