@@ -500,7 +500,7 @@ def _refusal_json(reject: Reject) -> dict[str, Any]:
         "fix": REJECTS[reject.reason].fix if reject.reason in REJECTS else "",
     }
 
-
+# %% ../../nbs/data/23_inspect.ipynb #9c2e7d14
 @contextmanager
 def one_file(
     path: str,  # a file, a folder, a glob, or - for standard input
