@@ -319,6 +319,25 @@ def _told_as_it_goes(
         teller.join()
 
 # %% ../nbs/90_cli.ipynb #1fc62f2b
+def _say_result(folder: Path, said: Iterable[str]) -> None:
+    """Print what came of a run, and where its report is."""
+    print("\n".join(["", *said, f"Report: {folder / 'report.html'}"]))
+
+
+def _executed(folder: Path, steps: int, execute: Callable[[], None], headline: Callable[[], Iterable[str]]) -> Path:
+    """A run whose notebook was executed here: told as it went, signals passed on to it, what came of it said."""
+    from nemotron_nb.ops.run_folder import passing_signals_on
+
+    print(f"run folder: {folder}", flush=True)
+    tell = partial(print, flush=True)
+    with passing_signals_on(folder, tell) as request, _told_as_it_goes(folder, steps):
+        execute()
+    _say_result(folder, headline())
+    if request.number:
+        raise typer.Exit(128 + request.number)
+    return folder
+
+
 def sft(
     family: str,
     config: list[str],  # what -c was given
@@ -353,13 +372,13 @@ def sft(
     )
     folder = launch(plan, profile, mode, dry_run, show)
     if folder and mode == "run" and on_cluster(profile):  # the job was followed to its end
-        print("\n".join(["", *headline(read_run(folder)), f"Report: {folder / 'report.html'}"]))
+        _say_result(folder, headline(read_run(folder)))
 
 # %% ../nbs/90_cli.ipynb #9b269839
 def _sft_here(effective: "Effective", config: list[str], resume: str, command: str) -> Path:
     """Train on this machine: the data first, then the run folder, then the notebook."""
     from nemotron_nb.ops.report import headline, preparation_notes, read_run
-    from nemotron_nb.ops.run_folder import passing_signals_on, put_back
+    from nemotron_nb.ops.run_folder import put_back
     from nemotron_nb.stages.sft import Parameters, new_run, prepare_data, run_notebook
 
     with _progress() as told:
@@ -370,14 +389,9 @@ def _sft_here(effective: "Effective", config: list[str], resume: str, command: s
     if resume:
         put_back(resume)
     folder = Path(resume) if resume else new_run(effective, config, manifest["key"], command=command)
-    print(f"run folder: {folder}", flush=True)
     parameters = Parameters(effective.settings.family, str(folder.absolute() / "config.yaml"))
-    with passing_signals_on(folder, lambda said: print(said, flush=True)) as request, _told_as_it_goes(folder, effective.settings.train.train_iters):
-        run_notebook(folder, parameters)
-    print("\n".join(["", *headline(read_run(folder)), f"Report: {folder / 'report.html'}"]))
-    if request.number:
-        raise typer.Exit(128 + request.number)
-    return folder
+    execute = partial(run_notebook, folder, parameters)
+    return _executed(folder, effective.settings.train.train_iters, execute, lambda: headline(read_run(folder)))
 
 # %% ../nbs/90_cli.ipynb #50d754f6
 def pretrain(
@@ -395,8 +409,8 @@ def pretrain(
     """Train a base model, here or in a job, and say where the report is."""
     from nemotron_nb.ops.config import pretrain_config
     from nemotron_nb.ops.report import read_run
-    from nemotron_nb.stages.pretrain import check_start, following, headline, new_run
-    from nemotron_nb.stages.sft import Plan, cluster_layer, launch, on_cluster, resumed_settings
+    from nemotron_nb.stages.pretrain import check_start, following, headline
+    from nemotron_nb.stages.sft import Plan, cluster_layer, launch, new_run, on_cluster, resumed_settings
 
     asked = (resumed_settings(resume, overrides),) if resume else (config, overrides, cluster_layer(profile))
     effective = pretrain_config(family, *asked)
@@ -407,21 +421,21 @@ def pretrain(
         stage=STAGES["pretrain"],
         effective=effective,
         follows=str(following(effective.settings)),
-        make=lambda: new_run(effective, config, command=command),
+        make=lambda: new_run(effective, config, command=command, stage=STAGES["pretrain"]),
         here=lambda: _pretrain_here(effective, config, resume, command),
         resume=resume,
     )
     folder = launch(plan, profile, mode, dry_run, show)
     if folder and mode == "run" and on_cluster(profile):  # the job was followed to its end
-        print("\n".join(["", *headline(read_run(folder)), f"Report: {folder / 'report.html'}"]))
+        _say_result(folder, headline(read_run(folder)))
 
 # %% ../nbs/90_cli.ipynb #677a60a4
 def _pretrain_here(effective: "Effective", config: list[str], resume: str, command: str) -> Path:
     """Pretrain on this machine: the documents first, then the run folder, then the notebook."""
     from nemotron_nb.ops.report import read_run
-    from nemotron_nb.ops.run_folder import passing_signals_on, put_back
-    from nemotron_nb.stages.pretrain import headline, new_run, prepare_data
-    from nemotron_nb.stages.sft import Parameters, run_notebook
+    from nemotron_nb.ops.run_folder import put_back
+    from nemotron_nb.stages.pretrain import headline, prepare_data
+    from nemotron_nb.stages.sft import Parameters, new_run, run_notebook
 
     with _progress() as told:
         manifest, said = prepare_data(effective, **told)
@@ -434,16 +448,12 @@ def _pretrain_here(effective: "Effective", config: list[str], resume: str, comma
         print(f"note: {lost:,} of {manifest['rows']:,} rows gave no document; see dropped.jsonl beside them")
     if resume:
         put_back(resume)
-    folder = Path(resume) if resume else new_run(effective, config, manifest["key"], command=command)
-    print(f"run folder: {folder}", flush=True)
+    folder = Path(resume) if resume else new_run(
+        effective, config, manifest["key"], command=command, stage=STAGES["pretrain"]
+    )
     parameters = Parameters(effective.settings.family, str(folder.absolute() / "config.yaml"))
-    tell = lambda said: print(said, flush=True)
-    with passing_signals_on(folder, tell) as request, _told_as_it_goes(folder, effective.settings.train.train_iters):
-        run_notebook(folder, parameters, STAGES["pretrain"].notebook)
-    print("\n".join(["", *headline(read_run(folder)), f"Report: {folder / 'report.html'}"]))
-    if request.number:
-        raise typer.Exit(128 + request.number)
-    return folder
+    execute = partial(run_notebook, folder, parameters, STAGES["pretrain"].notebook)
+    return _executed(folder, effective.settings.train.train_iters, execute, lambda: headline(read_run(folder)))
 
 # %% ../nbs/90_cli.ipynb #7ba6fb81
 def evaluation(family: str, config: list[str], overrides: list[str], *, dry_run: bool = False, run: str = "", batch: str = "", whole: bool = False, as_json: bool = False) -> None:
@@ -474,24 +484,18 @@ def rl(
         _show_notes(plan.effective)
     folder = rl_launch(plan, profile, mode, dry_run, show)
     if folder and (folder / "slurm.log").exists() and mode == "run":  # the job was followed to its end
-        print("\n".join(["", *headline(folder), f"Report: {folder / 'report.html'}"]))
+        _say_result(folder, headline(folder))
 
 
 def _rl_here(effective: "Effective", folder: Path) -> Path:
     """Execute the run notebook of reinforcement learning into a run folder, and print its steps as they come."""
-    from nemotron_nb.ops.run_folder import passing_signals_on
     from nemotron_nb.stages.rl import headline
     from nemotron_nb.stages.sft import Parameters, execute_into
 
     stage, family = STAGES["rl"], effective.settings.family
-    print(f"run folder: {folder}", flush=True)
     parameters = Parameters(family, str(folder.absolute() / "config.yaml"))
-    with passing_signals_on(folder, lambda said: print(said, flush=True)) as request, _told_as_it_goes(folder, 0):
-        execute_into(stage.notebook, folder, parameters, stage.ends)
-    print("\n".join(["", *headline(folder), f"Report: {folder / 'report.html'}"]))
-    if request.number:
-        raise typer.Exit(128 + request.number)
-    return folder
+    execute = partial(execute_into, stage.notebook, folder, parameters, stage.ends)
+    return _executed(folder, 0, execute, lambda: headline(folder))
 
 
 def budget(family: str, config: list[str], overrides: list[str], *, dry_run: bool = False, run: str = "", batch: str = "", whole: bool = False, as_json: bool = False) -> None:

@@ -7,9 +7,9 @@ __all__ = ['MODEL_FILES', 'RUN_NOTEBOOK', 'Show', 'Parameters', 'given_parameter
            'data_settings', 'prepare_data', 'check_start', 'check_weights_and_record', 'check_model_here', 'new_folder',
            'new_run', 'begin_run', 'notebook_settings', 'notebook_layer', 'opened_run', 'open_run', 'new_stage_folder',
            'open_stage_folder', 'settled_settings', 'training_settings', 'start_command', 'data_artifact',
-           'first_weights', 'consumed', 'model_artifact', 'open_tracker', 'import_folder', 'run_notebook',
-           'execute_into', 'check_place', 'job_script', 'stage_script', 'submit_run', 'Plan', 'on_cluster', 'hand_over',
-           'launch', 'resumed_settings', 'run_stage', 'begin_stage', 'enter_made']
+           'first_weights', 'consumed', 'model_artifact', 'note_artifacts', 'open_tracker', 'import_folder',
+           'run_notebook', 'execute_into', 'check_place', 'job_script', 'stage_script', 'submit_run', 'Plan',
+           'on_cluster', 'hand_over', 'launch', 'resumed_settings', 'run_stage', 'begin_stage', 'enter_made']
 
 # %% ../../nbs/stages/01_sft.ipynb #eda987ec
 import dataclasses
@@ -49,7 +49,7 @@ from nemotron_nb.ops.run_folder import (
     begin_attempt, found_training, keep_notebook, make_run_folder, note_failures, put_back, read_status, run_name,
     set_status, slurm_job,
 )
-from ..ops.stage import SFT, Stage
+from ..ops.stage import SFT, Stage, command_words
 from ..train.settings import TINY
 
 # %% ../../nbs/stages/01_sft.ipynb #772b5072
@@ -211,15 +211,16 @@ def _inputs(effective: Effective, data: Any) -> dict[str, Any]:
     return {"settings": values, "data": data}
 
 
-def _label(settings: SftConfig, config: str | Sequence[str]) -> str:
+def _label(settings: Any, config: str | Sequence[str]) -> str:
     """What people call the run: what they said, or the configuration and the file."""
     data = settings.run.data.partition(":")[0] or Path(settings.data.blend_path or settings.data.path).stem
     return settings.run.label or f"{config_label(config)} {data}"
 
 # %% ../../nbs/stages/01_sft.ipynb #f8f8b0a0
-def _command(family: str, config: str | Sequence[str]) -> str:
+def _command(stage: Stage, family: str, config: str | Sequence[str]) -> str:
     """The command that means the same."""
-    return shlex.join(["nemotron", family, "sft", *(word for name in config_names(config) for word in ("-c", name))])
+    words = (word for name in config_names(config) for word in ("-c", name))
+    return shlex.join(["nemotron", family, *command_words(stage), *words])
 
 # %% ../../nbs/stages/01_sft.ipynb #b490e6b1
 def new_folder(
@@ -253,15 +254,15 @@ def new_run(
     effective: Effective,
     config: str | Sequence[str],  # what -c was given, for the folder's name
     data: Any = None,  # what names the data: the key of its manifest, or None where it is prepared later
-    folder: str | os.PathLike = "",  # a folder to make; empty: one under <output_root>/<family>/sft
+    folder: str | os.PathLike = "",  # a folder to make; empty: one under <output_root>/<family>/<stage>
     command: str = "",  # as typed
+    stage: Stage = SFT,  # of a training that begins with prepared data
 ) -> Path:
-    """A new run folder of fine-tuning, its status `queued`."""
+    """A new run folder of a training, its status `queued`."""
     settings = effective.settings
     inputs = _inputs(effective, data or dataclasses.asdict(settings.data))
-    return new_folder(
-        effective, SFT, _label(settings, config), inputs, folder, command or _command(settings.family, config)
-    )
+    meant = command or _command(stage, settings.family, config)
+    return new_folder(effective, stage, _label(settings, config), inputs, folder, meant)
 
 # %% ../../nbs/stages/01_sft.ipynb #aa87e01e
 def begin_run(
@@ -319,15 +320,17 @@ def opened_run(
 # %% ../../nbs/stages/01_sft.ipynb #da8fa073
 def open_run(
     effective: Effective,
-    manifest: Manifest,  # of the prepared data
+    manifest: Any,  # of the prepared data: its values, its folder, its key
     parameters: Parameters,
     folder: Path | None = None,  # what opened_run gave
     shell: Any = None,
+    stage: Stage = SFT,
 ) -> Path:
     """The run folder with everything that is known before training, its status `running`."""
     if folder is None:
-        folder = begin_run(new_run(effective, parameters.config, manifest["key"], parameters.run_dir), effective, shell)
-    write_json(folder / "manifest.json", named_in(manifest.values, effective.secrets))
+        made = new_run(effective, parameters.config, manifest["key"], parameters.run_dir, stage=stage)
+        folder = begin_run(made, effective, shell)
+    write_json(folder / "manifest.json", named_in(dict(manifest.values), effective.secrets))
     OmegaConf.save(training_settings(effective, manifest, folder), folder / "train.yaml")
     return folder
 
@@ -451,7 +454,7 @@ def consumed(
         data_artifact(effective, manifest, read_status(folder).get("command", "")),
         first_weights(effective.settings),
     ]
-    write_json(folder / "artifacts.json", {"consumed": [_line_of(i) for i in inputs], "made": []})
+    note_artifacts(folder, inputs)
     return inputs
 
 # %% ../../nbs/stages/01_sft.ipynb #765a8b72
@@ -459,19 +462,29 @@ def model_artifact(
     effective: Effective,
     folder: Path,  # the run folder
     inputs: "Sequence[Artifact | Source]",  # what consumed gave
+    stage: Stage = SFT,
 ) -> "Artifact":
     """Enter the model of a run: the whole one where there is one, else the adapter."""
     from nemotron_nb.ops.artifacts import Store, log_model
 
     settings = effective.settings
     made = "model" if (folder / "model").exists() else "adapter"
-    artifact = log_model(
-        Store(settings.run.store), settings.family, folder, inputs, read_status(folder).get("command", ""), folder=made
-    )
-    write_json(folder / "artifacts.json", {"consumed": [_line_of(i) for i in inputs], "made": [_line_of(artifact)]})
+    command = read_status(folder).get("command", "")
+    artifact = log_model(Store(settings.run.store), settings.family, folder, inputs, command, stage.name, made)
+    note_artifacts(folder, inputs, [artifact])
     return artifact
 
 # %% ../../nbs/stages/01_sft.ipynb #868ea4fa
+def note_artifacts(
+    folder: Path,  # the run folder
+    consumed: "Sequence[Artifact | Source]",
+    made: "Sequence[Artifact | Source]" = (),
+) -> None:
+    """Write into a run folder what went into the run, and what it made."""
+    lines = {"consumed": [_line_of(i) for i in consumed], "made": [_line_of(m) for m in made]}
+    write_json(folder / "artifacts.json", lines)
+
+
 def _line_of(part: "Artifact | Source") -> dict[str, str]:
     """An artifact or a raw input, as the run folder keeps it."""
     address = getattr(part, "address", "") or getattr(part, "uri", "")
@@ -916,6 +929,5 @@ def enter_made(
     fields = {"family": family, "stage": stage.name}
     store = Store(effective.settings.run.store)
     artifact = store.log(name, kind, path, fields, inputs, ("latest", family), made_by)
-    lines = {"consumed": [_line_of(i) for i in inputs], "made": [_line_of(artifact)]}
-    write_json(folder / "artifacts.json", lines)
+    note_artifacts(folder, inputs, [artifact])
     return artifact
