@@ -3005,6 +3005,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'nemotron_nb/ops/report.py'),
                                         'nemotron_nb.ops.report.stage_switches': ( 'ops/report.html#stage_switches',
                                                                                    'nemotron_nb/ops/report.py'),
+                                        'nemotron_nb.ops.report.state_sentences': ( 'ops/report.html#state_sentences',
+                                                                                    'nemotron_nb/ops/report.py'),
                                         'nemotron_nb.ops.report.strips_picture': ( 'ops/report.html#strips_picture',
                                                                                    'nemotron_nb/ops/report.py'),
                                         'nemotron_nb.ops.report.write_report': ( 'ops/report.html#write_report',

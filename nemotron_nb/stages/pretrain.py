@@ -29,8 +29,9 @@ from nemotron_nb.ops.report import (
     read_run,
     settings_picture,
     speed_picture,
+    state_sentences,
 )
-from ..ops.run_folder import read_status, resume_command
+from ..ops.run_folder import read_status
 from nemotron_nb.pretrain.documents import (
     DocumentsConfig,
     DocumentsManifest,
@@ -228,26 +229,11 @@ def _work(run: Run) -> list[str]:
     )
 
 
-_STATES = {
-    "done": "The run is complete.",
-    "running": "The run is still going on.",
-    "queued": "The run has not begun yet.",
-    "lost": "The run was killed before it ended; it can be resumed.",
-    "unfollowed": "The training goes on, but the command that followed it is gone. --resume takes it up.",
-}
-
-
 def headline(
     run: Run,
 ) -> list[str]:
     """The result in a few sentences."""
-    told = {
-        "failed": f"The run failed: {run.message}",
-        "preempted": f"The run was asked to stop and can be resumed: {run.message}",
-    }
-    said = [(told | _STATES).get(run.state, "The state of the run is not known.")]
-    goes_on = run.state in ("preempted", "lost", "unfollowed", "failed") and run.config
-    said += [f"Go on with: {resume_command(run.folder)}"] if goes_on else []
+    said = state_sentences(run)
     if len(run.attempts) > 1:
         said.append(f"It took {len(run.attempts)} attempts.")
     said += [*_measured(run), *_work(run)]
