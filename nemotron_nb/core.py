@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['T', 'YAML_CHARACTERS', 'YAML_NODES', 'YAML_DEPTH', 'SHORTEST_SECRET', 'UserError', 'nearest', 'from_mapping',
            'typed_value', 'expect', 'check_yaml', 'temporary_name', 'abandoned', 'sweep', 'write_atomic', 'write_json',
-           'named', 'named_in', 'publish', 'new_folder', 'locked', 'digest', 'file_digest']
+           'named', 'named_in', 'publish', 'new_folder', 'locked', 'digest', 'file_digest', 'hub_file']
 
 # %% ../nbs/00_core.ipynb #6d351b78
 import dataclasses
@@ -21,9 +21,12 @@ import platform
 import re
 import secrets
 import shutil
+import socket
 import time
 import types
 import typing
+import urllib.parse
+import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -411,3 +414,32 @@ def file_digest(path: str | os.PathLike, length: int = 16) -> str:
     """The first digits of the SHA-256 of a file's bytes, read in pieces."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()[:length]
+
+# %% ../nbs/00_core.ipynb #95f31bd8
+def _reachable(
+    server: str,  # an address, as in https://huggingface.co
+) -> bool:
+    """Does anybody here know a server by its name? Behind a proxy it is the proxy that knows, so the answer is yes."""
+    address = urllib.parse.urlsplit(server)
+    if address.scheme in urllib.request.getproxies():
+        return True
+    try:
+        return bool(socket.getaddrinfo(address.hostname, address.port or address.scheme))
+    except OSError:
+        return False
+
+# %% ../nbs/00_core.ipynb #3b79dd32
+def hub_file(
+    name: str,  # owner/name on the Hugging Face hub
+    file: str,  # its path in the repository
+    *,
+    repo_type: str | None = None,  # "dataset", or None for a model
+) -> Path:
+    """A file of the hub: from the cache on this machine, else fetched. Errors are those of `huggingface_hub`.
+
+    Where the hub's name is unknown (no network), only the cache is asked: `LocalEntryNotFoundError` comes at once.
+    """
+    from huggingface_hub import constants, hf_hub_download
+
+    without = not _reachable(constants.ENDPOINT)
+    return Path(hf_hub_download(name, file, repo_type=repo_type, local_files_only=without))

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core import UserError, from_mapping, nearest, temporary_name
+from ..core import UserError, from_mapping, hub_file, nearest, temporary_name
 from .files import BadJson, open_chats, parse_json
 from ..viz import Picture, table
 
@@ -392,17 +392,17 @@ def _remote(entry: Dataset, folder: Path) -> list[Path]:
 # %% ../../nbs/data/15_blend.ipynb #fbed070d
 def _hub(entry: Dataset) -> list[Path]:
     """Files of hf://owner/name, from the hub's cache on this machine or from the hub."""
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     name = entry.path.removeprefix("hf://").removeprefix("datasets/").strip("/")
     try:
         names = HfApi().list_repo_files(name, repo_type="dataset")
         readme = (
-            Path(hf_hub_download(name, "README.md", repo_type="dataset")).read_text() if "README.md" in names else ""
+            hub_file(name, "README.md", repo_type="dataset").read_text() if "README.md" in names else ""
         )
         return [
-            Path(hf_hub_download(name, n, repo_type="dataset"))
+            hub_file(name, n, repo_type="dataset")
             for n in files_of_split(names, readme, entry.subset, entry.split, entry.path)
         ]
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:

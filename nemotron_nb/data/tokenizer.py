@@ -24,7 +24,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ..core import UserError, digest, file_digest, nearest, write_atomic, write_json
+from ..core import UserError, digest, file_digest, hub_file, nearest, write_atomic, write_json
 from .sample import sample_path
 from ..viz import Picture, clipped, escape, fitting
 
@@ -463,11 +463,10 @@ def _read_once(path: Path, name: str, size: int, changed: int) -> ChatTokenizer:
 # %% ../../nbs/data/05_tokenizer.ipynb #e110da0f
 def _from_hub(name: str) -> Path:
     """The tokenizer.json of a model on the hub, from the local cache where it is there already."""
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(hf_hub_download(name, "tokenizer.json"))
+        return hub_file(name, "tokenizer.json")
     except (OSError, HfHubHTTPError) as error:
         raise UserError(
             f"could not be fetched ({type(error).__name__})",

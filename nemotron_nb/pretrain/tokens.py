@@ -21,7 +21,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from .. import __version__
-from ..core import UserError, digest, nearest, new_folder, write_json
+from ..core import UserError, digest, hub_file, nearest, new_folder, write_json
 from ..data.encoder import AUTO_BYTES, SegmentEncoder, make_encoder, table_folder
 from ..data.files import BadJson, Reject, Unit
 from ..data.tokenized import Progress, code_digest, in_processes
@@ -76,10 +76,8 @@ def _configured(model: str) -> Any:
         return "<|im_end|>"
     path = Path(model) / "tokenizer_config.json"
     if not Path(model).is_dir():
-        from huggingface_hub import hf_hub_download
-
         try:
-            path = Path(hf_hub_download(model, "tokenizer_config.json"))
+            path = hub_file(model, "tokenizer_config.json")
         except OSError:
             return None
     token = json.loads(path.read_bytes()).get("eos_token") if path.is_file() else None
