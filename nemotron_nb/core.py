@@ -437,9 +437,10 @@ def hub_file(
 ) -> Path:
     """A file of the hub: from the cache on this machine, else fetched. Errors are those of `huggingface_hub`.
 
-    Where the hub's name is unknown (no network), only the cache is asked: `LocalEntryNotFoundError` comes at once.
+    Where the hub's name is unknown (no network), or HF_HUB_OFFLINE is set, only the cache is asked:
+    `LocalEntryNotFoundError` comes at once.
     """
     from huggingface_hub import constants, hf_hub_download
 
-    without = not _reachable(constants.ENDPOINT)
+    without = constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT)
     return Path(hf_hub_download(name, file, repo_type=repo_type, local_files_only=without))
