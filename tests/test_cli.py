@@ -229,6 +229,7 @@ def test_one_chat_is_overfitted_with_adapters_and_the_last_lines_name_what_is_th
     assert not (folder / "model").exists() and not re.search(rf"{folder.name}/model\b", done.stdout)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_value_of_the_environment_is_written_nowhere(tmp_path):
     """A folder whose name is a secret: no file of a run, of its data and of the register holds it; the variable is named instead."""
@@ -320,7 +321,7 @@ def _ended(pids: list[int]) -> bool:
     return not any(os.path.exists(f"/proc/{p}") and "Z" not in open(f"/proc/{p}/stat").read().split()[2] for p in pids)
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("how", [signal.SIGTERM, *(pytest.param(s, marks=pytest.mark.long) for s in (signal.SIGINT, signal.SIGUSR1))])
 def test_a_signal_before_the_first_step_ends_in_words(tmp_path, how):
     """There is nothing to keep yet: the command says so, names the line that goes on, and leaves no process and no traceback."""
     words = ["nano3", "sft", *SMALL[:-1], "train.train_iters=100000", "evaluation.num_generations=0"]

@@ -393,6 +393,7 @@ def test_compiled_in_one_graph_that_serves_both_stages(strategy):
     torch.compiler.reset()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     not (shutil.which("g++") and (Path(sysconfig.get_path("include")) / "Python.h").exists()), reason="torch.compile needs g++ and the headers of Python"
 )

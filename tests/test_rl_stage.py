@@ -489,6 +489,7 @@ def test_a_run_ends_with_a_model_a_report_and_a_status(done):
     assert write_rl_report(run).read_text() == page, "the report is drawn from the folder alone"
 
 
+@pytest.mark.long
 def test_the_lineage_leads_back_to_tasks_and_start(done, start):
     folder, run, _ = done
     store = Store(folder / "output" / "artifacts")

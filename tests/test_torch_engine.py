@@ -443,6 +443,7 @@ def test_narrow_numbers_give_nearly_the_same_step():
         assert lines[precision]["grad_norm"] == pytest.approx(lines["fp32"]["grad_norm"], rel=FACTOR * torch.finfo(torch.bfloat16).eps)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of PyTorch needs one for C++")
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="the C++ that PyTorch generates does not compile without vector instructions")
