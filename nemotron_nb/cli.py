@@ -279,7 +279,7 @@ def _documents_here(effective: "Effective", family: str, force: bool) -> None:
     if said:
         print(said, flush=True)
     with _progress() as told:
-        manifest = prepare_documents(settings, force=force, **told)
+        manifest = prepare_documents(settings, force=force, secrets=effective.secrets, **told)
     print(manifest)
     if manifest.tokenized:
         print(f"\ntokenized: {manifest.tokenized}")

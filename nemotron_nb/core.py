@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['T', 'YAML_CHARACTERS', 'YAML_NODES', 'YAML_DEPTH', 'SHORTEST_SECRET', 'UserError', 'nearest', 'from_mapping',
            'typed_value', 'expect', 'check_yaml', 'temporary_name', 'abandoned', 'sweep', 'write_atomic', 'write_json',
-           'named', 'named_in', 'publish', 'new_folder', 'locked', 'digest', 'file_digest']
+           'named', 'named_in', 'named_in_files', 'publish', 'new_folder', 'locked', 'digest', 'file_digest']
 
 # %% ../nbs/00_core.ipynb #6d351b78
 import dataclasses
@@ -306,6 +306,18 @@ def named_in(
 ) -> Any:
     """The same of every text in a tree."""
     return json.loads(named(json.dumps(tree), hidden)) if hidden else tree
+
+
+def named_in_files(
+    folder: Path,  # that nobody reads yet
+    hidden: Mapping[str, str],
+) -> None:
+    """The same in the texts of a folder: its JSON, JSON lines and HTML."""
+    for path in folder.iterdir() if hidden else ():
+        if path.suffix in (".json", ".jsonl", ".html"):
+            text = path.read_text(encoding="utf-8")
+            if (new := named(text, hidden)) != text:
+                write_atomic(path, new)
 
 # %% ../nbs/00_core.ipynb #3f66718e
 def publish(

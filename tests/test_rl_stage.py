@@ -470,6 +470,21 @@ def test_all_groups_silent_ends_the_run_and_says_why(start, tmp_path):
         train(config, judge_one=lambda task, reply: said(1.0, "all right"))
 
 
+def test_silent_steps_before_a_stop_count(start, tmp_path):
+    """Stopped after each step and gone on with, it ends where it would have ended in one piece."""
+    config = training(start, tmp_path / "run", grpo=dataclasses.replace(RUN, max_silent_steps=2))
+    right = lambda task, reply: said(1.0, "all right")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "STOP").touch()
+    train(config, judge_one=right)
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "paused"] == [1]
+    (tmp_path / "run" / "STOP").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="2 steps without a group"):
+        train(config, judge_one=right)
+    steps = [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "rl"]
+    assert steps == [1, 2]
+
+
 # ---- the command
 
 

@@ -31,8 +31,8 @@ from nemotron_nb.core import (
     UserError,
     digest,
     locked,
-    named,
     named_in,
+    named_in_files,
     nearest,
     publish,
     sweep,
@@ -1186,18 +1186,6 @@ def prepare(
             raise
         raise said from e
 
-
-def _hide(folder: Path, secrets: Mapping[str, str]) -> None:
-    """Put the names of secret values into the texts of a folder.
-
-    It holds a preparation that is not yet in place, or a tokenized unit.
-    """
-    for path in folder.iterdir() if secrets else ():
-        if path.suffix in (".json", ".jsonl", ".html"):
-            text = path.read_text(encoding="utf-8")
-            if (new := named(text, secrets)) != text:
-                write_atomic(path, new)
-
 # %% ../../nbs/data/22_prep.ipynb #fedacf55
 def _prepare(plan: Plan, folder: Path, progress: Progress, secrets: Mapping[str, str]) -> Manifest:
     """`prepare`, alone in its folder."""
@@ -1208,7 +1196,7 @@ def _prepare(plan: Plan, folder: Path, progress: Progress, secrets: Mapping[str,
         tasks = [[plan.task(s, u) for u in s.units] for s in plan.sources]
         tokenized = tokenize([t for ts in tasks for t in ts], worker_count(config.workers), config.executor, progress)
     for folder_of_unit in {t.folder for ts in tasks for t in ts}:
-        _hide(Path(folder_of_unit), secrets)
+        named_in_files(Path(folder_of_unit), secrets)
     spools = [[Spooled(Path(t.folder)) for t in ts] for ts in tasks]
     ledger = Ledger()
     for part in (p for ps in spools for p in ps):
@@ -1221,7 +1209,7 @@ def _prepare(plan: Plan, folder: Path, progress: Progress, secrets: Mapping[str,
     try:
         new.mkdir()
         _write(built, new, worker_count(config.workers))
-        _hide(new, secrets)
+        named_in_files(new, secrets)
         _put_in_place(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
