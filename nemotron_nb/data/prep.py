@@ -508,6 +508,11 @@ class Ledger:
         return [{"kind": kind, **dataclasses.asdict(r)} for kind, rs in kinds for r in rs]
 
 # %% ../../nbs/data/22_prep.ipynb #98bb39e9
+def _first_rejects(ledger: Ledger) -> list[str]:
+    """A line for each of the first rows that cannot be used."""
+    return [f"    {r.source}:{r.line}: {r.reason}: {r.detail}" for r in ledger.rejects[:5]]
+
+
 def _check_ledger(ledger: Ledger, config: PrepConfig, where: str) -> None:
     """Raise `UserError` if there was nothing, or if too much of it cannot be used."""
     if not ledger.rows:
@@ -520,7 +525,7 @@ def _check_ledger(ledger: Ledger, config: PrepConfig, where: str) -> None:
     share = len(ledger.rejects) / ledger.rows
     allowed = config.max_bad_fraction if config.on_bad == "quarantine" else 0.0
     if share > allowed:
-        shown = "\n".join(f"    {r.source}:{r.line}: {r.reason}: {r.detail}" for r in ledger.rejects[:5])
+        shown = "\n".join(_first_rejects(ledger))
         counts = f"{len(ledger.rejects)} of {ledger.rows} rows"
         raise UserError(
             f"{counts} cannot be used ({share:.2%}, allowed are {allowed:.2%})\n{shown}",
@@ -793,14 +798,13 @@ def _build(plan: Plan, corpus: Corpus, ledger: Ledger) -> Built:
 # %% ../../nbs/data/22_prep.ipynb #d76f291b
 def _nothing_left(ledger: Ledger, where: str) -> UserError:
     """The error of a preparation that has no sequence left."""
-    reasons = _counted([*ledger.dropped, *ledger.left_out])
-    unmarked = set(reasons) == {"nothing_trained"}
-    fix = "set train: true (or leave the flag out) on the turns to learn" if unmarked else ""
+    reasons = _counted([*ledger.rejects, *ledger.left_out, *ledger.dropped])
+    fix = "set train: true (or leave the flag out) on the turns to learn" if "nothing_trained" in reasons else ""
     return UserError(
-        "no sequence is left to train on",
+        "no sequence is left to train on" + "".join(f"\n{line}" for line in _first_rejects(ledger)),
         where=where,
         why=f"left out: {reasons}",
-        fix=fix or "raise pack_size, or look at the rows",
+        fix=fix or ("repair those rows" if ledger.rejects else "raise pack_size, or look at the rows"),
     )
 
 
