@@ -279,7 +279,7 @@ def _documents_here(effective: "Effective", family: str, force: bool) -> None:
     if said:
         print(said, flush=True)
     with _progress() as told:
-        manifest = prepare_documents(settings, force=force, **told)
+        manifest = prepare_documents(settings, force=force, secrets=effective.secrets, **told)
     print(manifest)
     if manifest.tokenized:
         print(f"\ntokenized: {manifest.tokenized}")
@@ -358,10 +358,10 @@ def sft(
     asked = (resumed_settings(resume, overrides),) if resume else (config, overrides, cluster_layer(profile))
     effective = sft_config(family, *asked)
     if not (dry_run or (profile is not None and profile.dry_run)):
+        _show_notes(effective)
         check_start(effective)
         if not on_cluster(profile):
             check_model_here(effective.settings)
-        _show_notes(effective)
     plan = Plan(
         stage=STAGES["sft"],
         effective=effective,

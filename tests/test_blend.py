@@ -58,6 +58,8 @@ def test_a_readme_decides_where_there_is_one():
     readme = "---\nconfigs:\n- config_name: main\n  default: true\n  data_files:\n  - split: train\n    path: [a.jsonl, b.jsonl]\n- config_name: other\n  data_files: c*.jsonl\n---\n"
     names = ["a.jsonl", "b.jsonl", "c1.jsonl", "train.jsonl"]
     assert files_of_split(names, readme, "", "train", "x") == ["a.jsonl", "b.jsonl"]
+    saved = ["state.json", "data-00000-of-00001.arrow", "dataset_info.json", ".cache.json"]
+    assert files_of_split(saved, "", "", "", "x") == saved[1:2] and files_of_split(saved[:1], "", "", "", "x") == saved[:1]
     assert files_of_split(names, readme, "other", "", "x") == ["c1.jsonl"]
     with pytest.raises(UserError, match="did you mean 'other'"):
         files_of_split(names, readme, "othre", "", "x")

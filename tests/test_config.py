@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from nemotron_nb.core import UserError, check_yaml, nearest, write_json
+from nemotron_nb.ops import config as config_module
 from nemotron_nb.ops.artifacts import Source, Store
 from nemotron_nb.ops.spellings import ELSEWHERE
 from nemotron_nb.ops.config import (
@@ -426,6 +427,13 @@ def test_other_commands_lead_on_too():
         data_prep_config("nano3", "tiny", ["learning_rate=1"])
     with pytest.raises(UserError, match="did you mean 'generation.max_new_tokens'"):
         eval_config("nano3", "tiny", ["max_tokens=1"])
+
+
+@pytest.mark.parametrize("typed", ["learning_rate", "num_epochs", "batch_size", "max_seq_length", "warmup_ratio", "optimizer.lrr", "train.train_itres"])
+def test_a_setting_that_is_plainly_meant_is_named_without_loading_other_commands(typed, monkeypatch):
+    monkeypatch.setattr(config_module, "_commands_with", lambda name: pytest.fail(f"other commands are asked for {name}"))
+    with pytest.raises(UserError, match="did you mean"):
+        sft_config("nano3", "tiny", [f"{typed}=1"])
 
 
 def test_several_configurations_are_layers_in_their_order(tmp_path):

@@ -298,6 +298,8 @@ def test_the_rule_judge_knows_its_three_rules_and_no_more():
     assert verdict(user, ("assistant", "Let me check that."), user, ("assistant", "It is red.")) == -1
     assert verdict(user, called, ("tool", "Error: none"), ("assistant", "It has been booked.")) == 3
     assert verdict(user, called, ("tool", "Error: none"), ("assistant", "Sorry, nothing has been booked.")) == -1
+    for trouble in ("I couldn't do that: nothing has been booked.", "It hasn\u2019t been booked.", "This cannot have been booked."):
+        assert verdict(user, called, ("tool", "Error: none"), ("assistant", trouble)) == -1, trouble
     assert verdict(user, called, ("tool", "Errors are listed below: none"), ("assistant", "It has been booked.")) == -1
     assert verdict(user, ("assistant", "I have cancelled it.")) == 1
     assert verdict(user, called, ("tool", "ok"), ("assistant", "I have cancelled it.")) == -1

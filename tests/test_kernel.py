@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fused_worker import run_shards
-from loss_problems import gradients, problem
+from loss_problems import dense_loss, dense_units, exact, gradients, problem
+from precision import NARROW_FACTOR, assert_as_exact, float_errors, norm
 
 from nemotron_nb.loss.fused import masked_linear_cross_entropy
 
@@ -115,12 +117,16 @@ def test_more_logits_than_32_bits_can_count(strategy):
     hidden, weight, labels, weights, rows, _ = large(18000, 131072, H=64, trained=1.0)
     assert len(rows) * 131072 > 2**31
     loss, stats = masked_linear_cross_entropy(hidden, weight, labels, weights, active_idx=rows, strategy=strategy, workspace_bytes=12 << 30, logits_dtype="bf16")
-    nll = torch.nn.functional.cross_entropy(hidden[-50:].detach().double() @ weight.detach().double().T, labels[-50:], reduction="none")
-    torch.testing.assert_close(stats.nll[-50:].double(), nll, rtol=2e-3, atol=2e-2)
-    probabilities = torch.softmax(hidden[-50:].detach().double() @ weight.detach().double().T, 1)
-    want = (probabilities - torch.nn.functional.one_hot(labels[-50:], 131072)) @ weight.detach().double()
-    got = torch.autograd.grad(loss, hidden)[0][-50:]
-    assert (got.double() - want).norm() < 2e-2 * want.norm()
+    last, w16 = hidden[-50:].detach().requires_grad_(), weight.detach()
+
+    def plain(h, w):  # logits in 16 bits, as asked for
+        nll = F.cross_entropy((h @ w.T).to(torch.promote_types(h.dtype, torch.float32)), labels[-50:], reduction="none")
+        return [nll, *torch.autograd.grad(nll.sum(), h)]
+
+    got = [stats.nll[-50:], torch.autograd.grad(loss, hidden)[0][-50:]]
+    want = plain(last.detach().double().requires_grad_(), w16.double())
+    for a, b, error in zip(got, want, float_errors(plain, last, w16, measure=norm), strict=True):
+        assert norm(a.double() - b.detach()) <= NARROW_FACTOR * error
 
 
 @gpu
@@ -149,15 +155,14 @@ def test_compiled_graph_on_a_gpu(strategy):
     step = lambda h, w, s: masked_linear_cross_entropy(h * 2, w, labels, weights, scale=s, active_idx=rows, strategy=strategy)[0]  # noqa: E731
     want = gradients(step(hidden, weight, scale), hidden, weight)
     got = gradients(torch.compile(step, fullgraph=True)(hidden, weight, scale), hidden, weight)
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-6)
+    assert_as_exact(got, want, dense_units(lambda h, w: dense_loss(h * 2, w, labels, weights, scale), hidden, weight))
 
 
 @gpu
 def test_the_gpu_agrees_with_the_cpu():
     hidden, weight, labels, weights = problem(40, 32, 300, dtype=torch.float32)
-    want = gradients(masked_linear_cross_entropy(hidden, weight, labels, weights)[0], hidden, weight)
+    want = exact(dense_loss, hidden, weight, labels, weights)
     h, w = (t.detach().cuda().requires_grad_() for t in (hidden, weight))
     got = gradients(masked_linear_cross_entropy(h, w, labels.cuda(), weights.cuda())[0], h, w)
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-5)
+    units = dense_units(dense_loss, h, w, labels.cuda(), weights.cuda())
+    assert_as_exact([g.cpu() for g in got], want, units)

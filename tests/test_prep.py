@@ -179,6 +179,12 @@ def test_nothing_left_to_train_on(tmp_path):
         prepare(PrepConfig(path=source, output_dir=str(tmp_path / "out"), pack_size=128))
 
 
+def test_rows_that_are_all_refused_are_named_although_losing_them_was_allowed(tmp_path):
+    source = write(tmp_path / "chats.jsonl", {"messages": [{"role": "user", "content": "x"}]}, {"chat": 1})
+    with pytest.raises(UserError, match=r"(?s)no sequence is left.*chats.jsonl:1: .*chats.jsonl:2: .*left out: \{.*repair those rows"):
+        prepare(PrepConfig(path=source, output_dir=str(tmp_path / "out"), max_bad_fraction=1.0))
+
+
 @pytest.mark.parametrize(("words", "expected"), [(10, 2048), (4000, 4096)])
 def test_pack_size_0_holds_the_longest_sequence(tmp_path, words, expected):
     source = write(tmp_path / "chats.jsonl", GOOD, {"messages": [{"role": "user", "content": "one " * words}, A]})

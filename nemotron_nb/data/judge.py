@@ -124,7 +124,9 @@ _DONE = re.compile(
     re.I,
 )
 _ERROR = re.compile(r"\A\s*(?:\{\s*[\"']error[\"']\s*:|error\b|exception\b|traceback\b|failed\b)", re.I)
-_TROUBLE = re.compile(r"\b(?:not|n['\u2019]t|unable|unfortunately|error|failed|sorry|apologi[sz]e)", re.I)
+_TROUBLE = re.compile(
+    r"\b(?:not|cannot|\w+n['\u2019]t|unable|unfortunately|error|failed|sorry|apologi[sz]e)", re.I
+)
 
 # %% ../../nbs/data/14_judge.ipynb #55ae6401
 def _rule_findings(conversation: Conversation) -> Iterator[tuple[int, str]]:

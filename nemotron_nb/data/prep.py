@@ -31,8 +31,8 @@ from nemotron_nb.core import (
     UserError,
     digest,
     locked,
-    named,
     named_in,
+    named_in_files,
     nearest,
     publish,
     sweep,
@@ -508,6 +508,11 @@ class Ledger:
         return [{"kind": kind, **dataclasses.asdict(r)} for kind, rs in kinds for r in rs]
 
 # %% ../../nbs/data/22_prep.ipynb #98bb39e9
+def _first_rejects(ledger: Ledger) -> list[str]:
+    """A line for each of the first rows that cannot be used."""
+    return [f"    {r.source}:{r.line}: {r.reason}: {r.detail}" for r in ledger.rejects[:5]]
+
+
 def _check_ledger(ledger: Ledger, config: PrepConfig, where: str) -> None:
     """Raise `UserError` if there was nothing, or if too much of it cannot be used."""
     if not ledger.rows:
@@ -520,7 +525,7 @@ def _check_ledger(ledger: Ledger, config: PrepConfig, where: str) -> None:
     share = len(ledger.rejects) / ledger.rows
     allowed = config.max_bad_fraction if config.on_bad == "quarantine" else 0.0
     if share > allowed:
-        shown = "\n".join(f"    {r.source}:{r.line}: {r.reason}: {r.detail}" for r in ledger.rejects[:5])
+        shown = "\n".join(_first_rejects(ledger))
         counts = f"{len(ledger.rejects)} of {ledger.rows} rows"
         raise UserError(
             f"{counts} cannot be used ({share:.2%}, allowed are {allowed:.2%})\n{shown}",
@@ -793,14 +798,13 @@ def _build(plan: Plan, corpus: Corpus, ledger: Ledger) -> Built:
 # %% ../../nbs/data/22_prep.ipynb #d76f291b
 def _nothing_left(ledger: Ledger, where: str) -> UserError:
     """The error of a preparation that has no sequence left."""
-    reasons = _counted([*ledger.dropped, *ledger.left_out])
-    unmarked = set(reasons) == {"nothing_trained"}
-    fix = "set train: true (or leave the flag out) on the turns to learn" if unmarked else ""
+    reasons = _counted([*ledger.rejects, *ledger.left_out, *ledger.dropped])
+    fix = "set train: true (or leave the flag out) on the turns to learn" if "nothing_trained" in reasons else ""
     return UserError(
-        "no sequence is left to train on",
+        "no sequence is left to train on" + "".join(f"\n{line}" for line in _first_rejects(ledger)),
         where=where,
         why=f"left out: {reasons}",
-        fix=fix or "raise pack_size, or look at the rows",
+        fix=fix or ("repair those rows" if ledger.rejects else "raise pack_size, or look at the rows"),
     )
 
 
@@ -1186,18 +1190,6 @@ def prepare(
             raise
         raise said from e
 
-
-def _hide(folder: Path, secrets: Mapping[str, str]) -> None:
-    """Put the names of secret values into the texts of a folder.
-
-    It holds a preparation that is not yet in place, or a tokenized unit.
-    """
-    for path in folder.iterdir() if secrets else ():
-        if path.suffix in (".json", ".jsonl", ".html"):
-            text = path.read_text(encoding="utf-8")
-            if (new := named(text, secrets)) != text:
-                write_atomic(path, new)
-
 # %% ../../nbs/data/22_prep.ipynb #fedacf55
 def _prepare(plan: Plan, folder: Path, progress: Progress, secrets: Mapping[str, str]) -> Manifest:
     """`prepare`, alone in its folder."""
@@ -1208,7 +1200,7 @@ def _prepare(plan: Plan, folder: Path, progress: Progress, secrets: Mapping[str,
         tasks = [[plan.task(s, u) for u in s.units] for s in plan.sources]
         tokenized = tokenize([t for ts in tasks for t in ts], worker_count(config.workers), config.executor, progress)
     for folder_of_unit in {t.folder for ts in tasks for t in ts}:
-        _hide(Path(folder_of_unit), secrets)
+        named_in_files(Path(folder_of_unit), secrets)
     spools = [[Spooled(Path(t.folder)) for t in ts] for ts in tasks]
     ledger = Ledger()
     for part in (p for ps in spools for p in ps):
@@ -1221,7 +1213,7 @@ def _prepare(plan: Plan, folder: Path, progress: Progress, secrets: Mapping[str,
     try:
         new.mkdir()
         _write(built, new, worker_count(config.workers))
-        _hide(new, secrets)
+        named_in_files(new, secrets)
         _put_in_place(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)

@@ -32,7 +32,7 @@ import nemotron_nb
 from ..core import UserError, check_yaml, from_mapping, nearest, typed_value
 from ..data.prep import PrepConfig
 from ..loss.schedule import StageSchedule
-from .spellings import unknown_setting
+from .spellings import plainly_meant, unknown_setting
 from .stage import STAGES, command_words
 from .tracking import LoggerSection, WandbSection
 from ..megatron.names import check_bridge_names, known_bridge_names, needed_multiple, open_bridge_names
@@ -149,7 +149,8 @@ def _check_name(name: str, known: Iterable[str], origin: str, others: Iterable[s
     if name in known:
         return
     bare = name.removeprefix("data.")  # data preparation alone puts the section before what is typed
-    if bare not in known and _commands_with(bare) and not _commands_with(name):
+    moved = bare != name and bare not in known and not plainly_meant(name, known)  # else no other command is asked: that loads them all
+    if moved and _commands_with(bare) and not _commands_with(name):
         name = bare
     elif any(name == block or name.startswith(f"{block}.") for block in _BLOCKS):
         fix = "write that section to a file, data: {train: {...}}, and give data.blend_path=FILE.yaml"

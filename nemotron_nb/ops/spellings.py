@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPTIMISATION', 'LENGTHS', 'PLACES', 'SIZES', 'DATA', 'ADAPTERS', 'ELSEWHERE', 'Elsewhere', 'elsewhere', 'suggestions',
-           'unknown_setting']
+           'plainly_meant', 'unknown_setting']
 
 # %% ../../nbs/ops/02_spellings.ipynb #8d0658a8
 import difflib
@@ -284,6 +284,15 @@ def _near_home(name: str, meant: Iterable[str], known: Iterable[str]) -> bool:
     return at_home or any(_last(other) in lasts for other in meant)
 
 
+def plainly_meant(
+    name: str,
+    known: Iterable[str],  # the settings of the command
+) -> bool:
+    """Is a setting of this command meant, by its usual name elsewhere or but for a letter or two?"""
+    known, row = list(known), elsewhere(name)
+    return bool(row and _near_home(name, row.names, known)) or bool(difflib.get_close_matches(name, known, 1, 0.9))
+
+
 def unknown_setting(
     name: str,
     known: Iterable[str],  # the settings of the command
@@ -295,7 +304,7 @@ def unknown_setting(
     known, row = list(known), elsewhere(name)
     foreign = row.names[0] if row and not _near_home(name, row.names, known) else ""
     alike = "." not in name and any(_last(other) == _last(name) for other in known)  # path, where there is data.path
-    if not alike and (there := list(commands_with(name))):
+    if not (alike or plainly_meant(name, known)) and (there := list(commands_with(name))):
         return UserError(
             f"{name!r} is no setting of this command",
             where=where,

@@ -23,12 +23,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from .. import __version__
-from ..core import UserError, digest, nearest, write_json
+from ..core import UserError, digest, named_in, named_in_files, nearest, write_json
 from ..data.blend import SPLITS, Blend, Dataset, folder_name, load_blend
 from ..data.nvidia_prep import shard_plan
 from ..data.encoder import TIERS
@@ -705,7 +706,9 @@ def _sampled(plan: DocumentsPlan, rows: int) -> tuple[list[list[DocumentTask]], 
     return tasks, f"the first {rows:,} rows of each dataset"
 
 
-def _prepare(plan: DocumentsPlan, folder: Path, progress: Progress) -> DocumentsManifest:
+def _prepare(
+    plan: DocumentsPlan, folder: Path, progress: Progress, secrets: Mapping[str, str]
+) -> DocumentsManifest:
     """`prepare_documents`, alone in its folder."""
     config = plan.config
     if config.sample:
@@ -714,18 +717,21 @@ def _prepare(plan: DocumentsPlan, folder: Path, progress: Progress) -> Documents
         tasks = [[plan.task(s, u) for u in s.units] for s in plan.sources]
         todo = [t for own in tasks for t in own]
         tokenized = tokenize_documents(todo, worker_count(config.workers), config.executor, progress)
+    for folder_of_unit in {t.folder for own in tasks for t in own}:
+        named_in_files(Path(folder_of_unit), secrets)
     ledger = _ledger(tasks)
     _check_ledger(ledger, config)
     new = folder / ".new.tmp"
     new.mkdir()
     try:
         values = _write(plan, tasks, ledger, new, folder)
+        named_in_files(new, secrets)
         _put_in_place(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     if not config.cache_dir:
         shutil.rmtree(plan.runs, ignore_errors=True)
-    return DocumentsManifest(values, folder, tokenized)
+    return DocumentsManifest(named_in(values, secrets), folder, tokenized)
 
 # %% ../../nbs/pretrain/05_documents.ipynb #120e0267
 def _found(folder: Path, key: str) -> DocumentsManifest:
@@ -753,6 +759,7 @@ def prepare_documents(
     config: DocumentsConfig,
     force: bool = False,  # prepare again, in place of what is there
     progress: Progress = lambda done, total: None,  # told how many bytes of text are tokenized
+    secrets: Mapping[str, str] = MappingProxyType({}),  # value of a setting that is written nowhere -> how it is named
 ) -> DocumentsManifest:
     """Text to bin/idx, into `config.output_dir`. The manifest appears last; the same request finds it again."""
     folder = Path(config.output_dir)
@@ -764,7 +771,7 @@ def prepare_documents(
             plan = plan_documents(config)
             if (folder / "manifest.json").exists() and not force:
                 return _found(folder, plan.key)
-            return _prepare(plan, folder, progress)
+            return _prepare(plan, folder, progress, secrets)
     except OSError as error:
         if error.errno not in _DISK:
             raise

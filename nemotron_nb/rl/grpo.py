@@ -378,11 +378,11 @@ def grpo_steps(
     settings: GrpoSettings,
     done: int = 0,  # optimizer steps that a checkpoint has done
     judge_one: Judge = judge,
+    still: int = 0,  # of those, how many in a row had no live group at the end
 ) -> Iterator[tuple[dict[str, Any], list[Answers]]]:
     """Step after step. `UserError` where `max_silent_steps` steps in a row had no live group."""
     if not tasks:
         raise UserError("no task to train on", where="grpo", fix="give a file with at least one task")
-    still = 0
     for step in range(done, settings.max_num_steps):
         line, answers = grpo_step(
             policy, tasks_of_step(step, tasks, settings.num_prompts_per_step), step, settings, judge_one

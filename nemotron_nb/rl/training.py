@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..core import UserError, digest, file_digest, from_mapping, nearest, write_atomic, write_json
 from ..data.tokenizer import load_tokenizer
+from .advantage import LIVE
 from .curriculum import CurriculumSettings, curriculum
 from .environments import environment, judge
 from nemotron_nb.rl.grpo import (
@@ -293,14 +295,20 @@ def _answers_to_keep(work: Work, answers: Sequence[Answers], step: int) -> None:
         write_answers(work.folder, answers, step)
 
 
+def _silent_steps(folder: Path) -> int:
+    """How many steps in a row, at the end of its metrics, had no live group."""
+    steps = [line for _, line in metric_lines(folder / "metrics.jsonl") if line["kind"] == "rl"]
+    return len(list(takewhile(lambda line: not line["groups"][LIVE], reversed(steps))))
+
+
 def run_grpo(
     work: Work,
     done: int,  # optimizer steps that a checkpoint has done
     after: Step,
 ) -> None:
     """Every step of GRPO from `done` on."""
-    started = time.perf_counter()
-    for line, answers in grpo_steps(work.policy, work.tasks, work.config.grpo, done, work.judge):
+    started, still = time.perf_counter(), _silent_steps(work.folder)
+    for line, answers in grpo_steps(work.policy, work.tasks, work.config.grpo, done, work.judge, still):
         _answers_to_keep(work, answers, line["step"])
         seconds, started = time.perf_counter() - started, time.perf_counter()
         work.metrics.write(line | {"seconds": round(seconds, 3)})

@@ -105,7 +105,7 @@ def prepare_data(
 
         return DocumentsManifest.load(Store(settings.run.store).verify(settings.run.data).path), ""
     named, said = documents_settings(settings.data, settings.family, settings.run.output_root)
-    return prepare_documents(named, **told), said
+    return prepare_documents(named, secrets=effective.secrets, **told), said
 
 # %% ../../nbs/stages/04_pretrain.ipynb #2ea79fa6
 def check_start(

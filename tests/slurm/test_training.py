@@ -1,6 +1,7 @@
 """From the command line over papermill, srun and torchrun to a report: two nodes, two processes on each, a real training, once in one piece and once in three."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -11,10 +12,13 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from precision import assert_same_curve, curve_units, in_double
 
 from nemotron_nb.ops.profiles import Profile
 from nemotron_nb.ops.run_folder import read_metrics, read_status
 from nemotron_nb.ops.slurm import job, render, submit
+from nemotron_nb.train.__main__ import read_config
+from nemotron_nb.train.torch_engine import train
 
 ROOT = Path(__file__).parents[2]
 NEMOTRON = Path(sys.executable).with_name("nemotron")
@@ -132,15 +136,17 @@ def test_every_attempt_keeps_its_notebook_and_there_is_one_report(pieces):
     assert (folder / "report.html").exists()
 
 
-def test_submitted_by_hand_one_process_has_the_same_losses(cluster, place, whole, others):
+def test_submitted_by_hand_one_process_has_the_same_losses(cluster, place, whole, others, tmp_path):
     """Four processes on two nodes train the same model as one alone, up to the order of sums."""
     number = others["alone"]
     cluster.wait_for(lambda: job(number).ended, 200, "the end of the job by hand")
     assert job(number).state == "COMPLETED", (place / f"nemotron-sft-{number}.log").read_text()[-3000:]
     (folder,) = (place / "output" / "nano3" / "sft").glob(f"*-tiny-job{number}")
-    ours, theirs = steps(whole[0]), steps(folder)
-    assert [s[0] for s in ours] == [s[0] for s in theirs]
-    assert [s[1] for s in ours] == pytest.approx([s[1] for s in theirs], rel=2e-4)
+    with in_double(), contextlib.chdir(place):
+        train(dataclasses.replace(read_config(folder / "train.yaml"), output_dir=str(tmp_path)))
+    ours, theirs, truth = ([m for m in read_metrics(f / "metrics.jsonl") if m["kind"] == "train"] for f in (whole[0], folder, tmp_path))
+    assert [m["step"] for m in ours] == [m["step"] for m in theirs]
+    assert_same_curve(ours, theirs, curve_units(truth, [theirs], ("loss", "loss_token", "loss_sample", "grad_norm")))
     assert read_status(folder)["state"] == "done" and (folder / "report.html").exists() and (folder / "notebook.ipynb").exists()
 
 
