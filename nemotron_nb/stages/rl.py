@@ -548,7 +548,7 @@ def follows(
         there = cluster_config(config)
         notes = "".join(f"#   {note}\n" for note in there.notes)
         head = f"# {NOT_RUN}\n# NeMo RL's configuration, laid upon the recipe's file; "
-        head += "the source of each key: nbs/rl/19_nemo_rl.ipynb\n"
+        head += "the source of each key: nbs/rl/26_nemo_rl.ipynb\n"
         return f"{head}{there.yaml()}# What NeMo RL does otherwise:\n{notes}"
     model = (
         config.run.model
