@@ -101,7 +101,7 @@ def points(
     lead = MIDDLE - verdict.ranking if verdict.score_1 == verdict.score_2 else 0.0
     return verdict.score_1 + lead, verdict.score_2 - lead
 
-# %% ../../nbs/rl/09_genrm.ipynb #58211215
+# %% ../../nbs/rl/09_genrm.ipynb #e7042783
 @dataclass(frozen=True)
 class Standing:
     """How one answer came out of its comparisons."""
@@ -110,6 +110,7 @@ class Standing:
     as_first: int = 0  # judged comparisons in which it stood on the left
     as_second: int = 0
     failed: int = 0  # comparisons that were not judged
+    why: str = ""  # of the first of them
 
     @property
     def balanced(self) -> bool:
@@ -124,19 +125,19 @@ def standings(
 ) -> list[Standing]:
     """How each answer came out."""
     got: list[list[tuple[int, float]]] = [[] for _ in range(count)]
-    lost = [0] * count
+    lost: list[list[str]] = [[] for _ in range(count)]
     for pair, verdict in zip(pairs, verdicts, strict=True):
         for side, member in enumerate(pair):
             if verdict.status == JUDGED:
                 got[member].append((side, points(verdict)[side]))
             else:
-                lost[member] += 1
+                lost[member].append(verdict.detail)
 
     def of(member: int) -> Standing:
         """One answer."""
         sides = [side for side, _ in got[member]]
         mean = math.fsum(p for _, p in got[member]) / len(sides) if sides else None
-        return Standing(mean, sides.count(0), sides.count(1), lost[member])
+        return Standing(mean, sides.count(0), sides.count(1), len(lost[member]), next(iter(lost[member]), ""))
 
     return [of(member) for member in range(count)]
 

@@ -22,6 +22,7 @@ from ..data.template import chunks
 from ..data.tokenizer import ChatTokenizer
 from ..loss.policy import PolicyRules, PolicyStats, policy_terms
 from .advantage import LIVE, SILENT, UNJUDGED, AdvantageRules, Group, value_group
+from .effort import EffortSettings, paid_for_effort, sample_budgeted, with_effort
 from .environments import judge
 from .judgement import Judgement, Reply, read_reply
 from .judges import CircleJudge
@@ -66,6 +67,7 @@ class GrpoSettings:
     loss_fn: PolicyRules = field(default_factory=PolicyRules)
     advantage: AdvantageRules = field(default_factory=AdvantageRules)
     turns: TurnLimits = field(default_factory=TurnLimits)  # of tasks whose environment has a room for tools
+    effort: EffortSettings = field(default_factory=EffortSettings)  # little effort and budgets of thought
 
     def __post_init__(self) -> None:
         for name in (
@@ -183,8 +185,7 @@ class Answers:
 
 def _reply(rollout: Rollout, tokenizer: ChatTokenizer) -> Reply:
     """The last turn of a rollout as text."""
-    last = rollout.segments[-1]
-    return read_reply(tokenizer.decode(rollout.ids[last.start : last.end]), rollout.info)
+    return read_reply(tokenizer.decode(rollout.last_turn), rollout.info)
 
 
 def draw(
@@ -196,7 +197,9 @@ def draw(
     """The answers to each task: of several turns where its environment has a room for tools, else of one."""
     prompts = {name: prompt_ids(task, policy.tokenizer) for name, task in tasks.items()}
     rooms = {name: ROOMS[task.environment] for name, task in tasks.items() if task.environment in ROOMS}
-    single, several = ({n: p for n, p in prompts.items() if (n in rooms) == inside} for inside in (False, True))
+    budgets = {name: task.extra["budget"] for name, task in tasks.items() if task.extra.get("budget") and name not in rooms}
+    of = lambda names: {n: p for n, p in prompts.items() if n in names}
+    several, budgeted, single = of(rooms), of(budgets), of(prompts.keys() - rooms.keys() - budgets.keys())
     how = {
         "end_id": policy.tokenizer.im_end_id,
         "max_new_tokens": settings.max_new_tokens,
@@ -216,7 +219,17 @@ def draw(
         step=step,
         seed=settings.seed,
     )
-    return dict(zip([*single, *several], found, strict=True))
+    found += sample_budgeted(
+        partial(continue_all, policy.model, **how),
+        budgeted,
+        budgets,
+        settings.num_generations_per_prompt,
+        policy.tokenizer,
+        settings.max_new_tokens,
+        step=step,
+        seed=settings.seed,
+    )
+    return dict(zip([*single, *several, *budgeted], found, strict=True))
 
 
 def judge_groups(
@@ -240,20 +253,33 @@ def draw_and_judge(
 ) -> list[Answers]:
     """The answers of a step, judged and valued; every rank draws a part of the tasks and gets all. Every rank must call it."""
     by_name, ranks = named(tasks), policy.ranks
+    if step >= 0 and settings.effort.on:  # measurements ask the tasks as they are
+        how = (step, settings.max_num_steps, settings.effort, settings.seed)
+        by_name = {name: with_effort(name, task, *how) for name, task in by_name.items()}
     mine = list(by_name)[ranks.rank :: ranks.world]
     drawn = draw(policy, {name: by_name[name] for name in mine}, step, settings)
     found = judge_groups([(by_name[name], group) for name, group in drawn.items()], policy.tokenizer, judge_one)
     judged = {name: (tuple(group), tuple(said)) for (name, group), said in zip(drawn.items(), found, strict=True)}
     everything = {name: pair for part in ranks.gathered(judged) for name, pair in part.items()}
-    return [_valued(by_name[name], *everything[name], settings.advantage) for name in by_name]
+    return [_valued(by_name[name], *_paid(by_name[name], *everything[name], settings), settings) for name in by_name]
+
+
+def _paid(
+    task: Task, rollouts: tuple[Rollout, ...], judgements: tuple[Judgement, ...], settings: GrpoSettings
+) -> tuple[tuple[Rollout, ...], tuple[Judgement, ...]]:
+    """Rollouts and judgements; where little effort was asked for, the length counts."""
+    if task.extra.get("effort") != "low":
+        return rollouts, judgements
+    pairs = zip(rollouts, judgements, strict=True)
+    return rollouts, tuple(paid_for_effort(j, len(r.logp), settings.effort) for r, j in pairs)
 
 
 def _valued(
-    task: Task, rollouts: tuple[Rollout, ...], judgements: tuple[Judgement, ...], rules: AdvantageRules
+    task: Task, rollouts: tuple[Rollout, ...], judgements: tuple[Judgement, ...], settings: GrpoSettings
 ) -> Answers:
     """A group with its advantages. A rollout that failed is not judged, whatever a verifier says of it."""
     rewards = [None if r.status == FAILED else j.reward for r, j in zip(rollouts, judgements, strict=True)]
-    return Answers(task, rollouts, judgements, value_group(rewards, [r.status == TRUNCATED for r in rollouts], rules))
+    return Answers(task, rollouts, judgements, value_group(rewards, [r.status == TRUNCATED for r in rollouts], settings.advantage))
 
 # %% ../../nbs/rl/20_grpo.ipynb #9f016ab0
 def _denominator(answers: Sequence[Answers], rules: PolicyRules) -> int:
@@ -344,6 +370,20 @@ def step_record(answers: Sequence[Answers], step: int) -> dict[str, Any]:
         "truncated_share": _mean([float(r.status == TRUNCATED) for r in rollouts]),
         "mean_length": _mean([float(len(r.logp)) for r in rollouts]),
         "entropy": -_mean(logp),  # estimated from the drawn tokens
+        **_effort_record(answers),
+    }
+
+
+def _effort_record(answers: Sequence[Answers]) -> dict[str, Any]:
+    """Tasks asked for little effort and tasks with a budget, with the lengths that came of it; nothing without any."""
+    low = [a for a in answers if a.task.extra.get("effort") == "low"]
+    infos = [r.info for a in answers for r in a.rollouts if "budget" in r.info]
+    if not low and not infos:
+        return {}
+    lengths = [float(len(r.logp)) for a in low for r in a.rollouts]
+    return {
+        "low_effort": {"tasks": len(low), "mean_length": _mean(lengths)},
+        "budgets": {"answers": len(infos), "cut": sum(i["cut"] for i in infos)},
     }
 
 

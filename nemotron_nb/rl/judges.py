@@ -207,7 +207,7 @@ class CircleJudge:
             found.append([judged.get(k, failed("circle", "the rollout was lost")) for k in range(len(replies))])
         return found
 
-# %% ../../nbs/rl/14_judges.ipynb #f52ffdaf
+# %% ../../nbs/rl/14_judges.ipynb #bcba95c0
 def _shown(reply: Reply) -> tuple[str, str]:
     """(thought, answer) whose length counts; all of a text in bad form counts as both."""
     return (reply.thought, reply.answer) if reply.good_form else (reply.text, reply.text)
@@ -216,7 +216,7 @@ def _shown(reply: Reply) -> tuple[str, str]:
 def _judgement(placed: Standing, adjusted: Adjusted | None) -> Judgement:
     """The judgement of one answer."""
     if adjusted is None:
-        return failed("circle", "alone in its group" if not placed.failed else f"{placed.failed} comparisons failed")
+        return failed("circle", f"all {placed.failed} comparisons failed: {placed.why}" if placed.failed else "alone in its group")
     sides = {"as_first": placed.as_first, "as_second": placed.as_second, "comparisons_failed": placed.failed}
     found = f"{placed.reward:g} in {placed.as_first + placed.as_second} comparisons"
     found += "" if placed.balanced else ", on one side only"

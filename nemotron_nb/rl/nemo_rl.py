@@ -141,6 +141,8 @@ ONLY_HERE: Mapping[str, str] = {
     "grpo.max_silent_steps": "a run without any live group goes on",
     "grpo.advantage.deviation_floor": "any deviation above 0 divides, however small",
     "curriculum": "the order of the file is the curriculum: write it into the file",
+    "grpo.effort": "Super's low effort is a part of its environments in NeMo Gym",
+    "genrm": "the judge is a server of NeMo Gym, genrm_compare, with a configuration of its own",
 }
 
 # %% ../../nbs/rl/26_nemo_rl.ipynb #f512ef3d

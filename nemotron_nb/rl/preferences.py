@@ -100,8 +100,7 @@ def _side(rollout: Rollout) -> Side:
 
 def _called(rollout: Rollout, tokenizer: ChatTokenizer) -> str:
     """The tool that an answer calls, or tries to call; empty if it calls none."""
-    last = rollout.segments[-1]
-    reply = read_reply(tokenizer.decode(rollout.ids[last.start : last.end]))
+    reply = read_reply(tokenizer.decode(rollout.last_turn))
     if reply.calls:
         return reply.calls[0].name
     return "something unreadable" if "<tool_call>" in reply.text else ""

@@ -17,9 +17,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..core import UserError, digest, file_digest, new_folder, write_atomic, write_json
+from ..core import UserError, digest, file_digest, nearest, new_folder, write_atomic, write_json
 from ..data.blend import Dataset, resolve
 from ..data.files import Reason, Reject, read_unit, units
+from .judge_tasks import USES, preference_rows
 from .placeholders import COMPAT, ORIGINS, Fetch, LostRow, Origin
 from .placeholders import resolve as resolve_row
 from .sample_tasks import KINDS, sample_tasks
@@ -54,12 +55,19 @@ class TaskFiles:
     sample: int | None = None  # read only the first N rows
     origins: list[str] = field(default_factory=list)  # files of placeholders' questions, REPOSITORY=FILE; else the hub
     compat: str = ""  # nvidia: answers as whatever JSON makes of them, questions cut without a look
+    preferences: str = ""  # rows are pairs of answers: judge, to train a judge on them; chat, their questions alone
     sample_tasks: int = 72  # tasks of `path: sample`
     output_dir: str = "auto"  # auto: a folder that is named after its content
 
     def __post_init__(self) -> None:
         if self.compat not in COMPAT:
             raise UserError(f"unknown compat {self.compat!r}", where="data.compat", fix="give nvidia, or nothing")
+        if self.preferences not in USES:
+            fix = nearest(self.preferences, USES)
+            raise UserError(f"unknown use {self.preferences!r}", where="data.preferences", fix=fix)
+        if self.preferences == "judge" and self.val_rows % 2:
+            why = "each pair is two tasks, one for each order, and one of them would be trained on"
+            raise UserError(f"val_rows is {self.val_rows}", where="data.val_rows", why=why, fix="give an even number")
         for name, least in (("val_rows", 0), ("sample_tasks", 1), ("sample", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -128,6 +136,19 @@ class Funnel:
     rejects: list[Reject] = field(default_factory=list)
     repairs: Counter = field(default_factory=Counter)  # word of ROW_REPAIRS -> rows
     resolved: int = 0  # placeholders
+
+    def add_all(self, file: str, line: int, row: Any, fetch: Fetch, settings: TaskFiles) -> None:
+        """Read a row, or the rows that a pair of answers becomes."""
+        rows = [row]
+        if settings.preferences and isinstance(row, Mapping):
+            try:
+                rows = preference_rows(row, settings.preferences)
+            except BadTask as error:
+                self.rows += 1
+                self.rejects.append(Reject(file, line, error.reason, error.detail))
+                return
+        for one in rows:
+            self.add(file, line, one, fetch, settings.compat)
 
     def add(self, file: str, line: int, row: Any, fetch: Fetch, compat: str) -> None:
         """Read one row, or write down why not. `BadTask` and `LostRow` become rejects."""
@@ -259,6 +280,8 @@ def task_key(
     files = [(role, file) for role, path in named if path for file in _files(path, settings.split)]
     sources = [{"role": role, "path": file, "digest": file_digest(file, 64)} for role, file in files]
     own = {k: v for k, v in asdict(settings).items() if k not in ("output_dir", "path", "val_path", "origins")}
+    if not settings.preferences:
+        own.pop("preferences")  # the names of folders stay what they were before there was a choice
     return digest(
         [own, settings.path if settings.path == SAMPLE else "", [[s["role"], s["digest"]] for s in sources]]
     ), sources
@@ -268,11 +291,11 @@ def _read(settings: TaskFiles) -> tuple[Funnel, Funnel]:
     """(to train on, to measure on) of files. `UserError` where nothing would be left to train on."""
     fetch, train, val = fetching(origin_files(settings.origins)), Funnel(), Funnel()
     for file, line, row in itertools.islice(_rows_in(settings.path, settings.split), settings.sample):
-        train.add(file, line, row, fetch, settings.compat)
+        train.add_all(file, line, row, fetch, settings)
     train.tasks = _without(train)
     if settings.val_path:
         for file, line, row in itertools.islice(_rows_in(settings.val_path, settings.split), settings.val_rows):
-            val.add(file, line, row, fetch, settings.compat)
+            val.add_all(file, line, row, fetch, settings)
         val.tasks = _without(val)
     elif settings.val_rows:
         if len(train.tasks) <= settings.val_rows:

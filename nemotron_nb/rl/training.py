@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'Step', 'ValidationSection', 'KeepSection', 'TaskOrder', 'RlTraining', 'read_training', 'usable_tasks',
-           'ordered', 'Work', 'set_up', 'step_file', 'write_answers', 'answered', 'examine', 'write_parity', 'Paused',
-           'run_grpo', 'prepare_pairs', 'run_dpo', 'train', 'main']
+           'ordered', 'Work', 'judge_writer', 'set_up', 'step_file', 'write_answers', 'answered', 'examine',
+           'write_parity', 'Paused', 'run_grpo', 'prepare_pairs', 'run_dpo', 'train', 'main']
 
 # %% ../../nbs/rl/25_training.ipynb #d655068a
 import json
@@ -25,8 +25,10 @@ from omegaconf import OmegaConf
 from transformers.utils import logging as transformers_logging
 
 from ..core import UserError, digest, file_digest, from_mapping, nearest, write_atomic, write_json
+from ..data.template import IM_END, chunks
 from ..data.tokenizer import load_tokenizer
 from .curriculum import CurriculumSettings, curriculum
+from .effort import EffortSettings
 from .environments import environment, judge
 from nemotron_nb.rl.grpo import (
     Answers,
@@ -39,9 +41,10 @@ from nemotron_nb.rl.grpo import (
     step_record,
 )
 from .judgement import write_ledger
+from .judges import GenrmSettings, Write, circle_judge
 from .preferences import DpoSettings, Pair, dpo_step, own_pairs, read_pair_rows, read_pairs
 from .preferences import reference_logp, write_pairs
-from .rollout import parity, write_rollouts
+from .rollout import Ask, Draw, continue_all, parity, write_rollouts
 from .tasks import Task, read_tasks
 from ..train.checkpoint import Checkpoints, export_hf
 from ..train.ending import StopSignals, locked_folder
@@ -102,6 +105,7 @@ class RlTraining:
     grpo: GrpoSettings = field(default_factory=GrpoSettings)
     dpo: DpoSettings = field(default_factory=DpoSettings)
     curriculum: TaskOrder = field(default_factory=TaskOrder)
+    genrm: GenrmSettings = field(default_factory=GenrmSettings)
     environments: list[str] = field(default_factory=list)  # that are off unless they are named here
     validation: ValidationSection = ValidationSection()
     checkpoint: KeepSection = KeepSection()
@@ -124,6 +128,10 @@ class RlTraining:
         for name in ("output_dir", "model", "train", "val", "checkpoint", "validation"):
             values.pop(name)
         values["grpo"].pop("rows")  # draws do not depend on how many lie side by side
+        if self.genrm == GenrmSettings():
+            values.pop("genrm")  # older checkpoints do not know it
+        if self.grpo.effort == EffortSettings():
+            values["grpo"].pop("effort")
         for section in ("grpo", "dpo"):
             values[section].pop("max_num_steps")  # a run may go on longer
         return values
@@ -179,7 +187,8 @@ class Work:
     tasks: list[Task]  # in the order they are asked
     held_out: list[Task]
     start: Path  # the folder of the start model
-    judge: Judge
+    judge: Judge  # of the answers that are trained
+    examiner: Judge  # of those that are measured: never a comparison, which knows no progress
     store: Checkpoints
     metrics: MetricsFile = field(default_factory=lambda: MetricsFile(None))
     pairs: list[Pair] = field(default_factory=list)  # of DPO
@@ -191,6 +200,26 @@ class Work:
         return Path(self.config.output_dir)
 
 # %% ../../nbs/rl/25_training.ipynb #5d0c158d
+def judge_writer(
+    settings: GenrmSettings,
+) -> Write | None:
+    """What writes the turns of a judge that is a model in this process; None for any other judge."""
+    if settings.judge != "model":
+        return None
+    tokenizer = load_tokenizer(checkpoint_folder(settings.model))
+    model = build_model(ModelConfig(name=settings.model), tokenizer.vocab_size)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    def write(chats: Sequence[list[dict[str, str]]]) -> list[str]:
+        """The likeliest turn of each chat."""
+        pieces = [[p for c in chunks(chat, add_generation_prompt=True) for p in c.pieces] for chat in chats]
+        asks = [Ask(tuple(tokenizer.encode_pieces(p)), Draw("judge", 0, k)) for k, p in enumerate(pieces)]
+        found = continue_all(model, asks, tokenizer.im_end_id, settings.max_new_tokens, temperature=0.0)
+        return [tokenizer.decode(c.ids).removesuffix(IM_END) for c in found]
+
+    return write
+
+
 def set_up(
     config: RlTraining,
 ) -> Work:
@@ -215,8 +244,9 @@ def set_up(
     made_for = {"tasks": digest([t.id for t in tasks]), "tokenizer": file_digest(start / "tokenizer.json")}
     store = Checkpoints(Path(config.output_dir) / "checkpoints", config.checkpoint.keep_top_k, made_for)
     policy = make_policy(model, tokenizer, config.grpo, reference)
-    judging, measured = partial(judge, switched_on=config.environments), held_out[: config.validation.tasks or None]
-    return Work(config, policy, ordered(tasks, config), measured, start, judging, store)
+    verifying, measured = partial(judge, switched_on=config.environments), held_out[: config.validation.tasks or None]
+    compared = circle_judge(config.genrm, config.environments, judge_writer(config.genrm)) if config.genrm.on else None
+    return Work(config, policy, ordered(tasks, config), measured, start, compared or verifying, verifying, store)
 
 # %% ../../nbs/rl/25_training.ipynb #54a1c57c
 def step_file(
@@ -249,7 +279,7 @@ def answered(
 ) -> list[Answers]:
     """Answers to tasks with the weights as they are, judged; the draws are those of every measurement."""
     probing = replace(work.config.grpo, num_generations_per_prompt=work.config.validation.generations)
-    return draw_and_judge(work.policy, tasks, -1, probing, work.judge)
+    return draw_and_judge(work.policy, tasks, -1, probing, work.examiner)
 
 
 def examine(
@@ -441,7 +471,8 @@ def train(
     folder = Path(config.output_dir)
     with locked_folder(folder):
         work = set_up(config)
-        work.judge = judge_one or work.judge
+        if judge_one:
+            work.judge = work.examiner = judge_one
         if config.method == "dpo":
             prepare_pairs(work)
         done = _gone_on_from(work)

@@ -49,6 +49,7 @@ from nemotron_nb.ops.run_folder import (
 from ..ops.run_folder import resume_command, start_training
 from ..ops.stage import RL, RL_DATA, SFT
 from ..rl.grpo import GrpoSettings
+from ..rl.judges import GenrmSettings
 from ..rl.nemo_rl import BATCH, SCRIPT, NemoRlConfig, check_batch, nemo_rl_config, our_names
 from ..rl.prepare import SAMPLE, Prepared, TaskFiles
 from ..rl.preferences import DpoSettings
@@ -105,6 +106,7 @@ class RlConfig:
     grpo: GrpoSettings = field(default_factory=GrpoSettings)
     dpo: DpoSettings = field(default_factory=DpoSettings)
     curriculum: TaskOrder = field(default_factory=TaskOrder)
+    genrm: GenrmSettings = field(default_factory=GenrmSettings)  # who compares the answers of a group; off by default
     environments: list[str] = field(default_factory=list)  # that are off unless they are named here: code
     validation: ValidationSection = ValidationSection()
     checkpoint: KeepSection = KeepSection()
@@ -283,7 +285,7 @@ def training_of(
     folder: Path,  # the run folder
 ) -> RlTraining:
     """What the training process is told."""
-    same = ("method", "grpo", "dpo", "curriculum", "environments", "validation", "checkpoint")
+    same = ("method", "grpo", "dpo", "curriculum", "genrm", "environments", "validation", "checkpoint")
     shared = {name: getattr(config, name) for name in same}
     return RlTraining(config.model, prepared.train, str(folder.absolute()), prepared.val, **shared)
 
@@ -568,6 +570,8 @@ def follows(
         pairs = d.pairs or f"made of {d.solutions} own answers to each task"
         sizes = [("pairs", pairs), ("steps", f"{d.max_num_steps} of {d.pairs_per_step} pairs")]
     tasks = config.run.data or ("made by the project" if config.data.path == SAMPLE else config.data.path)
+    judged = config.genrm.judge and f"compared in a circle: {config.genrm.judge} {config.genrm.model}".rstrip()
+    sizes += [("answers are", judged or "checked one by one")] if config.method == "grpo" else []
     return str(table([("model", model), ("tasks", tasks), *sizes], header=["what it comes to", ""]))
 
 # %% ../../nbs/stages/06_rl.ipynb #df2d8890
