@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'Config', 'Overrides', 'Run', 'Batch', 'DryRun', 'All', 'AsJson', 'Name', 'Project', 'Entity', 'OPTIONS',
-           'Groups', 'GROUPS', 'IMPORTS', 'FAMILIES', 'Artifacts', 'data_prep', 'data_prep_pretrain', 'sft', 'pretrain',
-           'evaluation', 'rl', 'budget', 'import_artifact', 'Option', 'importable', 'report', 'runs', 'artifacts',
-           'lineage', 'inspect', 'main']
+           'Groups', 'GROUPS', 'IMPORTS', 'FAMILIES', 'Artifacts', 'rl_app', 'Switched', 'data_prep',
+           'data_prep_pretrain', 'sft', 'pretrain', 'evaluation', 'rl', 'budget', 'import_artifact', 'Option',
+           'importable', 'report', 'runs', 'artifacts', 'lineage', 'inspect', 'rl_judge', 'rl_profile', 'main']
 
 # %% ../nbs/90_cli.ipynb #bcdf1490
 import dataclasses
@@ -781,6 +781,15 @@ def lineage(
         print(f"\ndrawn: {drawn}", file=sys.stderr if as_json else sys.stdout)
 
 # %% ../nbs/90_cli.ipynb #4855b3df
+def _show_picture(picture: Any, html: str) -> None:
+    """Print a picture; write it to a page as well, if one was asked for."""
+    from nemotron_nb.core import write_atomic
+
+    print(picture.text)
+    if html:
+        print(f"page: {write_atomic(html, picture.html)}")
+
+
 @app.command("inspect", help="One chat as the model will see it: its tokens, and which are trained.", epilog="Example:\n\n  nemotron inspect chats.jsonl:3 --html chat.html")
 def inspect(
     file: Annotated[str, typer.Argument(metavar="FILE[:LINE]", help="A file of chats, and the line of one; of a folder or a glob the first file, of - standard input.")],
@@ -789,16 +798,55 @@ def inspect(
     template: Annotated[str, typer.Option("--template", help="A template's name, or a .jinja file.")] = "nano3",
     loss_mode: Annotated[str, typer.Option("--loss-mode", help="all, last_turn or flags.")] = "all",
     full: Annotated[bool, typer.Option("--full", help="Show every token, nothing folded.")] = False,
+    rollout: Annotated[bool, typer.Option("--rollout", help="FILE holds rollouts of a run: one answer, who wrote each token, and how it was judged.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print it for a program: ids, mask, text, notes.")] = False,
 ) -> None:
     """Show one chat of a file."""
     from nemotron_nb.data.inspect import inspect_file
 
     path, _, line = file.rpartition(":") if file.rpartition(":")[2].isdigit() else (file, "", "")
+    if rollout:
+        return _show_picture(load_named("nemotron_nb.stages.rl_tools:show_rollout", "inspect")(path, int(line or 1), full), html)
     how = {"tokenizer": tokenizer, "template": template, "loss_mode": loss_mode, "full": full, "as_json": as_json}
     code = inspect_file(path, int(line) if line else None, html=html or None, **how)
     if code:
         raise typer.Exit(code)
+
+# %% ../nbs/90_cli.ipynb #c6797a90
+rl_app = typer.Typer(no_args_is_help=True, help="Rollouts judged again, and pass rates of tasks.", rich_markup_mode=None)
+app.add_typer(rl_app, name="rl")
+Switched = Annotated[list[str] | None, typer.Option("--environment", help="Switch on an environment that is off: code. May be given several times.")]
+
+
+@rl_app.command("judge", help="Judge the answers of a run again, and show what changed.", epilog="Example:\n\n  nemotron rl judge output/nano3/rl/RUN/rollouts/step_000030.jsonl")
+def rl_judge(
+    rollouts: Annotated[Path, typer.Argument(help="A file of rollouts in a run folder.")],
+    environment: Switched = None,
+    whole: Annotated[bool, typer.Option("--all", help="Show every answer.")] = False,
+    html: Annotated[str, typer.Option("--html", help="Write a page to this file as well.")] = "",
+) -> None:
+    """Judge rollouts again."""
+    from nemotron_nb.stages.rl_tools import judge_again
+
+    _show_picture(judge_again(rollouts, environment or ()).picture(whole), html)
+
+
+@rl_app.command("profile", help="Measure how often a model solves each task.", epilog="Example:\n\n  nemotron rl profile output/nano3/data_prep_rl/KEY/train/data.jsonl --model output/nano3/rl/RUN")
+def rl_profile(
+    tasks: Annotated[Path, typer.Argument(help="A file of tasks, as data prep rl writes it.")],
+    model: Annotated[str, typer.Option("--model", help="A run folder, or a folder in Hugging Face form.")],
+    out: Annotated[Path, typer.Option("--out", help="The file of pass rates; one that was begun is gone on with.")] = Path("pass_rates.jsonl"),
+    generations: Annotated[int, typer.Option("--generations", min=2, help="Answers to each task.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer.")] = 60,
+    seed: Annotated[int, typer.Option("--seed", help="Names the draws.")] = 0,
+    environment: Switched = None,
+) -> None:
+    """Measure pass rates of tasks."""
+    from nemotron_nb.rl.profile import rates_table
+    from nemotron_nb.stages.rl_tools import profile_tasks
+
+    found = profile_tasks(tasks, model, out, generations, max_new_tokens, seed, environment or ())
+    print(f"{rates_table(found)}\n\npass rates: {out}\ntrain by them: nemotron nano3 rl curriculum.on=true curriculum.profile={out}")
 
 # %% ../nbs/90_cli.ipynb #2d027fa3
 class _Listener:

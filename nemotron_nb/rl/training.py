@@ -44,6 +44,7 @@ from .judgement import write_ledger
 from .judges import GenrmSettings, Write, circle_judge
 from .preferences import DpoSettings, Pair, dpo_step, own_pairs, read_pair_rows, read_pairs
 from .preferences import reference_logp, write_pairs
+from .profile import read_rates, with_rates
 from .rollout import Ask, Draw, continue_all, parity, write_rollouts
 from .tasks import Task, read_tasks
 from ..train.checkpoint import Checkpoints, export_hf
@@ -91,6 +92,7 @@ class TaskOrder:
     on: bool = False  # True: a curriculum over measured pass rates; False: the order of the file, again and again
     shares: dict[str, float] = field(default_factory=dict)  # environment -> share of each step; empty: the supply's
     settings: CurriculumSettings = CurriculumSettings()
+    profile: str = ""  # measured pass rates, of `nemotron rl profile`; empty: those that the tasks came with
 
 # %% ../../nbs/rl/25_training.ipynb #bb6c604c
 @dataclass(frozen=True)
@@ -132,6 +134,9 @@ class RlTraining:
             values.pop("genrm")  # older checkpoints do not know it
         if self.grpo.effort == EffortSettings():
             values["grpo"].pop("effort")
+        profile = values["curriculum"].pop("profile")
+        if profile:  # what it holds decides, not where it lies
+            values["curriculum"]["profile"] = digest([asdict(r) for r in read_rates(profile)])
         for section in ("grpo", "dpo"):
             values[section].pop("max_num_steps")  # a run may go on longer
         return values
@@ -173,6 +178,8 @@ def ordered(
     order, g = config.curriculum, config.grpo
     if not order.on or config.method != "grpo":
         return list(tasks)
+    if order.profile:
+        tasks = with_rates(tasks, read_rates(order.profile))
     names = [t.environment for t in tasks]
     shares = order.shares or {name: names.count(name) / len(names) for name in sorted(set(names))}
     return curriculum(tasks, g.max_num_steps, g.num_prompts_per_step, shares, order.settings)
