@@ -6,13 +6,13 @@
 __all__ = ['Compare', 'Write', 'T', 'JUDGES', 'Duel', 'rule_score', 'rule_judge', 'endpoint_judge', 'model_judge', 'Cohort',
            'verdicts_within', 'CircleJudge', 'GenrmSettings', 'circle_judge']
 
-# %% ../../nbs/rl/14_judges.ipynb #5543126a
+# %% ../../nbs/rl/14_judges.ipynb #87249dbf
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from ..core import UserError, nearest
 from ..endpoint import Endpoint, EndpointError, ask
@@ -231,7 +231,7 @@ def _judgements(replies: Sequence[Reply], placed: Sequence[Standing], rules: Len
     scored = dict(zip(there, adjust([placed[k].reward for k in there], texts, rules), strict=True))
     return [_judgement(p, scored.get(k)) for k, p in enumerate(placed)]
 
-# %% ../../nbs/rl/14_judges.ipynb #f3d4b412
+# %% ../../nbs/rl/14_judges.ipynb #42aeffa0
 JUDGES = ("", "rule", "endpoint", "model")
 
 
@@ -249,7 +249,9 @@ class GenrmSettings:
     concurrency: int = 8  # comparisons at once
     cache_dir: str = ""  # folder for answers; a run that is gone on with asks for nothing twice
     max_new_tokens: int = 512  # of a verdict, for judge=model
-    options: dict[str, Any] = field(default_factory=lambda: {"temperature": 0.6, "top_p": 0.95, "max_tokens": 16384})
+    temperature: float = 0.6  # of the server; this and the next two as in Super's RLHF
+    top_p: float = 0.95
+    max_tokens: int = 16384
     deadline: float = 600.0  # seconds for all comparisons of a step
     length: LengthControl = LengthControl()
 
@@ -272,7 +274,7 @@ class GenrmSettings:
         """Are answers compared?"""
         return bool(self.judge)
 
-# %% ../../nbs/rl/14_judges.ipynb #cb32ea36
+# %% ../../nbs/rl/14_judges.ipynb #ccd91c5a
 def circle_judge(
     settings: GenrmSettings,
     switched_on: Sequence[str] = (),  # environments that are off unless they are named
@@ -280,8 +282,10 @@ def circle_judge(
 ) -> CircleJudge:
     """The judge that the settings ask for."""
     if settings.judge == "endpoint":
-        same = ("base_url", "model", "api_key_env", "timeout", "retries", "concurrency", "cache_dir", "options")
-        compare = endpoint_judge(Endpoint(**{name: getattr(settings, name) for name in same}), settings.tries)
+        same = ("base_url", "model", "api_key_env", "timeout", "retries", "concurrency", "cache_dir")
+        options = {name: getattr(settings, name) for name in ("temperature", "top_p", "max_tokens")}
+        endpoint = Endpoint(**{name: getattr(settings, name) for name in same}, options=options)
+        compare = endpoint_judge(endpoint, settings.tries)
     elif settings.judge == "model":
         if write is None:
             raise UserError("judge=model, and no model was loaded", where="genrm.judge", fix="give write")

@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -51,6 +51,7 @@ from ..train.checkpoint import Checkpoints, export_hf
 from ..train.ending import StopSignals, locked_folder
 from ..train.metrics import MetricsFile, lines_to_keep, metric_lines
 from ..train.model import build_model, checkpoint_folder
+from ..train.parallel import Ranks, ranks_of_process
 from ..train.settings import ERROR_FILE, ModelConfig
 from ..viz import visible
 
@@ -206,6 +207,11 @@ class Work:
         """The run folder."""
         return Path(self.config.output_dir)
 
+    @property
+    def writes(self) -> bool:
+        """Is this the rank that writes and speaks?"""
+        return self.policy.ranks.first
+
 # %% ../../nbs/rl/25_training.ipynb #5d0c158d
 def judge_writer(
     settings: GenrmSettings,
@@ -229,12 +235,15 @@ def judge_writer(
 
 def set_up(
     config: RlTraining,
+    ranks: Ranks = Ranks(),
 ) -> Work:
-    """Model, tasks and judge of a run. `UserError` for what cannot end well."""
+    """Model, tasks and judge of a run; every rank has all of them. `UserError` for what cannot end well."""
+    if config.method == "dpo" and ranks.world > 1:
+        raise UserError(f"DPO on {ranks.world} ranks", where="run.nproc_per_node", fix="leave it at 1, or method=grpo")
     start = Path(checkpoint_folder(config.model))
     tokenizer = load_tokenizer(start)
     build = partial(build_model, ModelConfig(name=config.model), tokenizer.vocab_size)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = ranks.device if ranks.world > 1 else "cuda" if torch.cuda.is_available() else "cpu"
     model = build().to(device)
     with_reference = config.method == "grpo" and config.grpo.loss_fn.kl_penalty > 0
     reference = build().to(device).requires_grad_(False) if with_reference else None
@@ -250,7 +259,7 @@ def set_up(
         )
     made_for = {"tasks": digest([t.id for t in tasks]), "tokenizer": file_digest(start / "tokenizer.json")}
     store = Checkpoints(Path(config.output_dir) / "checkpoints", config.checkpoint.keep_top_k, made_for)
-    policy = make_policy(model, tokenizer, config.grpo, reference)
+    policy = make_policy(model, tokenizer, config.grpo, reference, ranks)
     verifying, measured = partial(judge, switched_on=config.environments), held_out[: config.validation.tasks or None]
     compared = circle_judge(config.genrm, config.environments, judge_writer(config.genrm)) if config.genrm.on else None
     return Work(config, policy, ordered(tasks, config), measured, start, compared or verifying, verifying, store)
@@ -298,10 +307,11 @@ def examine(
         return None
     answers = answered(work, work.held_out)
     line = step_record(answers, step) | {"kind": "rl_valid", "step": step}
-    write_answers(work.folder, answers, step, held_out=True)
-    work.metrics.write(line)
-    rewards = ", ".join(f"{name} {value:.2f}" for name, value in line["rewards"].items())
-    print(f"held-out tasks after step {step}: {rewards}", flush=True)
+    if work.writes:
+        write_answers(work.folder, answers, step, held_out=True)
+        work.metrics.write(line)
+        rewards = ", ".join(f"{name} {value:.2f}" for name, value in line["rewards"].items())
+        print(f"held-out tasks after step {step}: {rewards}", flush=True)
     return line["reward"]
 
 
@@ -311,6 +321,8 @@ def write_parity(
 ) -> None:
     """parity.json: log-probabilities of drawn tokens at sampling, and as the trainer reads them."""
     answers = answered(work, (work.held_out or work.tasks)[:most])
+    if not work.writes:
+        return
     found = parity(work.policy.model, [r for a in answers for r in a.rollouts], work.config.grpo.temperature)
     columns = {"names": list(found.names), "sampled": found.sampled.tolist(), "trained": found.trained.tolist()}
     write_json(work.folder / "parity.json", columns)
@@ -326,7 +338,7 @@ class Paused(Exception):
 def _answers_to_keep(work: Work, answers: Sequence[Answers], step: int) -> None:
     """Write the rollouts of a step if it is the turn of one."""
     every = work.config.checkpoint.rollouts
-    if every and (step % every == 0 or step == work.config.steps):
+    if work.writes and every and (step % every == 0 or step == work.config.steps):
         write_answers(work.folder, answers, step)
 
 
@@ -424,8 +436,9 @@ def _kept_lines(folder: Path, done: int, steps: int) -> list[str] | None:
 
 
 def _asked_to_stop(work: Work, stop: StopSignals | None) -> bool:
-    """Was there a signal, or a file STOP?"""
-    return bool(stop and stop.name) or (work.folder / "STOP").exists()
+    """Was there a signal to any rank, or a file STOP? All ranks get the same answer."""
+    mine = bool(stop and stop.name) or (work.writes and (work.folder / "STOP").exists())
+    return any(work.policy.ranks.gathered(mine))
 
 # %% ../../nbs/rl/25_training.ipynb #36ecf405
 def _after_step(work: Work, stop: StopSignals | None, step: int) -> None:
@@ -450,7 +463,8 @@ def _first_lines(work: Work, done: int, again: bool) -> None:
         work.metrics.write(start | ({"pairs": len(work.pairs)} if work.pairs else {}))
     if again:
         work.metrics.write({"kind": "resume", "step": done})
-        print(f"going on after step {done}", flush=True)
+        if work.writes:
+            print(f"going on after step {done}", flush=True)
     if done == 0:
         examine(work, 0)
 
@@ -461,11 +475,13 @@ _NOT_TOKENIZER = ("config.json", "generation_config.json", "model.safetensors.in
 def _export(work: Work) -> None:
     """Write the model with the tokenizer of its start; what a killed attempt may have left is written again."""
     beside, folder = work.folder / "tokenizer", work.folder / "model"
-    beside.mkdir(exist_ok=True)
-    for file in sorted(work.start.iterdir()):
-        if file.is_file() and file.suffix != ".safetensors" and file.name not in _NOT_TOKENIZER:
-            shutil.copy(file, beside / file.name)
-    shutil.rmtree(folder, ignore_errors=True)
+    if work.writes:
+        beside.mkdir(exist_ok=True)
+        for file in sorted(work.start.iterdir()):
+            if file.is_file() and file.suffix != ".safetensors" and file.name not in _NOT_TOKENIZER:
+                shutil.copy(file, beside / file.name)
+        shutil.rmtree(folder, ignore_errors=True)
+    work.policy.ranks.told(None)
     export_hf(work.policy.model, beside, folder)
 
 # %% ../../nbs/rl/25_training.ipynb #22379796
@@ -473,20 +489,21 @@ def train(
     config: RlTraining,
     stop: StopSignals | None = None,  # what asks the run to end, besides a file STOP in the run folder
     judge_one: Judge | None = None,  # in place of the environments
+    ranks: Ranks = Ranks(),
 ) -> None:
     """Train, and write metrics.jsonl, rollouts/, ledger/, checkpoints/ and model/ to the run folder."""
     folder = Path(config.output_dir)
-    with locked_folder(folder):
-        work = set_up(config)
+    with locked_folder(folder) if ranks.first else nullcontext():
+        work = set_up(config, ranks)
         if judge_one:
             work.judge = work.examiner = judge_one
         if config.method == "dpo":
             prepare_pairs(work)
         done = _gone_on_from(work)
-        kept = _kept_lines(folder, done, config.steps)
-        if kept is not None:
+        kept = ranks.told(_kept_lines(folder, done, config.steps) if ranks.first else None)
+        if kept is not None and ranks.first:
             (folder / "STOP").unlink(missing_ok=True)  # it was obeyed
-        with MetricsFile(folder / "metrics.jsonl", kept) as work.metrics, suppress(Paused):
+        with MetricsFile(folder / "metrics.jsonl" if ranks.first else None, kept) as work.metrics, suppress(Paused):
             _first_lines(work, done, kept is not None)
             {"grpo": run_grpo, "dpo": run_dpo}[config.method](work, done, partial(_after_step, work, stop))
             write_parity(work)
@@ -501,8 +518,8 @@ def main(
     path = Path((arguments or sys.argv[1:])[0])
     transformers_logging.disable_progress_bar()
     try:
-        with StopSignals().listening() as stop:
-            train(read_training(path), stop)
+        with StopSignals().listening() as stop, ranks_of_process() as ranks:
+            train(read_training(path), stop, ranks=ranks)
     except UserError as error:
         write_atomic(path.parent / ERROR_FILE, str(error))
         sys.exit(f"error: {visible(str(error))}")

@@ -119,9 +119,11 @@ class RlConfig:
                 raise UserError(
                     f"unknown {name} {getattr(self, name)!r}", where=name, fix=nearest(getattr(self, name), known)
                 )
-        if self.engine == "torch" and self.run.ranks > 1:
-            fix = "leave run.nodes and run.nproc_per_node at 1, or engine=nemo_rl for a cluster"
-            raise UserError(f"{self.run.ranks} processes, and the PyTorch engine trains with one", where="run", fix=fix)
+        if self.engine == "torch" and (self.run.nodes or 1) > 1:
+            fix = "leave run.nodes at 1, or engine=nemo_rl for a cluster"
+            raise UserError(f"{self.run.nodes} nodes, and the PyTorch engine has one", where="run.nodes", fix=fix)
+        if self.method == "dpo" and self.run.ranks > 1:
+            raise UserError(f"DPO on {self.run.ranks} processes", where="run", fix="leave run.nproc_per_node at 1")
         if self.engine == "nemo_rl" and self.method == "dpo":
             raise UserError("DPO runs with engine=torch", where="engine", fix="leave engine out, or method=grpo")
         if self.start.chats < 1:
@@ -292,10 +294,13 @@ def training_of(
 
 def start_rl(
     folder: str | os.PathLike,  # a run folder with train.yaml
+    ranks: int = 1,  # processes on this machine
 ) -> Started:
-    """Start the training process; `ops.run_folder.follow` follows it."""
+    """Start the training, on as many processes as are asked for; `ops.run_folder.follow` follows it."""
     file = str(Path(folder).absolute() / "train.yaml")
-    return start_training(folder, [sys.executable, "-c", "from nemotron_nb.rl.training import main; main()", file])
+    alone = [sys.executable, "-c", "from nemotron_nb.rl.training import main; main()", file]
+    torchrun = ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={ranks}", "--standalone", "--no-python"]
+    return start_training(folder, [sys.executable, *torchrun, *alone] if ranks > 1 else alone)
 
 
 def run_label(config: RlConfig, name: str | Sequence[str]) -> str:
