@@ -152,7 +152,7 @@ def test_the_old_behaviour_makes_numbers_of_answers(tmp_path):
     ("grpo.num_step=3", "grpo.max_num_steps"),
     ("method=dppo", "did you mean 'dpo'"),
     ("engine=megatron", "unknown engine"),
-    ("run.nproc_per_node=8", "trains with one"),
+    ("run.nodes=2", "has one"),
     ("loss_fn.ratio_clip_mn=0.1", "loss_fn.ratio_clip_min"),
     ("policy.megatron_cfg.tensor_parallel=2", "policy.megatron_cfg.tensor_model_parallel_size"),
     ("grpo.batch_size=100", "a batch of 100"),

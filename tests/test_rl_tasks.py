@@ -37,6 +37,7 @@ TRUTHS = {
     ),
     "long_context": ({"expected_answer": "the Seine"}, "Answer: Seine"),
     "calls": ({"forbid_numbers": True}, "I do not know."),
+    "preference": ({"human_ranking": 2.0}, '{"score_1": 4, "score_2": 2, "ranking": 2}'),
 }
 REPLIES = {name: read_reply(f"x\n</think>\n{right}<|im_end|>") for name, (_, right) in TRUTHS.items()}
 
@@ -59,7 +60,7 @@ def row_of(name, **more):
     }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "chat"])  # a chat has no right answer
 def test_a_row_comes_back_and_its_right_answer_is_paid(name):
     task, repairs = parse_task(row_of(name, pass_rate=0.25))
     assert (task.environment, repairs, task_row(task)) == (name, (), row_of(name, pass_rate=0.25))

@@ -88,6 +88,8 @@ FAMILIES: Mapping[str, Family] = {
             ("expected_answer",),
         ),
         Family("calls", ("tool_calls",), {"call": dict, "forbid_numbers": bool}, ()),
+        Family("preference", ("preference",), {"human_ranking": (int, float)}, ("human_ranking",)),
+        Family("chat", ("genrm",), {"principle": str}, ()),  # no truth: answers are compared with each other
     )
 }
 

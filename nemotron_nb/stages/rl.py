@@ -49,6 +49,7 @@ from nemotron_nb.ops.run_folder import (
 from ..ops.run_folder import resume_command, start_training
 from ..ops.stage import RL, RL_DATA, SFT
 from ..rl.grpo import GrpoSettings
+from ..rl.judges import GenrmSettings
 from ..rl.nemo_rl import BATCH, SCRIPT, NemoRlConfig, check_batch, nemo_rl_config, our_names
 from ..rl.prepare import SAMPLE, Prepared, TaskFiles
 from ..rl.preferences import DpoSettings
@@ -105,6 +106,7 @@ class RlConfig:
     grpo: GrpoSettings = field(default_factory=GrpoSettings)
     dpo: DpoSettings = field(default_factory=DpoSettings)
     curriculum: TaskOrder = field(default_factory=TaskOrder)
+    genrm: GenrmSettings = field(default_factory=GenrmSettings)  # who compares the answers of a group; off by default
     environments: list[str] = field(default_factory=list)  # that are off unless they are named here: code
     validation: ValidationSection = ValidationSection()
     checkpoint: KeepSection = KeepSection()
@@ -117,9 +119,11 @@ class RlConfig:
                 raise UserError(
                     f"unknown {name} {getattr(self, name)!r}", where=name, fix=nearest(getattr(self, name), known)
                 )
-        if self.engine == "torch" and self.run.ranks > 1:
-            fix = "leave run.nodes and run.nproc_per_node at 1, or engine=nemo_rl for a cluster"
-            raise UserError(f"{self.run.ranks} processes, and the PyTorch engine trains with one", where="run", fix=fix)
+        if self.engine == "torch" and (self.run.nodes or 1) > 1:
+            fix = "leave run.nodes at 1, or engine=nemo_rl for a cluster"
+            raise UserError(f"{self.run.nodes} nodes, and the PyTorch engine has one", where="run.nodes", fix=fix)
+        if self.method == "dpo" and self.run.ranks > 1:
+            raise UserError(f"DPO on {self.run.ranks} processes", where="run", fix="leave run.nproc_per_node at 1")
         if self.engine == "nemo_rl" and self.method == "dpo":
             raise UserError("DPO runs with engine=torch", where="engine", fix="leave engine out, or method=grpo")
         if self.start.chats < 1:
@@ -283,17 +287,20 @@ def training_of(
     folder: Path,  # the run folder
 ) -> RlTraining:
     """What the training process is told."""
-    same = ("method", "grpo", "dpo", "curriculum", "environments", "validation", "checkpoint")
+    same = ("method", "grpo", "dpo", "curriculum", "genrm", "environments", "validation", "checkpoint")
     shared = {name: getattr(config, name) for name in same}
     return RlTraining(config.model, prepared.train, str(folder.absolute()), prepared.val, **shared)
 
 
 def start_rl(
     folder: str | os.PathLike,  # a run folder with train.yaml
+    ranks: int = 1,  # processes on this machine
 ) -> Started:
-    """Start the training process; `ops.run_folder.follow` follows it."""
+    """Start the training, on as many processes as are asked for; `ops.run_folder.follow` follows it."""
     file = str(Path(folder).absolute() / "train.yaml")
-    return start_training(folder, [sys.executable, "-c", "from nemotron_nb.rl.training import main; main()", file])
+    alone = [sys.executable, "-c", "from nemotron_nb.rl.training import main; main()", file]
+    torchrun = ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={ranks}", "--standalone", "--no-python"]
+    return start_training(folder, [sys.executable, *torchrun, *alone] if ranks > 1 else alone)
 
 
 def run_label(config: RlConfig, name: str | Sequence[str]) -> str:
@@ -548,7 +555,7 @@ def follows(
         there = cluster_config(config)
         notes = "".join(f"#   {note}\n" for note in there.notes)
         head = f"# {NOT_RUN}\n# NeMo RL's configuration, laid upon the recipe's file; "
-        head += "the source of each key: nbs/rl/19_nemo_rl.ipynb\n"
+        head += "the source of each key: nbs/rl/26_nemo_rl.ipynb\n"
         return f"{head}{there.yaml()}# What NeMo RL does otherwise:\n{notes}"
     model = (
         config.run.model
@@ -568,6 +575,8 @@ def follows(
         pairs = d.pairs or f"made of {d.solutions} own answers to each task"
         sizes = [("pairs", pairs), ("steps", f"{d.max_num_steps} of {d.pairs_per_step} pairs")]
     tasks = config.run.data or ("made by the project" if config.data.path == SAMPLE else config.data.path)
+    judged = config.genrm.judge and f"compared in a circle: {config.genrm.judge} {config.genrm.model}".rstrip()
+    sizes += [("answers are", judged or "checked one by one")] if config.method == "grpo" else []
     return str(table([("model", model), ("tasks", tasks), *sizes], header=["what it comes to", ""]))
 
 # %% ../../nbs/stages/06_rl.ipynb #df2d8890

@@ -1,0 +1,125 @@
+"""GRPO on several ranks against one: draws, judgements, loss, gradient, a whole run. Run as a program, this file is one of the ranks."""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import nemotron_nb
+from nemotron_nb.core import UserError
+from nemotron_nb.data.tokenizer import load_tokenizer
+from nemotron_nb.loss.policy import PolicyRules
+from nemotron_nb.rl.grpo import GrpoSettings, draw_and_judge, grpo_step, make_policy, policy_gradient
+from nemotron_nb.rl.judgement import said
+from nemotron_nb.rl.judges import CircleJudge, rule_judge
+from nemotron_nb.rl.prepare import TaskFiles, prepare_tasks
+from nemotron_nb.rl.sample_tasks import sample_tasks
+from nemotron_nb.rl.training import KeepSection, RlTraining, read_training, set_up, train
+from nemotron_nb.train.checkpoint import export_hf
+from nemotron_nb.train.metrics import metric_lines
+from nemotron_nb.train.model import build_model
+from nemotron_nb.train.parallel import Ranks, ranks_of_process
+from nemotron_nb.train.settings import ModelConfig
+
+TOKENIZER = load_tokenizer("tiny")
+WORLD = 2
+ROUNDED = torch.finfo(torch.float32).eps  # the library computes its norms in float32, whatever the rest is
+BASE = GrpoSettings(num_prompts_per_step=3, num_generations_per_prompt=4, max_num_steps=2, max_new_tokens=8, micro_batch_tokens=120)
+CASES = {
+    "token": BASE,
+    "sequence, all kept": dataclasses.replace(BASE, loss_fn=PolicyRules(level="sequence"), silent_groups="keep"),
+}
+
+
+def small_model():
+    model = build_model(ModelConfig(hidden_size=32, pattern="ME*", experts=2), TOKENIZER.vocab_size, seed=1)
+    with torch.no_grad():
+        model.lm_head.weight[[TOKENIZER.im_end_id, *range(300, 1400, 100)]] *= 14
+    return model
+
+
+def odd(task, reply):
+    return said(len(reply.text) % 2, "length")
+
+
+def some_step(settings, ranks):
+    """In double precision: rollouts, rewards, loss, gradient, and the weights after a step."""
+    policy = make_policy(small_model().double(), TOKENIZER, settings, ranks=ranks)
+    answers = draw_and_judge(policy, sample_tasks(3), 0, settings, odd)
+    loss, stats = policy_gradient(policy, answers, settings)
+    gradient = torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.requires_grad])
+    line, _ = grpo_step(policy, sample_tasks(3), 0, settings, CircleJudge(rule_judge()))
+    after = torch.cat([p.detach().flatten() for p in policy.model.parameters()])
+    said_of = [[(r.ids, r.logp, j.reward) for r, j in zip(a.rollouts, a.judgements)] for a in answers]
+    return {"answers": said_of, "loss": loss, "kept": stats.record(), "gradient": gradient, "line": line, "after": after}
+
+
+def everything(folder, ranks):
+    """All cases, and the training of a folder."""
+    found = {name: some_step(settings, ranks) for name, settings in CASES.items()}
+    train(read_training(folder / "train.yaml"), judge_one=odd, ranks=ranks)
+    return found
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """(one rank, [each of several], folder of runs)."""
+    work = tmp_path_factory.mktemp("ranks")
+    export_hf(small_model(), Path(nemotron_nb.__file__).parent / "data" / "assets" / "tokenizer", work / "start")
+    prepared = prepare_tasks(TaskFiles("sample", val_rows=3, sample_tasks=6), work / "tasks")
+    for name in ("one", "several"):
+        config = RlTraining(str(work / "start"), prepared.train, str(work / name), prepared.val, grpo=BASE, checkpoint=KeepSection(save_interval=1))
+        (work / name).mkdir()
+        (work / name / "train.yaml").write_text(json.dumps(dataclasses.asdict(config)))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(WORLD), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, str(work / "several"), str(work)]
+    workers = [subprocess.Popen(command, env=os.environ | common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(WORLD)]
+    one = everything(work / "one", Ranks())
+    assert [w.wait(600) for w in workers] == [0] * WORLD
+    return one, [torch.load(work / f"rank{r}.pt", weights_only=False) for r in range(WORLD)], work
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_draws_loss_gradient_and_step_are_those_of_one_rank(both, name):
+    one, several, _ = both
+    for other in several:
+        mine, theirs = one[name], other[name]
+        assert [[(ids, reward) for ids, _, reward in g] for g in mine["answers"]] == [[(ids, reward) for ids, _, reward in g] for g in theirs["answers"]]
+        size = float(mine["gradient"].norm())
+        assert size > 0 and float((mine["gradient"] - theirs["gradient"]).norm()) <= ROUNDED * size
+        assert abs(mine["loss"] - theirs["loss"]) <= ROUNDED * (1 + abs(mine["loss"]))
+        assert mine["line"]["groups"] == theirs["line"]["groups"] and mine["line"]["moved"]
+        assert float((mine["after"] - theirs["after"]).norm()) <= ROUNDED * float(mine["after"].norm())
+    assert torch.equal(several[0][name]["after"], several[1][name]["after"]), "ranks part ways"
+
+
+def test_a_run_on_two_ranks_writes_once_and_what_one_writes(both):
+    _, _, work = both
+    lines = {n: [line for _, line in metric_lines(work / n / "metrics.jsonl")] for n in ("one", "several")}
+    assert [line["kind"] for line in lines["one"]] == [line["kind"] for line in lines["several"]]
+    for name in ("rollouts/step_000001.jsonl", "ledger/step_000001.jsonl", "rollouts/valid_000000.jsonl"):
+        mine, theirs = ((work / n / name).read_text().splitlines() for n in ("one", "several"))
+        drop = lambda row: {k: v for k, v in json.loads(row).items() if k != "logp"}
+        assert [drop(r) for r in mine] == [drop(r) for r in theirs]
+    assert (work / "several/model/model.safetensors").is_file() and (work / "several/parity.json").is_file()
+
+
+def test_dpo_stays_on_one_rank(both):
+    work = both[2]
+    config = dataclasses.replace(read_training(work / "one" / "train.yaml"), method="dpo")
+    with pytest.raises(UserError, match="DPO on 2 ranks"):
+        set_up(config, Ranks(0, 2))
+
+
+if __name__ == "__main__":
+    with ranks_of_process() as mine:
+        torch.save(everything(Path(sys.argv[1]), mine), Path(sys.argv[2]) / f"rank{mine.rank}.pt")
