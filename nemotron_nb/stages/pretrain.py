@@ -41,7 +41,7 @@ from nemotron_nb.pretrain.documents import (
 )
 from ..pretrain.world import write_world
 from .sft import Parameters, check_weights_and_record, first_weights, note_artifacts, notebook_layer
-from ..train.settings import no_documents_with_megatron
+from ..train.lr import steps_of_samples
 from ..viz import Picture, table
 
 if TYPE_CHECKING:
@@ -113,8 +113,6 @@ def check_start(
 ) -> None:
     """Refuse what a pretraining cannot begin with, before there is a run folder."""
     settings = effective.settings
-    if settings.train.engine == "megatron":
-        raise no_documents_with_megatron()
     if not settings.run.data:
         check_documents(settings.data)
     steps, s = settings.train.train_iters, settings.scheduler
@@ -137,8 +135,11 @@ def following(
     t = t.in_steps(tokens // length, length)
     step = t.global_batch_size * length
     rows = [("tokens in a step", step, f"{t.global_batch_size:,} samples of {length:,} tokens")]
-    rows.append(("tokens in the run", step * t.train_iters, f"{t.train_iters:,} steps"))
-    warm_up = max(s.lr_warmup_iters, s.lr_warmup_samples / t.global_batch_size)
+    read = t.packs_read(t.train_iters, length) * length
+    rows.append(("tokens in the run", read, f"{t.train_iters:,} steps"))
+    if t.step_batch_size_schedule:
+        rows.append(("a batch that grows", t.step_batch_size_schedule, "samples in a step from so many tokens on"))
+    warm_up = max(s.lr_warmup_iters, steps_of_samples(s.lr_warmup_samples, t, length))
     rows.append(
         ("warm-up", f"{warm_up:,.2f} steps", f"{warm_up / t.train_iters:.1%} of the run, {warm_up * step:,.0f} tokens")
     )
@@ -152,7 +153,7 @@ def following(
             )
         )
     if tokens:
-        rows.append(("passes over the text", round(step * t.train_iters / tokens, 2), f"{tokens:,} tokens to train on"))
+        rows.append(("passes over the text", round(read / tokens, 2), f"{tokens:,} tokens to train on"))
     return table(rows, header=["follows", "", ""], title="What follows from them")
 
 # %% ../../nbs/stages/04_pretrain.ipynb #d2c6eafb
@@ -173,7 +174,7 @@ def reading_table(
     s = effective.settings
     length = s.dataset.sequence_length
     t = s.train.in_steps(manifest["splits"]["train"]["tokens"] // length, length)
-    return passes_table(SequenceReader(manifest, s.dataset, t.train_iters, t.global_batch_size, t.seed))
+    return passes_table(SequenceReader(manifest, s.dataset, t.train_iters, t.global_batch_size, t.seed, None, t.step_batch_size_schedule))
 
 # %% ../../nbs/stages/04_pretrain.ipynb #a0908430
 def data_artifact(

@@ -22,7 +22,7 @@ from yaml import YAMLError
 
 from ..core import UserError, from_mapping
 from .ending import StopSignals
-from .settings import ERROR_FILE, TrainConfig, check_places, no_documents_with_megatron
+from .settings import ERROR_FILE, TrainConfig, check_places
 from ..viz import visible
 
 # %% ../../nbs/train/22_command.ipynb #776569a4
@@ -67,11 +67,11 @@ def train(
     """Train with the engine that the settings name, on packs or documents; the other one is never imported."""
     documents = holds_documents(config)
     if config.train.engine == "megatron":
-        if documents:
-            raise no_documents_with_megatron()
         from nemotron_nb.megatron import engine as megatron_engine
+        from nemotron_nb.megatron import pretrain as megatron_pretrain
 
-        return megatron_engine.train(megatron_engine.MegatronConfig.from_values(config, config.megatron), stop)
+        start = megatron_pretrain.train if documents else megatron_engine.train
+        return start(megatron_engine.MegatronConfig.from_values(config, config.megatron), stop)
     from nemotron_nb.train import torch_engine
 
     if not documents:

@@ -184,9 +184,9 @@ class DocumentSource:
     def begin(self, config: TrainConfig) -> None:
         """Draw the order of all samples, and compare every id with the vocabulary."""
         t, self.config = config.train, config
-        how = config.dataset, t.train_iters, t.global_batch_size, t.seed
-        self.reader = SequenceReader(self.manifest, *how, self.tokenizer.vocab_size)
-        self.place, self.held_out = place_of(self.manifest, *how), held_out_samples(self.manifest, config.dataset)
+        how, grows = (config.dataset, t.train_iters, t.global_batch_size, t.seed), t.step_batch_size_schedule
+        self.reader = SequenceReader(self.manifest, *how, self.tokenizer.vocab_size, grows)
+        self.place, self.held_out = place_of(self.manifest, *how, grows), held_out_samples(self.manifest, config.dataset)
 
     def batch(self, step: int) -> GlobalBatch:
         """The samples of a step."""
