@@ -251,6 +251,12 @@ def check_shared(
     )
     _require(not t.compile, "train.compile", "Megatron brings its own fused kernels", fix)
     _require(t.bad_step == "stop", "train.bad_step", "Megatron stops at a loss that is no number, and skips none", fix)
+    _require(
+        not config.checkpoint.average_last,
+        "checkpoint.average_last",
+        "the mean of checkpoints is made of those of the PyTorch engine",
+        "export the checkpoints with nemotron_nb.megatron.engine.export_hf and average the folders",
+    )
     _require(not t.spike_factor, "train.spike_factor", "Megatron does not look for spikes in our sense", fix)
     _require(
         not config.checkpoint.keep_top_k,
@@ -409,7 +415,7 @@ def check_layout(
         "gradients are sums that are divided once, by the number of the global batch",
     )
     _require(
-        (config.dataset.dataset_kwargs or {}).get("answer_only_loss", True),
+        (getattr(config.dataset, "dataset_kwargs", None) or {}).get("answer_only_loss", True),
         "dataset.dataset_kwargs.answer_only_loss",
         "it is not set",
         "the mask of the packs would be ignored",

@@ -186,6 +186,7 @@ def check_documents(
 
 # %% ../../nbs/megatron/11_pretrain.ipynb #61be306b
 _WITHOUT_GPU = {
+    "model.pipeline_model_parallel_size": 1,
     "model.cuda_graph_impl": "none",
     "model.recompute_granularity": None,
     "model.recompute_modules": None,

@@ -49,7 +49,7 @@ RANGES = {
     **{f"scheduler.{name}": ("[0, inf)", "give 0 for none") for name in ("lr_warmup_iters", "lr_warmup_samples", "lr_wsd_decay_iters", "min_lr")},
     "evaluation.num_generations": ("[0, inf)", "give 0 for none"),
     "evaluation.max_new_tokens": ("[1, inf)", "give at least 1"),
-    **{f"checkpoint.{name}": ("[0, inf)", "give 0 for none") for name in ("save_interval", "keep_top_k")},
+    **{f"checkpoint.{name}": ("[0, inf)", "give 0 for none") for name in ("save_interval", "keep_top_k", "average_last")},
     "dataset.sequence_length": ("[0, inf)", "give a number of tokens such as 8192"),
     "dataset.valid_samples": ("[0, inf)", "give a number of samples, or 0 for all"),
     "peft.dim": ("[1, inf)", "give at least 1; 8 to 256 are usual"),
@@ -292,10 +292,14 @@ class CheckpointSection:
     save_interval: int = 0  # steps between checkpoints; 0 = only when training ends or is asked to stop
     load: str = ""  # folder of checkpoints to go on from: weights, optimizer, place in the data; empty: the save folder, if it has any
     pretrained_checkpoint: str = ""  # weights to begin with, nothing else: a folder in Hugging Face form, or of checkpoints; empty: model.name
+    average_last: int = 0  # when training ends, write the mean of the checkpoints of so many last steps too, as model_averaged/; 0 = no
     keep_top_k: int = 0  # keep the newest and the k with the lowest held-out loss; 0 = keep all
 
     def __post_init__(self) -> None:
         check_section("checkpoint", self)
+        both = self.average_last and self.keep_top_k
+        _require(not both, "checkpoint.average_last", "a mean of the last checkpoints, of which only some are kept", "set checkpoint.keep_top_k=0")
+        _require(not self.average_last or 0 < self.save_interval < self.average_last, "checkpoint.average_last", f"a window of {self.average_last} steps, and a checkpoint every {self.save_interval}", "save at least twice in the window: checkpoint.save_interval")
 
 # %% ../../nbs/train/01_settings.ipynb #2548f5e9
 DROPOUT_POSITIONS = ("pre", "post")
