@@ -6,7 +6,7 @@
 __all__ = ['app', 'Config', 'Overrides', 'Run', 'Batch', 'DryRun', 'All', 'AsJson', 'Name', 'Project', 'Entity', 'OPTIONS',
            'Groups', 'GROUPS', 'IMPORTS', 'FAMILIES', 'Artifacts', 'data_prep', 'data_prep_pretrain', 'sft', 'pretrain',
            'evaluation', 'rl', 'budget', 'import_artifact', 'Option', 'importable', 'report', 'runs', 'artifacts',
-           'lineage', 'inspect', 'main']
+           'lineage', 'inspect', 'clean_data', 'main']
 
 # %% ../nbs/90_cli.ipynb #bcdf1490
 import dataclasses
@@ -799,6 +799,28 @@ def inspect(
     code = inspect_file(path, int(line) if line else None, html=html or None, **how)
     if code:
         raise typer.Exit(code)
+
+# %% ../nbs/90_cli.ipynb #de293dbb
+_data = typer.Typer(no_args_is_help=True, help="Data without a model.", rich_markup_mode=None)
+app.add_typer(_data, name="data")
+
+
+@_data.command("clean", help="Documents (pretrain) or chats (sft) without duplicates, test questions, other languages, personal data, loops.", epilog="Example:\n\n  nemotron data clean sft chats.jsonl --out cleaned decontaminate=[test.jsonl] languages=[en]")
+def clean_data(
+    kind: Annotated[str, typer.Argument(help="pretrain: documents; sft: chats.")],
+    given: Annotated[list[str], typer.Argument(metavar="FILE... [KEY=VALUE]...", help="Files of rows, and settings of nemotron_nb.data.clean.Cleaning.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
+    as_json: AsJson = False,
+) -> None:
+    """Clean rows: kept.jsonl, dropped.jsonl with a reason for each row, ledger.json."""
+    from nemotron_nb.data.clean import clean, cleaning_of, ledger_table
+
+    paths = [text for text in given if Path(text).exists() or "=" not in text]
+    ledger = clean(paths, cleaning_of(kind, [text for text in given if text not in paths]), out)
+    if as_json:
+        _print_json(ledger)
+    else:
+        print(f"{ledger_table(ledger)}\n\nkept: {out}/kept.jsonl\ndropped, with reasons: {out}/dropped.jsonl\nledger: {out}/ledger.json")
 
 # %% ../nbs/90_cli.ipynb #2d027fa3
 class _Listener:
