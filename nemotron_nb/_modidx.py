@@ -158,6 +158,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'nemotron_nb/data/contamination.py'),
                                                 'nemotron_nb.data.contamination.Exam.hit': ( 'data/contamination.html#exam.hit',
                                                                                              'nemotron_nb/data/contamination.py'),
+                                                'nemotron_nb.data.contamination.fold_numbers_of': ( 'data/contamination.html#fold_numbers_of',
+                                                                                                    'nemotron_nb/data/contamination.py'),
                                                 'nemotron_nb.data.contamination.folded_words': ( 'data/contamination.html#folded_words',
                                                                                                  'nemotron_nb/data/contamination.py'),
                                                 'nemotron_nb.data.contamination.shared_by_hand': ( 'data/contamination.html#shared_by_hand',

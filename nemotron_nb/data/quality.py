@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from .contamination import fold_numbers_of, folded_words
 from .filters import words
 
 # %% ../../nbs/data/28_quality.ipynb #876c0e76
@@ -48,13 +49,13 @@ _FENCED = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)  # code
 
 def repeated_line_share(text: str) -> float:
     """Share of the lines that stood there before; numbers count as equal, code in fences does not count."""
-    lines = [re.sub(r"\d+", "0", line.strip()) for line in _FENCED.sub(" ", text).splitlines() if len(line.strip()) > 8]
+    lines = [fold_numbers_of(line.strip()) for line in _FENCED.sub(" ", text).splitlines() if len(line.strip()) > 8]
     return _share(len(lines) - len(set(lines)), len(lines))
 
 
 def looped_share(text: str) -> float:
     """Share of the words that lie in a stretch of eight that occurs more than once; numbers count as equal, code in fences does not count."""
-    tokens = words(re.sub(r"\d+", "0", _FENCED.sub(" ", text)))
+    tokens = folded_words(_FENCED.sub(" ", text))
     grams = [tuple(tokens[i : i + 8]) for i in range(len(tokens) - 7)]
     counts, inside = Counter(grams), [False] * len(tokens)
     for i, gram in enumerate(grams):
