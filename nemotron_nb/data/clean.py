@@ -28,7 +28,7 @@ from ..viz import Picture, table
 KINDS = ("pretrain", "sft")
 PERSONAL = ("mask", "drop", "keep")
 
-
+# %% ../../nbs/data/29_clean.ipynb #66f09e85
 @dataclass(frozen=True)
 class Cleaning:
     """What is asked of each row."""
@@ -52,7 +52,9 @@ class Cleaning:
     def __post_init__(self) -> None:
         for name, known in (("kind", KINDS), ("personal", PERSONAL)):
             if getattr(self, name) not in known:
-                raise UserError(f"unknown value {getattr(self, name)!r}", where=name, fix=nearest(getattr(self, name), known))
+                raise UserError(
+                    f"unknown value {getattr(self, name)!r}", where=name, fix=nearest(getattr(self, name), known)
+                )
         for name in self.languages:
             if name not in LANGUAGES:
                 raise UserError(f"unknown language {name!r}", where="languages", fix=nearest(name, LANGUAGES))
@@ -60,7 +62,9 @@ class Cleaning:
             if name not in QUALITY_RULES:
                 raise UserError(f"unknown rule {name!r}", where="thresholds", fix=nearest(name, QUALITY_RULES))
             if not isinstance(bounds, Sequence) or len(bounds) != 2:
-                raise UserError(f"{name}: {bounds}", where="thresholds", fix="give [least, most], null for an open side")
+                raise UserError(
+                    f"{name}: {bounds}", where="thresholds", fix="give [least, most], null for an open side"
+                )
         Seen(self.near_threshold)
         Exam([], self.gram, self.fold_numbers, self.min_share)
 
@@ -80,7 +84,9 @@ class Spoken:
 
 def _text(message: Mapping[str, Any]) -> str:
     """Content and thought of a message, and the arguments of its calls."""
-    calls = [json.dumps(c.get("arguments", {}), ensure_ascii=False, sort_keys=True) for c in message.get("tool_calls", ())]
+    calls = [
+        json.dumps(c.get("arguments", {}), ensure_ascii=False, sort_keys=True) for c in message.get("tool_calls", ())
+    ]
     return "\n".join(filter(None, [message.get("reasoning_content") or "", message.get("content") or "", *calls]))
 
 
@@ -101,7 +107,9 @@ def spoken(
         return Spoken("\n".join(_text(m) for m in chat.messages if m["role"] != "system"), tuple(answers))
     text = row.get(cleaning.text_field) if isinstance(row, Mapping) else None
     if not isinstance(text, str) or not text.strip():
-        what = f"{cleaning.text_field!r} holds {type(text).__name__}" if not isinstance(text, str) else "white space alone"
+        what = (
+            f"{cleaning.text_field!r} holds {type(text).__name__}" if not isinstance(text, str) else "white space alone"
+        )
         return Reject(source, line, "no_text", what)
     return Spoken(text, (text,))
 
@@ -122,7 +130,9 @@ class Cleaner:
         return self._worth(said) or self._exposes(said) or self._contained(said) or self._repeated(said, name)
 
     def _repeated(self, said: Spoken, name: str) -> tuple[str, str] | None:
-        """Was it said before? Asked last, so that a row which is dropped for something else does not stand for later ones."""
+        """Was it said before? Asked last, so that a row which is dropped for something else does not stand for
+        later ones.
+        """
         c = self.cleaning
         earlier = self.seen.earlier(said.whole, name, c.near) if c.exact or c.near else None
         if earlier is None or (earlier[0] == "same_words" and not c.exact):
@@ -132,7 +142,11 @@ class Cleaner:
     def _contained(self, said: Spoken) -> tuple[str, str] | None:
         """Is a question of the exam in it?"""
         hit = self.exam.hit(said.whole) if self.exam.questions else None
-        return None if hit is None else ("contaminated", f"{hit[1]:.0%} of the question {self.exam.questions[hit[0]][:120]!r}")
+        return (
+            None
+            if hit is None
+            else ("contaminated", f"{hit[1]:.0%} of the question {self.exam.questions[hit[0]][:120]!r}")
+        )
 
     def _worth(self, said: Spoken) -> tuple[str, str] | None:
         """Is it in a language that is kept, and worth reading?"""
@@ -141,7 +155,9 @@ class Cleaner:
             code, sure = self.language(text) if c.languages else ("und", 0.0)
             if code != "und" and code not in c.languages:
                 return "language", f"{code}, sure to {sure:.2f}"
-            broken = broken_rule(text, "documents" if c.kind == "pretrain" else "chats", c.bounds) if c.quality else None
+            broken = (
+                broken_rule(text, "documents" if c.kind == "pretrain" else "chats", c.bounds) if c.quality else None
+            )
             if broken:
                 return broken[0], f"{broken[1]:.3g}: {QUALITY_RULES[broken[0]].says}"
         return None
@@ -212,15 +228,20 @@ def clean_rows(
 def _ledger(said: Sequence[Mapping[str, Any]], paths: Sequence[str | Path], cleaning: Cleaning) -> dict[str, Any]:
     """What became of the rows."""
     reasons = Counter(s["reason"] for s in said if "reason" in s)
-    shown = {r: [{k: s[k] for k in ("source", "line", "detail")} for s in said if s.get("reason") == r][: cleaning.examples] for r in reasons}
-    files = {str(path): {"rows": sum(s["source"] == str(path) for s in said), "digest": file_digest(path)} for path in paths}
+    shown = {
+        r: [{k: s[k] for k in ("source", "line", "detail")} for s in said if s.get("reason") == r][: cleaning.examples]
+        for r in reasons
+    }
+    files = {
+        str(path): {"rows": sum(s["source"] == str(path) for s in said), "digest": file_digest(path)} for path in paths
+    }
     return {
         "rows": len(said), "kept": len(said) - sum(reasons.values()), "dropped": dict(reasons.most_common()),
         "masked": {"rows": sum(s.get("masked", 0) > 0 for s in said), "places": sum(s.get("masked", 0) for s in said)},
         "examples": shown, "files": files, "settings": asdict(cleaning),
     }  # fmt: skip
 
-
+# %% ../../nbs/data/29_clean.ipynb #a595c322
 def clean(
     paths: Sequence[str | Path],  # files of rows, in any format that `nemotron_nb.data.files` knows
     cleaning: Cleaning,
@@ -229,14 +250,18 @@ def clean(
 ) -> dict[str, Any]:
     """Write kept.jsonl, dropped.jsonl and ledger.json; the ledger. `UserError` where nothing would be left."""
     if Path(output_dir).exists():
-        raise UserError("the folder exists already", where=str(output_dir), fix="give another one, results are never overwritten")
+        raise UserError(
+            "the folder exists already", where=str(output_dir), fix="give another one, results are never overwritten"
+        )
     said: list[dict[str, Any]] = []
     line = lambda value: json.dumps(value, ensure_ascii=False) + "\n"  # noqa: E731
     kept = "".join(line(row) for row in clean_rows(paths, cleaning, said.append, language))
     ledger = _ledger(said, paths, cleaning)
     if not ledger["kept"]:
         why = ", ".join(f"{n} {reason}" for reason, n in ledger["dropped"].items()) or "there are no rows"
-        raise UserError("no row would be left", where=str(paths[0]) if paths else "paths", why=why, fix="look at the settings")
+        raise UserError(
+            "no row would be left", where=str(paths[0]) if paths else "paths", why=why, fix="look at the settings"
+        )
     Path(output_dir).parent.mkdir(parents=True, exist_ok=True)
     partial = Path(output_dir).with_name(f".{Path(output_dir).name}.partial")
     partial.mkdir(exist_ok=True)
@@ -246,7 +271,7 @@ def clean(
     partial.rename(output_dir)
     return ledger
 
-
+# %% ../../nbs/data/29_clean.ipynb #84dce96a
 def cleaning_of(
     kind: str,  # "pretrain" or "sft"
     typed: Sequence[str],  # key=value
@@ -258,7 +283,12 @@ def cleaning_of(
     try:
         values = OmegaConf.to_container(OmegaConf.from_dotlist(list(typed)))
     except (OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"cannot be read: {' '.join(typed)}", where="command line", why=str(error).splitlines()[0], fix="write key=value") from error
+        raise UserError(
+            f"cannot be read: {' '.join(typed)}",
+            where="command line",
+            why=str(error).splitlines()[0],
+            fix="write key=value",
+        ) from error
     return from_mapping(Cleaning, {"kind": kind} | values, "command line")
 
 

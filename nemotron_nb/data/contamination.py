@@ -40,7 +40,10 @@ def shared_by_hand(
     gram: int = GRAM,
     fold_numbers: bool = True,
 ) -> float:
-    """Share of the stretches of a question that occur in a text. A question shorter than a stretch is one. The slow way."""
+    """Share of the stretches of a question that occur in a text. A question shorter than a stretch is one.
+
+    The slow way.
+    """
     q, t = folded_words(question, fold_numbers), folded_words(text, fold_numbers)
     size = min(gram, len(q))
     wanted = {tuple(q[i : i + size]) for i in range(len(q) - size + 1)}
@@ -50,7 +53,7 @@ def shared_by_hand(
 # %% ../../nbs/data/25_contamination.ipynb #8aef5f70
 SHORTEST = 5  # words of a question that is looked for
 
-
+# %% ../../nbs/data/25_contamination.ipynb #1f65c2ea
 @dataclass
 class Exam:
     """The questions of test sets, ready to be looked for."""
@@ -77,7 +80,10 @@ class Exam:
                 self._sizes[i] = len(numbers)
                 found.setdefault(min(self.gram, len(tokens)), []).append((numbers, i))
         for size, parts in found.items():
-            numbers, owners = np.concatenate([n for n, _ in parts]), np.repeat([i for _, i in parts], [len(n) for n, _ in parts])
+            numbers, owners = (
+                np.concatenate([n for n, _ in parts]),
+                np.repeat([i for _, i in parts], [len(n) for n, _ in parts]),
+            )
             order = np.argsort(numbers, kind="stable")
             self._numbers[size] = numbers[order], owners[order]
 

@@ -20,7 +20,10 @@ from .filters import words
 def same_words_key(
     text: str,
 ) -> bytes:
-    """16 bytes; equal for texts of the same words, whatever stands between them. A text without words counts as it is."""
+    """16 bytes; equal for texts of the same words, whatever stands between them.
+
+    A text without words counts as it is.
+    """
     found = words(text)
     return hashlib.sha256("\n".join(found).encode() if found else text.encode("utf-8", "replace")).digest()[:16]
 
@@ -79,7 +82,7 @@ def signature(
 # %% ../../nbs/data/24_duplicates.ipynb #7ebe79d3
 BANDS = 16
 
-
+# %% ../../nbs/data/24_duplicates.ipynb #3a5a41bf
 @dataclass
 class Seen:
     """The texts that were kept so far. The first of several that are nearly the same stays."""

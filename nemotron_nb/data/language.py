@@ -31,17 +31,17 @@ def scripts_of(
 # %% ../../nbs/data/26_language.ipynb #72bf1013
 _SMALL = {
     "en": "the of and to in is that it was for with as his on be at by this are from have not but which you they she",
-    "de": "der die und das ist nicht ein eine mit den von auf sich dem f\u00fcr als auch wird werden sind bei zu im ich wir",
+    "de": "der die und das ist nicht ein eine mit den von auf sich dem für als auch wird werden sind bei zu im ich wir",
     "fr": "le la les des est une dans que pas pour qui sur plus au avec ce sont nous vous par mais elle il du et",
-    "es": "el la los las que del una por con para est\u00e1 no se lo como m\u00e1s pero sus y es son este muy tambi\u00e9n",
-    "it": "il lo gli di che non una per con sono del della \u00e8 si nel anche come pi\u00f9 ma alla dei questo e le",
-    "pt": "o os uma que n\u00e3o do da em para com por mais dos como mas foi ao ele das tem \u00e0 seu sua ou ser s\u00e3o",
+    "es": "el la los las que del una por con para está no se lo como más pero sus y es son este muy también",
+    "it": "il lo gli di che non una per con sono del della è si nel anche come più ma alla dei questo e le",
+    "pt": "o os uma que não do da em para com por mais dos como mas foi ao ele das tem à seu sua ou ser são",
     "nl": "de het een van en niet dat op te zijn met voor aan er om dan ook bij maar nog wordt wat ik je",
-    "da": "og det er en til af p\u00e5 med der ikke jeg den har som et var vi kan skal eller efter blev",
-    "sv": "och att det \u00e4r en som p\u00e5 av f\u00f6r med inte jag har till den om ett var men han s\u00e5 kan",
-    "fi": "ja on ei se ett\u00e4 oli h\u00e4n mutta kun niin my\u00f6s tai ovat sen joka kuin olla mit\u00e4 minun n\u00e4in",
-    "pl": "i w nie na si\u0119 to jest z \u017ce do jak ale po co tak od ju\u017c za przez jego s\u0105 by\u0142o dla tym",
-    "cs": "a je se na v \u017ee to s z do o ale jako za by po si tak kter\u00e9 jsou nebo m\u00e1 jeho p\u0159i bylo",
+    "da": "og det er en til af på med der ikke jeg den har som et var vi kan skal eller efter blev",
+    "sv": "och att det är en som på av för med inte jag har till den om ett var men han så kan",
+    "fi": "ja on ei se että oli hän mutta kun niin myös tai ovat sen joka kuin olla mitä minun näin",
+    "pl": "i w nie na się to jest z że do jak ale po co tak od już za przez jego są było dla tym",
+    "cs": "a je se na v že to s z do o ale jako za by po si tak které jsou nebo má jeho při bylo",
 }  # fmt: skip
 SMALL_WORDS = {code: frozenset(text.split()) for code, text in _SMALL.items()}
 LANGUAGES = tuple(sorted({*SMALL_WORDS, *_SCRIPTS.values()} - {"latin"}))
@@ -59,7 +59,10 @@ def language_of(
     if name != "latin":
         return (name, share) if name in LANGUAGES and share > 0.5 else ("und", share)
     tokens = words(text[:_ENOUGH])
-    scores = sorted(((sum(t in small for t in tokens) / max(1, len(tokens)), code) for code, small in SMALL_WORDS.items()), reverse=True)
+    scores = sorted(
+        ((sum(t in small for t in tokens) / max(1, len(tokens)), code) for code, small in SMALL_WORDS.items()),
+        reverse=True,
+    )
     (best, code), (second, _) = scores[:2]
     if len(tokens) < _SHORT or best < _LEAST or best < _CLEAR * second:
         return "und", best

@@ -44,7 +44,7 @@ def _telephone(text: str) -> bool:
     digits = re.sub(r"\D", "", text)
     return 9 <= len(digits) <= 15 and "55501" not in digits and len(set(digits)) > 2
 
-
+# %% ../../nbs/data/27_personal.ipynb #0fed193a
 _KINDS: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
     "email": (
         re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{2,63}){1,4}(?![\w-])"),
@@ -61,7 +61,10 @@ _KINDS: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
     ),
     "social_security": (re.compile(r"(?<![\d-])(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\d-])"), lambda s: True),
     "telephone": (
-        re.compile(r"(?<![\w.+=*/-])(?:\+\d{1,3}[ .-]?)?(?:\(\d{2,4}\)[ .-]?|\d{2,4}[ .-])\d{2,8}(?:[ .-]\d{2,4}){1,3}(?![\w/*=-]|\.\d)"),
+        re.compile(
+            r"(?<![\w.+=*/-])(?:\+\d{1,3}[ .-]?)?(?:\(\d{2,4}\)[ .-]?|\d{2,4}[ .-])"
+            r"\d{2,8}(?:[ .-]\d{2,4}){1,3}(?![\w/*=-]|\.\d)"
+        ),
         _telephone,
     ),
     "address": (re.compile(r"(?<![\d.])(?:\d{1,3}\.){3}\d{1,3}(?![\d.])"), _public),

@@ -54,7 +54,9 @@ def repeated_line_share(text: str) -> float:
 
 
 def looped_share(text: str) -> float:
-    """Share of the words that lie in a stretch of eight that occurs more than once; numbers count as equal, code in fences does not count."""
+    """Share of the words that lie in a stretch of eight that occurs more than once; numbers count as equal, code
+    in fences does not count.
+    """
     tokens = folded_words(_FENCED.sub(" ", text))
     grams = [tuple(tokens[i : i + 8]) for i in range(len(tokens) - 7)]
     counts, inside = Counter(grams), [False] * len(tokens)
@@ -68,14 +70,16 @@ _RUN = re.compile(r"(.{1,8}?)\1{15,}", re.DOTALL)
 
 
 def run_share(text: str) -> float:
-    """Share of the characters in runs of one to eight that come sixteen times and more; lines and white space do not count."""
+    """Share of the characters in runs of one to eight that come sixteen times and more; lines and white space do
+    not count.
+    """
     runs = (m for m in _RUN.finditer(text[:100_000]) if re.search(r"\w", m.group(1)))
     return _share(sum(len(m.group()) for m in runs), min(len(text), 100_000))
 
 
 _BROKEN = re.compile("\u00c3[\u0080-\u00bf]|\u00e2\u20ac[\u2122\u0153\u009d\u201c\u201d]|\u00c2[\u00a0-\u00bf]|\ufffd")
 
-
+# %% ../../nbs/data/28_quality.ipynb #b723259b
 def broken_share(text: str) -> float:
     """Characters that were read in the wrong encoding, as a share of all."""
     return _share(sum(len(m.group()) for m in _BROKEN.finditer(text)), len(text))
@@ -103,7 +107,9 @@ class Rule:
 
 QUALITY_RULES: Mapping[str, Rule] = {
     "word_count": Rule(word_count, (20, 200_000), (1, None), "too short or too long to be a text"),
-    "mean_word_length": Rule(mean_word_length, (2.5, 12), (None, 40), "no words of any language, or strings of characters"),
+    "mean_word_length": Rule(
+        mean_word_length, (2.5, 12), (None, 40), "no words of any language, or strings of characters"
+    ),
     "symbol_share": Rule(symbol_share, (None, 0.25), (None, None), "more signs than text"),
     "list_line_share": Rule(list_line_share, (None, 0.9), (None, None), "a list and nothing else"),
     "repeated_line_share": Rule(repeated_line_share, (None, 0.3), (None, 0.5), "lines that stood there before"),
@@ -113,7 +119,7 @@ QUALITY_RULES: Mapping[str, Rule] = {
     "ends_open": Rule(ends_open, (None, None), (None, 0.5), "ends in the middle of a sentence"),
 }
 
-
+# %% ../../nbs/data/28_quality.ipynb #2eb54539
 def broken_rule(
     text: str,
     kind: str,  # "documents" or "chats"

@@ -47,11 +47,16 @@ def row_item(
     length: int,  # places in it
     multiple: int = 1,  # what the places of each sequence must be a multiple of
 ) -> dict[str, Any]:
-    """tokens, labels, loss_mask, position_ids int64 [T]; borders, the list of where sequences lie. `UserError` if they do not fit."""
+    """tokens, labels, loss_mask, position_ids int64 [T]; borders, the list of where sequences lie.
+
+    `UserError` if they do not fit.
+    """
     sizes = [-(-len(row) // multiple) * multiple for row in rows]
     borders = np.cumsum([0, *sizes, *([length - sum(sizes)] if sum(sizes) < length else [])])
     if borders[-1] != length:
-        raise UserError(f"{sum(sizes)} places in a row of {length}", where=rows[0].conversation_id, fix="give shorter samples")
+        raise UserError(
+            f"{sum(sizes)} places in a row of {length}", where=rows[0].conversation_id, fix="give shorter samples"
+        )
     names = ("tokens", "labels", "loss_mask", "position_ids")
     item: dict[str, Any] = {name: np.zeros(length, np.int64) for name in names}
     for row, begin in zip(rows, borders):
@@ -60,7 +65,7 @@ def row_item(
             item[name][here] = values
     return item | {"borders": borders.tolist(), "places": sum(map(len, rows))}
 
-
+# %% ../../nbs/megatron/11_pretrain.ipynb #41938a55
 def collate_rows(
     items: Sequence[dict[str, Any]],  # of row_item
 ) -> dict[str, Any]:
@@ -196,11 +201,13 @@ _WITHOUT_GPU = {
 
 
 def _held_out_values(held_out: int, batch: int, ranks: int) -> dict[str, int]:
-    """An evaluation that sees each of so many held-out rows once, and nothing more that counts; none where there are none."""
+    """An evaluation that sees each of so many held-out rows once, and nothing more that counts; none where there
+    are none.
+    """
     size = max(ranks, min(batch, held_out) // ranks * ranks)
     return {"validation.eval_global_batch_size": size, "validation.eval_iters": -(-held_out // size)}
 
-
+# %% ../../nbs/megatron/11_pretrain.ipynb #01c21244
 def build_config(
     run: MegatronConfig,  # its length in steps
     source: DocumentSource,
@@ -250,11 +257,14 @@ def check_place(
     was = json.loads(file.read_text()) if file.is_file() else known
     differing = [f"{k} {v!r}, here {known.get(k)!r}" for k, v in was.items() if known.get(k) != v]
     if differing:
-        what, why = f"the place in the data was counted with other settings: {'; '.join(differing)}", "samples would be seen twice, or never"
+        what, why = (
+            f"the place in the data was counted with other settings: {'; '.join(differing)}",
+            "samples would be seen twice, or never",
+        )
         raise UserError(what, where=str(file), why=why, fix="give data, seed, length and batch size that it began with")
     write_json(file, known)
 
-
+# %% ../../nbs/megatron/11_pretrain.ipynb #ce4c7760
 class GrowingRecorder(Recorder):
     """A listener that also tells Megatron-Core how the batch grows."""
 
@@ -268,8 +278,10 @@ class GrowingRecorder(Recorder):
         from megatron.core import num_microbatches_calculator as calculator
 
         config, known = context.state.cfg, calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR
-        ranks = known.micro_batch_times_data_parallel_size if hasattr(known, "micro_batch_times_data_parallel_size") else (
-            config.train.global_batch_size // known.get()
+        ranks = (
+            known.micro_batch_times_data_parallel_size
+            if hasattr(known, "micro_batch_times_data_parallel_size")
+            else (config.train.global_batch_size // known.get())
         )
         calculator.reconfigure_num_microbatches_calculator(
             rank=1, rampup_batch_size=None, global_batch_size=config.train.global_batch_size,
@@ -282,10 +294,15 @@ class GrowingRecorder(Recorder):
 def _counts(source: DocumentSource) -> dict[str, Any]:
     """How much there is to train on, in the words of a manifest of packs."""
     found = source.found
-    train = {"packs": len(found), "sequences": found.rows, "tokens": found.tokens, "trained_tokens": int(found.trained.sum())}
+    train = {
+        "packs": len(found),
+        "sequences": found.rows,
+        "tokens": found.tokens,
+        "trained_tokens": int(found.trained.sum()),
+    }
     return {"splits": {"train": train}}
 
-
+# %% ../../nbs/megatron/11_pretrain.ipynb #88deabe9
 def _pretrain(source: DocumentSource, run: MegatronConfig, stop: StopSignals) -> Recorder:
     """Megatron-Bridge's own `pretrain` with our configuration, rows, step and listener."""
     shared, rank = run.shared, int(os.environ["RANK"])
@@ -309,7 +326,10 @@ def train(
     run: MegatronConfig,
     stop: StopSignals | None = None,  # what asks the training to end, besides a file STOP in the output folder
 ) -> None:
-    """Pretrain with Megatron-Bridge on documents, and write what the PyTorch engine writes. Start it on every rank, or alone."""
+    """Pretrain with Megatron-Bridge on documents, and write what the PyTorch engine writes.
+
+    Start it on every rank, or alone.
+    """
     source = DocumentSource(run.shared)
     counted = run.shared.train.in_steps(len(source), source.size)
     run = replace(run, shared=replace(run.shared, train=counted))

@@ -27,7 +27,10 @@ def read_batch_schedule(
     text: str,  # e.g. "0:768 250B:1536 500B:3072", thresholds in tokens
     sequence_length: int,  # tokens of a sample
 ) -> list[tuple[int, int]]:
-    """[(samples read before, samples of a step from there on)], as Megatron-Core reads it. `UserError` for what is no schedule."""
+    """[(samples read before, samples of a step from there on)], as Megatron-Core reads it.
+
+    `UserError` for what is no schedule.
+    """
     fix = 'write it as "0:768 250B:1536 500B:3072": from so many tokens on, so many samples in a step'
     try:
         pairs = [entry.split(":") for entry in text.replace(",", " ").split()]

@@ -58,6 +58,9 @@ def holds_documents(
     if config.dataset.sequence_length and path.is_file() and not documents:
         what, fix = "the data is packs of chats, and a sample length is given", "prepare documents: data prep pretrain"
         raise UserError(what, where=f"{config.data_dir}: dataset.sequence_length", fix=fix)
+    if config.evaluation.needle_lengths and path.is_file() and not documents:
+        what, fix = "haystacks, and the data is packs of chats", "leave it out; haystacks are made of documents"
+        raise UserError(what, where="evaluation.needle_lengths", fix=fix)
     return documents
 
 # %% ../../nbs/train/24_command.ipynb #0f78d702

@@ -61,7 +61,9 @@ def average_training(
     config: TrainConfig,  # of a training that has come to its end
     source: Source,  # that it read
 ) -> list[int]:
-    """Write model_averaged/ and evaluation_averaged.json; the steps whose checkpoints are in the mean, none: it was not asked for, or is there."""
+    """Write model_averaged/ and evaluation_averaged.json; the steps whose checkpoints are in the mean, none: it
+    was not asked for, or is there.
+    """
     output, window = Path(config.output_dir), config.checkpoint.average_last
     if not window or (output / "model_averaged").is_dir() or not (output / "model").is_dir():
         return []

@@ -83,7 +83,9 @@ def needle_trials(
     trials: int = 4,  # of each length and depth
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """A row for each length and depth that fits: tokens, depth, trials, right, loss with the needle, loss without, in nats an answer."""
+    """A row for each length and depth that fits: tokens, depth, trials, right, loss with the needle, loss without,
+    in nats an answer.
+    """
     found = []
     for tokens in lengths:
         for depth in DEPTHS:
@@ -112,9 +114,13 @@ def needle_table(
         right = f"{sum(r['right'] for r in own)} of {sum(r['trials'] for r in own)}"
         shown.append((tokens, right, f"{np.mean([r['loss'] for r in own]):.2f}", gain))
     depths = ", ".join(f"{r['depth']:g}" for r in next(iter(by_length.values()), ()))
-    return table(shown, header=["tokens", "right", "loss of an answer", f"nats gained by the needle, at {depths}"], title="needles found")
+    return table(
+        shown,
+        header=["tokens", "right", "loss of an answer", f"nats gained by the needle, at {depths}"],
+        title="needles found",
+    )
 
-
+# %% ../../nbs/train/21_needle.ipynb #37b1c1b3
 def needle_picture(
     rows: Sequence[dict[str, Any]],  # of needle_trials
     trained: int = 0,  # tokens of a sample in training; 0: not drawn
@@ -126,7 +132,12 @@ def needle_picture(
     axes = figure.subplots()
     for depth in dict.fromkeys(row["depth"] for row in rows):
         own = [row for row in rows if row["depth"] == depth]
-        axes.plot([r["tokens"] for r in own], [r["loss_without"] - r["loss"] for r in own], "o-", label=f"needle at {depth:.0%}")
+        axes.plot(
+            [r["tokens"] for r in own],
+            [r["loss_without"] - r["loss"] for r in own],
+            "o-",
+            label=f"needle at {depth:.0%}",
+        )
     axes.axhline(0, color="#555555", linewidth=0.8)
     if trained:
         axes.axvline(trained, color="#555555", linestyle=":", linewidth=0.8)

@@ -153,9 +153,11 @@ def passes_table(
 
 def _read_of(reader: SequenceReader) -> Iterator[tuple[Mixture, list[str], np.ndarray]]:
     """(mixture, source of each of its files, tokens read of each) of every mixture that is read from its beginning."""
-    parts = [(reader.mixture, reader.names, int(reader.begins[-1]))] if not reader.lengths else [
-        (own.mixtures[0], own.names[0], own.curriculum.num_samples) for own in reader.lengths.readers.values()
-    ]
+    parts = (
+        [(reader.mixture, reader.names, int(reader.begins[-1]))]
+        if not reader.lengths
+        else [(own.mixtures[0], own.names[0], own.curriculum.num_samples) for own in reader.lengths.readers.values()]
+    )
     for mixture, names, last in parts:
         counts = np.bincount(mixture.blend.dataset[:last], minlength=len(names))
         yield mixture, names, counts * mixture.orders[0].sequence_length

@@ -284,7 +284,7 @@ class EvaluationSection:
     def __post_init__(self) -> None:
         check_section("evaluation", self)
         odd = [n for n in self.needle_lengths if isinstance(n, bool) or not isinstance(n, int) or n < 1]
-        _require(not odd, "evaluation.needle_lengths", f"{odd[:1]} is no length", "give numbers of tokens, e.g. [128, 512]")
+        _require(not odd, "evaluation.needle_lengths", f"{(odd or [0])[0]} is no length", "give numbers of tokens, e.g. [128, 512]")
 
 
 @dataclass(frozen=True)
@@ -439,7 +439,6 @@ class TrainConfig:
             _check_peft(self.peft, self.train.engine, int(self.megatron.get("model.tensor_model_parallel_size", 1)))
         if self.train.step_batch_size_schedule:
             _check_batch_schedule(self)
-        _require(not self.evaluation.needle_lengths or bool(self.dataset.sequence_length), "evaluation.needle_lengths", "haystacks, and the data is packs of chats", "leave it out; haystacks are made of documents")
         if self.train.train_iters:  # with epochs, the stages are compared with the length when the data is known
             StageSchedule.from_config(self.loss.stages).plan(self.train.train_iters)
 
