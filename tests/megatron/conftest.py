@@ -61,6 +61,11 @@ def _pretrain(root, name, ranks=1, steps=4, dataset=None, train=None, shared=Non
     return _train(root, name, ranks, data="documents", stages="token", steps=steps, shared=sections, documents=True, **{"batch": 4} | options)
 
 
+# Jobs of `pytest -m long`, with those that they are compared with.
+HEAVY = ("pre_tp_sp", "pre_pp", "pre_ep", "pre_read_on", "pre_lengths_cp", "pre_grown_dp", "pre_mtp", "pre_tiny", "pre_random")
+COMPARED = ("pre", "pre_reset", "pre_lengths", "pre_grown")
+
+
 def pretrainings(root):
     """The jobs on documents."""
     looked = {"evaluation": {"num_generations": 2, "max_new_tokens": 4}}
@@ -193,11 +198,20 @@ def root(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def results(root):
-    """Name of a job -> what it returned. All jobs run once, in a process that imports Megatron once."""
+def _wanted(root, marks):
+    """The jobs of this call of pytest, in order."""
     chosen = os.environ.get("MEGATRON_JOBS", "").split()  # for a closer look at some of them
-    wanted = [job for job in jobs(root) if not chosen or job["name"] in chosen]
+    if chosen:
+        return [job for job in jobs(root) if job["name"] in chosen]
+    if marks == "long":
+        return [job for job in jobs(root) if job["name"] in HEAVY + COMPARED]
+    return [job for job in jobs(root) if job["name"] not in HEAVY]
+
+
+@pytest.fixture(scope="session")
+def results(root, request):
+    """Name of a job -> what it returned. All jobs run once, in a process that imports Megatron once."""
+    wanted = _wanted(root, request.config.option.markexpr)
     (root / "jobs.json").write_text(json.dumps(wanted))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run([sys.executable, HERE / "zygote.py", root / "jobs.json", root / "results.json"], env=environment, capture_output=True, text=True, timeout=1800)
@@ -211,6 +225,8 @@ class Results(dict):
     def __missing__(self, name):
         if os.environ.get("MEGATRON_JOBS"):
             pytest.skip(f"the job {name} was not chosen")
+        if name in HEAVY:
+            pytest.skip(f"the job {name} belongs to pytest -m long")
         raise KeyError(f"no job {name}")
 
     def __getitem__(self, name):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LENGTH, PHASES, pretrainings
+from conftest import HEAVY, LENGTH, PHASES, pretrainings
 from precision import FACTOR
 from transformers import NemotronHForCausalLM
 
@@ -22,8 +22,8 @@ from nemotron_nb.train.sequences import SequenceReader
 from nemotron_nb.train.settings import DatasetSection, TrainConfig
 from nemotron_nb.train.torch_engine import train
 
-PARALLEL = ("pre_dp", "pre_tp_sp", "pre_pp", "pre_ep", "pre_cp")
-BOTH = ("pre", "pre_reset", "pre_lengths", "pre_grown", "pre_whole", "pre_tiny")
+PARALLEL = [pytest.param(name, marks=[pytest.mark.long] * (name in HEAVY)) for name in ("pre_dp", "pre_cp", "pre_tp_sp", "pre_pp", "pre_ep")]
+BOTH = [pytest.param(name, marks=[pytest.mark.long] * (name in HEAVY)) for name in ("pre", "pre_reset", "pre_lengths", "pre_grown", "pre_whole", "pre_tiny")]
 
 
 def of_kind(metrics, kind, *names):
@@ -109,14 +109,18 @@ def test_every_layout_trains_the_same_model(results, root, job):
     assert not found.missing and not found.extra and max(found.differing.values(), default=0) < 1e-4, found
 
 
-def test_lengths_and_growing_batches_do_not_depend_on_the_layout(results):
-    for job in ("pre_lengths_cp", "pre_grown_dp"):
-        alone = job.removesuffix("_cp").removesuffix("_dp")
-        assert np.array(results.curve(job)) == pytest.approx(np.array(results.curve(alone)), rel=5e-6)
+@pytest.mark.long
+@pytest.mark.parametrize("job, alone", [("pre_lengths_cp", "pre_lengths"), ("pre_grown_dp", "pre_grown")])
+def test_lengths_and_growing_batches_do_not_depend_on_the_layout(results, job, alone):
+    assert np.array(results.curve(job)) == pytest.approx(np.array(results.curve(alone)), rel=5e-6)
+
+
+def test_steps_are_as_long_and_as_large_as_asked(results):
     assert [line["conversations"] for line in results.lines("pre_lengths")] == [4, 16, 4, 16]
     assert [line["tokens"] for line in results.lines("pre_grown")] == [128, 128, 256, 256]
 
 
+@pytest.mark.long
 def test_documents_of_a_row_are_told_apart(results):
     assert abs(results.curve("pre_read_on")[0][0] - results.curve("pre_reset")[0][0]) > 1e-4
     assert results.curve("pre_read_on")[0] == pytest.approx(results.curve("pre")[0], rel=1e-6)
@@ -154,10 +158,15 @@ def test_a_run_that_goes_on_keeps_its_length(results, root):
 def test_the_recipe_of_super_pretrains(results, root):
     half, full = results.curve("pre_super"), results.curve("pre")
     assert half[0][0] != full[0][0] and half[0][0] == pytest.approx(full[0][0], rel=1e-3)
-    assert any(name.startswith("mtp.") for name in audit(root / "model_mtp", root / "pre_mtp" / "model").differing)
+
+
+@pytest.mark.long
+def test_further_predictions_are_pretrained(results, root):
     assert results.curve("pre_mtp")[0][1] > 0
+    assert any(name.startswith("mtp.") for name in audit(root / "model_mtp", root / "pre_mtp" / "model").differing)
 
 
+@pytest.mark.long
 def test_a_model_that_is_named_begins_at_random(results, root):
     """Its sizes count, and its weights do not."""
     loss, other = results.curve("pre_random")[0][0], results.curve("pre")[0][0]
