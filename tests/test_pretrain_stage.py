@@ -38,7 +38,8 @@ from nemotron_nb.train.lr import learning_rate
 from nemotron_nb.train.model import build_model
 from nemotron_nb.train.sequences import SequenceReader, held_out_samples
 from nemotron_nb.train.settings import DatasetSection, ModelConfig, TrainConfig
-from nemotron_nb.train.torch_engine import train
+from nemotron_nb.train.checkpoint import Checkpoints
+from nemotron_nb.train.torch_engine import build_learner, train
 
 TINY = load_tokenizer("tiny")
 SMALL = {"pattern": "ME*", "hidden_size": 32, "attention_heads": 2, "mamba_heads": 2, "experts": 2, "expert_size": 16}
@@ -342,8 +343,10 @@ def test_the_metrics_are_those_of_a_fine_tuning(documents, tmp_path):
     ({"dataset": {"sequence_length": 32, "phases": [{"weights": {"c": 1.0}}]}}, "there are no files of the source 'c'"),
     ({"dataset": {"sequence_length": 32, "phases": [{"weights": {"a": 1.0}, "until_step": 99}, {"weights": {"b": 1.0}}]}}, "ends at step 99"),
     ({"scheduler": {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 9}}, "9 steps of decay in 8"),
-    ({"train": {"train_iters": 8, "engine": "megatron"}}, "not wired up here"),
-], ids=["no length", "no sample", "no source", "no step", "no way down", "no engine"])  # fmt: skip
+    ({"train": {"train_iters": 8, "global_batch_size": 4, "step_batch_size_schedule": "0:2 64:3"}}, "the last size is 3"),
+    ({"dataset": {"sequence_length": 32, "mixed_lengths": [{"tokens": 32, "share": 1.0}, {"tokens": 5, "share": 1.0}]}}, "no multiple of"),
+    ({"checkpoint": {"save_interval": 4, "average_last": 4}}, "a window of 4 steps, and a checkpoint every 4"),
+], ids=["no length", "no sample", "no source", "no step", "no way down", "no growth", "no lengths", "no mean"])  # fmt: skip
 def test_what_cannot_be_trained_is_refused_and_nothing_is_written(documents, tmp_path, sections, said):
     with pytest.raises(UserError, match=said):
         train_any(config_of(documents.folder, tmp_path / "out", **sections))
@@ -486,7 +489,9 @@ def test_bad_input_is_refused_by_name_and_nothing_half_written(home, typed, said
     (["-c", "tiny", "data.path="], "no documents are given"),
     (["-c", "tiny", "checkpoint.load=/no/such"], "there is no such checkpoint"),
     (["-c", "tiny", "--art.data", "DataBlendsArtifact-pretrain:v7"], "DataBlendsArtifact-pretrain"),
-    (["data.path=docs.jsonl"], "pretraining with Megatron-Bridge is not wired up here"),
+    (["-c", "tiny", "evaluation.needle_lengths=[0]"], "0 is no length"),
+    (["-c", "tiny", "checkpoint.average_last=20", "checkpoint.save_interval=5", "checkpoint.keep_top_k=2"], "only some are kept"),
+    (["-c", "tiny", "train.step_batch_size_schedule='0:8'", "train.epochs=1", "train.train_iters=0"], "a batch that grows, and a length in epochs"),
     (["-c", "tiny", "train.train_iter=3"], "did you mean 'train.train_iters'"),
 ], ids=lambda x: x[-1][:40] if isinstance(x, list) else "")  # fmt: skip
 def test_a_run_that_cannot_be_is_refused_before_there_is_a_folder(home, typed, said):
@@ -592,6 +597,85 @@ def test_the_newest_documents_are_taken_where_none_are_named(home):
     other = pretrain_config("nano3", "default", ["train.engine=torch"])
     assert not other.settings.run.data and "it is not taken" in other.notes[0], "made with another tokenizer"
     assert pretrain_config("nano3", "tiny").settings.data.path == "world"
+
+
+# ---- batches that grow, several lengths, means of checkpoints, needles
+
+
+def in_a_row(reader, steps):
+    return np.concatenate([row.tokens for step in range(steps) for row in reader.batch(step).rows])
+
+
+def test_a_batch_that_grows_reads_the_same_samples_in_other_portions(documents):
+    plan, length = "0:1 96:3 320:4", 32
+    reader = SequenceReader(documents, DatasetSection(length), 8, 4, 5, batch_schedule=plan)
+    sizes = [len(reader.batch(step).rows) for step in range(8)]
+    assert sizes == [1, 1, 1, 3, 3, 3, 4, 4]
+    mixture = Mixture(documents.prefixes("train"), sum(sizes), length, 5)
+    assert in_a_row(reader, 8).tolist() == np.concatenate([mixture[i].tokens for i in range(sum(sizes))]).tolist()
+    phases = [{"weights": {"a": 1.0}, "until_tokens": 6 * length}, {"weights": {"b": 1.0}}]
+    dataset = from_mapping(DatasetSection, {"sequence_length": length, "phases": phases})
+    grown = SequenceReader(documents, dataset, 8, 4, 5, batch_schedule=plan)
+    assert [set(grown.samples(step)[1]) for step in range(8)] == [{"a"}] * 4 + [{"b"}] * 4
+    assert [len(grown.batch(step).rows) for step in range(8)] == sizes
+
+
+def test_a_warm_up_in_samples_counts_what_is_read():
+    config = config_of("d", "o", optimizer={"lr": 1.0}, train={"train_iters": 20, "global_batch_size": 4, "step_batch_size_schedule": "0:1 96:4"},
+                       scheduler={"lr_warmup_samples": 7})  # fmt: skip
+    assert [round(learning_rate(step, config), 6) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]  # 1, 1, 1 and 4 samples: four steps
+
+
+def test_steps_of_several_lengths_hold_the_same_tokens(documents):
+    lengths = [{"tokens": 64, "share": 1.0}, {"tokens": 16, "share": 3.0}]
+    dataset = from_mapping(DatasetSection, {"sequence_length": 64, "mixed_lengths": lengths})
+    reader = SequenceReader(documents, dataset, 8, 2, 3)
+    assert sorted(reader.length_of(step) for step in range(8)) == [16] * 6 + [64] * 2
+    for step in range(8):
+        batch = reader.batch(step)
+        assert batch.denominators.tokens == 128 and {len(row) for row in batch.rows} == {reader.length_of(step)}
+    again = SequenceReader(documents, dataset, 8, 2, 3)
+    assert all(np.array_equal(again.batch(step).rows[0].tokens, reader.batch(step).rows[0].tokens) for step in (7, 2))
+
+
+def test_a_run_leaves_the_mean_of_its_last_checkpoints(documents, tmp_path, capsys):
+    config = config_of(documents.folder, tmp_path / "out", checkpoint={"save_interval": 2, "average_last": 5},
+                       evaluation={"num_generations": 1, "max_new_tokens": 2, "needle_lengths": [40]})  # fmt: skip
+    train_any(config)
+    assert "mean of the checkpoints of steps 4, 6, 8" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "evaluation_averaged.json").read_text())
+    assert found["averaged"] == [4, 6, 8] and found["needles"][0]["tokens"] == 40
+    learner = build_learner(config, TINY.vocab_size)
+    store, total = Checkpoints(tmp_path / "out" / "checkpoints", made_for=DocumentSource(config).made_for), 0
+    for checkpoint in store.all()[-3:]:
+        store.load_weights(checkpoint, learner)
+        total = total + learner.base.lm_head.weight.detach().double()
+    mean = build_model(ModelConfig(name=str(tmp_path / "out" / "model_averaged")), TINY.vocab_size).lm_head.weight
+    assert torch.equal(mean.detach(), (total / 3).float())
+
+
+@pytest.mark.long
+def test_a_signal_ends_a_pretraining_in_words_and_it_goes_on(home):
+    """kill: the training writes a checkpoint, the status says preempted, and the line that resumes is printed; each step once."""
+    typed = [x for x in TYPED if not x.startswith(("train.train_iters", "train.eval", "checkpoint"))]
+    words = ["nano3", "pretrain", "-c", "tiny", *typed, "train.train_iters=200", "evaluation.needle_lengths=[]"]
+    command = subprocess.Popen([NEMOTRON, *words], cwd=home, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 900
+    while not any('"step": 4,' in path.read_text() for path in home.glob("output/nano3/pretrain/*/metrics.jsonl")):
+        assert time.monotonic() < deadline and command.poll() is None
+        time.sleep(0.05)
+    command.send_signal(signal.SIGTERM)
+    said = command.communicate(timeout=600)[0]
+    (run,) = home.glob("output/nano3/pretrain/*")
+    assert command.returncode == 128 + signal.SIGTERM, said
+    assert f"Go on with: nemotron nano3 pretrain --resume output/nano3/pretrain/{run.name}" in said
+    assert json.loads((run / "status.json").read_text())["state"] == "preempted" and not (run / "model").exists()
+    done = run_command(home, "nano3", "pretrain", "--resume", str(run))
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert [a["state"] for a in json.loads((run / "status.json").read_text())["attempts"]] == ["preempted", "done"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 201))
+    assert "arc_challenge" in (run / "harness.sh").read_text() and str(run / "model") in (run / "harness.sh").read_text()
 
 
 def test_a_training_process_without_a_notebook(documents, tmp_path, capsys):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'set_value', 'precision_values', 'model_values', 'bridge_values', 'check_shared', 'MegatronConfig',
-           'dataset_of', 'layout_multiple', 'check_layout', 'own_schedule', 'evaluation_values', 'build_config',
-           'balance_of', 'check_packs', 'train', 'export_hf']
+           'dataset_of', 'layout_multiple', 'check_layout', 'own_schedule', 'engine_values', 'evaluation_values',
+           'build_config', 'balance_of', 'check_packs', 'begin_record', 'train', 'train_with', 'export_hf']
 
 # %% ../../nbs/megatron/09_engine.ipynb #a6cb0d68
 import dataclasses
@@ -17,7 +17,7 @@ import socket
 import time
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -50,6 +50,7 @@ from .recorder import METRICS, STOP, Recorder, append_line
 from .step import TwoStageStep
 from ..train.settings import TrainConfig
 from ..train.lr import learning_rate
+from ..train.torch_engine import Source
 
 # %% ../../nbs/megatron/09_engine.ipynb #35788c39
 def _fits(value: Any, kind: Any) -> bool:
@@ -250,6 +251,12 @@ def check_shared(
     )
     _require(not t.compile, "train.compile", "Megatron brings its own fused kernels", fix)
     _require(t.bad_step == "stop", "train.bad_step", "Megatron stops at a loss that is no number, and skips none", fix)
+    _require(
+        not config.checkpoint.average_last,
+        "checkpoint.average_last",
+        "the mean of checkpoints is made of those of the PyTorch engine",
+        "export the checkpoints with nemotron_nb.megatron.engine.export_hf and average the folders",
+    )
     _require(not t.spike_factor, "train.spike_factor", "Megatron does not look for spikes in our sense", fix)
     _require(
         not config.checkpoint.keep_top_k,
@@ -408,7 +415,7 @@ def check_layout(
         "gradients are sums that are divided once, by the number of the global batch",
     )
     _require(
-        (config.dataset.dataset_kwargs or {}).get("answer_only_loss", True),
+        (getattr(config.dataset, "dataset_kwargs", None) or {}).get("answer_only_loss", True),
         "dataset.dataset_kwargs.answer_only_loss",
         "it is not set",
         "the mask of the packs would be ignored",
@@ -492,7 +499,7 @@ def _peft_values(run: MegatronConfig) -> dict[str, Any]:
     )
 
 # %% ../../nbs/megatron/09_engine.ipynb #1f4e578e
-def _engine_values(run: MegatronConfig, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def engine_values(run: MegatronConfig, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What this engine needs, whatever the recipe says; then the shared settings."""
     shared, tokenizer = (
         run.shared,
@@ -552,7 +559,7 @@ def build_config(
     config.dataset = dataset_of(
         run.shared.data_dir, manifest["pack_size"], 1, run.shared.train.seed, installed_version("megatron-bridge")
     )
-    for name, value in (_engine_values(run, manifest.values) | dict(run.overrides)).items():
+    for name, value in (engine_values(run, manifest.values) | dict(run.overrides)).items():
         set_value(config, name, value)
     for name, value in evaluation_values(
         manifest["splits"].get("valid", {"packs": 0})["packs"],
@@ -643,18 +650,16 @@ def _wait_for(file: Path, minutes: float = 60) -> None:
         time.sleep(0.2)
 
 # %% ../../nbs/megatron/09_engine.ipynb #d0c253f4
-def _prepare(run: MegatronConfig, ready: Path) -> None:
+def _prepare(run: MegatronConfig, ready: Path, source: Source | None) -> None:
     """What the first process does before any training: the model to begin with, and a look at it."""
     Path(run.shared.output_dir).mkdir(parents=True, exist_ok=True)
     start = write_start(run.shared)
-    examine(run.shared, "before", start, 0)
+    examine(run.shared, "before", start, 0, source)
     write_atomic(ready, "\n")
 
 # %% ../../nbs/megatron/09_engine.ipynb #1933094b
-def _begin_record(run: MegatronConfig, config: Any, manifest: Mapping[str, Any], step: TwoStageStep) -> None:
-    """Check the packs, say what is about to happen, and begin metrics.jsonl unless the run goes on."""
-    for split, check in check_packs(config, run.shared.data_dir).items():
-        print(f"{split}: {check}")
+def begin_record(run: MegatronConfig, config: Any, manifest: Mapping[str, Any], step: TwoStageStep) -> None:
+    """Say what is about to happen, and begin metrics.jsonl unless the run goes on."""
     if not config.validation.eval_iters:
         print("no held-out loss: fewer held-out packs than data-parallel ranks", flush=True)
     line, output = _start_line(run, config, manifest), Path(run.shared.output_dir)
@@ -724,7 +729,9 @@ def _finetune(run: MegatronConfig, stop: StopSignals) -> Recorder:
     )
     rate = partial(learning_rate, config=timed) if own_schedule(run.overrides, schedule) else None
     if rank == 0:
-        _begin_record(run, config, manifest, step)
+        for split, check in check_packs(config, run.shared.data_dir).items():
+            print(f"{split}: {check}")
+        begin_record(run, config, manifest, step)
     recorder = Recorder(
         run.shared.output_dir,
         step,
@@ -754,7 +761,16 @@ def train(
     """Train with Megatron-Bridge: metrics.jsonl, checkpoints/, evaluation_*.json and model/ are written to the
     output folder. Start it on every rank, as torchrun does, or alone.
     """
-    run = _in_steps(run)
+    train_with(_in_steps(run), stop or StopSignals(), _finetune)
+
+
+def train_with(
+    run: MegatronConfig,  # its length in steps
+    stop: StopSignals,
+    trainer: Callable[[MegatronConfig, StopSignals], Recorder],  # what hands the run to Megatron-Bridge
+    source: Source | None = None,  # what is held out, and how it is looked at; None: the packs of the data
+) -> None:
+    """All that is around a training by Megatron-Bridge: the lock, the model it begins with, the looks, the last lines."""
     check_shared(run.shared)
     (check_standins if run.cpu_standins else require_megatron)()
     _lone_process()
@@ -762,22 +778,22 @@ def train(
     ready = output / ".ready"
     with locked_folder(output) if first else nullcontext():
         if first:
-            _prepare(run, ready)
+            _prepare(run, ready, source)
         _wait_for(ready)
         with on_cpu(run.cpu_standins):
-            recorder = _finetune(run, stop or StopSignals())
+            recorder = trainer(run, stop)
         if first:
-            _end(run, recorder, began)
+            _end(run, recorder, began, source)
 
 # %% ../../nbs/megatron/09_engine.ipynb #125fd0bf
-def _end(run: MegatronConfig, recorder: Recorder, began: float) -> None:
+def _end(run: MegatronConfig, recorder: Recorder, began: float, source: Source | None) -> None:
     """The last lines, and the look at the trained model. One process calls it."""
     output = Path(run.shared.output_dir)
     if recorder.paused:
         append_line(output, {"kind": "paused", "step": recorder.done})
         return
     if (output / "model").is_dir():
-        examine(run.shared, "after", output / "model", recorder.done)
+        examine(run.shared, "after", output / "model", recorder.done, source)
     append_line(output, {"kind": "end", "steps": recorder.done, "seconds": time.perf_counter() - began})
 
 # %% ../../nbs/megatron/09_engine.ipynb #169f43e9

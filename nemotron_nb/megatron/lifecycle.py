@@ -12,13 +12,13 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..core import UserError, write_json
 from ..data.shards import read_packs
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import ChatTokenizer, load_tokenizer
 from ..train.checkpoint import export_hf
 from ..train.evaluate import evaluate
 from ..train.objective import make_mtp, mtp_tensors
@@ -27,6 +27,9 @@ from ..train.release import release_folder, shapes
 from ..train.model import build_model, checkpoint_folder
 from ..train.settings import TINY, ModelConfig, TrainConfig
 from ..train.tensor_files import give_usual_rights
+
+if TYPE_CHECKING:
+    from nemotron_nb.train.torch_engine import Source
 
 # %% ../../nbs/megatron/06_lifecycle.ipynb #157c4ba0
 START = "model_at_start"
@@ -100,11 +103,27 @@ def room_for(
     return needed < free
 
 # %% ../../nbs/megatron/06_lifecycle.ipynb #7c1c1434
+def _looked_at(config: TrainConfig, model: Any, tokenizer: ChatTokenizer, step: int) -> tuple[dict[str, Any], str]:
+    """(what a model makes of the held-out packs, in words)."""
+    e, held_out = config.evaluation, read_packs(Path(config.data_dir) / "splits" / "valid")
+    cap = config.train.micro_batch_tokens
+    found = evaluate(model, held_out, tokenizer, step, e.num_generations, e.max_new_tokens, cap)
+    formed = f"{found['well_formed_rate']:.0%} of {found['num_generations']} generations well formed"
+    return found, f"held-out loss {found['loss_token']:.3f}, {formed}"
+
+
+def _asked(source: "Source", model: Any, step: int) -> tuple[dict[str, Any], str]:
+    """(what a model makes of what a source holds out, in words)."""
+    found = source.examine(model, step)
+    return found, source.in_words(found)
+
+
 def examine(
     config: TrainConfig,
     name: str,  # "before" or "after"
     folder: Path,  # a model in Hugging Face form
     step: int,  # optimizer steps done
+    source: "Source | None" = None,  # what is held out, and how it is looked at; None: the packs of the data
 ) -> None:
     """Write evaluation_NAME.json, unless it is there from an earlier start. One process calls it."""
     file, e = Path(config.output_dir) / f"evaluation_{name}.json", config.evaluation
@@ -113,27 +132,18 @@ def examine(
     if not room_for(folder):
         print(f"{name}: not looked at, the model does not fit in one process", flush=True)
         return
-    if not any((Path(config.data_dir) / "splits" / "valid").glob("*.parquet")):
+    if source is None and not any((Path(config.data_dir) / "splits" / "valid").glob("*.parquet")):
         print(f"{name}: not looked at, there are no held-out packs", flush=True)
         return
-    tokenizer, held_out = (
-        load_tokenizer(str(Path(config.data_dir) / "tokenizer")),
-        read_packs(Path(config.data_dir) / "splits" / "valid"),
-    )
+    tokenizer = load_tokenizer(str(Path(config.data_dir) / "tokenizer"))
     model = (
         build_model(ModelConfig(name=str(folder)), tokenizer.vocab_size)
         .to("cuda" if torch.cuda.is_available() else "cpu")
         .eval()
     )
-    found = evaluate(
-        model, held_out, tokenizer, step, e.num_generations, e.max_new_tokens, config.train.micro_batch_tokens
-    )
+    found, said = _looked_at(config, model, tokenizer, step) if source is None else _asked(source, model, step)
     write_json(file, found)
-    print(
-        f"{name}: held-out loss {found['loss_token']:.3f}, {found['well_formed_rate']:.0%} of "
-        f"{found['num_generations']} generations well formed",
-        flush=True,
-    )
+    print(f"{name}: {said}", flush=True)
     del model
     gc.collect()
     if torch.cuda.is_available():

@@ -119,11 +119,13 @@ def names_of(
 
 # %% ../../nbs/megatron/01_versions.ipynb #2bc9429e
 _PLACE = "megatron.bridge.recipes.nemotronh"
+_KINDS = {"sft": ("sft", "finetune"), "pretrain": ("pretrain",)}  # names of the release, then of the containers
 RECIPES = {
-    # of the release, of the containers
-    family: tuple(f"{_PLACE}.{family}_{kind}_config" for kind in ("sft", "finetune"))
+    (family, kind): tuple(f"{_PLACE}.{family}_{name}_config" for name in names)
     for family in ("nemotron_3_nano", "nemotron_3_super")
+    for kind, names in _KINDS.items()
 }
+_FAMILIES = tuple(dict.fromkeys(family for family, _ in RECIPES))
 
 # %% ../../nbs/megatron/01_versions.ipynb #97376fe2
 def dotted(
@@ -136,16 +138,17 @@ def dotted(
 # %% ../../nbs/megatron/01_versions.ipynb #f6a26d47
 def recipe_function(
     name: str,  # "nemotron_3_nano", "nemotron_3_super", or a dotted name
+    kind: str = "sft",  # or "pretrain"
 ) -> Callable[..., Any]:
     """The function that makes the configuration; `UserError` if there is none of that name."""
-    if name not in RECIPES and "." not in name:
+    if name not in _FAMILIES and "." not in name:
         raise UserError(
             f"unknown recipe {name!r}",
             where="recipe._target_",
-            fix=f"{nearest(name, RECIPES)}, or give a dotted name of a function",
+            fix=f"{nearest(name, _FAMILIES)}, or give a dotted name of a function",
         )
     errors = []
-    for candidate in RECIPES.get(name, (name,)):
+    for candidate in RECIPES.get((name, kind), (name,)):
         try:
             return dotted(candidate)
         except (ImportError, AttributeError) as error:
@@ -157,10 +160,15 @@ def recipe_function(
     )
 
 # %% ../../nbs/megatron/01_versions.ipynb #3ed9b21c
-def _hub_names(function: Callable[..., Any]) -> dict[str, str]:
-    """The constants of a recipe's module that hold a model's name on the hub."""
-    found = vars(sys.modules[function.__module__])
-    return {name: value for name, value in found.items() if name.endswith("MODEL_ID") and isinstance(value, str)}
+def _hub_names(function: Callable[..., Any]) -> list[tuple[Any, str, str]]:
+    """(module, name, value) of the constants of a recipe that hold a model's name on the hub.
+
+    A recipe may be a name for that of another module, which is called alike.
+    """
+    last = function.__module__.rpartition(".")[2]
+    alike = [m for name, m in list(sys.modules.items()) if name.rpartition(".")[2] == last]
+    found = [(m, name, value) for m in alike for name, value in vars(m).items() if name.endswith("MODEL_ID")]
+    return [(m, name, value) for m, name, value in found if isinstance(value, str)]
 
 # %% ../../nbs/megatron/01_versions.ipynb #f7a0a33c
 @contextmanager
@@ -169,7 +177,7 @@ def local_model(
     folder: str | Path,  # a model in Hugging Face form; empty: nothing is replaced
 ) -> Iterator[None]:
     """While the block runs, the recipe finds its model in a local folder."""
-    module, names = sys.modules[function.__module__], _hub_names(function) if str(folder) else {}
+    names = _hub_names(function) if str(folder) else []
     if names and not (Path(folder) / "config.json").is_file():
         raise UserError(
             "no config.json here",
@@ -178,10 +186,12 @@ def local_model(
             fix="give a folder in Hugging Face form",
         )
     try:
-        vars(module).update(dict.fromkeys(names, str(folder)))
+        for module, name, _ in names:
+            setattr(module, name, str(folder))
         yield
     finally:
-        vars(module).update(names)
+        for module, name, value in names:
+            setattr(module, name, value)
 
 # %% ../../nbs/megatron/01_versions.ipynb #4bf430a6
 def order_table(

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from ..core import digest
-from ..pretrain.curriculum import Curriculum, CurriculumReader, shares_table
+from ..pretrain.batch_size import read_batch_schedule, sample_begins
+from ..pretrain.curriculum import Curriculum, CurriculumReader, LongContext, LongContextReader, shares_table
 from ..pretrain.documents import DocumentsManifest
 from ..pretrain.indexed import IndexedReader
 from ..pretrain.order import Mixture, SampleBatch, read_batch
@@ -50,7 +51,26 @@ def files_of(
         files.setdefault(shard["dataset"], []).append(manifest.folder / shard["name"])
     return files
 
+# %% ../../nbs/train/20_sequences.ipynb #93dc0ff9
+def _of_lengths(
+    manifest: DocumentsManifest, dataset: DatasetSection, steps: int, batch_size: int, seed: int, vocab_size: int | None
+) -> LongContextReader:
+    """The reader of a training whose steps have several lengths; the shares are those of its phase, or of the data."""
+    per_step = batch_size * dataset.sequence_length
+    lengths = {entry.tokens: entry.share for entry in dataset.mixed_lengths}
+    weights = dataset.phases[0].weights if dataset.phases else _shares_of(manifest)
+    phase = LongContext(lengths, steps * per_step, per_step, dict(weights))
+    return LongContextReader(phase, files_of(manifest), seed, vocab_size=vocab_size)
 
+
+def _shares_of(manifest: DocumentsManifest) -> dict[str, float]:
+    """Source -> weight, as the data is blended."""
+    found: dict[str, float] = {}
+    for shard, (weight, _) in zip(manifest.shards("train"), manifest.prefixes("train"), strict=True):
+        found[shard["dataset"]] = found.get(shard["dataset"], 0.0) + weight
+    return found
+
+# %% ../../nbs/train/20_sequences.ipynb #fa218670
 class SequenceReader:
     """The samples of each step of a training, in Megatron's order."""
 
@@ -62,29 +82,54 @@ class SequenceReader:
         batch_size: int,  # samples of a step
         seed: int,
         vocab_size: int | None = None,  # of the model; if given, all ids are compared with it
+        batch_schedule: str = "",  # a batch that grows: see read_batch_schedule
     ):
-        self.dataset, self.steps, self.batch_size = dataset, steps, batch_size
+        self.dataset, self.steps, self.batch_size, length = dataset, steps, batch_size, dataset.sequence_length
+        plan = read_batch_schedule(batch_schedule, length) if batch_schedule else [(0, batch_size)]
+        self.begins = sample_begins(plan, steps)  # samples before each step, and in all
         self.names = [shard["dataset"] for shard in manifest.shards("train")]  # of the files of the mixture
-        shape = dataset.sequence_length, seed, False, vocab_size
-        if dataset.phases:
-            curriculum = Curriculum(list(dataset.phases), steps, batch_size, dataset.sequence_length)
+        self.curriculum = self.lengths = None
+        if dataset.mixed_lengths:
+            self.lengths = _of_lengths(manifest, dataset, steps, batch_size, seed, vocab_size)
+        elif dataset.phases:
+            curriculum = Curriculum(list(dataset.phases), steps, batch_size, length, batch_schedule)
             self.curriculum = CurriculumReader(curriculum, files_of(manifest), seed, vocab_size=vocab_size)
         else:
-            self.curriculum, self.mixture = None, Mixture(manifest.prefixes("train"), steps * batch_size, *shape)
+            shape = int(self.begins[-1]), length, seed, False, vocab_size
+            self.mixture = Mixture(manifest.prefixes("train"), *shape)
 
-    def samples(self, step: int) -> tuple[SampleBatch, list[str]]:
-        """The samples of a step, and the source of each."""
+    def place(self, step: int) -> tuple[Mixture, list[str], range]:
+        """What a step reads: the mixture, the source of each of its files, the numbers of the samples."""
+        if self.lengths:
+            own, number = self.lengths.readers[self.length_of(step)], int(self.lengths.numbers[step])
+            size = own.curriculum.batch_size
+            return own.mixtures[0], own.names[0], range(number * size, (number + 1) * size)
+        numbers = range(int(self.begins[step]), int(self.begins[step + 1]))
         if not self.curriculum:
-            batch = read_batch(self.mixture, range(step * self.batch_size, (step + 1) * self.batch_size))
-            return batch, [self.names[k] for k in batch.datasets.tolist()]
-        batch, names = self.curriculum[step], self.curriculum.names[self.curriculum.phase_of(step)]
+            return self.mixture, self.names, numbers
+        phase = self.curriculum.phase_of(step)
+        return self.curriculum.mixtures[phase], self.curriculum.names[phase], numbers
+
+    def length_of(self, step: int) -> int:
+        """Tokens of a sample of a step."""
+        return int(self.lengths.lengths[step]) if self.lengths else self.dataset.sequence_length
+
+    def samples(self, step: int, part: slice = slice(None)) -> tuple[SampleBatch, list[str]]:
+        """The samples of a step, or a part of them, and the source of each."""
+        mixture, names, numbers = self.place(step)
+        batch = read_batch(mixture, numbers[part])
         return batch, [names[k] for k in batch.datasets.tolist()]
+
+    def rows(self, step: int, part: slice = slice(None)) -> list[Row]:
+        """The rows of a step, or of a part of its samples."""
+        samples, sources = self.samples(step, part)
+        first = int(self.begins[step]) + (part.start or 0)
+        names = [f"sample {first + i} ({source})" for i, source in enumerate(sources)]
+        return rows_of_samples(samples, names, sources, self.dataset.reset_documents)
 
     def batch(self, step: int) -> GlobalBatch:
         """The rows of a step, with one denominator: the labels of all its samples."""
-        samples, sources = self.samples(step)
-        names = [f"sample {step * self.batch_size + i} ({source})" for i, source in enumerate(sources)]
-        return batch_of_rows(rows_of_samples(samples, names, sources, self.dataset.reset_documents))
+        return batch_of_rows(self.rows(step))
 
 # %% ../../nbs/train/20_sequences.ipynb #91bc7921
 def passes_table(
@@ -93,15 +138,29 @@ def passes_table(
     """What a training reads of each source, and how often."""
     if reader.curriculum:
         return shares_table(reader.curriculum)
-    dealt = reader.mixture.blend.dataset[: reader.steps * reader.batch_size]
-    counts = np.bincount(dealt, minlength=len(reader.names))
-    rows = []
-    for name in dict.fromkeys(reader.names):
-        own = [k for k, source in enumerate(reader.names) if source == name]
-        read = int(counts[own].sum()) * reader.dataset.sequence_length
-        passes = read / sum(reader.mixture.readers[k].tokens for k in own)
-        rows.append({"source": name, "dealt": counts[own].sum() / len(dealt), "tokens": read, "passes": passes})
+    tokens: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    for mixture, names, read in _read_of(reader):
+        for name, size in zip(names, read.tolist(), strict=True):
+            tokens[name] = tokens.get(name, 0) + size
+        sizes = {n: sum(r.tokens for r, m in zip(mixture.readers, names) if m == n) for n in dict.fromkeys(names)}
+    rows = [
+        {"source": name, "dealt": read / sum(tokens.values()), "tokens": read, "passes": read / sizes[name]}
+        for name, read in tokens.items()
+    ]
     return table(rows, title="what is read of each source")
+
+
+def _read_of(reader: SequenceReader) -> Iterator[tuple[Mixture, list[str], np.ndarray]]:
+    """(mixture, source of each of its files, tokens read of each) of every mixture that is read from its beginning."""
+    parts = (
+        [(reader.mixture, reader.names, int(reader.begins[-1]))]
+        if not reader.lengths
+        else [(own.mixtures[0], own.names[0], own.curriculum.num_samples) for own in reader.lengths.readers.values()]
+    )
+    for mixture, names, last in parts:
+        counts = np.bincount(mixture.blend.dataset[:last], minlength=len(names))
+        yield mixture, names, counts * mixture.orders[0].sequence_length
 
 # %% ../../nbs/train/20_sequences.ipynb #bc4b6c94
 def _laid_out(paths: Sequence[Path], most: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -158,8 +217,11 @@ def place_of(
     steps: int,
     batch_size: int,  # samples of a step
     seed: int,
+    batch_schedule: str = "",  # a batch that grows
 ) -> dict[str, Any]:
     """What decides which samples a step has. Their number does, too: the order is drawn for all of them at once."""
     said = asdict(dataset)
-    read = {name: said[name] for name in ("sequence_length", "reset_documents", "phases")}
-    return {"data": manifest["key"], "samples": steps * batch_size, "seed": seed, "dataset": digest(read)}
+    new = ("mixed_lengths",) if dataset.mixed_lengths else ()  # a training without them has the place it always had
+    read = {name: said[name] for name in ("sequence_length", "reset_documents", "phases", *new)}
+    grows = {"batch_schedule": batch_schedule} if batch_schedule else {}
+    return {"data": manifest["key"], "samples": steps * batch_size, "seed": seed, "dataset": digest(read)} | grows

@@ -6,8 +6,8 @@
 __all__ = ['DECAY_STYLES', 'WSD_DECAYS', 'RANGES', 'KINDS', 'TINY', 'ERROR_FILE', 'TRAITS', 'ENGINES', 'PRECISIONS',
            'DATA_PARALLEL', 'BAD_STEPS', 'STEPS', 'DROPOUT_POSITIONS', 'LORA_A_INITS', 'LORA_DTYPES', 'check_kinds',
            'check_section', 'ModelConfig', 'TrainSection', 'OptimizerSection', 'SchedulerSection', 'LossSection',
-           'EvaluationSection', 'CheckpointSection', 'PeftSection', 'DatasetSection', 'no_documents_with_megatron',
-           'TrainConfig', 'check_places']
+           'EvaluationSection', 'CheckpointSection', 'PeftSection', 'LengthShare', 'DatasetSection', 'TrainConfig',
+           'check_places']
 
 # %% ../../nbs/train/01_settings.ipynb #879b28fe
 import math
@@ -20,6 +20,7 @@ from typing import Any
 
 from ..core import UserError, nearest
 from ..loss.schedule import Phase, StageSchedule, check_unit
+from ..pretrain.batch_size import read_batch_schedule, samples_after
 from ..pretrain.curriculum import Phase as MixturePhase
 
 # %% ../../nbs/train/01_settings.ipynb #6b207be0
@@ -48,7 +49,7 @@ RANGES = {
     **{f"scheduler.{name}": ("[0, inf)", "give 0 for none") for name in ("lr_warmup_iters", "lr_warmup_samples", "lr_wsd_decay_iters", "min_lr")},
     "evaluation.num_generations": ("[0, inf)", "give 0 for none"),
     "evaluation.max_new_tokens": ("[1, inf)", "give at least 1"),
-    **{f"checkpoint.{name}": ("[0, inf)", "give 0 for none") for name in ("save_interval", "keep_top_k")},
+    **{f"checkpoint.{name}": ("[0, inf)", "give 0 for none") for name in ("save_interval", "keep_top_k", "average_last")},
     "dataset.sequence_length": ("[0, inf)", "give a number of tokens such as 8192"),
     "dataset.valid_samples": ("[0, inf)", "give a number of samples, or 0 for all"),
     "peft.dim": ("[1, inf)", "give at least 1; 8 to 256 are usual"),
@@ -178,6 +179,7 @@ class TrainSection:
     epochs: float = 0.0  # passes over the packs, in place of train_iters; 0 = the length is given in steps
     global_batch_size: int = 4  # packs in a step; 0 = as many as hold global_batch_tokens, at least one
     global_batch_tokens: int = 4096  # tokens in a step, where the number of packs follows from it
+    step_batch_size_schedule: str = ""  # documents: a batch that grows, e.g. "0:768 250B:1536 500B:3072", samples in a step from so many tokens on; the last is global_batch_size
     micro_batch_tokens: int = 8192  # padded tokens that pass through the model at once
     seed: int = 1234  # of the random start and of the order of packs
     eval_interval: int = 0  # steps between held-out losses; 0 = only before and after
@@ -198,11 +200,18 @@ class TrainSection:
         _require(bool(self.epochs or self.train_iters), "train.train_iters", "0 is not positive", "give at least 1, or a length in epochs: train.epochs=2")
         for name, known in (("engine", ENGINES), ("precision", PRECISIONS), ("data_parallel", DATA_PARALLEL), ("bad_step", BAD_STEPS)):
             _choose(f"train.{name}", getattr(self, name), known)
+        _require(not (self.epochs and self.step_batch_size_schedule), "train.step_batch_size_schedule", "a batch that grows, and a length in epochs", "give the length in steps: train.train_iters")
         _require(self.spike_factor == 0 or self.spike_factor > 1, "train.spike_factor", f"{self.spike_factor} is not above 1", "give a factor such as 10, or 0 for none")
 
     def packs_in_step(self, pack_size: int) -> int:
         """How many packs of `pack_size` tokens make a step."""
         return self.global_batch_size or max(1, self.global_batch_tokens // pack_size)
+
+    def packs_read(self, steps: int, pack_size: int) -> int:
+        """How many packs, or samples of documents, so many steps read; after `in_steps`."""
+        if not self.step_batch_size_schedule:
+            return steps * self.global_batch_size
+        return samples_after(read_batch_schedule(self.step_batch_size_schedule, pack_size), steps)
 
     def in_steps(self, packs: int, pack_size: int) -> "TrainSection":
         """The section for data of so many packs: packs in a step and steps are written out, and no epochs are left."""
@@ -270,9 +279,12 @@ class EvaluationSection:
 
     num_generations: int = 32
     max_new_tokens: int = 160
+    needle_lengths: list[int] = field(default_factory=list)  # documents: tokens of the haystacks in which a needle is looked for; empty: none
 
     def __post_init__(self) -> None:
         check_section("evaluation", self)
+        odd = [n for n in self.needle_lengths if isinstance(n, bool) or not isinstance(n, int) or n < 1]
+        _require(not odd, "evaluation.needle_lengths", f"{(odd or [0])[0]} is no length", "give numbers of tokens, e.g. [128, 512]")
 
 
 @dataclass(frozen=True)
@@ -283,10 +295,14 @@ class CheckpointSection:
     save_interval: int = 0  # steps between checkpoints; 0 = only when training ends or is asked to stop
     load: str = ""  # folder of checkpoints to go on from: weights, optimizer, place in the data; empty: the save folder, if it has any
     pretrained_checkpoint: str = ""  # weights to begin with, nothing else: a folder in Hugging Face form, or of checkpoints; empty: model.name
+    average_last: int = 0  # when training ends, write the mean of the checkpoints of so many last steps too, as model_averaged/; 0 = no
     keep_top_k: int = 0  # keep the newest and the k with the lowest held-out loss; 0 = keep all
 
     def __post_init__(self) -> None:
         check_section("checkpoint", self)
+        both = self.average_last and self.keep_top_k
+        _require(not both, "checkpoint.average_last", "a mean of the last checkpoints, of which only some are kept", "set checkpoint.keep_top_k=0")
+        _require(not self.average_last or 0 < self.save_interval < self.average_last, "checkpoint.average_last", f"a window of {self.average_last} steps, and a checkpoint every {self.save_interval}", "save at least twice in the window: checkpoint.save_interval")
 
 # %% ../../nbs/train/01_settings.ipynb #2548f5e9
 DROPOUT_POSITIONS = ("pre", "post")
@@ -336,12 +352,25 @@ def _check_peft(peft: PeftSection, engine: str, tensor_parallel: int) -> None:
 
 # %% ../../nbs/train/01_settings.ipynb #7b5c2a61
 @dataclass(frozen=True)
+class LengthShare:
+    """Samples of one length in a training that mixes several."""
+
+    tokens: int  # of a sample
+    share: float  # of the steps, and so of the tokens, in any unit
+
+    def __post_init__(self) -> None:
+        check_kinds("dataset.mixed_lengths", self)
+        _require(self.tokens >= 1 and self.share > 0, "dataset.mixed_lengths", f"{self.share} of samples of {self.tokens} tokens", "give a length of at least 1 and a positive share")
+
+
+@dataclass(frozen=True)
 class DatasetSection:
     """How documents are read. A training on packs of chats leaves it as it is."""
 
     sequence_length: int = 0  # tokens of a sample; 0: the data is packs, which have a size of their own
     reset_documents: bool = False  # attention and state begin anew at the border of two documents in a sample
     phases: list[MixturePhase] = field(default_factory=list)  # what is mixed when; empty: the blend of the data
+    mixed_lengths: list[LengthShare] = field(default_factory=list)  # steps of several lengths, e.g. 512k and 4k; the longest is sequence_length; empty: one length
     valid_samples: int = 32  # held-out samples of each source that are measured; 0 = all
 
     def __post_init__(self) -> None:
@@ -350,18 +379,31 @@ class DatasetSection:
         for i, phase in enumerate(self.phases):
             what = f"expected a phase with its weights, got {_named(phase)}"
             _require(isinstance(phase, MixturePhase), f"dataset.phases[{i}]", what, fix)
+        _check_lengths(self)
 
-# %% ../../nbs/train/01_settings.ipynb #2fb5eac9
-def no_documents_with_megatron() -> UserError:
-    """The error for a pretraining with Megatron-Bridge."""
-    return UserError(
-        "pretraining with Megatron-Bridge is not wired up here",
-        where="train.engine=megatron",
-        why="here the PyTorch engine trains on documents; Megatron's part is that it reads the same files: blend.json names them",
-        fix="set train.engine=torch (-c tiny does), or hand blend.json to Megatron-Bridge's own pretrain()",
-    )
+
+def _check_lengths(dataset: DatasetSection) -> None:
+    """Refuse lengths that cannot share a training."""
+    where, lengths = "dataset.mixed_lengths", [entry.tokens for entry in dataset.mixed_lengths if isinstance(entry, LengthShare)]
+    _require(len(lengths) == len(dataset.mixed_lengths), where, f"expected lengths with shares, got {_named(dataset.mixed_lengths)}", "write [{tokens: 524288, share: 1}, {tokens: 4096, share: 1}]")
+    if not lengths:
+        return
+    _require(len(set(lengths)) == len(lengths), where, f"lengths {lengths}", "give each length once")
+    _require(max(lengths) == dataset.sequence_length, where, f"the longest is {max(lengths)}, and dataset.sequence_length {dataset.sequence_length}", "let dataset.sequence_length be the longest")
+    odd = [n for n in lengths if dataset.sequence_length % n]
+    _require(not odd, where, f"{dataset.sequence_length} is no multiple of {odd[:1]}", "choose lengths that divide the longest: a step holds the same number of tokens, whatever its length")
+    _require(len(dataset.phases) < 2, where, "several phases, and several lengths", "give one phase: a long-context training has one mixture; run it behind the other as a training of its own")
 
 # %% ../../nbs/train/01_settings.ipynb #2bd0368d
+def _check_batch_schedule(config: "TrainConfig") -> None:
+    """Refuse a batch that grows where nothing is read that it could be counted in, or to another size than is said."""
+    where, length = "train.step_batch_size_schedule", config.dataset.sequence_length
+    _require(bool(length), where, "a batch that grows, and the data is packs of chats", "leave it out; it is counted in tokens of documents")
+    _require(not config.dataset.mixed_lengths, where, "a batch that grows, and several lengths", "give one of the two")
+    sizes = [size for _, size in read_batch_schedule(config.train.step_batch_size_schedule, length)]
+    _require(config.train.packs_in_step(length) == sizes[-1], where, f"the last size is {sizes[-1]}, and train.global_batch_size {config.train.packs_in_step(length)}", "let train.global_batch_size be the last one")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything a training is told."""
@@ -384,6 +426,10 @@ class TrainConfig:
         """How far the routers' bias moves in a step; not at all with LoRA, since an adapter has no place for it."""
         return 0.0 if self.peft.enabled else self.model.moe_router_bias_update_rate
 
+    def packs_read(self, steps: int) -> int:
+        """How many packs, or samples of documents, so many steps read."""
+        return self.train.packs_read(steps, self.dataset.sequence_length)
+
     def __post_init__(self) -> None:
         """Refuse numbers that cannot be meant."""
         check_kinds("", self)
@@ -391,6 +437,8 @@ class TrainConfig:
         _require(not falls or self.scheduler.min_lr <= self.optimizer.lr, "scheduler.min_lr", f"{self.scheduler.min_lr} is above optimizer.lr, {self.optimizer.lr}", "give a rate below it: the way down ends there")
         if self.peft.enabled:
             _check_peft(self.peft, self.train.engine, int(self.megatron.get("model.tensor_model_parallel_size", 1)))
+        if self.train.step_batch_size_schedule:
+            _check_batch_schedule(self)
         if self.train.train_iters:  # with epochs, the stages are compared with the length when the data is known
             StageSchedule.from_config(self.loss.stages).plan(self.train.train_iters)
 

@@ -211,7 +211,7 @@ def export_model(
 def _arithmetic(config: TrainConfig, model: nn.Module, found: "Counted") -> dict[str, Any]:
     """What follows from settings, data and model."""
     size, steps, trained = config.train.global_batch_size, config.train.train_iters, int(found.trained.sum())
-    share = size / len(found)
+    share = size / len(found)  # of a step; where the batch grows, of one with the full batch
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "packs": len(found),
@@ -222,7 +222,7 @@ def _arithmetic(config: TrainConfig, model: nn.Module, found: "Counted") -> dict
         "tokens_per_step": found.tokens * share,
         "trained_tokens_per_step": trained * share,
         "steps_per_epoch": 1 / share,
-        "epochs": steps * share,
+        "epochs": config.packs_read(steps) / len(found) if config.train.step_batch_size_schedule else steps * share,
         "train_iters": steps,
         "plan": [list(phase) for phase in StageSchedule.from_config(config.loss.stages).plan(steps)],
     }
@@ -536,7 +536,7 @@ class Training:
         """One step, and its line."""
         t = self.config.train
         line = train_step(self.learner, self.optimizer, self.source.batch(step), step, self.config, self.ranks, self.guard)
-        self.metrics.write(line | {"epoch": (step + 1) * t.global_batch_size / len(self.source)})
+        self.metrics.write(line | {"epoch": self.config.packs_read(step + 1) / len(self.source)})
         if (step + 1) % t.log_interval == 0 or line["kind"] == "skipped":
             self.say(_progress(line, t.train_iters))
         if self.guard.in_a_row:

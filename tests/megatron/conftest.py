@@ -48,6 +48,54 @@ def _mtp(root, name, ranks=1, megatron=None, **options):
     return _train(root, name, ranks, steps=1, shared=FURTHER, megatron=SUPER | (megatron or {}), **options) | {"model": f"{root}/model_mtp"}
 
 
+LENGTH = 64  # tokens of a sample of documents
+WSD = {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 2, "lr_warmup_iters": 2, "min_lr": 1e-5}
+PHASES = [{"weights": {"sums": 1.0, "stories": 2.0}, "until_step": 2}, {"weights": {"code": 1.0}}]
+LENGTHS = [{"tokens": 64, "share": 1.0}, {"tokens": 16, "share": 1.0}]
+
+
+def _pretrain(root, name, ranks=1, steps=4, dataset=None, train=None, shared=None, begin="model", **options):
+    """A job that pretrains on documents, four samples a step; on from weights, so that two engines begin alike."""
+    given = {"checkpoint": {"pretrained_checkpoint": f"{root}/{begin}"}} if begin else {}
+    sections = given | {"dataset": {"sequence_length": LENGTH, "valid_samples": 2} | (dataset or {}), "scheduler": WSD, "train": train or {}} | (shared or {})
+    return _train(root, name, ranks, data="documents", stages="token", steps=steps, shared=sections, documents=True, **{"batch": 4} | options)
+
+
+# Jobs of `pytest -m long`, with those that they are compared with.
+HEAVY = ("pre_tp_sp", "pre_pp", "pre_ep", "pre_read_on", "pre_lengths_cp", "pre_grown_dp", "pre_mtp", "pre_tiny", "pre_random")
+COMPARED = ("pre", "pre_reset", "pre_lengths", "pre_grown")
+
+
+def pretrainings(root):
+    """The jobs on documents."""
+    looked = {"evaluation": {"num_generations": 2, "max_new_tokens": 4}}
+    part = {"steps": 5, "train": {"eval_interval": 3}, "dataset": {"phases": PHASES}, "shared": looked, "megatron": PLAIN_OPTIMIZER}
+    grown = {"train": {"step_batch_size_schedule": "0:2 256:4"}}
+    return [
+        _pretrain(root, "pre_still"),
+        _pretrain(root, "pre", shared=MOVING),
+        _pretrain(root, "pre_dp", 2, shared=MOVING),
+        _pretrain(root, "pre_tp_sp", 2, shared=MOVING, megatron=TP),
+        _pretrain(root, "pre_pp", 2, shared=MOVING, megatron=PP),
+        _pretrain(root, "pre_ep", 2, shared=MOVING, megatron=EP),
+        _pretrain(root, "pre_cp", 2, shared=MOVING, megatron=CP),
+        _pretrain(root, "pre_reset", dataset={"reset_documents": True}),
+        _pretrain(root, "pre_read_on", dataset={"reset_documents": True}, change="read_on"),
+        _pretrain(root, "pre_lengths", dataset={"mixed_lengths": LENGTHS}),
+        _pretrain(root, "pre_lengths_cp", 2, dataset={"mixed_lengths": LENGTHS}, megatron=CP),
+        _pretrain(root, "pre_grown", **grown),
+        _pretrain(root, "pre_grown_dp", 2, **grown),
+        _pretrain(root, "pre_never_grown", change="never_grow", **grown),
+        _pretrain(root, "pre_whole", **part),
+        _pretrain(root, "pre_part", **part, folder="pre_resumed", stop_after=2),
+        _pretrain(root, "pre_rest", **part, folder="pre_resumed"),
+        _pretrain(root, "pre_super", steps=2, shared={"train": {"precision": "bf16"}}, megatron=SUPER),
+        _pretrain(root, "pre_mtp", steps=2, shared=FURTHER, megatron=SUPER, begin="model_mtp") | {"model": f"{root}/model_mtp"},
+        _pretrain(root, "pre_tiny", 2, steps=2, begin="", model="tiny", shared={"model": SMALL | {"name": "tiny"}}),
+        _pretrain(root, "pre_random", steps=2, begin=""),
+    ]
+
+
 def jobs(root):
     """All jobs, in order."""
     reader = {"do": "collate", "ranks": 1, "row_length": PACK_SIZE, "multiple": 1, "end_token": "</s>", "fill": True, "data_dir": f"{root}/plain"}
@@ -96,6 +144,7 @@ def jobs(root):
         _mtp(root, "mtp_ended", data="padded", change="end_with_im_end"),
         _mtp(root, "mtp_ended_claimed", data="padded", change="claim_padding"),
         _mtp(root, "mtp_ended_logical", data="padded", change="logical_borders"),
+        *pretrainings(root),
     ]
 
 
@@ -107,6 +156,13 @@ def _write_data(root):
     for name, multiple in (("plain", 1), ("padded", 4)):
         manifest = prepare(PrepConfig(**shape, pad_to_multiple=multiple, output_dir=f"{root}/{name}"))
         assert manifest["splits"]["train"]["packs"] == PACKS, "the jobs train on all packs in each step"
+
+
+def _write_documents(root):
+    """The little world as documents."""
+    from nemotron_nb.pretrain.documents import DocumentsConfig, prepare_documents
+
+    prepare_documents(DocumentsConfig(output_dir=f"{root}/documents", world_megabytes=0.05, workers=1))
 
 
 def _write_model(root):
@@ -137,15 +193,25 @@ def root(tmp_path_factory):
         pytest.skip("megatron-bridge is not installed in this environment (extra: megatron)")
     folder = tmp_path_factory.mktemp("megatron")
     _write_data(folder)
+    _write_documents(folder)
     _write_model(folder)
     return folder
 
 
-@pytest.fixture(scope="session")
-def results(root):
-    """Name of a job -> what it returned. All jobs run once, in a process that imports Megatron once."""
+def _wanted(root, marks):
+    """The jobs of this call of pytest, in order."""
     chosen = os.environ.get("MEGATRON_JOBS", "").split()  # for a closer look at some of them
-    wanted = [job for job in jobs(root) if not chosen or job["name"] in chosen]
+    if chosen:
+        return [job for job in jobs(root) if job["name"] in chosen]
+    if marks == "long":
+        return [job for job in jobs(root) if job["name"] in HEAVY + COMPARED]
+    return [job for job in jobs(root) if job["name"] not in HEAVY]
+
+
+@pytest.fixture(scope="session")
+def results(root, request):
+    """Name of a job -> what it returned. All jobs run once, in a process that imports Megatron once."""
+    wanted = _wanted(root, request.config.option.markexpr)
     (root / "jobs.json").write_text(json.dumps(wanted))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run([sys.executable, HERE / "zygote.py", root / "jobs.json", root / "results.json"], env=environment, capture_output=True, text=True, timeout=1800)
@@ -159,6 +225,8 @@ class Results(dict):
     def __missing__(self, name):
         if os.environ.get("MEGATRON_JOBS"):
             pytest.skip(f"the job {name} was not chosen")
+        if name in HEAVY:
+            pytest.skip(f"the job {name} belongs to pytest -m long")
         raise KeyError(f"no job {name}")
 
     def __getitem__(self, name):

@@ -17,6 +17,7 @@ def prepare():
     import megatron.bridge.recipes.nemotronh  # noqa: F401
     import megatron.bridge.training.finetune  # noqa: F401
     import nemotron_nb.megatron.engine  # noqa: F401
+    import nemotron_nb.megatron.pretrain  # noqa: F401
 
     logging.disable(logging.WARNING)
 
@@ -35,13 +36,14 @@ def _run(data_dir, output_dir, model, stages, steps, batch, lr, shared, megatron
     return MegatronConfig.from_values(from_mapping(TrainConfig, settings, "job"), {"cpu_standins": True} | (megatron or {}))
 
 
-def train(data_dir, output_dir, model, stages=({"stage": "token"},), steps=3, batch=4, lr=1e-3, shared=None, megatron=None, change=None, stop_after=None):
-    """A training by our engine; its metrics."""
+def train(data_dir, output_dir, model, stages=({"stage": "token"},), steps=3, batch=4, lr=1e-3, shared=None, megatron=None, change=None, stop_after=None, documents=False):
+    """A training by our engine, on packs or documents; its metrics."""
     import json
     from pathlib import Path
 
-    from nemotron_nb.megatron import recorder as megatron_record
-    from nemotron_nb.megatron.engine import train as start
+    from nemotron_nb.megatron import engine as megatron_engine, pretrain as megatron_pretrain, recorder as megatron_record
+
+    start = megatron_pretrain.train if documents else megatron_engine.train
 
     if change:
         globals()[change]()
@@ -207,6 +209,31 @@ def balance_of_one():
     from nemotron_nb.megatron import engine as megatron_engine
 
     megatron_engine.balance_of = lambda manifest: 1
+
+
+def read_on():
+    """Documents of a row are not told apart."""
+    from nemotron_nb.train.sequences import SequenceReader
+
+    right = SequenceReader.rows
+    SequenceReader.rows = lambda self, *rest: [row for row in _without_resets(self, right, *rest)]
+
+
+def _without_resets(reader, rows, *rest):
+    from dataclasses import replace
+
+    kept, reader.dataset = reader.dataset, replace(reader.dataset, reset_documents=False)
+    found = rows(reader, *rest)
+    reader.dataset = kept
+    return found
+
+
+def never_grow():
+    """Megatron is not told how the batch grows."""
+    from nemotron_nb.megatron.pretrain import GrowingRecorder
+    from nemotron_nb.megatron.recorder import Recorder
+
+    GrowingRecorder.on_train_start = Recorder.on_train_start
 
 
 def count_on_every_rank():
