@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LETTERS', 'PARTS', 'ROUTED', 'Shape', 'shape_of', 'Layout', 'split_pattern', 'letters_of', 'evaluate', 'Part',
            'parameters_of_stage', 'split_experts', 'total_parameters', 'active_in_a_token', 'parameters_table',
-           'bridge_provider', 'build_rank', 'in_own_process', 'exact_parameters']
+           'sizes_of', 'bridge_provider', 'build_rank', 'in_own_process', 'exact_parameters']
 
 # %% ../../nbs/megatron/11_parameters.ipynb #36cf04f6
 import functools
@@ -252,13 +252,12 @@ def parameters_table(
     header = ["layout", "first stage", "largest stage", "last stage", "of it routed experts"]
     return table(rows, header=header, title="Parameters on a rank")
 
-# %% ../../nbs/megatron/11_parameters.ipynb #c699a528
-def _released_config(shape: Shape) -> dict[str, Any]:
-    """config.json of these sizes, as NVIDIA's releases write it."""
-    from nemotron_nb.train.model import family_config
-    from nemotron_nb.train.release import release_config
-
-    sizes = {
+# %% ../../nbs/megatron/11_parameters.ipynb #a68dc52a
+def sizes_of(
+    shape: Shape,
+) -> dict[str, Any]:
+    """The sizes under the names of config.json, for `family_config`: what `shape_of` reads."""
+    return {
         "hybrid_override_pattern": shape.pattern.replace("|", ""), "hidden_size": shape.hidden,
         "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "head_dim": shape.head_dim,
         "mamba_num_heads": shape.mamba_heads, "mamba_head_dim": shape.mamba_head_dim, "n_groups": shape.groups,
@@ -267,11 +266,18 @@ def _released_config(shape: Shape) -> dict[str, Any]:
         "moe_shared_expert_intermediate_size": shape.shared_size, "routed_scaling_factor": 2.5,
         "initializer_range": 0.02, **({"moe_latent_size": shape.latent} if shape.latent else {}),
     }  # fmt: skip
-    config = release_config(json.loads(family_config(sizes, shape.vocab).to_json_string()))
+
+
+def _released_config(shape: Shape) -> dict[str, Any]:
+    """config.json of these sizes, as NVIDIA's releases write it."""
+    from nemotron_nb.train.model import family_config
+    from nemotron_nb.train.release import release_config
+
+    config = release_config(json.loads(family_config(sizes_of(shape), shape.vocab).to_json_string()))
     further = {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": shape.mtp_pattern}
     return config | {"architectures": ["NemotronHForCausalLM"]} | (further if shape.mtp_depths else {})
 
-# %% ../../nbs/megatron/11_parameters.ipynb #9d7406ef
+# %% ../../nbs/megatron/11_parameters.ipynb #7c7e73ed
 def bridge_provider(
     shape: Shape,
     layout: Layout = Layout(),
@@ -303,7 +309,7 @@ def bridge_provider(
     provider.finalize()
     return provider
 
-# %% ../../nbs/megatron/11_parameters.ipynb #b25d4114
+# %% ../../nbs/megatron/11_parameters.ipynb #c98e4760
 def _latent_standin() -> None:
     """Let Megatron's expert layers have latent projections without Transformer Engine."""
     import torch
@@ -322,7 +328,7 @@ def _latent_standin() -> None:
     if moe_layer.TELinear is None:
         moe_layer.HAVE_TE, moe_layer.TELinear = True, Duplicated
 
-# %% ../../nbs/megatron/11_parameters.ipynb #fe864fcd
+# %% ../../nbs/megatron/11_parameters.ipynb #be8f7381
 def build_rank(
     shape: Shape,
     layout: Layout,
@@ -355,7 +361,7 @@ def build_rank(
     with torch.device(device):
         return provider.provide()
 
-# %% ../../nbs/megatron/11_parameters.ipynb #480c5037
+# %% ../../nbs/megatron/11_parameters.ipynb #e51cb9d8
 def in_own_process(
     function: str,  # module:name, that takes one JSON value and gives one
     argument: Any,
@@ -389,7 +395,7 @@ def _count_in_process(asked: Mapping[str, Any]) -> list[dict[str, int]]:
             found.append(dict(counts))
     return found
 
-# %% ../../nbs/megatron/11_parameters.ipynb #ffa1d9b8
+# %% ../../nbs/megatron/11_parameters.ipynb #fc6b6492
 def exact_parameters(
     shape: Shape,
     layout: Layout,
