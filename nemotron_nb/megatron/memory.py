@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['FORMATS', 'PAIRS', 'KERNELS', 'MAMBA', 'ATTENTION', 'EXPERTS', 'DENSE', 'ENDS', 'TENSORS', 'MODULES', 'KIND_NAMES',
            'OUTSIDE', 'Formats', 'Work', 'Line', 'adapter_parameters', 'static_lines', 'Kept', 'kept_letters',
-           'check_recompute', 'formula_of', 'layers_of_stage', 'in_flight', 'activation_lines', 'kept_by',
-           'moment_lines', 'Memory', 'memory_of_stage', 'memory_of', 'memory_table', 'memory_picture']
+           'check_recompute', 'formula_of', 'layers_of_stage', 'in_flight', 'activation_lines', 'kept_of_micro_batch',
+           'kept_by', 'moment_lines', 'Memory', 'memory_of_stage', 'memory_of', 'memory_table', 'memory_picture']
 
-# %% ../../nbs/megatron/12_memory.ipynb #4d4b7342
+# %% ../../nbs/megatron/12_memory.ipynb #add023cc
+import functools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -197,8 +198,12 @@ ENDS = (
 )  # fmt: skip
 TENSORS = (*MAMBA, *ATTENTION, *EXPERTS, *DENSE, *ENDS)
 
-# %% ../../nbs/megatron/12_memory.ipynb #01dff83d
-def kept_letters(shape: Shape, layout: Layout, work: Work) -> dict[str, float]:
+# %% ../../nbs/megatron/12_memory.ipynb #b61fbf6d
+def kept_letters(
+    shape: Shape,
+    layout: Layout,
+    work: Work,
+) -> dict[str, float]:
     """The letters of all formulas here."""
     n = work.tokens / layout.cp
     length = min(work.sequence or work.tokens, work.tokens) / layout.cp
@@ -251,7 +256,16 @@ def in_flight(
     """Micro-batches whose activations a stage keeps at once."""
     return max(1, min(layout.pp - stage, work.micro_batches))
 
-# %% ../../nbs/megatron/12_memory.ipynb #1528c8f3
+# %% ../../nbs/megatron/12_memory.ipynb #ca9bda75
+@functools.lru_cache(maxsize=64)
+def _kept_of_layers(shape: Shape, layout: Layout, work: Work) -> tuple[tuple[Kept, str, float], ...]:
+    """(row, formula in force, bytes of a micro-batch in one layer) of every row of TENSORS that is not zero."""
+    letters = kept_letters(shape, layout, work)
+    found = ((t, formula_of(t, work)) for t in TENSORS)
+    sized = ((t, formula, letters["n"] * evaluate(formula, letters)) for t, formula in found)
+    return tuple(row for row in sized if row[2])
+
+# %% ../../nbs/megatron/12_memory.ipynb #ce4825e9
 KIND_NAMES = {"M": "Mamba-2", "*": "attention", "E": "experts", "-": "MLP", "first": "start", "last": "end", "mtp": "MTP"}
 
 
@@ -263,16 +277,26 @@ def activation_lines(
 ) -> list[Line]:
     """What a rank keeps of its forward passes, a line for each row of TENSORS."""
     check_recompute(work.recompute)
-    letters, counts, times = kept_letters(shape, layout, work), layers_of_stage(shape, layout, stage), in_flight(layout, work, stage)
+    counts, times, n = layers_of_stage(shape, layout, stage), in_flight(layout, work, stage), work.tokens / layout.cp
     lines = []
-    for t in TENSORS:
-        formula, layers = formula_of(t, work), counts[t.kind]
-        size = layers * times * letters["n"] * evaluate(formula, letters)
-        words = f"{layers} x {times} x {letters['n']:,.0f} tokens x ({formula})"
-        lines.append(Line(f"{KIND_NAMES[t.kind]}: {t.name}", size, words, t.source))
-    return [line for line in lines if line.bytes]
+    for t, formula, size in _kept_of_layers(shape, layout, replace(work, micro_batches=1)):
+        if layers := counts[t.kind]:
+            words = f"{layers} x {times} x {n:,.0f} tokens x ({formula})"
+            lines.append(Line(f"{KIND_NAMES[t.kind]}: {t.name}", layers * times * size, words, t.source))
+    return lines
 
-# %% ../../nbs/megatron/12_memory.ipynb #9b0f054a
+# %% ../../nbs/megatron/12_memory.ipynb #88ffb5d8
+def kept_of_micro_batch(
+    shape: Shape,
+    layout: Layout,
+    work: Work,
+    stage: int,
+) -> float:
+    """Bytes that a rank keeps of one micro-batch: the sum of `activation_lines`, if one is in flight."""
+    counts = layers_of_stage(shape, layout, stage)
+    return sum(counts[t.kind] * size for t, _, size in _kept_of_layers(shape, layout, replace(work, micro_batches=1)))
+
+# %% ../../nbs/megatron/12_memory.ipynb #14580b3e
 def kept_by(
     kind: str,
     letters: Mapping[str, float],
@@ -281,7 +305,7 @@ def kept_by(
     """Bytes a token that a layer of a kind keeps."""
     return sum(evaluate(formula_of(t, work), letters) for t in TENSORS if t.kind == kind)
 
-# %% ../../nbs/megatron/12_memory.ipynb #395a9759
+# %% ../../nbs/megatron/12_memory.ipynb #4438f485
 OUTSIDE = 4e9  # bytes; an assumption: CUDA context, NCCL buffers of all groups, fragmentation
 
 
@@ -293,19 +317,21 @@ def moment_lines(
 ) -> list[Line]:
     """What is needed for a moment: the largest of one layer at work, and of the loss."""
     letters, counts = kept_letters(shape, layout, work), layers_of_stage(shape, layout, stage)
-    whole = replace(work, recompute=())
-    sizes = {kind: kept_by(kind, letters, whole) for kind in "M*E-" if counts[kind]}
+    sizes = dict.fromkeys((kind for kind in "M*E-" if counts[kind]), 0.0)
+    for t, _, size in _kept_of_layers(shape, layout, replace(work, recompute=(), micro_batches=1)):
+        if t.kind in sizes:
+            sizes[t.kind] += size / letters["n"]
     states = evaluate("2*f*D*N/L/tp", letters) if counts["M"] else 0  # of chunks and their gradients, in float32
     if counts["M"]:
         sizes["M"] += states
     said = ("what it keeps, and states of the scan", "estimate", False)
     found = [Line(f"one layer at work ({KIND_NAMES[k]})", letters["n"] * size, *said) for k, size in sizes.items()]
     if counts["last"] and not work.fused_loss:
-        size = letters["n"] * evaluate("(w + f)*V/tp", letters)
-        found.append(Line("logits at work", size, "n*(w + f)*V/tp", "logits, and their gradient", False))
+        size = letters["n"] * evaluate("(w if te else w + f)*V/tp", letters)
+        found.append(Line("logits at work", size, "n*(w if te else w + f)*V/tp", "a copy of the logits; without a fused loss in float32", False))
     return [max(found, key=lambda line: line.bytes)] if found else []
 
-# %% ../../nbs/megatron/12_memory.ipynb #0892c09e
+# %% ../../nbs/megatron/12_memory.ipynb #85031ed9
 @dataclass(frozen=True)
 class Memory:
     """The memory of a rank of the stage that needs most."""
@@ -330,7 +356,7 @@ class Memory:
             found[line.name.partition(" of routed")[0].partition(":")[0] if line.kept else "for a moment"] += line.bytes
         return dict(found)
 
-# %% ../../nbs/megatron/12_memory.ipynb #298a86f0
+# %% ../../nbs/megatron/12_memory.ipynb #c031c0b9
 def memory_of_stage(
     shape: Shape,
     layout: Layout,
@@ -356,7 +382,7 @@ def memory_of(
     found = (memory_of_stage(shape, layout, work, stage, outside) for stage in range(layout.pp))
     return max(found, key=lambda memory: memory.total)
 
-# %% ../../nbs/megatron/12_memory.ipynb #1c605d54
+# %% ../../nbs/megatron/12_memory.ipynb #acc0f060
 def memory_table(
     memory: Memory,
     least: float = 0.002,  # share below which lines are summed
@@ -371,7 +397,7 @@ def memory_table(
     title = f"{memory.total / 1e9:.1f} GB on a rank of stage {memory.stage}"
     return table(rows, header=["term", "bytes", "share", "formula", "source"], title=title)
 
-# %% ../../nbs/megatron/12_memory.ipynb #1a3f9f14
+# %% ../../nbs/megatron/12_memory.ipynb #c5201b40
 _ORDER = ("weights", "gradients", "optimizer", "LoRA pairs")
 _PAINT = {"weights": "#27496d", "gradients": "#4f7cac", "optimizer": "#9fc2e0", "LoRA pairs": "#6c9", "Mamba-2": "#d98324", "attention": "#b5651d", "experts": "#f2b263", "MLP": "#c9a227", "start": "#ddd", "end": "#8a5a8a", "MTP": "#c39bd3", "for a moment": "#cccccc"}  # fmt: skip
 

@@ -107,7 +107,8 @@ class Layout:
         parts = [f"{name.upper()}{getattr(self, name)}" for name in ("tp", "pp", "cp", "ep", "etp")]
         return " ".join([*parts[:-1], *(parts[-1:] if self.etp > 1 else []), f"DP{self.dp}", *(["SP"] if self.sp else [])])
 
-# %% ../../nbs/megatron/11_parameters.ipynb #71983bbc
+# %% ../../nbs/megatron/11_parameters.ipynb #7b859733
+@functools.lru_cache(maxsize=256)
 def split_pattern(
     pattern: str,  # with or without |
     stages: int,
@@ -198,20 +199,27 @@ PARTS = (
 )
 ROUTED = "routed experts"
 
-# %% ../../nbs/megatron/11_parameters.ipynb #6bcbf983
+# %% ../../nbs/megatron/11_parameters.ipynb #be4a1336
+@functools.lru_cache(maxsize=64)
+def _sizes_of_parts(shape: Shape, layout: Layout) -> tuple[tuple[str, str, float], ...]:
+    """(kind, name, parameters) of each part on a rank that has it once."""
+    letters = letters_of(shape, layout)
+    return tuple((p.kind, f"{p.kind} {p.name}", evaluate(p.formula, letters)) for p in PARTS)
+
+
 def parameters_of_stage(
     shape: Shape,
     layout: Layout,
     stage: int = 0,  # of the pipeline
 ) -> dict[str, int]:
     """Parameters of each part on a rank of a pipeline stage, by "kind part"."""
-    letters, counts = letters_of(shape, layout), Counter(split_pattern(shape.pattern, layout.pp)[stage])
+    counts = Counter(split_pattern(shape.pattern, layout.pp)[stage])
     last = stage == layout.pp - 1
     counts["first"], counts["last"] = int(stage == 0), int(last)
     if last and shape.mtp_depths:
         counts.update(shape.mtp_pattern)
         counts["mtp"] = 1
-    found = {f"{p.kind} {p.name}": round(counts[p.kind] * evaluate(p.formula, letters)) for p in PARTS}
+    found = {name: round(counts[kind] * size) for kind, name, size in _sizes_of_parts(shape, layout)}
     return {name: n for name, n in found.items() if n}
 
 # %% ../../nbs/megatron/11_parameters.ipynb #e05b25e6

@@ -7,13 +7,13 @@ __all__ = ['GPUS', 'OPERATORS', 'EXCHANGES', 'UTILISATION', 'Gpu', 'gpu_named', 
            'bytes_moved', 'Exchange', 'exchange_letters', 'share_outside', 'exchanged', 'StepTime', 'check_utilisation',
            'step_time', 'Bill', 'bill_of']
 
-# %% ../../nbs/megatron/14_time.ipynb #64a8a974
-from collections import Counter
+# %% ../../nbs/megatron/14_time.ipynb #c878d0e7
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..core import UserError, nearest
-from .memory import Work, activation_lines, kept_letters, layers_of_stage
+from .memory import Work, kept_letters, kept_of_micro_batch, layers_of_stage
 from .parameters import Layout, Shape, evaluate, parameters_of_stage, split_experts
 from ..viz import Picture, table
 
@@ -36,13 +36,13 @@ _HGX = "NVIDIA's data sheet of the {}; network: one adapter of {} Gb/s a GPU, as
 GPUS: Mapping[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100-40", 40e9, 312e12, 1.555e12, 300e9, 25e9, 8, _HGX.format("A100 (SXM, 40 GB)", 200, "DGX A100")),
-        Gpu("a100-80", 80e9, 312e12, 2.039e12, 300e9, 25e9, 8, _HGX.format("A100 (SXM, 80 GB)", 200, "DGX A100")),
+        Gpu("a100-40", 42e9, 312e12, 1.555e12, 300e9, 25e9, 8, _HGX.format("A100 (SXM, 40 GB)", 200, "DGX A100")),
+        Gpu("a100-80", 85e9, 312e12, 2.039e12, 300e9, 25e9, 8, _HGX.format("A100 (SXM, 80 GB)", 200, "DGX A100")),
         Gpu("l40s-48", 48e9, 362e12, 0.864e12, 32e9, 25e9, 8, "NVIDIA's data sheet of the L40S; no NVLink: PCIe 4.0 x16"),
-        Gpu("h100-80", 80e9, 989e12, 3.35e12, 450e9, 50e9, 8, _HGX.format("H100 (SXM)", 400, "DGX H100")),
-        Gpu("h20-96", 96e9, 148e12, 4.0e12, 450e9, 50e9, 8, "published values of the H20; network as of the H100"),
-        Gpu("h200-141", 141e9, 989e12, 4.8e12, 450e9, 50e9, 8, _HGX.format("H200 (SXM)", 400, "DGX H200")),
-        Gpu("b200-192", 180e9, 2250e12, 7.7e12, 900e9, 50e9, 8, "HGX B200: 1,440 GB in 8 GPUs, so 180 GB of the 192 on the label; network 400 Gb/s"),
+        Gpu("h100-80", 85e9, 989e12, 3.35e12, 450e9, 50e9, 8, _HGX.format("H100 (SXM)", 400, "DGX H100")),
+        Gpu("h20-96", 102e9, 148e12, 4.0e12, 450e9, 50e9, 8, "published values of the H20; network as of the H100"),
+        Gpu("h200-141", 149e9, 989e12, 4.8e12, 450e9, 50e9, 8, _HGX.format("H200 (SXM)", 400, "DGX H200")),
+        Gpu("b200-192", 191e9, 2250e12, 7.7e12, 900e9, 50e9, 8, "NVIDIA's data sheet of HGX B200; memory as its driver shows it (178 GiB); network 400 Gb/s"),
         Gpu("gb200-192", 186e9, 2500e12, 8e12, 900e9, 50e9, 72, "GB200 NVL72: 13.4 TB in 72 GPUs of one NVLink domain; network 400 Gb/s"),
     )
 }  # fmt: skip
@@ -98,6 +98,13 @@ def operations(
 _AGAIN = {"full": "M*E-", "moe": "E"}  # layers that are computed again
 
 
+@functools.lru_cache(maxsize=64)
+def _of_layers(shape: Shape, layout: Layout, tokens: int, sequence: int) -> tuple[tuple[str, float], ...]:
+    """(kind, operations of the forward pass of a micro-batch on a rank) of each operator, in one layer."""
+    letters = kept_letters(shape, layout, Work(tokens, sequence=sequence)) | {"l": min(sequence or tokens, tokens)}
+    return tuple((o.kind, evaluate(o.formula, letters) * letters["n"] / layout.tp) for o in OPERATORS)
+
+
 def operations_of_stage(
     shape: Shape,
     layout: Layout,
@@ -105,13 +112,12 @@ def operations_of_stage(
     stage: int,
 ) -> tuple[float, float]:
     """(operations of a micro-batch on a rank: forward and backward, recomputation included; without it)."""
-    letters = kept_letters(shape, layout, work) | {"l": min(work.sequence or work.tokens, work.tokens)}
     counts, again = layers_of_stage(shape, layout, stage), "".join(_AGAIN.get(name, "") for name in work.recompute)
     done, useful = 0.0, 0.0
-    for o in OPERATORS:
-        forward = counts[o.kind] * evaluate(o.formula, letters) * letters["n"] / layout.tp
+    for kind, size in _of_layers(shape, layout, work.tokens, work.sequence):
+        forward = counts[kind] * size
         useful += 3 * forward
-        done += (4 if o.kind in again else 3) * forward
+        done += (4 if kind in again else 3) * forward
     return done, useful
 
 # %% ../../nbs/megatron/14_time.ipynb #99bc916c
@@ -123,8 +129,7 @@ def bytes_moved(
 ) -> float:
     """Bytes that a rank moves in its memory for a micro-batch, at least."""
     f, held = work.formats, sum(parameters_of_stage(shape, layout, stage).values())
-    flying = max(1, min(layout.pp - stage, work.micro_batches))
-    kept = sum(line.bytes for line in activation_lines(shape, layout, work, stage)) / flying
+    kept = kept_of_micro_batch(shape, layout, work, stage)
     trained = 0 if work.adapter else held
     return 2 * f.weight * held + 2 * f.gradient * trained + 2 * kept
 
