@@ -187,7 +187,8 @@ def asked(*arguments, code=0):
 @pytest.mark.parametrize("family", ["nano3", "super3"])
 @pytest.mark.parametrize("words", [["sft"], ["pretrain"], ["rl"], ["sft", "-c", "tiny"], ["rl", "-c", "dpo"], ["data", "prep", "sft"]], ids=" ".join)
 def test_every_stage_can_be_planned(family, words):
-    told = json.loads(asked(family, *words, "--plan", "--json", "--gpu", "h200-141").stdout)
+    fewer = ["run.nodes=4"] if words == ["pretrain"] else []  # there are more layouts of 512 GPUs than are needed here
+    told = json.loads(asked(family, *words, "--plan", "--json", "--gpu", "h200-141", *fewer).stdout)
     assert told["gpu_from"] == "--gpu" and len(told) > 3
 
 
