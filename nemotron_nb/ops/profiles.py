@@ -35,6 +35,7 @@ class Profile:
     ntasks_per_node: int | None = None  # training processes on a node, where nproc_per_node is not given
     nproc_per_node: int | None = None  # training processes on a node
     gpus_per_node: int | None = None  # 0 asks for none
+    gpu: str = ""  # their kind, for --plan and for the warning of --dry-run, e.g. "h100-80"
     mem: str = ""  # memory of a node, e.g. "64G"; "0": all of it
     exclusive: bool | None = None  # no other job on the nodes
     time: str = ""  # time limit, e.g. "04:00:00"

@@ -54,6 +54,7 @@ class Stage:
     command: tuple[str, ...] = ()  # words of its command; empty: its name
     run: str = ""  # the function that does it, as module:name; empty: it is nothing but settings and a notebook
     report: str = ""  # the function that draws the report of a run folder again, as module:name
+    plan: str = ""  # the function that says what a run of it needs, as module:name
 
     @property
     def settings_class(self) -> type:
@@ -110,6 +111,7 @@ SFT = Stage(
     options=("--peft", "--resume", "--nproc-per-node", "--art.data", "--art.model"),
     run="nemotron_nb.cli:sft",
     report="nemotron_nb.ops.report:write_report",
+    plan="nemotron_nb.stages.plan:plan_sft",
 )
 
 
@@ -129,6 +131,7 @@ DATA_PREP = Stage(
     options=("--sample", "--force"),
     command=("data", "prep", "sft"),
     run="nemotron_nb.cli:data_prep",
+    plan="nemotron_nb.stages.plan:plan_chats",
 )
 
 # %% ../../nbs/ops/08_stage.ipynb #9957748b
@@ -147,6 +150,7 @@ DATA_PREP_PRETRAIN = Stage(
     options=("--sample", "--force"),
     command=("data", "prep", "pretrain"),
     run="nemotron_nb.cli:data_prep_pretrain",
+    plan="nemotron_nb.stages.plan:plan_documents",
 )
 PRETRAIN = Stage(
     name="pretrain",
@@ -165,6 +169,7 @@ PRETRAIN = Stage(
     options=("--resume", "--nproc-per-node", "--art.data", "--art.model"),
     run="nemotron_nb.cli:pretrain",
     report="nemotron_nb.stages.pretrain:write_report",
+    plan="nemotron_nb.stages.plan:plan_pretrain",
 )
 
 # %% ../../nbs/ops/08_stage.ipynb #64e7f1b8
@@ -179,6 +184,7 @@ EVAL = Stage(
     examples=("eval -c tiny", "eval --run CLUSTER"),
     run="nemotron_nb.stages.evaluate:evaluate_run",
     report="nemotron_nb.stages.evaluate:write_comparison",
+    plan="nemotron_nb.stages.plan:plan_generation",
 )
 BUDGET = Stage(
     name="budget",
@@ -190,6 +196,7 @@ BUDGET = Stage(
     words="The semi-on-policy stage: rollouts of a model, some thoughts cut to a budget, a short fine-tuning on them.",
     examples=("budget -c tiny model=output/{family}/sft/RUN", "budget --batch CLUSTER --dry-run"),
     run="nemotron_nb.stages.budget:budget_run",
+    plan="nemotron_nb.stages.plan:plan_generation",
 )
 RL_DATA = Stage(
     name="data_prep_rl",
@@ -202,6 +209,7 @@ RL_DATA = Stage(
     options=("--sample", "--force"),
     command=("data", "prep", "rl"),
     run="nemotron_nb.stages.rl_data:rl_data_run",
+    plan="nemotron_nb.stages.plan:plan_tasks",
 )
 RL = Stage(
     name="rl",
@@ -222,6 +230,7 @@ RL = Stage(
     options=("--resume", "--art.data", "--art.model"),
     run="nemotron_nb.cli:rl",
     report="nemotron_nb.stages.rl:write_rl_report",
+    plan="nemotron_nb.stages.plan:plan_rl",
 )
 
 # %% ../../nbs/ops/08_stage.ipynb #e80d5a36
