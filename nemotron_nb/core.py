@@ -125,7 +125,10 @@ def typed_value(
     value: Any,
     where: str,  # what to call the place in an error
 ) -> Any:
-    """A value as a setting of this type: a nested dataclass, a list of them, or a plain value. `UserError` for another type."""
+    """A value as a setting of this type: a nested dataclass, a list of them, or a plain value.
+
+    `UserError` for another type.
+    """
     if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
         return from_mapping(kind, value, where)
     inner = typing.get_args(kind)[0] if typing.get_origin(kind) is list else None
@@ -297,7 +300,12 @@ def named(
     """The text with a name in the place of each value, however JSON or HTML spells it. The longest value goes first."""
     for value in sorted(hidden, key=len, reverse=True):
         if len(value) >= SHORTEST_SECRET:
-            spellings = {value, html.escape(value), json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]}
+            spellings = {
+                value,
+                html.escape(value),
+                json.dumps(value)[1:-1],
+                json.dumps(value, ensure_ascii=False)[1:-1],
+            }
             for spelled in sorted(spellings, key=len, reverse=True):
                 text = text.replace(spelled, hidden[value])
     return text

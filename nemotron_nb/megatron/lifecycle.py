@@ -31,7 +31,7 @@ from ..train.tensor_files import give_usual_rights
 # %% ../../nbs/megatron/06_lifecycle.ipynb #157c4ba0
 START = "model_at_start"
 
-
+# %% ../../nbs/megatron/06_lifecycle.ipynb #5d2cd0d5
 def _source(config: TrainConfig) -> str:
     """The model whose configuration counts: that of the weights, if they lie beside one."""
     weights = config.checkpoint.pretrained_checkpoint

@@ -16,36 +16,57 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ..core import UserError, nearest
 from ..loss.schedule import Phase, StageSchedule, check_unit
 from ..pretrain.curriculum import Phase as MixturePhase
 
-# %% ../../nbs/train/01_settings.ipynb #6b207be0
+# %% ../../nbs/train/01_settings.ipynb #9a3fcc83
 DECAY_STYLES = ("constant", "cosine", "WSD")
 WSD_DECAYS = ("linear", "minus_sqrt")
-RANGES = {
-    **{f"model.{name}": ("[1, inf)", "give at least 1") for name in ("hidden_size", "attention_heads", "mamba_heads", "state_size", "experts", "experts_per_token", "expert_size")},
+_SIZES = ("hidden_size", "attention_heads", "mamba_heads", "state_size", "experts", "experts_per_token", "expert_size")
+_MODEL_RANGES = {
+    **{f"model.{name}": ("[1, inf)", "give at least 1") for name in _SIZES},
     "model.init_std": ("(0, inf)", "give a width such as 0.02"),
     "model.mtp_num_layers": ("[0, 8]", "give 0 to 8; Super has 2"),
     "model.mtp_loss_scaling_factor": ("[0, inf)", "give a factor such as 0.3"),
     "model.moe_aux_loss_coeff": ("[0, inf)", "give 0 for none, or e.g. 1e-4"),
     "model.moe_router_bias_update_rate": ("[0, 1]", "give 0 for none, or e.g. 1e-3"),
+}
+
+# %% ../../nbs/train/01_settings.ipynb #238fbe1b
+_PORTIONS = ("global_batch_tokens", "micro_batch_tokens", "log_interval")
+_TRAIN_RANGES = {
     "train.train_iters": ("[0, inf)", "give at least 1"),
     "train.epochs": ("[0, inf)", "give a number of passes over the data, e.g. 2"),
     "train.global_batch_size": ("[0, inf)", "give a number of packs, or 0 to have it follow from global_batch_tokens"),
-    **{f"train.{name}": ("[1, inf)", "give at least 1") for name in ("global_batch_tokens", "micro_batch_tokens", "log_interval")},
+    **{f"train.{name}": ("[1, inf)", "give at least 1") for name in _PORTIONS},
     "train.seed": ("[0, 9223372036854775807]", "give a whole number that is not negative"),
     "train.eval_interval": ("[0, inf)", "give 0 for none in between"),
     "train.spike_factor": ("[0, inf)", "give a factor such as 10, or 0 for none"),
+}
+
+# %% ../../nbs/train/01_settings.ipynb #b0c3b52e
+_SCHEDULES = ("lr_warmup_iters", "lr_warmup_samples", "lr_wsd_decay_iters", "min_lr")
+_OPTIMIZER_RANGES = {
     "optimizer.lr": ("(0, inf)", "give a rate such as 1e-5"),
     "optimizer.adam_beta1": ("[0, 1)", "give a decay such as 0.9: at 1 the first gradient would never be forgotten"),
     "optimizer.adam_beta2": ("[0, 1)", "give a decay such as 0.95: at 1 the first gradient would never be forgotten"),
-    "optimizer.adam_eps": ("(0, inf)", "give a small number such as 1e-8: at 0 a gradient of zero would be divided by zero"),
+    "optimizer.adam_eps": (
+        "(0, inf)",
+        "give a small number such as 1e-8: at 0 a gradient of zero would be divided by zero",
+    ),
     "optimizer.weight_decay": ("[0, inf)", "give 0 for none, or e.g. 0.1"),
     "optimizer.clip_grad": ("[0, inf)", "give 0 for none, or e.g. 1.0"),
-    **{f"scheduler.{name}": ("[0, inf)", "give 0 for none") for name in ("lr_warmup_iters", "lr_warmup_samples", "lr_wsd_decay_iters", "min_lr")},
+    **{f"scheduler.{name}": ("[0, inf)", "give 0 for none") for name in _SCHEDULES},
+}
+
+# %% ../../nbs/train/01_settings.ipynb #4f50b82f
+RANGES = {
+    **_MODEL_RANGES,
+    **_TRAIN_RANGES,
+    **_OPTIMIZER_RANGES,
     "evaluation.num_generations": ("[0, inf)", "give 0 for none"),
     "evaluation.max_new_tokens": ("[1, inf)", "give at least 1"),
     **{f"checkpoint.{name}": ("[0, inf)", "give 0 for none") for name in ("save_interval", "keep_top_k")},
@@ -67,19 +88,23 @@ def _choose(where: str, value: str, known: Sequence[str]) -> None:
     """Refuse a word that is not one of the known ones."""
     _require(value in known, where, f"unknown value {value!r}", nearest(value, known))
 
-
+# %% ../../nbs/train/01_settings.ipynb #95f8e5ee
 def _named(value: Any) -> str:
     """A value as an error calls it."""
-    kind = {str: "the text", bool: "the truth value", type(None): "nothing:"}.get(type(value), f"a {type(value).__name__}")
+    kind = {str: "the text", bool: "the truth value", type(None): "nothing:"}.get(
+        type(value), f"a {type(value).__name__}"
+    )
     return f"{kind} {str(value)[:60]!r}" if isinstance(value, str) else f"{kind} {str(value)[:60]}"
 
 
 def _in_range(value: float, interval: str) -> bool:
     """Does a number lie in an interval such as "(0, 1]"?"""
     low, high = map(float, interval[1:-1].split(","))
-    return (value > low if interval[0] == "(" else value >= low) and (value < high if interval[-1] == ")" else value <= high)
+    return (value > low if interval[0] == "(" else value >= low) and (
+        value < high if interval[-1] == ")" else value <= high
+    )
 
-
+# %% ../../nbs/train/01_settings.ipynb #3d923620
 def _complaint(value: float, interval: str) -> str:
     """What is wrong with a number outside of its interval."""
     if not math.isfinite(value):
@@ -90,9 +115,17 @@ def _complaint(value: float, interval: str) -> str:
     return f"{value} {ends.get(interval, f'is not in {interval}')}"
 
 # %% ../../nbs/train/01_settings.ipynb #c8d71d09
-KINDS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a number"), bool: (bool, "true or false"), str: (str, "a text"), dict: (Mapping, "names with values"), list: (Sequence, "a list"), tuple: (Sequence, "a list of texts")}
+KINDS = {
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    bool: (bool, "true or false"),
+    str: (str, "a text"),
+    dict: (Mapping, "names with values"),
+    list: (Sequence, "a list"),
+    tuple: (Sequence, "a list of texts"),
+}
 
-
+# %% ../../nbs/train/01_settings.ipynb #6896056c
 def _is_of(value: Any, kind: Any) -> bool:
     """Is a value of the kind that a setting is annotated with?"""
     if is_dataclass(kind):
@@ -105,7 +138,7 @@ def _is_of(value: Any, kind: Any) -> bool:
         return False
     return isinstance(value, KINDS[plain][0]) and (plain is bool or not isinstance(value, bool))
 
-
+# %% ../../nbs/train/01_settings.ipynb #d7e12353
 def check_kinds(
     where: str,  # name of the section; empty: the whole
     section: Any,  # a dataclass of settings
@@ -114,13 +147,21 @@ def check_kinds(
     kinds = typing.get_type_hints(type(section))
     for name in (f.name for f in fields(section)):
         kind, value = kinds[name], getattr(section, name)
-        first = next((k for k in typing.get_args(kind) if k is not type(None)), kind) if type(None) in typing.get_args(kind) else kind
+        first = (
+            next((k for k in typing.get_args(kind) if k is not type(None)), kind)
+            if type(None) in typing.get_args(kind)
+            else kind
+        )
         asked = f"a {first.__name__}" if is_dataclass(first) else KINDS[typing.get_origin(first) or first][1]
         given = f"{where}.{name}" if where else name
-        fix = f"write it as {asked}" + (", without quotes" if isinstance(value, str) else "") if not is_dataclass(first) else f"give a {first.__name__}, or read the whole with from_mapping(TrainConfig, ...)"
+        fix = (
+            f"write it as {asked}" + (", without quotes" if isinstance(value, str) else "")
+            if not is_dataclass(first)
+            else f"give a {first.__name__}, or read the whole with from_mapping(TrainConfig, ...)"
+        )
         _require(_is_of(value, kind), given, f"expected {asked}, got {_named(value)}", fix)
 
-
+# %% ../../nbs/train/01_settings.ipynb #865d2787
 def check_section(
     where: str,  # name of the section
     section: Any,  # a dataclass of settings
@@ -131,14 +172,17 @@ def check_section(
         value = getattr(section, name)
         if interval_and_fix := RANGES.get(f"{where}.{name}"):
             interval, fix = interval_and_fix
-            _require(math.isfinite(value) and _in_range(value, interval), f"{where}.{name}", _complaint(value, interval), fix)
+            _require(
+                math.isfinite(value) and _in_range(value, interval), f"{where}.{name}", _complaint(value, interval), fix
+            )
 
 # %% ../../nbs/train/01_settings.ipynb #b03dfa81
 TINY = "tiny"
 ERROR_FILE = "error.txt"  # in the output folder: the first error of a training that failed
-TRAITS = ("name", "mtp_num_layers", "mtp_loss_scaling_factor", "moe_aux_loss_coeff", "moe_router_bias_update_rate")  # of ModelConfig: no sizes, so they may stand beside a checkpoint
+# of ModelConfig: no sizes, so they may stand beside a checkpoint
+TRAITS = ("name", "mtp_num_layers", "mtp_loss_scaling_factor", "moe_aux_loss_coeff", "moe_router_bias_update_rate")
 
-
+# %% ../../nbs/train/01_settings.ipynb #e3ed57f8
 @dataclass(frozen=True)
 class ModelConfig:
     """Which model to train: "tiny" with the sizes below, a folder in Hugging Face form, or a hub name."""
@@ -156,7 +200,8 @@ class ModelConfig:
     mtp_num_layers: int = 0  # depths of multi-token prediction, all with the weights of one block; Super has 2
     mtp_loss_scaling_factor: float = 0.3  # of all depths together
     moe_aux_loss_coeff: float = 0.0  # of the loss that balances the experts; 0 = none
-    moe_router_bias_update_rate: float = 0.0  # change of the router's bias per step, towards the experts that are used less; 0 = none
+    # change of the router's bias per step, towards the experts that are used less; 0 = none
+    moe_router_bias_update_rate: float = 0.0
 
     def __post_init__(self) -> None:
         check_section("model", self)
@@ -168,9 +213,9 @@ DATA_PARALLEL = ("ddp", "fsdp2")
 BAD_STEPS = ("stop", "skip")
 STEPS = 100  # the length of a training of which nothing is said
 
-
+# %% ../../nbs/train/01_settings.ipynb #f4c73ac6
 @dataclass(frozen=True)
-class TrainSection:
+class _TrainKeys:
     """With what, how long, and in what portions."""
 
     engine: str = "torch"  # "torch": this machine, or a few; "megatron": Megatron-Bridge, for a cluster
@@ -186,31 +231,62 @@ class TrainSection:
     data_parallel: str = "ddp"  # with several ranks: "ddp", a whole model on each, or "fsdp2", shared out
     recompute: bool = False  # keep no activations inside a layer, compute them again in the backward pass
     compile: bool = False  # torch.compile
-    bad_step: str = "stop"  # a loss that is no number, or a spike: "stop", or "skip" the step; the batch is saved either way
-    spike_factor: float = 0.0  # a gradient norm this many times the median of the last 100 steps is a spike; 0 = none is
+    # a loss that is no number, or a spike: "stop", or "skip" the step; the batch is saved either way
+    bad_step: str = "stop"
+    # a gradient norm this many times the median of the last 100 steps is a spike; 0 = none is
+    spike_factor: float = 0.0
+
+# %% ../../nbs/train/01_settings.ipynb #90c8fe39
+@dataclass(frozen=True)
+class _TrainChecks(_TrainKeys):
+    """A length, and only one of them; words that are known."""
 
     def __post_init__(self) -> None:
         """A length that is not given is 0 steps beside epochs, else 100."""
         if self.train_iters is None:
             object.__setattr__(self, "train_iters", 0 if self.epochs else STEPS)
         check_section("train", self)
-        _require(not (self.epochs and self.train_iters), "train.epochs", f"{self.epochs:g} epochs and {self.train_iters} steps of train.train_iters", "give one of the two: train.epochs=0, or train.train_iters=0")
-        _require(bool(self.epochs or self.train_iters), "train.train_iters", "0 is not positive", "give at least 1, or a length in epochs: train.epochs=2")
-        for name, known in (("engine", ENGINES), ("precision", PRECISIONS), ("data_parallel", DATA_PARALLEL), ("bad_step", BAD_STEPS)):
+        _require(
+            not (self.epochs and self.train_iters),
+            "train.epochs",
+            f"{self.epochs:g} epochs and {self.train_iters} steps of train.train_iters",
+            "give one of the two: train.epochs=0, or train.train_iters=0",
+        )
+        _require(
+            bool(self.epochs or self.train_iters),
+            "train.train_iters",
+            "0 is not positive",
+            "give at least 1, or a length in epochs: train.epochs=2",
+        )
+        for name, known in (
+            ("engine", ENGINES),
+            ("precision", PRECISIONS),
+            ("data_parallel", DATA_PARALLEL),
+            ("bad_step", BAD_STEPS),
+        ):
             _choose(f"train.{name}", getattr(self, name), known)
-        _require(self.spike_factor == 0 or self.spike_factor > 1, "train.spike_factor", f"{self.spike_factor} is not above 1", "give a factor such as 10, or 0 for none")
+        _require(
+            self.spike_factor == 0 or self.spike_factor > 1,
+            "train.spike_factor",
+            f"{self.spike_factor} is not above 1",
+            "give a factor such as 10, or 0 for none",
+        )
+
+# %% ../../nbs/train/01_settings.ipynb #88b45920
+class TrainSection(_TrainChecks):
+    """With what, how long, and in what portions."""
 
     def packs_in_step(self, pack_size: int) -> int:
         """How many packs of `pack_size` tokens make a step."""
         return self.global_batch_size or max(1, self.global_batch_tokens // pack_size)
 
-    def in_steps(self, packs: int, pack_size: int) -> "TrainSection":
+    def in_steps(self, packs: int, pack_size: int) -> Self:
         """The section for data of so many packs: packs in a step and steps are written out, and no epochs are left."""
         size = self.packs_in_step(pack_size)
         steps = max(1, math.ceil(self.epochs * packs / size - 1e-9)) if self.epochs else self.train_iters
         return replace(self, global_batch_size=size, train_iters=steps, epochs=0.0)
 
-
+# %% ../../nbs/train/01_settings.ipynb #e705ec3f
 @dataclass(frozen=True)
 class OptimizerSection:
     """AdamW."""
@@ -225,7 +301,7 @@ class OptimizerSection:
     def __post_init__(self) -> None:
         check_section("optimizer", self)
 
-
+# %% ../../nbs/train/01_settings.ipynb #6d6d5e48
 @dataclass(frozen=True)
 class SchedulerSection:
     """The learning rate over time. A warm-up is given in steps, or in samples (packs)."""
@@ -244,26 +320,41 @@ class SchedulerSection:
         both = self.lr_warmup_iters > 0 and self.lr_warmup_samples > 0
         _require(not both, "scheduler", "a warm-up in steps and one in samples", "give one of the two")
 
-
+# %% ../../nbs/train/01_settings.ipynb #eb425582
 @dataclass(frozen=True)
 class LossSection:
     """Which loss at which step, e.g. [{stage: token, steps: 60}, {stage: sample}]."""
 
     stages: list[Phase] = field(default_factory=lambda: [Phase("token")])
-    conversation_unit: str = "sequence"  # what counts once in the sample stage: each training sequence, or ("conversation") all of a chat that are in the step
+    # what counts once in the sample stage: each training sequence, or ("conversation") all of a chat that are in
+    # the step
+    conversation_unit: str = "sequence"
 
     def __post_init__(self) -> None:
-        fix = "write stages as [{stage: token, steps: 60}, {stage: sample}]; in Python, as [Phase(\"token\", 60), Phase(\"sample\")]"
-        _require(isinstance(self.stages, Sequence) and not isinstance(self.stages, str), "loss.stages", f"expected a list of stages, got {_named(self.stages)}", fix)
+        fix = (
+            "write stages as [{stage: token, steps: 60}, {stage: sample}]; in Python, as "
+            '[Phase("token", 60), Phase("sample")]'
+        )
+        _require(
+            isinstance(self.stages, Sequence) and not isinstance(self.stages, str),
+            "loss.stages",
+            f"expected a list of stages, got {_named(self.stages)}",
+            fix,
+        )
         for i, entry in enumerate(self.stages):
-            _require(isinstance(entry, Phase | Mapping), f"loss.stages[{i}]", f"expected a stage with its steps, got {_named(entry)}", fix)
+            _require(
+                isinstance(entry, Phase | Mapping),
+                f"loss.stages[{i}]",
+                f"expected a stage with its steps, got {_named(entry)}",
+                fix,
+            )
             if isinstance(entry, Phase):
                 check_kinds(f"loss.stages[{i}]", entry)
         check_section("loss", self)
         StageSchedule.from_config(self.stages)
         check_unit(self.conversation_unit)
 
-
+# %% ../../nbs/train/01_settings.ipynb #4edbe24d
 @dataclass(frozen=True)
 class EvaluationSection:
     """What is generated before and after training, from held-out prompts."""
@@ -274,15 +365,17 @@ class EvaluationSection:
     def __post_init__(self) -> None:
         check_section("evaluation", self)
 
-
+# %% ../../nbs/train/01_settings.ipynb #ac5cb965
 @dataclass(frozen=True)
 class CheckpointSection:
     """What is kept, and what is gone on from."""
 
     save: str = ""  # folder for checkpoints; empty: checkpoints/ in the run folder
     save_interval: int = 0  # steps between checkpoints; 0 = only when training ends or is asked to stop
-    load: str = ""  # folder of checkpoints to go on from: weights, optimizer, place in the data; empty: the save folder, if it has any
-    pretrained_checkpoint: str = ""  # weights to begin with, nothing else: a folder in Hugging Face form, or of checkpoints; empty: model.name
+    # folder of checkpoints to go on from: weights, optimizer, place in the data; empty: the save folder, if it has any
+    load: str = ""
+    # weights to begin with, nothing else: a folder in Hugging Face form, or of checkpoints; empty: model.name
+    pretrained_checkpoint: str = ""
     keep_top_k: int = 0  # keep the newest and the k with the lowest held-out loss; 0 = keep all
 
     def __post_init__(self) -> None:
@@ -293,13 +386,15 @@ DROPOUT_POSITIONS = ("pre", "post")
 LORA_A_INITS = ("xavier", "uniform")
 LORA_DTYPES = ("", "float32", "bfloat16", "float16")
 
-
+# %% ../../nbs/train/01_settings.ipynb #a3a91c21
 @dataclass(frozen=True)
-class PeftSection:
-    """LoRA: small matrices beside the frozen ones. Names are those of NeMo RL's page, and so are defaults, but for use_triton and match_all_linear."""
+class _PeftKeys:
+    """LoRA: small matrices beside the frozen ones. Names and defaults are those of NeMo RL's page."""
 
     enabled: bool = False
-    target_modules: tuple[str, ...] = ()  # names or wildcards such as *.layers.0.*.q_proj, in the language of transformers or Megatron; empty: every linear layer but the output
+    # names or wildcards such as *.layers.0.*.q_proj, in the language of transformers or Megatron; empty: every
+    # linear layer but the output
+    target_modules: tuple[str, ...] = ()
     exclude_modules: tuple[str, ...] = ()  # names or wildcards; only where target_modules is empty
     match_all_linear: bool = False  # every linear layer but the output, in words; only where target_modules is empty
     dim: int = 8  # rank
@@ -313,26 +408,66 @@ class PeftSection:
     lora_dtype: str | None = None  # e.g. bfloat16; null: that of the weights
     merge: bool = False  # write the merged model too when training ends
 
+# %% ../../nbs/train/01_settings.ipynb #6a548574
+@dataclass(frozen=True)
+class PeftSection(_PeftKeys):
+    """LoRA: small matrices beside the frozen ones.
+
+    Names are those of NeMo RL's page, and so are defaults, but for use_triton and match_all_linear.
+    """
+
     def __post_init__(self) -> None:
         """Refuse what cannot be meant, or would be overruled without a word."""
         check_section("peft", self)
         both = "name the layers, or take all but some"
-        _require(not (self.target_modules and self.match_all_linear), "peft.match_all_linear", "target_modules are given, and match_all_linear is true", f"{both}: remove one of the two")
-        _require(not (self.target_modules and self.exclude_modules), "peft.exclude_modules", "exclude_modules with target_modules that are not empty", f"{both}: remove one of the two")
+        _require(
+            not (self.target_modules and self.match_all_linear),
+            "peft.match_all_linear",
+            "target_modules are given, and match_all_linear is true",
+            f"{both}: remove one of the two",
+        )
+        _require(
+            not (self.target_modules and self.exclude_modules),
+            "peft.exclude_modules",
+            "exclude_modules with target_modules that are not empty",
+            f"{both}: remove one of the two",
+        )
         _require(self.dim >= 1, "peft.dim", f"rank {self.dim}", "give at least 1; 8 to 256 are usual")
         _require(self.alpha > 0, "peft.alpha", f"{self.alpha} is not positive", "give a number such as 32")
-        _require(0 <= self.dropout < 1, "peft.dropout", f"{self.dropout} is not a share", "give 0 for none, or e.g. 0.05")
+        _require(
+            0 <= self.dropout < 1, "peft.dropout", f"{self.dropout} is not a share", "give 0 for none, or e.g. 0.05"
+        )
         _choose("peft.dropout_position", self.dropout_position, DROPOUT_POSITIONS)
         _choose("peft.lora_A_init", self.lora_A_init, LORA_A_INITS)
         _choose("peft.lora_dtype", self.lora_dtype or "", LORA_DTYPES)
-        _require(self.lora_B_init == "zero", "peft.lora_B_init", f"{self.lora_B_init!r}: B begins at zero", "leave it out: with any other start the first step would not be the base model's")
+        _require(
+            self.lora_B_init == "zero",
+            "peft.lora_B_init",
+            f"{self.lora_B_init!r}: B begins at zero",
+            "leave it out: with any other start the first step would not be the base model's",
+        )
 
-
+# %% ../../nbs/train/01_settings.ipynb #5547c5f7
 def _check_peft(peft: PeftSection, engine: str, tensor_parallel: int) -> None:
     """Refuse what an engine cannot do."""
-    _require(not peft.use_triton or tensor_parallel == 1, "peft.use_triton", f"use_triton with {tensor_parallel} tensor-parallel ranks", "set peft.use_triton=false: the kernel works on whole matrices")
-    _require(not peft.use_triton or engine == "torch", "peft.use_triton", f"the {engine} engine has no such kernel", "set peft.use_triton=false")
-    _require(not peft.a2a_experimental or engine == "megatron", "peft.a2a_experimental", "a way to communicate between Megatron's ranks, and the engine is torch", "set peft.a2a_experimental=false, or train.engine=megatron")
+    _require(
+        not peft.use_triton or tensor_parallel == 1,
+        "peft.use_triton",
+        f"use_triton with {tensor_parallel} tensor-parallel ranks",
+        "set peft.use_triton=false: the kernel works on whole matrices",
+    )
+    _require(
+        not peft.use_triton or engine == "torch",
+        "peft.use_triton",
+        f"the {engine} engine has no such kernel",
+        "set peft.use_triton=false",
+    )
+    _require(
+        not peft.a2a_experimental or engine == "megatron",
+        "peft.a2a_experimental",
+        "a way to communicate between Megatron's ranks, and the engine is torch",
+        "set peft.a2a_experimental=false, or train.engine=megatron",
+    )
 
 # %% ../../nbs/train/01_settings.ipynb #7b5c2a61
 @dataclass(frozen=True)
@@ -357,7 +492,8 @@ def no_documents_with_megatron() -> UserError:
     return UserError(
         "pretraining with Megatron-Bridge is not wired up here",
         where="train.engine=megatron",
-        why="here the PyTorch engine trains on documents; Megatron's part is that it reads the same files: blend.json names them",
+        why="here the PyTorch engine trains on documents; Megatron's part is that it reads the same files: blend.json "
+        "names them",
         fix="set train.engine=torch (-c tiny does), or hand blend.json to Megatron-Bridge's own pretrain()",
     )
 
@@ -376,7 +512,8 @@ class TrainConfig:
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     peft: PeftSection = PeftSection()
-    megatron: dict[str, Any] = field(default_factory=dict)  # dotted names of Megatron-Bridge and their values; for that engine alone
+    # dotted names of Megatron-Bridge and their values; for that engine alone
+    megatron: dict[str, Any] = field(default_factory=dict)
     dataset: DatasetSection = DatasetSection()  # for documents alone
 
     @property
@@ -388,7 +525,12 @@ class TrainConfig:
         """Refuse numbers that cannot be meant."""
         check_kinds("", self)
         falls = self.scheduler.lr_decay_style != "constant"
-        _require(not falls or self.scheduler.min_lr <= self.optimizer.lr, "scheduler.min_lr", f"{self.scheduler.min_lr} is above optimizer.lr, {self.optimizer.lr}", "give a rate below it: the way down ends there")
+        _require(
+            not falls or self.scheduler.min_lr <= self.optimizer.lr,
+            "scheduler.min_lr",
+            f"{self.scheduler.min_lr} is above optimizer.lr, {self.optimizer.lr}",
+            "give a rate below it: the way down ends there",
+        )
         if self.peft.enabled:
             _check_peft(self.peft, self.train.engine, int(self.megatron.get("model.tensor_model_parallel_size", 1)))
         if self.train.train_iters:  # with epochs, the stages are compared with the length when the data is known
@@ -404,22 +546,45 @@ def _has_steps(folder: Path) -> bool:
     """Are there checkpoints of ours?"""
     return folder.is_dir() and any(folder.glob("step_*"))
 
-
-def check_places(
-    config: TrainConfig,
-) -> None:
-    """`UserError` for a model, a checkpoint or first weights that are named and are not there. Paths are taken from the working directory."""
-    c, engine, name = config.checkpoint, config.train.engine, config.model.name
-    load, first = Path(c.load), Path(c.pretrained_checkpoint)
+# %% ../../nbs/train/01_settings.ipynb #24a7f1ec
+def _check_load(config: TrainConfig) -> None:
+    """Refuse checkpoints to go on from that are not there. A training's own come first."""
+    c, engine = config.checkpoint, config.train.engine
+    load = Path(c.load)
     holds = _has_steps(load) if engine == "torch" else (load / "latest_train_state.pt").is_file()
-    inside = "step_ folders" if engine == "torch" else "latest_train_state.pt"
     own = Path(c.save or Path(config.output_dir) / "checkpoints")
     if engine == "torch" and _has_steps(own):  # this training has checkpoints of its own, which come first
         load, holds = own, True
-    _require(not c.load or load.is_dir(), "checkpoint.load", f"there is no folder {c.load}", f"give a folder that holds {inside}, or leave it empty")
-    _require(not c.load or holds, "checkpoint.load", f"no checkpoint here: {c.load}", f"give a folder that holds {inside}, such as checkpoints/ of a run, or leave it empty")
-    _require(not c.pretrained_checkpoint or first.is_dir(), "checkpoint.pretrained_checkpoint", f"there is no folder {c.pretrained_checkpoint}", "give a folder in Hugging Face form, or one of checkpoints; a name of the hub belongs into model.name")
-    known = (first / "config.json").is_file() or _has_steps(first) or engine == "megatron"
-    _require(not c.pretrained_checkpoint or known, "checkpoint.pretrained_checkpoint", f"no checkpoint here: {c.pretrained_checkpoint}", "give a folder in Hugging Face form, or one that holds step_ folders; or leave it empty")
-    _require(not _is_path(name) or Path(name).is_dir(), "model.name", f"there is no folder {name}", f"give a folder in Hugging Face form, a name of the hub, or {TINY!r}")
-    _require(not _is_path(name) or (Path(name) / "config.json").is_file(), "model.name", f"no config.json in {name}", "give a folder in Hugging Face form, as save_pretrained writes it")
+    fix = f"give a folder that holds {'step_ folders' if engine == 'torch' else 'latest_train_state.pt'}"
+    said = f"there is no folder {c.load}"
+    _require(not c.load or load.is_dir(), "checkpoint.load", said, f"{fix}, or leave it empty")
+    fix = f"{fix}, such as checkpoints/ of a run, or leave it empty"
+    _require(not c.load or holds, "checkpoint.load", f"no checkpoint here: {c.load}", fix)
+
+# %% ../../nbs/train/01_settings.ipynb #29643f2e
+def _check_first(config: TrainConfig) -> None:
+    """Refuse weights to begin with that are not there."""
+    named, where = config.checkpoint.pretrained_checkpoint, "checkpoint.pretrained_checkpoint"
+    first = Path(named)
+    fix = "give a folder in Hugging Face form, or one of checkpoints; a name of the hub belongs into model.name"
+    _require(not named or first.is_dir(), where, f"there is no folder {named}", fix)
+    known = (first / "config.json").is_file() or _has_steps(first) or config.train.engine == "megatron"
+    fix = "give a folder in Hugging Face form, or one that holds step_ folders; or leave it empty"
+    _require(not named or known, where, f"no checkpoint here: {named}", fix)
+
+# %% ../../nbs/train/01_settings.ipynb #a9e5a58d
+def check_places(
+    config: TrainConfig,
+) -> None:
+    """`UserError` for a model, a checkpoint or first weights that are named and are not there.
+
+    Paths are taken from the working directory.
+    """
+    _check_load(config)
+    _check_first(config)
+    name = config.model.name
+    fix = f"give a folder in Hugging Face form, a name of the hub, or {TINY!r}"
+    _require(not _is_path(name) or Path(name).is_dir(), "model.name", f"there is no folder {name}", fix)
+    fix = "give a folder in Hugging Face form, as save_pretrained writes it"
+    there = (Path(name) / "config.json").is_file()
+    _require(not _is_path(name) or there, "model.name", f"no config.json in {name}", fix)
