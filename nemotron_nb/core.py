@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['T', 'YAML_CHARACTERS', 'YAML_NODES', 'YAML_DEPTH', 'SHORTEST_SECRET', 'UserError', 'nearest', 'from_mapping',
            'typed_value', 'expect', 'check_yaml', 'temporary_name', 'abandoned', 'sweep', 'write_atomic', 'write_json',
-           'named', 'named_in', 'publish', 'new_folder', 'locked', 'digest', 'file_digest', 'hub_file']
+           'named', 'named_in', 'named_in_files', 'publish', 'new_folder', 'locked', 'digest', 'file_digest',
+           'hub_file']
 
 # %% ../nbs/00_core.ipynb #6d351b78
 import dataclasses
@@ -125,7 +126,10 @@ def typed_value(
     value: Any,
     where: str,  # what to call the place in an error
 ) -> Any:
-    """A value as a setting of this type: a nested dataclass, a list of them, or a plain value. `UserError` for another type."""
+    """A value as a setting of this type: a nested dataclass, a list of them, or a plain value.
+
+    `UserError` for another type.
+    """
     if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
         return from_mapping(kind, value, where)
     inner = typing.get_args(kind)[0] if typing.get_origin(kind) is list else None
@@ -297,7 +301,12 @@ def named(
     """The text with a name in the place of each value, however JSON or HTML spells it. The longest value goes first."""
     for value in sorted(hidden, key=len, reverse=True):
         if len(value) >= SHORTEST_SECRET:
-            spellings = {value, html.escape(value), json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]}
+            spellings = {
+                value,
+                html.escape(value),
+                json.dumps(value)[1:-1],
+                json.dumps(value, ensure_ascii=False)[1:-1],
+            }
             for spelled in sorted(spellings, key=len, reverse=True):
                 text = text.replace(spelled, hidden[value])
     return text
@@ -309,6 +318,18 @@ def named_in(
 ) -> Any:
     """The same of every text in a tree."""
     return json.loads(named(json.dumps(tree), hidden)) if hidden else tree
+
+
+def named_in_files(
+    folder: Path,  # that nobody reads yet
+    hidden: Mapping[str, str],
+) -> None:
+    """The same in the texts of a folder: its JSON, JSON lines and HTML."""
+    for path in folder.iterdir() if hidden else ():
+        if path.suffix in (".json", ".jsonl", ".html"):
+            text = path.read_text(encoding="utf-8")
+            if (new := named(text, hidden)) != text:
+                write_atomic(path, new)
 
 # %% ../nbs/00_core.ipynb #3f66718e
 def publish(

@@ -63,54 +63,68 @@ def _body(reply: Reply) -> bytes:
     message = {"role": "assistant", "content": reply.content}
     return json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": reply.finish_reason}]}).encode()
 
-# %% ../nbs/02_endpoint.ipynb #a17a76ba
+# %% ../nbs/02_endpoint.ipynb #9af181d9
+_Script = Callable[[dict[str, Any], int], Reply | str]  # (body, how often it came before) -> what to answer
+
+
+class _Player(BaseHTTPRequestHandler):
+    """Answers POST requests by the script of its server."""
+
+    def do_POST(self) -> None:
+        """Note the request, ask the script, answer."""
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        reply = self.server.script(body, self.server.noted(body, self.headers))
+        reply = Reply(reply) if isinstance(reply, str) else reply
+        self.server.stop.wait(reply.delay)
+        data = reply.raw if reply.raw is not None else _body(reply)
+        self.send_response(reply.status)
+        for name, value in {"Content-Length": str(len(data)), **reply.headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def handle(self) -> None:
+        """As usual, but a client that has gone away is no news."""
+        try:
+            super().handle()
+        except ConnectionError:
+            pass
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+# %% ../nbs/02_endpoint.ipynb #815a7c3b
+class _Stage(ThreadingHTTPServer):
+    """A server with a script, and what it was asked."""
+
+    def __init__(self, script: _Script):
+        super().__init__(("127.0.0.1", 0), _Player)
+        self.script, self.stop, self.lock, self.seen = script, threading.Event(), threading.Lock(), {}
+        self.log = Rehearsal(f"http://127.0.0.1:{self.server_port}/v1")
+
+    def noted(self, body: dict[str, Any], headers: Mapping[str, str]) -> int:
+        """Write a request down. How often the same came before."""
+        with self.lock:
+            before = self.seen.get(digest(body), 0)
+            self.seen[digest(body)] = before + 1
+            self.log.requests.append(body)
+            self.log.headers.append({k.lower(): v for k, v in headers.items()})
+        return before
+
+# %% ../nbs/02_endpoint.ipynb #26a29dc9
 @contextmanager
 def rehearsal(
     # (body of a request, how often this body came before) -> what to answer
     script: Callable[[dict[str, Any], int], Reply | str],
 ) -> Iterator[Rehearsal]:
     """A server on this machine that speaks the protocol and answers by a script. It is gone at the end of the block."""
-    lock, stop, seen, log = threading.Lock(), threading.Event(), {}, Rehearsal("")
-
-    class Handler(BaseHTTPRequestHandler):
-        """Answers POST requests by the script."""
-
-        def do_POST(self) -> None:
-            """Note the request, ask the script, answer."""
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                before = seen.get(digest(body), 0)
-                seen[digest(body)] = before + 1
-                log.requests.append(body)
-                log.headers.append({k.lower(): v for k, v in self.headers.items()})
-            reply = script(body, before)
-            reply = Reply(reply) if isinstance(reply, str) else reply
-            stop.wait(reply.delay)
-            data = reply.raw if reply.raw is not None else _body(reply)
-            self.send_response(reply.status)
-            for name, value in {"Content-Length": str(len(data)), **reply.headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(data)
-
-        def handle(self) -> None:
-            """As usual, but a client that has gone away is no news."""
-            try:
-                super().handle()
-            except ConnectionError:
-                pass
-
-        def log_message(self, *_: Any) -> None:
-            """Say nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    log.url = f"http://127.0.0.1:{server.server_port}/v1"
+    server = _Stage(script)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:
-        yield log
+        yield server.log
     finally:
-        stop.set()
+        server.stop.set()
         server.shutdown()
         server.server_close()
 
@@ -128,8 +142,8 @@ class EndpointError(UserError):
 
 # %% ../nbs/02_endpoint.ipynb #3717e14d
 @dataclass(frozen=True)
-class Endpoint:
-    """A model behind an OpenAI-compatible server, and how patiently it is asked."""
+class _EndpointKeys:
+    """Where a model is served, and how patiently it is asked."""
 
     base_url: str  # up to and without /chat/completions, as in http://localhost:8000/v1
     model: str
@@ -148,41 +162,56 @@ class Endpoint:
     options: dict[str, Any] = field(default_factory=lambda: {"temperature": 0})
     sleep: Callable[[float], None] = field(default=time.sleep, repr=False, compare=False)
 
+# %% ../nbs/02_endpoint.ipynb #114253ae
+def _check_address(keys: _EndpointKeys) -> None:
+    """Refuse an address that is none, or that holds a secret."""
+    try:
+        url = urllib.parse.urlsplit(keys.base_url)
+        good, secret = (
+            url.scheme in ("http", "https") and bool(url.hostname) and (url.port or 1) > 0,
+            bool(url.username or url.password or url.query),
+        )
+    except ValueError:
+        good, secret = False, False
+    if secret:
+        raise UserError(
+            "base_url holds a user name, a password or a query",
+            where="endpoint",
+            why="settings are saved and printed",
+            fix="put the key into an environment variable and name it in api_key_env",
+        )
+    if not good or not keys.model:
+        raise UserError(
+            f"base_url {keys.base_url!r}, model {keys.model!r}",
+            where="endpoint",
+            fix="base_url is as in http://localhost:8000/v1, and model names one that is served there",
+        )
+
+# %% ../nbs/02_endpoint.ipynb #83634447
+def _check_patience(keys: _EndpointKeys) -> None:
+    """Refuse numbers that cannot be meant."""
+    if not (
+        keys.timeout > 0
+        and keys.retries >= 0
+        and keys.concurrency >= 1
+        and keys.backoff >= 0
+        and keys.max_wait >= 0
+        and keys.max_bytes > 0
+    ):
+        raise UserError(
+            "a number is out of range",
+            where="endpoint",
+            fix="timeout and max_bytes above 0, concurrency at least 1, retries, backoff and max_wait at least 0",
+        )
+
+# %% ../nbs/02_endpoint.ipynb #4525e192
+@dataclass(frozen=True)
+class Endpoint(_EndpointKeys):
+    """A model behind an OpenAI-compatible server, and how patiently it is asked."""
+
     def __post_init__(self) -> None:
-        try:
-            url = urllib.parse.urlsplit(self.base_url)
-            good, secret = (
-                url.scheme in ("http", "https") and bool(url.hostname) and (url.port or 1) > 0,
-                bool(url.username or url.password or url.query),
-            )
-        except ValueError:
-            good, secret = False, False
-        if secret:
-            raise UserError(
-                "base_url holds a user name, a password or a query",
-                where="endpoint",
-                why="settings are saved and printed",
-                fix="put the key into an environment variable and name it in api_key_env",
-            )
-        if not good or not self.model:
-            raise UserError(
-                f"base_url {self.base_url!r}, model {self.model!r}",
-                where="endpoint",
-                fix="base_url is as in http://localhost:8000/v1, and model names one that is served there",
-            )
-        if not (
-            self.timeout > 0
-            and self.retries >= 0
-            and self.concurrency >= 1
-            and self.backoff >= 0
-            and self.max_wait >= 0
-            and self.max_bytes > 0
-        ):
-            raise UserError(
-                "a number is out of range",
-                where="endpoint",
-                fix="timeout and max_bytes above 0, concurrency at least 1, retries, backoff and max_wait at least 0",
-            )
+        _check_address(self)
+        _check_patience(self)
         if clash := {"model", "messages", "response_format", "stream", "n"} & set(self.options):
             raise UserError(
                 f"options may not hold {', '.join(sorted(clash))}",
@@ -492,6 +521,20 @@ def _told(messages: Sequence[Mapping[str, Any]], failure: _Failure) -> list[Mapp
         },
     ]
 
+# %% ../nbs/02_endpoint.ipynb #330df18e
+def _checker(schema: Mapping[str, Any] | None, validators: Sequence[Validator]) -> Callable[[str], Any]:
+    """What makes a value of an answer: nothing where no schema asks for one."""
+    if schema is not None:
+        schema_validator(schema)
+    elif validators:
+        raise UserError(
+            "validators are given and no schema",
+            where="ask",
+            why="text without a schema is not parsed, and they would never be called",
+            fix="give a schema; {} takes any JSON",
+        )
+    return lambda text: None if schema is None else checked_value(text, schema, validators)
+
 # %% ../nbs/02_endpoint.ipynb #9ebeb204
 def ask(
     endpoint: Endpoint,
@@ -503,20 +546,7 @@ def ask(
 
     `EndpointError` if there is no usable one after all attempts.
     """
-
-    def check(text: str) -> Any:
-        """The value of an answer, or nothing where no schema asks for one."""
-        return None if schema is None else checked_value(text, schema, validators)
-
-    if schema is not None:
-        schema_validator(schema)
-    elif validators:
-        raise UserError(
-            "validators are given and no schema",
-            where="ask",
-            why="text without a schema is not parsed, and they would never be called",
-            fix="give a schema; {} takes any JSON",
-        )
+    check = _checker(schema, validators)
     path = _cache_path(endpoint, messages, schema)
     if kept := _from_cache(path, check):
         return kept

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 # %% ../nbs/01_viz.ipynb #991eae6a
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # %% ../nbs/01_viz.ipynb #5f70349a
@@ -47,7 +48,7 @@ def clipped(
     """The beginning of a long text, and how much more there is."""
     return text if len(text) <= limit else f"{text[:limit]} ... and {len(text) - limit:,} more characters"
 
-
+# %% ../nbs/01_viz.ipynb #6460b80b
 def _label(text: str) -> str:
     """A title or the name of a thing, as HTML."""
     return escape(clipped(text, 200))
@@ -227,6 +228,19 @@ class _Strip:
             )
         return _Strip.of(kept)
 
+# %% ../nbs/01_viz.ipynb #ba1399a7
+def _strip_of(
+    pieces: Sequence[str],
+    trained: Sequence[int],
+    roles: Sequence[str],
+    values: Sequence[float | None] | None,
+    special: Sequence[bool] | None,
+) -> _Strip:
+    """The columns of a strip; numbers and marks that are not given are empty."""
+    nothing, plain = [None] * len(pieces), [False] * len(pieces)
+    given = values if values is not None else nothing, special if special is not None else plain
+    return _Strip(list(pieces), list(trained), list(roles), list(given[0]), list(given[1]))
+
 # %% ../nbs/01_viz.ipynb #d6da854f
 def token_strip(
     pieces: Sequence[str],  # [L] text of each token
@@ -245,14 +259,7 @@ def token_strip(
     """Tokens in a row: background = speaker (or the number), underline = trained. Safe for untrusted notebooks."""
     count = f"{sum(map(bool, trained))} of {len(pieces)} tokens trained (underlined)"
     roles = roles if roles is not None else ["assistant"] * len(pieces)
-    nothing, plain = [None] * len(pieces), [False] * len(pieces)
-    strip = _Strip(
-        list(pieces),
-        list(trained),
-        list(roles),
-        list(values if values is not None else nothing),
-        list(special if special is not None else plain),
-    )
+    strip = _strip_of(pieces, trained, roles, values, special)
     strip = strip.folded(fold) if fold is not None else strip
     shown = _Strip.of(strip.rows()[:window])
     darkest = top if top is not None else max((v for v in values or [] if v is not None), default=1.0)
@@ -404,7 +411,26 @@ def bars(
         "\n".join(([title] if title else []) + lines),
     )
 
-# %% ../nbs/01_viz.ipynb #ff726217
+# %% ../nbs/01_viz.ipynb #108b92ed
+def _draw_shares(axes: "Axes", y: int, values: Sequence[float], names: Sequence[str]) -> None:
+    """One bar of shares side by side; a share that is wide enough has its name on it."""
+    for k, (share, left) in enumerate(zip(values, itertools.accumulate(values, initial=0.0))):
+        colour, hatch = ("#9ecae1", "#fdd0a2")[k % 2], ("", "///")[k % 2]
+        axes.barh(y, share, left=left, height=0.7, color=colour, hatch=hatch, edgecolor="#555555", linewidth=0.6)
+        if share > 0.06:
+            axes.text(
+                left + share / 2,
+                y,
+                f"{names[k]}\n{share:.0%}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="#111111",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
+                parse_math=False,
+            )
+
+# %% ../nbs/01_viz.ipynb #2c314a83
 def share_bars(
     # name of a bar -> [N] parts, not negative; each bar is drawn as shares of its own sum
     bars: Mapping[str, Sequence[float]],
@@ -423,29 +449,7 @@ def share_bars(
     figure = Figure(figsize=(7.6, 0.9 + 0.55 * len(bars)), layout="constrained")
     axes = figure.subplots()
     for y, values in enumerate(shares.values()):
-        for k, (share, left) in enumerate(zip(values, itertools.accumulate(values, initial=0.0))):
-            axes.barh(
-                y,
-                share,
-                left=left,
-                height=0.7,
-                color=("#9ecae1", "#fdd0a2")[k % 2],
-                hatch=("", "///")[k % 2],
-                edgecolor="#555555",
-                linewidth=0.6,
-            )
-            if share > 0.06:
-                axes.text(
-                    left + share / 2,
-                    y,
-                    f"{names[k]}\n{share:.0%}",
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color="#111111",
-                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
-                    parse_math=False,
-                )
+        _draw_shares(axes, y, values, names)
     axes.set(xlim=(0, 1), yticks=range(len(bars)), yticklabels=list(bars), xlabel=xlabel)
     axes.invert_yaxis()
     said = "; ".join(

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -267,13 +267,7 @@ def files_of_split(
     where: str,  # for errors
 ) -> list[str]:
     """The data files of one split of a dataset in the form of the hub, sorted."""
-    data = sorted(
-        n
-        for n in names
-        if n.endswith(DATA_SUFFIXES)
-        and not PurePosixPath(n).name.startswith(".")
-        and PurePosixPath(n).name not in _ABOUT_DATA
-    )
+    data = sorted(n for n in _without_notes(names) if n.endswith(DATA_SUFFIXES))
     configs = _declared(readme, f"{where}/README.md")
     if subset or configs:
         known = [str(c.get("config_name", "default")) for c in configs]
@@ -300,6 +294,15 @@ def files_of_split(
 
 # %% ../../nbs/data/15_blend.ipynb #c19cea90
 _ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # what `datasets` writes beside data
+
+
+def _without_notes(names: Iterable[str]) -> list[str]:
+    """The names without hidden files and what `datasets` writes about data; its state.json lies beside Arrow files."""
+    paths = [PurePosixPath(n) for n in names]
+    saved = {p.parent for p in paths if p.suffix == ".arrow"}
+    about = (*_ABOUT_DATA, "state.json")
+    kept = (p for p in paths if p.name not in (about if p.parent in saved else _ABOUT_DATA))
+    return [str(p) for p in kept if not p.name.startswith(".")]
 
 
 def _saved_files(folder: Path) -> set[str] | None:

@@ -534,11 +534,8 @@ def _new_scratch(longest: int) -> Scratch:
     return Scratch(*(np.zeros(longest, np.int32) for _ in range(4)), np.zeros(3 * longest, np.int64))
 
 # %% ../../nbs/data/06_encoder.ipynb #87b9673b
-class _Compiled:
-    """The compiled backend with its tables.
-
-    Each compiled call holds Python's lock from begin to end, so threads may share it.
-    """
+class _CompiledTables:
+    """The compiled loops with their tables."""
 
     def __init__(self, tables: Tables, whole_words: bool, longest: int = LONGEST_WORD):
         """`whole_words`: a word that is an entry of the vocabulary becomes that entry, whatever the merges say."""
@@ -559,6 +556,13 @@ class _Compiled:
             self._tables.offsets,
             self._tables.ids if self._whole_words else self._tables.ids[:0],
         )
+
+# %% ../../nbs/data/06_encoder.ipynb #00de839e
+class _Compiled(_CompiledTables):
+    """The compiled backend with its tables.
+
+    Each compiled call holds Python's lock from begin to end, so threads may share it.
+    """
 
     def __call__(self, texts: Sequence[str], raw: Sequence[bytes]) -> Encoded:
         """The ids of some texts."""
@@ -808,8 +812,8 @@ def first_difference(
     return ""
 
 # %% ../../nbs/data/06_encoder.ipynb #0715db1e
-class SegmentEncoder:
-    """Texts to ids, many at once: exactly `tokenizer.encode(text, special=False)` of each. Made by `make_encoder`."""
+class _Segments:
+    """Texts to ids by a backend, and by the reference where the backend gives up."""
 
     def __init__(
         self, tokenizer: ChatTokenizer, tier: str, note: str, backend: Backend, cache_dir: str | os.PathLike | None
@@ -843,6 +847,10 @@ class SegmentEncoder:
             parts += [ids[done : offsets[i]], left[begins[k] : begins[k + 1]]]
             done, lengths[i] = offsets[i], begins[k + 1] - begins[k]
         return np.concatenate([*parts, ids[done:]]), _offsets(lengths, len(lengths))
+
+# %% ../../nbs/data/06_encoder.ipynb #5391297a
+class SegmentEncoder(_Segments):
+    """Texts to ids, many at once: exactly `tokenizer.encode(text, special=False)` of each. Made by `make_encoder`."""
 
     def __reduce__(self) -> tuple[Callable, tuple[Any, ...], dict[str, str]]:
         """Made again, and tried again, where it is unpickled."""

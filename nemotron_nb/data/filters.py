@@ -49,8 +49,8 @@ OPEN_LICENCES = (
 
 # %% ../../nbs/data/13_filters.ipynb #e8d92964
 @dataclass(frozen=True)
-class FilterPolicy:
-    """What a chat must not do, and where the line is drawn."""
+class _FilterSettings:
+    """What a policy of filters is made of."""
 
     allow: tuple[str, ...] = ()  # reasons that do not reject, from REASONS
     require_answer: bool = False  # reject chats whose last message is not the assistant's?
@@ -67,6 +67,11 @@ class FilterPolicy:
     narrative_quotes: bool = False  # look into quotations too?
     licences: tuple[str, ...] = OPEN_LICENCES  # SPDX names that are allowed
     require_licence: bool = False  # reject rows that name no licence?
+
+# %% ../../nbs/data/13_filters.ipynb #9925f94e
+@dataclass(frozen=True)
+class FilterPolicy(_FilterSettings):
+    """What a chat must not do, and where the line is drawn."""
 
     def __post_init__(self) -> None:
         if unknown := [r for r in self.allow if r not in REASONS]:

@@ -33,8 +33,8 @@ SUPER_BUDGET_STEPS = 350
 
 # %% ../../nbs/data/12_reasoning.ipynb #1eca3f43
 @dataclass(frozen=True)
-class ReasoningPolicy:
-    """How many chats lose their thoughts, how many have them cut, and how low effort is asked for."""
+class _ReasoningSettings:
+    """What a policy of reasoning is made of."""
 
     strip_fraction: float = 0.0  # share of chats with reasoning whose reasoning is removed
     truncate_fraction: float = 0.0  # share of chats with reasoning whose thoughts are cut at a budget
@@ -47,6 +47,11 @@ class ReasoningPolicy:
     max_budget: int = 32768  # largest budget that is drawn, in tokens
     budget_scale: str = "uniform"  # "uniform": every number of tokens alike; "log": every order of magnitude alike
     seed: int = 42
+
+# %% ../../nbs/data/12_reasoning.ipynb #1302913f
+@dataclass(frozen=True)
+class ReasoningPolicy(_ReasoningSettings):
+    """How many chats lose their thoughts, how many have them cut, and how low effort is asked for."""
 
     def __post_init__(self) -> None:
         shares = (self.strip_fraction, self.truncate_fraction, self.low_effort_fraction)
@@ -374,10 +379,16 @@ def binomial_range(
     tail = (1 - confidence) / 2
     return int(k[np.searchsorted(below, tail)]), int(k[min(np.searchsorted(below, 1 - tail), len(k) - 1)])
 
+# %% ../../nbs/data/12_reasoning.ipynb #e72ca8fb
+def _share_row(what: str, of: int, asked: float, found: int, expected: str) -> dict[str, Any]:
+    """A row of the table of shares."""
+    share = f"{found / max(1, of):.1%}"
+    return {"what": what, "of": of, "asked": f"{asked:.1%}", "found": found, "share": share, "expected": expected}
+
 # %% ../../nbs/data/12_reasoning.ipynb #58049b60
 @dataclass(frozen=True)
-class ReasoningReport:
-    """What reasoning control did to a set of chats."""
+class _ReasoningCounts:
+    """Shares and counts of what reasoning control did to a set of chats."""
 
     policy: ReasoningPolicy
     chats: int
@@ -395,28 +406,9 @@ class ReasoningReport:
         for name, share, eligible, action in asked:
             found = sum(c.action == action for c in self.changes)
             low, high = binomial_range(eligible, share)
-            rows.append(
-                {
-                    "what": name,
-                    "of": eligible,
-                    "asked": f"{share:.1%}",
-                    "found": found,
-                    "share": f"{found / max(1, eligible):.1%}",
-                    "expected": f"{low} to {high}",
-                }
-            )
-        low_share = f"{self.low_effort / max(1, self.with_thought):.1%}"
-        return [
-            *rows,
-            {
-                "what": "low effort",
-                "of": self.with_thought,
-                "asked": f"{self.policy.low_effort_fraction:.1%}",
-                "found": self.low_effort,
-                "share": low_share,
-                "expected": "set by the blend",
-            },
-        ]
+            rows.append(_share_row(name, eligible, share, found, f"{low} to {high}"))
+        asked_low = self.policy.low_effort_fraction
+        return [*rows, _share_row("low effort", self.with_thought, asked_low, self.low_effort, "set by the blend")]
 
     def by_source(self) -> list[dict[str, Any]]:
         """Number of changes of each kind, by source."""
@@ -426,6 +418,10 @@ class ReasoningReport:
     def skipped(self) -> dict[str, int]:
         """How often a chosen chat could not be changed, by the reason why."""
         return dict(Counter(c.why for c in self.changes if c.action == "skipped").most_common())
+
+# %% ../../nbs/data/12_reasoning.ipynb #e70bf998
+class ReasoningReport(_ReasoningCounts):
+    """What reasoning control did to a set of chats."""
 
     def _pictures(self) -> Picture:
         """Shares, counts by source, and reasons for skipping."""

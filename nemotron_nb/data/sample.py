@@ -169,8 +169,8 @@ def draw_numbers(scene: str, rng: random.Random) -> dict[str, int]:
         return {"a": b * c + rng.randrange(2, 31), "b": b, "c": c}
     return {"a": rng.randrange(10, 50), "b": b, "c": c}
 
-# %% ../../nbs/data/04_sample.ipynb #05bd6f19
-ENGLISH: Mapping[str, Any] = {
+# %% ../../nbs/data/04_sample.ipynb #4893fb19
+_ENGLISH_STORIES: Mapping[str, Any] = {
     "systems": [
         "You are a helpful assistant.",
         "Answer in one short sentence.",
@@ -201,6 +201,10 @@ ENGLISH: Mapping[str, Any] = {
         "First I add: {a} + {b} = {y}. Then I subtract: {y} - {c} = {x}.",
         "{name} has {x} {item} now.",
     ),
+}
+
+# %% ../../nbs/data/04_sample.ipynb #11aa322c
+_ENGLISH_QUESTIONS: Mapping[str, Any] = {
     "convert": (
         ["How many {small} are in {a} {big}?", "Please convert {a} {big} to {small}."],
         "{fact}, so I multiply: {a} × {f} = {x}.",
@@ -234,6 +238,12 @@ ENGLISH: Mapping[str, Any] = {
             "There are {x} {lamp} lamps in stock.",
         ),
     },
+}
+
+# %% ../../nbs/data/04_sample.ipynb #05bd6f19
+ENGLISH: Mapping[str, Any] = {
+    **_ENGLISH_STORIES,
+    **_ENGLISH_QUESTIONS,
     "look": "I do not know this by heart, so I look up {thing}.",
     "found": "The table gives the value {x}, so I can answer.",
     "pair": {
@@ -254,8 +264,8 @@ ENGLISH: Mapping[str, Any] = {
     "thanks": ("Thank you!", "You are welcome!"),
 }
 
-# %% ../../nbs/data/04_sample.ipynb #1c50192e
-FRENCH: Mapping[str, Any] = {
+# %% ../../nbs/data/04_sample.ipynb #c3a58674
+_FRENCH_STORIES: Mapping[str, Any] = {
     "systems": [
         "Tu es un assistant serviable.",
         "Réponds en une phrase courte.",
@@ -283,6 +293,10 @@ FRENCH: Mapping[str, Any] = {
         "D'abord j'additionne : {a} + {b} = {y}. Ensuite je soustrais : {y} - {c} = {x}.",
         "Il reste {x} {item} à {name}.",
     ),
+}
+
+# %% ../../nbs/data/04_sample.ipynb #04bb912b
+_FRENCH_QUESTIONS: Mapping[str, Any] = {
     "convert": (
         ["Combien de {small} y a-t-il dans {a} {big} ?"],
         "{fact}, donc je multiplie : {a} × {f} = {x}.",
@@ -307,6 +321,12 @@ FRENCH: Mapping[str, Any] = {
         "weight": (["Combien de grammes pèse la lampe {lamp} ?"], "La lampe {lamp} pèse {x} grammes."),
         "stock": (["Combien de lampes {lamp} y a-t-il en stock ?"], "Il y a {x} lampes {lamp} en stock."),
     },
+}
+
+# %% ../../nbs/data/04_sample.ipynb #1c50192e
+FRENCH: Mapping[str, Any] = {
+    **_FRENCH_STORIES,
+    **_FRENCH_QUESTIONS,
     "look": "Je ne le sais pas par cœur, donc je cherche {thing}.",
     "found": "Le tableau donne la valeur {x}, je peux donc répondre.",
     "pair": {
@@ -333,8 +353,8 @@ FRENCH: Mapping[str, Any] = {
     "thanks": ("Merci !", "Avec plaisir !"),
 }
 
-# %% ../../nbs/data/04_sample.ipynb #d398d421
-SPANISH: Mapping[str, Any] = {
+# %% ../../nbs/data/04_sample.ipynb #678d505c
+_SPANISH_STORIES: Mapping[str, Any] = {
     "systems": [
         "Eres un asistente servicial.",
         "Responde con una frase corta.",
@@ -362,6 +382,10 @@ SPANISH: Mapping[str, Any] = {
         "Primero sumo: {a} + {b} = {y}. Después resto: {y} - {c} = {x}.",
         "Ahora {name} tiene {x} {item}.",
     ),
+}
+
+# %% ../../nbs/data/04_sample.ipynb #7299b579
+_SPANISH_QUESTIONS: Mapping[str, Any] = {
     "convert": (
         ["¿Cuántos {small} hay en {a} {big}?"],
         "{fact}, así que multiplico: {a} × {f} = {x}.",
@@ -386,6 +410,12 @@ SPANISH: Mapping[str, Any] = {
         "weight": (["¿Cuántos gramos pesa la lámpara {lamp}?"], "La lámpara {lamp} pesa {x} gramos."),
         "stock": (["¿Cuántas lámparas {lamp} quedan?"], "Quedan {x} lámparas {lamp}."),
     },
+}
+
+# %% ../../nbs/data/04_sample.ipynb #d398d421
+SPANISH: Mapping[str, Any] = {
+    **_SPANISH_STORIES,
+    **_SPANISH_QUESTIONS,
     "look": "No lo sé de memoria, así que busco {thing}.",
     "found": "La tabla da el valor {x}, así que puedo responder.",
     "pair": {
@@ -406,8 +436,8 @@ SPANISH: Mapping[str, Any] = {
     "thanks": ("¡Gracias!", "¡De nada!"),
 }
 
-# %% ../../nbs/data/04_sample.ipynb #f9617d0d
-ITALIAN: Mapping[str, Any] = {
+# %% ../../nbs/data/04_sample.ipynb #e72fcff7
+_ITALIAN_STORIES: Mapping[str, Any] = {
     "systems": [
         "Sei un assistente disponibile.",
         "Rispondi con una frase breve.",
@@ -435,6 +465,10 @@ ITALIAN: Mapping[str, Any] = {
         "Prima sommo: {a} + {b} = {y}. Poi sottraggo: {y} - {c} = {x}.",
         "Adesso {name} ha {x} {item}.",
     ),
+}
+
+# %% ../../nbs/data/04_sample.ipynb #8e5e7a79
+_ITALIAN_QUESTIONS: Mapping[str, Any] = {
     "convert": (
         ["Quanti {small} ci sono in {a} {big}?"],
         "{fact}, quindi moltiplico: {a} × {f} = {x}.",
@@ -459,6 +493,12 @@ ITALIAN: Mapping[str, Any] = {
         "weight": (["Quanti grammi pesa la lampada {lamp}?"], "La lampada {lamp} pesa {x} grammi."),
         "stock": (["Quante lampade {lamp} ci sono in magazzino?"], "In magazzino ci sono {x} lampade {lamp}."),
     },
+}
+
+# %% ../../nbs/data/04_sample.ipynb #f9617d0d
+ITALIAN: Mapping[str, Any] = {
+    **_ITALIAN_STORIES,
+    **_ITALIAN_QUESTIONS,
     "look": "Non lo so a memoria, quindi cerco {thing}.",
     "found": "La tabella dà il valore {x}, quindi posso rispondere.",
     "pair": {
@@ -482,8 +522,8 @@ ITALIAN: Mapping[str, Any] = {
     "thanks": ("Grazie!", "Prego!"),
 }
 
-# %% ../../nbs/data/04_sample.ipynb #eae21886
-GERMAN: Mapping[str, Any] = {
+# %% ../../nbs/data/04_sample.ipynb #9facd7ec
+_GERMAN_STORIES: Mapping[str, Any] = {
     "systems": [
         "Du bist ein hilfreicher Assistent.",
         "Antworte in einem kurzen Satz.",
@@ -511,6 +551,10 @@ GERMAN: Mapping[str, Any] = {
         "Zuerst addiere ich: {a} + {b} = {y}. Dann ziehe ich ab: {y} - {c} = {x}.",
         "{name} hat jetzt {x} {item}.",
     ),
+}
+
+# %% ../../nbs/data/04_sample.ipynb #d9b96dbd
+_GERMAN_QUESTIONS: Mapping[str, Any] = {
     "convert": (
         ["Wie viele {small} sind {a} {big}?"],
         "{fact}, also multipliziere ich: {a} × {f} = {x}.",
@@ -535,6 +579,12 @@ GERMAN: Mapping[str, Any] = {
         "weight": (["Wie viel Gramm wiegt die {lamp}-Lampe?"], "Die {lamp}-Lampe wiegt {x} Gramm."),
         "stock": (["Wie viele {lamp}-Lampen sind auf Lager?"], "Es sind {x} {lamp}-Lampen auf Lager."),
     },
+}
+
+# %% ../../nbs/data/04_sample.ipynb #eae21886
+GERMAN: Mapping[str, Any] = {
+    **_GERMAN_STORIES,
+    **_GERMAN_QUESTIONS,
     "look": "Das weiß ich nicht auswendig, also schlage ich {thing} nach.",
     "found": "Die Tabelle nennt den Wert {x}, also kann ich antworten.",
     "pair": {
@@ -561,8 +611,8 @@ GERMAN: Mapping[str, Any] = {
     "thanks": ("Danke!", "Gern geschehen!"),
 }
 
-# %% ../../nbs/data/04_sample.ipynb #e9ea4085
-JAPANESE: Mapping[str, Any] = {
+# %% ../../nbs/data/04_sample.ipynb #6266ce40
+_JAPANESE_STORIES: Mapping[str, Any] = {
     "systems": ["あなたは親切なアシスタントです。", "短い一文で答えてください。", "あなたはランプ店の店員です。"],
     "names": ["ノラ", "ミロ", "レナ", "ユウ", "サラ", "レオ"],
     "items": ["りんご", "ビー玉", "みかん", "貝殻", "梨"],
@@ -586,6 +636,11 @@ JAPANESE: Mapping[str, Any] = {
         "まず足し算をします。{a} + {b} = {y} です。次に引き算をします。{y} - {c} = {x} です。",
         "今は{x}個あります。",
     ),
+}
+
+# %% ../../nbs/data/04_sample.ipynb #e9ea4085
+JAPANESE: Mapping[str, Any] = {
+    **_JAPANESE_STORIES,
     "convert": (["{a}{big}は何{small}ですか。"], "{fact}なので、掛け算をします。{a} × {f} = {x} です。", "{x}{small}です。"),
     "units": {
         "year": ("年", "か月", "1年は12か月"),

@@ -360,17 +360,11 @@ def _side_by_side(left: str, right: str, width: int) -> str:
     pairs = itertools.zip_longest(lines, visible(right).split("\n"), fillvalue="")
     return "\n".join(f"{a:<{width}} | {b}".rstrip() for a, b in pairs)
 
-# %% ../../nbs/data/07_template.ipynb #4324426b
-def x_ray_beside(
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    *,
-    title: str = "",
-    width: int = 60,  # characters of the JSON column in the text form
-    **switches: Any,  # those of `chunks`
-) -> Picture:
-    """Each message as JSON beside the text it becomes. Every character of the rendered chat is shown once, in order."""
-    parts = chunks(messages, tools, **switches)
+# %% ../../nbs/data/07_template.ipynb #fbd0708e
+def _with_sources(
+    parts: Sequence[Chunk], messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+) -> list[tuple[str, list[Chunk]]]:
+    """The JSON of each message, or run of tool results, and the chunks it became; the tools stand before the first."""
     rows = []
     for index, group in itertools.groupby(parts, key=lambda c: c.message):
         source = [{"tools": tools}] if tools and not rows else []
@@ -380,6 +374,19 @@ def x_ray_beside(
         rows.append(
             ("\n".join(json.dumps(m, indent=2, ensure_ascii=False) for m in source) or "(no message)", list(group))
         )
+    return rows
+
+# %% ../../nbs/data/07_template.ipynb #862a71a1
+def x_ray_beside(
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    title: str = "",
+    width: int = 60,  # characters of the JSON column in the text form
+    **switches: Any,  # those of `chunks`
+) -> Picture:
+    """Each message as JSON beside the text it becomes. Every character of the rendered chat is shown once, in order."""
+    rows = _with_sources(chunks(messages, tools, **switches), messages, tools)
     cell = (
         '<td style="vertical-align:top;text-align:left;padding:4px 10px;border-bottom:1px solid '
         '#cccccc;font-family:monospace;font-size:12px;background:#ffffff;color:#111111">{}</td>'

@@ -157,8 +157,8 @@ def any_of(
 
 # %% ../../nbs/data/05_tokenizer.ipynb #8952b53a
 @dataclass(frozen=True, eq=False, repr=False)
-class ChatTokenizer:
-    """Text to ids and back, for chats. Whether special tokens may be written is said at every call."""
+class _Vocabulary:
+    """A tokenizer's entries: both of its forms, and which ids stand for special tokens."""
 
     name: str
     full: Tokenizer  # recognises special tokens
@@ -189,6 +189,10 @@ class ChatTokenizer:
     def special_pattern(self) -> re.Pattern[str]:
         """Finds special tokens spelt out in a text. The brackets around it make `split` keep them."""
         return re.compile(f"({any_of(self.special_ids)})")
+
+# %% ../../nbs/data/05_tokenizer.ipynb #a0fa12ee
+class _Encoder(_Vocabulary):
+    """Text to ids, trusted or not."""
 
     def encode(
         self,
@@ -222,6 +226,10 @@ class ChatTokenizer:
                     ids += [*self.encode(waiting, special=False), self.special_ids[part]]
                     waiting = ""
         return ids + self.encode(waiting, special=False)
+
+# %% ../../nbs/data/05_tokenizer.ipynb #39780f08
+class ChatTokenizer(_Encoder):
+    """Text to ids and back, for chats. Whether special tokens may be written is said at every call."""
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """The text of some ids, special tokens spelt out unless they are skipped."""

@@ -100,11 +100,8 @@ def _slices(weight_VH: Tensor, width: int) -> Iterator[slice]:
     return (slice(start, start + width) for start in range(0, len(weight_VH), max(1, width)))
 
 # %% ../../nbs/loss/03_fused.ipynb #37c4f383
-class PyTorchSteps:
-    """The steps on a tile in plain PyTorch; `nemotron_nb.loss.kernel` has the same names.
-
-    Both only write into memory they are given.
-    """
+class _Forward:
+    """The output weight in the type of the mathematics, and hidden states times it."""
 
     @staticmethod
     def _cast(weight_VH: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -119,9 +116,50 @@ class PyTorchSteps:
         out_CV: Tensor,  # memory for the result
     ) -> Tensor:
         """[C, V] x times the output weight."""
-        for v, part_SH in PyTorchSteps._cast(weight_VH, x_CH.dtype):
+        for v, part_SH in _Forward._cast(weight_VH, x_CH.dtype):
             torch.mm(x_CH, part_SH.T, out=out_CV[:, v])
         return out_CV
+
+# %% ../../nbs/loss/03_fused.ipynb #8fadf486
+class _Products(_Forward):
+    """Products with the output weight, which may be of another type than the mathematics."""
+
+    @staticmethod
+    def product(
+        a: Tensor,  # [i, k] in the type of the mathematics
+        b: Tensor,  # [k, j] in any type: it may be the output weight
+        out: Tensor,  # [i, j] in any type
+    ) -> Tensor:
+        """a @ b into `out`, rounded at most once."""
+        if b.dtype == a.dtype == out.dtype:
+            return torch.mm(a, b, out=out)
+        if b.dtype == a.dtype:
+            return out.copy_(a @ b)
+        return _Products.add_product_(out.zero_(), a, b)
+
+    @staticmethod
+    def add_product_(
+        total: Tensor,  # [i, j] in the type of the mathematics
+        a: Tensor,  # [i, k] likewise
+        b: Tensor,  # [k, j] in any type: it may be the output weight
+    ) -> Tensor:
+        """total += a @ b."""
+        for v, part in _Products._cast(b, a.dtype):
+            total.addmm_(a[:, v], part)
+        return total
+
+    @staticmethod
+    def scale_(
+        x: Tensor,  # becomes x * factor
+        factor: Tensor,  # 0-dim
+    ) -> None:
+        """In place; nothing to do when the factor is 1."""
+        if factor != 1:
+            x.mul_(factor)
+
+# %% ../../nbs/loss/03_fused.ipynb #d3a3487a
+class _RowSteps(_Products):
+    """Whole rows of logits to log-sum-exp and gradient, in place."""
 
     @staticmethod
     def rows_(
@@ -145,6 +183,10 @@ class PyTorchSteps:
             )
         return lse_C, target_C, z_CV
 
+# %% ../../nbs/loss/03_fused.ipynb #d412e086
+class _Statistics(_RowSteps):
+    """Logits to log-sum-exp and gradient: rows whole, or words a slice at a time."""
+
     @staticmethod
     def statistics(
         x_MH: Tensor,
@@ -159,7 +201,7 @@ class PyTorchSteps:
         at a time.
         """
         lse_M = target_M = x_MH.new_full((len(x_MH),), -torch.inf)
-        for v in _slices(weight_VH, PyTorchSteps.slice_words(len(x_MH) * x_MH.itemsize, workspace_bytes)):
+        for v in _slices(weight_VH, _Statistics.slice_words(len(x_MH) * x_MH.itemsize, workspace_bytes)):
             z_MS = torch.mm(x_MH, weight_VH[v].to(x_MH.dtype).T)
             lse_of_slice_M, target_of_slice_M = _row_statistics(z_MS, labels_M - vocab_start - v.start, softcap)
             lse_M, target_M = torch.logaddexp(lse_M, lse_of_slice_M), torch.maximum(target_M, target_of_slice_M)
@@ -173,6 +215,13 @@ class PyTorchSteps:
     ) -> int:
         """How many words a slice of the vocabulary has, at least one."""
         return max(1, workspace_bytes // max(1, word_bytes))
+
+# %% ../../nbs/loss/03_fused.ipynb #3be34101
+class PyTorchSteps(_Statistics):
+    """The steps on a tile in plain PyTorch; `nemotron_nb.loss.kernel` has the same names.
+
+    Both only write into memory they are given.
+    """
 
     @staticmethod
     def slice_gradient(
@@ -191,39 +240,6 @@ class PyTorchSteps:
         torch.mm(x_MH, weight_SH.to(x_MH.dtype).T, out=out_MS)
         _row_gradients_(out_MS, labels_M - vocab_start, lse_M, a_M, b_M, softcap)
         return out_MS
-
-    @staticmethod
-    def product(
-        a: Tensor,  # [i, k] in the type of the mathematics
-        b: Tensor,  # [k, j] in any type: it may be the output weight
-        out: Tensor,  # [i, j] in any type
-    ) -> Tensor:
-        """a @ b into `out`, rounded at most once."""
-        if b.dtype == a.dtype == out.dtype:
-            return torch.mm(a, b, out=out)
-        if b.dtype == a.dtype:
-            return out.copy_(a @ b)
-        return PyTorchSteps.add_product_(out.zero_(), a, b)
-
-    @staticmethod
-    def add_product_(
-        total: Tensor,  # [i, j] in the type of the mathematics
-        a: Tensor,  # [i, k] likewise
-        b: Tensor,  # [k, j] in any type: it may be the output weight
-    ) -> Tensor:
-        """total += a @ b."""
-        for v, part in PyTorchSteps._cast(b, a.dtype):
-            total.addmm_(a[:, v], part)
-        return total
-
-    @staticmethod
-    def scale_(
-        x: Tensor,  # becomes x * factor
-        factor: Tensor,  # 0-dim
-    ) -> None:
-        """In place; nothing to do when the factor is 1."""
-        if factor != 1:
-            x.mul_(factor)
 
 # %% ../../nbs/loss/03_fused.ipynb #0c742743
 def loss_path(
@@ -760,7 +776,50 @@ def _choose(strategy: str, rows: int, row_bytes: int, workspace_bytes: int, lear
     fits = least * row_bytes <= workspace_bytes and hidden.dtype != torch.float16
     return "speed" if learns and fits else "memory"
 
-# %% ../../nbs/loss/03_fused.ipynb #0016fd90
+# %% ../../nbs/loss/03_fused.ipynb #6296f33f
+def _learning(hidden: Tensor, weight: Tensor) -> list[bool]:
+    """Whether each of the two wants a gradient."""
+    return [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
+
+
+def _chosen(strategy: str, tensors: tuple, workspace_bytes: int, low: bool) -> str:
+    """`_choose` for the inputs of the loss: hidden, weight, labels, weights, scale, rows, buffer."""
+    hidden, weight, labels, _, scale, active_idx, _ = tensors
+    rows = len(labels) if active_idx is None else len(active_idx)
+    row_bytes = len(weight) * (hidden.dtype if low else scale.dtype).itemsize
+    return _choose(strategy, rows, row_bytes, workspace_bytes, any(_learning(hidden, weight)), hidden)
+
+# %% ../../nbs/loss/03_fused.ipynb #32b0d396
+def _by_memory(
+    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, scale: Tensor, active_idx: Tensor | None,
+    grad_accum: Tensor | None,
+    ignore_index: int, workspace_bytes: int, z_coef: float, softcap: float, group: str, vocab_start: int,
+) -> tuple[Tensor, LossStats]:  # fmt: skip
+    """The loss by the memory strategy: losses of each row, then a weighted sum that autograd walks."""
+    nll_N, lse_N, count = _linear_nll(
+        hidden, weight, labels, token_weights, scale, active_idx, grad_accum, ignore_index, workspace_bytes,
+        softcap, group, vocab_start,
+    )  # fmt: skip
+    weights_N = torch.where(labels == ignore_index, 0, token_weights).to(scale.dtype) * scale
+    return (weights_N * (nll_N + z_coef * lse_N**2)).sum(), LossStats(nll_N.detach(), lse_N.detach(), count)
+
+# %% ../../nbs/loss/03_fused.ipynb #04f0db21
+def _by_speed(
+    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, scale: Tensor, active_idx: Tensor | None,
+    grad_accum: Tensor | None,
+    ignore_index: int, workspace_bytes: int, low: bool, z_coef: float, softcap: float, group: str, vocab_start: int,
+) -> tuple[Tensor, LossStats]:  # fmt: skip
+    """The loss by the speed strategy: loss and gradients at once, and the gradients attached to the loss."""
+    learning = _learning(hidden, weight)
+    loss, nll_N, lse_N, count, dhidden, dweight = _masked_loss(
+        hidden.detach(), weight.detach(), labels, token_weights, scale, active_idx, grad_accum,
+        ignore_index, workspace_bytes, low, z_coef, softcap, group, vocab_start, *learning,
+    )  # fmt: skip
+    if any(learning):
+        loss = _attach(hidden, weight, loss, dhidden, dweight, grad_accum is not None and learning[1])
+    return loss, LossStats(nll_N, lse_N, count)
+
+# %% ../../nbs/loss/03_fused.ipynb #525acb8f
 def masked_linear_cross_entropy(
     hidden: Tensor,  # [N, H] last hidden states
     weight: Tensor,  # [V, H] output weight, or this process's words of it
@@ -786,34 +845,19 @@ def masked_linear_cross_entropy(
 ) -> tuple[Tensor, LossStats]:
     """scale * sum(token_weights * nll), 0-dim, with gradients for `hidden` and `weight` only; no [N, V] is ever made.
 
-    With strategy "speed", `grad_accum` is added to in forward, and the loss may not be multiplied afterwards; with
-    "memory" it is
-    added to in backward. A label outside the vocabulary in a trained row raises `UserError`; in the GPU kernels it
+    With "speed", `grad_accum` is added to in forward, and the loss may not be multiplied afterwards; with "memory" it
+    is added to in backward. A label outside the vocabulary in a trained row raises `UserError`; in the GPU kernels it
     makes the loss nan.
     """
     workspace_bytes = _checked_sizes(hidden, weight, labels, grad_accum, workspace_bytes)
     _check_name(strategy, _STRATEGIES, "strategy")
     _check_name(logits_dtype, _LOGITS_DTYPES, "logits_dtype")
     scale = _number(scale, _maths(hidden, weight), hidden.device)
-    token_weights, group = token_weights.detach(), tp_group.group_name if tp_group is not None else ""
-    learning = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
-    rows = len(labels) if active_idx is None else len(active_idx)
-    low = logits_dtype == "bf16"
-    row_bytes = len(weight) * (hidden.dtype if low else scale.dtype).itemsize
-    if _choose(strategy, rows, row_bytes, workspace_bytes, any(learning), hidden) == "memory":
-        nll_N, lse_N, count = _linear_nll(
-            hidden, weight, labels, token_weights, scale, active_idx, grad_accum, ignore_index, workspace_bytes,
-            softcap, group, vocab_start,
-        )
-        weights_N = torch.where(labels == ignore_index, 0, token_weights).to(scale.dtype) * scale
-        return (weights_N * (nll_N + z_coef * lse_N**2)).sum(), LossStats(nll_N.detach(), lse_N.detach(), count)
-    loss, nll_N, lse_N, count, dhidden, dweight = _masked_loss(
-        hidden.detach(), weight.detach(), labels, token_weights, scale, active_idx, grad_accum,
-        ignore_index, workspace_bytes, low, z_coef, softcap, group, vocab_start, *learning,
-    )  # fmt: skip
-    if any(learning):
-        loss = _attach(hidden, weight, loss, dhidden, dweight, grad_accum is not None and learning[1])
-    return loss, LossStats(nll_N, lse_N, count)
+    tensors = hidden, weight, labels, token_weights.detach(), scale, active_idx, grad_accum
+    low, cut = logits_dtype == "bf16", (tp_group.group_name if tp_group is not None else "", vocab_start)
+    if _chosen(strategy, tensors, workspace_bytes, low) == "memory":
+        return _by_memory(*tensors, ignore_index, workspace_bytes, z_coef, softcap, *cut)
+    return _by_speed(*tensors, ignore_index, workspace_bytes, low, z_coef, softcap, *cut)
 
 # %% ../../nbs/loss/03_fused.ipynb #e5131bce
 def linear_nll(

@@ -186,28 +186,10 @@ def _labels_here(LABEL, row, M, N, vocab_start):
 # %% ../../nbs/loss/04_kernel.ipynb #1c240527
 @triton.jit(do_not_specialize=["M", "vocab_start"])
 def lse_tiles_kernel(
-    X,
-    x_stride,
-    W,
-    w_stride,
-    w_step,
-    LABEL,
-    LARGEST,
-    SUM,
-    TARGET,
-    M,
-    N,
-    K,
-    vocab_start,
-    softcap,
-    HAS_SOFTCAP: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    GROUP: tl.constexpr,
-    UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    X, x_stride, W, w_stride, w_step, LABEL, LARGEST, SUM, TARGET, M, N, K, vocab_start, softcap,
+    HAS_SOFTCAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Tile (m, n): LARGEST[n, rows], SUM[n, rows] of its logits; TARGET[rows] where it has the label."""
     tile_m, tile_n = _tile_of(M, N, BM, BN, GROUP)
     row, column = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
@@ -246,30 +228,10 @@ def combine_tiles_kernel(LARGEST, SUM, LSE, M, T, BM: tl.constexpr, BT: tl.const
 # %% ../../nbs/loss/04_kernel.ipynb #4014b08b
 @triton.jit(do_not_specialize=["M", "vocab_start"])
 def gradient_tiles_kernel(
-    X,
-    x_stride,
-    W,
-    w_stride,
-    w_step,
-    LABEL,
-    LSE,
-    A,
-    B,
-    OUT,
-    out_stride,
-    M,
-    N,
-    K,
-    vocab_start,
-    softcap,
-    HAS_SOFTCAP: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    GROUP: tl.constexpr,
-    UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    X, x_stride, W, w_stride, w_step, LABEL, LSE, A, B, OUT, out_stride, M, N, K, vocab_start, softcap,
+    HAS_SOFTCAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Tile (m, n) of OUT: A * exp(logit - LSE), less B at the label; through the soft cap, if there is one."""
     tile_m, tile_n = _tile_of(M, N, BM, BN, GROUP)
     row, column = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)

@@ -85,7 +85,7 @@ def mtp_targets(
 NORMALIZATIONS = ("token", "stage")
 MTP_FACTOR = 0.3  # mtp_loss_scaling_factor of the published recipe
 
-
+# %% ../../nbs/loss/05_mtp.ipynb #1ba89152
 def depth_lengths(
     mask_KT: Tensor,  # [1+K, ..., T] from `mtp_targets`
     unit_of: Tensor,  # [..., T] integer, what counts as one conversation

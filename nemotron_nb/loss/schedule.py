@@ -10,7 +10,7 @@ __all__ = ['COUNTS', 'LOSS_STAGES', 'CONVERSATION_UNITS', 'LossStage', 'check_st
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from ..core import UserError, from_mapping, nearest
 
@@ -41,7 +41,7 @@ LOSS_STAGES: dict[str, LossStage] = {
 # %% ../../nbs/loss/01_schedule.ipynb #bf60cf59
 CONVERSATION_UNITS = ("sequence", "conversation")
 
-
+# %% ../../nbs/loss/01_schedule.ipynb #2cee3601
 def check_stage(
     stage: str,
     where: str = "stage",  # what to call the place in an error
@@ -119,8 +119,8 @@ class Clock(NamedTuple):
 
 # %% ../../nbs/loss/01_schedule.ipynb #841fd018
 @dataclass(frozen=True)
-class StageSchedule:
-    """Which stage each optimizer step uses, and where its learning rate stands."""
+class _Listed:
+    """Phases one after another, as settings list them."""
 
     phases: tuple[Phase, ...]
 
@@ -129,7 +129,7 @@ class StageSchedule:
         cls,
         stages: Iterable[Mapping[str, Any] | Phase],  # e.g. [{"stage": "token", "steps": 800}, {"stage": "sample"}]
         where: str = "loss.stages",  # what to call the list in an error
-    ) -> "StageSchedule":
+    ) -> Self:
         """A schedule from settings. Anything unknown or impossible raises `UserError`."""
         phases = []
         for i, entry in enumerate(stages):
@@ -140,6 +140,10 @@ class StageSchedule:
             phases.append(entry if isinstance(entry, Phase) else from_mapping(Phase, entry, f"{where}[{i}]"))
         _check_phases(phases, where)
         return cls(tuple(phases))
+
+# %% ../../nbs/loss/01_schedule.ipynb #35f5b22c
+class _Phases(_Listed):
+    """Phases one after another, and which of them a step falls into."""
 
     def phase_at(
         self,
@@ -167,6 +171,10 @@ class StageSchedule:
         """The stage of a step. Beyond the end of a closed schedule there is none, and that is an error."""
         return self.phase_at(step)[1].stage
 
+# %% ../../nbs/loss/01_schedule.ipynb #1142094d
+class _Planned(_Phases):
+    """How many steps each phase really gets, and where the learning rate begins anew."""
+
     def plan(
         self,
         num_steps: int,  # optimizer steps of the whole training
@@ -193,6 +201,10 @@ class StageSchedule:
                 starts.append(start)
             start += steps
         return starts
+
+# %% ../../nbs/loss/01_schedule.ipynb #3504ca87
+class StageSchedule(_Planned):
+    """Which stage each optimizer step uses, and where its learning rate stands."""
 
     def clock(
         self,

@@ -9,6 +9,7 @@ __all__ = ['loss_by_hand', 'answer_lengths', 'weights_of', 'token_weights', 'Den
 # %% ../../nbs/loss/02_two_stage.ipynb #7af9b740
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -136,8 +137,8 @@ def unit_of(
 
 # %% ../../nbs/loss/02_two_stage.ipynb #c41f3fb8
 @dataclass(frozen=True, eq=False)
-class MeanPair:
-    """Sums that can be added over pieces, ranks and steps; the mean of every stage follows from them."""
+class _Sums:
+    """Sums over pieces of a batch: how they begin, and how they are added."""
 
     sums: Tensor  # float64 [K+2]: the weighted sum of nll of each row of `LOSS_STAGES`, trained tokens, conversations
 
@@ -146,7 +147,7 @@ class MeanPair:
         cls,
         nll_T: Tensor,  # [T] in nats; not read where untrained
         lengths_T: Tensor,  # [T] from `answer_lengths`, counted before any cut
-    ) -> "MeanPair":
+    ) -> Self:
         """The sums of one piece of a batch. It counts nothing; that is done once, by `counted`."""
         nll_T = torch.where(lengths_T > 0, nll_T.detach(), 0).to(torch.float64)
         sums = [(nll_T * weights_of(lengths_T, stage, torch.float64)).sum() for stage in LOSS_STAGES]
@@ -157,19 +158,23 @@ class MeanPair:
         cls,
         counts: Denominators,  # of the global batch; or of whole conversations that nobody else counts
         device: torch.device | str = "cpu",
-    ) -> "MeanPair":
+    ) -> Self:
         """The counts without any loss: what a sum over pieces begins with."""
         sums = [0] * len(LOSS_STAGES) + [counts.tokens, counts.conversations]
         return cls(torch.tensor(sums, dtype=torch.float64, device=device))
 
     @classmethod
-    def nothing(cls, device: torch.device | str = "cpu") -> "MeanPair":
+    def nothing(cls, device: torch.device | str = "cpu") -> Self:
         """No loss and no counts: what the other ranks begin with."""
         return cls(torch.zeros(len(LOSS_STAGES) + 2, dtype=torch.float64, device=device))
 
-    def __add__(self, other: "MeanPair") -> "MeanPair":
+    def __add__(self, other: Self) -> Self:
         """The sums of both."""
-        return MeanPair(self.sums + other.sums)
+        return type(self)(self.sums + other.sums)
+
+# %% ../../nbs/loss/02_two_stage.ipynb #63cf3b36
+class MeanPair(_Sums):
+    """Sums that can be added over pieces, ranks and steps; the mean of every stage follows from them."""
 
     def all_reduced(
         self,
@@ -269,7 +274,7 @@ def _cuts(mask_T: Tensor, sequence_of_T: Tensor) -> dict[str, list[Tensor]]:
 
 # %% ../../nbs/loss/02_two_stage.ipynb #69709463
 @dataclass(frozen=True)
-class _Batch:
+class _Pieces:
     """One batch in one stage, and the losses of any piece of it."""
 
     nll_of: Callable[[Tensor], Tensor]
@@ -294,6 +299,10 @@ class _Batch:
         seen = self.mask_T[piece], self.sequence_of_T[piece]
         counts = count(*seen)
         return token_weights(*seen, self.stage, torch.float64), counts.of(self.stage) if counts.tokens else 1
+
+# %% ../../nbs/loss/02_two_stage.ipynb #b1241584
+class _Batch(_Pieces):
+    """One batch in one stage, and the losses of any piece of it."""
 
     def mean_of_means(self, pieces: Sequence[Tensor]) -> Tensor:
         """Each piece divides by its own count, then the pieces are averaged."""

@@ -145,7 +145,51 @@ class PackCheck:
         """Trained labels of a sequence on average, rounded, at least 1."""
         return max(1, round(self.trained_tokens / max(1, self.conversations)))
 
-# %% ../../nbs/megatron/03_data.ipynb #ebedae1d
+# %% ../../nbs/megatron/03_data.ipynb #dbb8cad5
+_Broken = tuple[bool, str, str, str]  # is it broken, what, why, fix
+_AGAIN = "prepare the data again"
+
+
+def _alignment_rules(pack: Pack, places: np.ndarray, multiple: int) -> Iterator[_Broken]:
+    """The mask belongs to the labels, and sequences can be cut evenly."""
+    uneven, last = np.flatnonzero(places % multiple), np.append(pack.seq_start_id[1:], len(pack)) - 1
+    yield (
+        bool(pack.loss_mask[last].any()),
+        "the mask is not aligned with the labels: the last token of a sequence is marked",
+        "each mark would stand one place behind the prediction it is meant for",
+        _AGAIN,
+    )
+    yield (
+        bool(len(uneven)),
+        f"sequence {uneven[:1].sum()} has {places[uneven[:1]].sum()} places, not a multiple of {multiple}",
+        "Megatron-Bridge reads it without a word and cuts it in the wrong places",
+        f"{_AGAIN} with pad_to_multiple={multiple}",
+    )
+
+# %% ../../nbs/megatron/03_data.ipynb #86a99705
+def _reader_rules(pack: Pack, places: np.ndarray, size: int, eos_id: int, known: int | None) -> Iterator[_Broken]:
+    """The row holds it, no prediction is struck out, and every token has an embedding."""
+    struck = np.flatnonzero((pack.input_ids == eos_id) & (pack.loss_mask == 1))
+    yield (
+        places.sum() > size,
+        f"{places.sum()} places do not fit in {size}",
+        "the training would stop when it meets this pack",
+        "give the pack size that the data was prepared with",
+    )
+    yield (
+        bool(len(struck)),
+        f"{len(struck)} predictions are to be trained from the end-of-sequence token {eos_id}",
+        "Megatron-Bridge strikes them out without a word",
+        "give the reader a tokenizer with another end token: reading_tokenizer",
+    )
+    yield (
+        known is not None and pack.input_ids.max() >= known,
+        f"token {pack.input_ids.max()}, but the model knows {known}",
+        "a token without an embedding cannot be looked up",
+        f"{_AGAIN} with the tokenizer of the model",
+    )
+
+# %% ../../nbs/megatron/03_data.ipynb #18c3452d
 @dataclass(frozen=True)
 class _Rules:
     """What the packs of a split must be like."""
@@ -155,43 +199,13 @@ class _Rules:
     pad_seq_to_mult: int
     vocab_size: int | None
 
-    def broken(self, pack: Pack) -> Iterator[tuple[bool, str, str, str]]:
+    def broken(self, pack: Pack) -> Iterator[_Broken]:
         """(is it broken, what, why, fix) for each rule."""
         places = np.diff([*pack.seq_start_id, len(pack)]) - 1
-        uneven, last = np.flatnonzero(places % self.pad_seq_to_mult), np.append(pack.seq_start_id[1:], len(pack)) - 1
-        struck = np.flatnonzero((pack.input_ids == self.eos_id) & (pack.loss_mask == 1))
-        again = "prepare the data again"
-        yield (
-            bool(pack.loss_mask[last].any()),
-            "the mask is not aligned with the labels: the last token of a sequence is marked",
-            "each mark would stand one place behind the prediction it is meant for",
-            again,
-        )
-        yield (
-            bool(len(uneven)),
-            f"sequence {uneven[:1].sum()} has {places[uneven[:1]].sum()} places, not a multiple of "
-            f"{self.pad_seq_to_mult}",
-            "Megatron-Bridge reads it without a word and cuts it in the wrong places",
-            f"{again} with pad_to_multiple={self.pad_seq_to_mult}",
-        )
-        yield (
-            places.sum() > self.pack_size,
-            f"{places.sum()} places do not fit in {self.pack_size}",
-            "the training would stop when it meets this pack",
-            "give the pack size that the data was prepared with",
-        )
-        yield (
-            bool(len(struck)),
-            f"{len(struck)} predictions are to be trained from the end-of-sequence token {self.eos_id}",
-            "Megatron-Bridge strikes them out without a word",
-            "give the reader a tokenizer with another end token: reading_tokenizer",
-        )
-        yield (
-            self.vocab_size is not None and pack.input_ids.max() >= self.vocab_size,
-            f"token {pack.input_ids.max()}, but the model knows {self.vocab_size}",
-            "a token without an embedding cannot be looked up",
-            f"{again} with the tokenizer of the model",
-        )
+        aligned, *read = _alignment_rules(pack, places, self.pad_seq_to_mult)
+        yield aligned
+        yield from read
+        yield from _reader_rules(pack, places, self.pack_size, self.eos_id, self.vocab_size)
 
 # %% ../../nbs/megatron/03_data.ipynb #1deef891
 def validate_packs(

@@ -80,13 +80,8 @@ def split_conv_scan(
     """[B,T,inner]: what `mamba_split_conv1d_scan_combined` of mamba_ssm returns for the arguments that Megatron
     gives it. `NotImplementedError` for others.
     """
-    if (
-        rmsnorm_weight is not None
-        or outproj_weight is not None
-        or initial_states is not None
-        or return_final_states
-        or activation != "silu"
-    ):
+    given = rmsnorm_weight is not None or outproj_weight is not None or initial_states is not None
+    if given or return_final_states or activation != "silu":
         raise NotImplementedError("Megatron's training asks for none of this")
     rows = (
         [stretches(numbers) for numbers in seq_idx] if seq_idx is not None else [[(0, zxbcdt.shape[1])]] * len(zxbcdt)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # %% ../../nbs/megatron/06_lifecycle.ipynb #157c4ba0
 START = "model_at_start"
 
-
+# %% ../../nbs/megatron/06_lifecycle.ipynb #5d2cd0d5
 def _source(config: TrainConfig) -> str:
     """The model whose configuration counts: that of the weights, if they lie beside one."""
     weights = config.checkpoint.pretrained_checkpoint

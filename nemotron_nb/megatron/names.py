@@ -22,7 +22,7 @@ ASSET = Path(str(files("nemotron_nb"))) / "train" / "assets" / "bridge_names.jso
 OWN = ("recipe.", "run.")  # for this project, not for Megatron-Bridge
 OWN_NAMES = ("cpu_standins", "unchecked")
 
-
+# %% ../../nbs/megatron/02_names.ipynb #267596b7
 @cache
 def _asset() -> dict[str, Any]:
     """The list as it was shipped."""

@@ -56,8 +56,8 @@ def go_on(
     write_atomic(Path(folder) / METRICS, "".join(text for text, _ in kept) + json.dumps(seam) + "\n")
 
 # %% ../../nbs/megatron/05_recorder.ipynb #03828fc3
-class Recorder:
-    """Listens to a training of Megatron-Bridge: writes metrics.jsonl, sets learning rates, stops when asked to."""
+class _Registered:
+    """A training's listener: where it writes, and what it is asked."""
 
     def __init__(
         self,
@@ -82,6 +82,10 @@ class Recorder:
             callbacks.register(event, getattr(self, event))
         return callbacks
 
+# %% ../../nbs/megatron/05_recorder.ipynb #2dd2fbc2
+class _Listener(_Registered):
+    """Who writes, and what is added up over the ranks."""
+
     def _writes(self, model: Any) -> bool:
         """Is this the rank that writes: the last stage of the pipeline, the first of everything else?"""
         from megatron.bridge.training.utils.pg_utils import get_pg_collection
@@ -103,6 +107,10 @@ class Recorder:
         torch.distributed.all_reduce(places, group=groups.dp_cp)
         return pair.all_reduced(groups.dp_cp), int(places)
 
+# %% ../../nbs/megatron/05_recorder.ipynb #3858d12a
+class _Beginnings(_Listener):
+    """How a training and a step begin."""
+
     def on_train_start(self, context: Any) -> None:
         """In a resumed run, keep what holds of the earlier lines."""
         self.done = context.state.train_state.step
@@ -118,6 +126,10 @@ class Recorder:
             for group in groups:
                 group["lr"] = self.rate(context.state.train_state.step)
         self.lr = groups[0]["lr"]
+
+# %% ../../nbs/megatron/05_recorder.ipynb #e9e635b8
+class _Steps(_Beginnings):
+    """What is written after a step, and who is heard."""
 
     def on_train_step_end(self, context: Any) -> None:
         """Add up and write; then look for STOP."""
@@ -153,6 +165,10 @@ class Recorder:
         flag += bool(self.stop.name)
         torch.distributed.all_reduce(flag)
         return bool(flag)
+
+# %% ../../nbs/megatron/05_recorder.ipynb #4f2325a2
+class Recorder(_Steps):
+    """Listens to a training of Megatron-Bridge: writes metrics.jsonl, sets learning rates, stops when asked to."""
 
     def on_eval_start(self, context: Any) -> None:
         """Forget what was trained."""

@@ -144,8 +144,8 @@ def check_model_settings(
         )
 
 # %% ../../nbs/megatron/04_step.ipynb #b51d5238
-class TwoStageStep:
-    """A forward step for Megatron-Bridge's `finetune`. It also keeps the sums of the losses for the metrics."""
+class _Shares:
+    """How each micro-batch of a step counts, and the sums since the step began."""
 
     def __init__(
         self,
@@ -183,6 +183,10 @@ class TwoStageStep:
         lengths, counts = riding_lengths(batch["loss_mask"], batch["cu_seqlens_q"] if borders is None else borders)
         return dict(batch, loss_mask=lengths), Share(self.schedule.stage_at(step), self.balance, counts, counted_here)
 
+# %% ../../nbs/megatron/04_step.ipynb #034eaf0e
+class _Counting(_Shares):
+    """What is counted of a micro-batch before it is cut, and kept after it was computed."""
+
     def remember(
         self, lengths: Tensor, share: Share, places: int, nll: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -198,6 +202,10 @@ class TwoStageStep:
         )
         self.places += places if share.counted_here else 0
         return loss, number, reported
+
+# %% ../../nbs/megatron/04_step.ipynb #63dadc19
+class TwoStageStep(_Counting):
+    """A forward step for Megatron-Bridge's `finetune`. It also keeps the sums of the losses for the metrics."""
 
     def __call__(
         self, state: Any, data_iterator: Iterator[Mapping[str, Any]], model: Any, return_schedule_plan: bool = False

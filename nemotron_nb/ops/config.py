@@ -25,6 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from .spellings import plainly_meant
+
+# %% ../../nbs/ops/06_config.ipynb #06ebd548
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -32,11 +35,13 @@ import nemotron_nb
 from ..core import UserError, check_yaml, from_mapping, nearest, typed_value
 from ..data.prep import PrepConfig
 from ..loss.schedule import StageSchedule
-from .spellings import plainly_meant, unknown_setting
+from .spellings import unknown_setting
 from .stage import STAGES, command_words
 from .tracking import LoggerSection, WandbSection
 from ..megatron.names import check_bridge_names, known_bridge_names, needed_multiple, open_bridge_names
 from ..pretrain.documents import DocumentsConfig
+
+# %% ../../nbs/ops/06_config.ipynb #cec67779
 from nemotron_nb.train.settings import (
     TINY,
     TRAITS,
@@ -51,6 +56,8 @@ from nemotron_nb.train.settings import (
     TrainConfig,
     TrainSection,
 )
+
+# %% ../../nbs/ops/06_config.ipynb #623fa2bd
 from ..viz import Picture, table
 
 # %% ../../nbs/ops/06_config.ipynb #ce40a685
@@ -64,7 +71,7 @@ def flatten(
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
 
-
+# %% ../../nbs/ops/06_config.ipynb #460179a4
 def nest(
     flat: Mapping[str, Any],  # dotted names
 ) -> dict[str, Any]:
@@ -90,13 +97,21 @@ def read_yaml(
         tree = OmegaConf.to_container(OmegaConf.create(text or "{}"), resolve=False)
     except FileNotFoundError:
         beside = [str(p) for p in path.parent.glob("*.y*ml")]
-        fix = nearest(str(path), beside) if beside else "give the path of a YAML file, or the name of a configuration such as tiny"
+        fix = (
+            nearest(str(path), beside)
+            if beside
+            else "give the path of a YAML file, or the name of a configuration such as tiny"
+        )
         raise UserError("there is no such file", where=str(path), fix=fix) from None
     except OSError as e:
-        raise UserError(f"the file cannot be read: {e.strerror}", where=str(path), fix="give the path of a YAML file with -c") from None
+        raise UserError(
+            f"the file cannot be read: {e.strerror}", where=str(path), fix="give the path of a YAML file with -c"
+        ) from None
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as e:
         words = " ".join(str(e).split())
-        raise UserError(f"cannot be read as YAML: {words}", where=str(path), fix="mend the file, or give another one with -c") from None
+        raise UserError(
+            f"cannot be read as YAML: {words}", where=str(path), fix="mend the file, or give another one with -c"
+        ) from None
     if not isinstance(tree, dict):
         raise UserError("has a list where settings should be", where=str(path), fix="write `name: value` lines")
     return flatten(tree)
@@ -109,16 +124,23 @@ def _holds_text(kind: Any) -> bool:
     """Is it a setting whose value is a text, or nothing?"""
     return kind is str or (type(None) in typing.get_args(kind) and set(typing.get_args(kind)) == {str, type(None)})
 
-
+# %% ../../nbs/ops/06_config.ipynb #eca71e56
 def read_override(
     text: str,  # key=value, as typed
     kind: Any = Any,  # of the setting: a text without quotes is taken as it is typed, all else is read as YAML
 ) -> dict[str, Any]:
-    """One `key=value` of the command line; `+key=value` is the same. Numbers, lists and `null` are what they look like."""
+    """One `key=value` of the command line; `+key=value` is the same.
+
+    Numbers, lists and `null` are what they look like.
+    """
     text = text.lstrip("+")
     name, equals, value = text.partition("=")
     if not (name and equals):
-        raise UserError(f"{text!r} is not key=value", where="command line", fix="write settings as key=value without spaces, e.g. optimizer.lr=1e-4")
+        raise UserError(
+            f"{text!r} is not key=value",
+            where="command line",
+            fix="write settings as key=value without spaces, e.g. optimizer.lr=1e-4",
+        )
     quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
     if _holds_text(kind) and not quoted:
         return {name: None if kind is not str and value in NULLS else value}
@@ -127,7 +149,9 @@ def read_override(
         return flatten(OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=False))
     except (YAMLError, OmegaConfBaseException, RecursionError) as e:
         words = " ".join(str(e).split())
-        raise UserError(f"{text!r} cannot be read: {words}", where="command line", fix="put quotes around the value") from None
+        raise UserError(
+            f"{text!r} cannot be read: {words}", where="command line", fix="put quotes around the value"
+        ) from None
 
 # %% ../../nbs/ops/06_config.ipynb #9d5bea6c
 def known_names(
@@ -140,10 +164,10 @@ def known_names(
         names |= known_names(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else {f"{prefix}{name}": kind}
     return names
 
-
+# %% ../../nbs/ops/06_config.ipynb #455d37fb
 _BLOCKS = ("data.train", "data.validation", "data.default")
 
-
+# %% ../../nbs/ops/06_config.ipynb #6576d01c
 def _check_name(name: str, known: Iterable[str], origin: str, others: Iterable[str] = ()) -> None:
     """Refuse a setting nobody knows, and lead to the one that was probably meant."""
     if name in known:
@@ -157,13 +181,15 @@ def _check_name(name: str, known: Iterable[str], origin: str, others: Iterable[s
         raise UserError(f"{name} is a setting of NeMo RL's data section", where=origin, why="here a file names the data", fix=fix)
     raise unknown_setting(name, known, others, origin, _commands_with)
 
-
+# %% ../../nbs/ops/06_config.ipynb #76f707f0
 def _commands_with(name: str) -> list[str]:
     """The commands that have a setting of this name, or of this spelling."""
     found = []
     for stage in STAGES.values():
         known = known_names(stage.settings_class)
-        if {canonical(name, known), canonical(f"data.{name}" if stage.name == "data_prep" else name, known)} & set(known):
+        if {canonical(name, known), canonical(f"data.{name}" if stage.name == "data_prep" else name, known)} & set(
+            known
+        ):
             found.append(" ".join(command_words(stage)))
     return found
 
@@ -190,10 +216,18 @@ SPELLINGS = {
     "peft.lora_A_init_method": "peft.lora_A_init",
     "peft.lora_B_init_method": "peft.lora_B_init",
 }
-SECTION_SPELLINGS = {"policy.dtensor_cfg.lora_cfg.": "peft.", "policy.megatron_cfg.peft.": "peft.", "lora_cfg.": "peft."}
+
+# %% ../../nbs/ops/06_config.ipynb #e8467ef4
+SECTION_SPELLINGS = {
+    "policy.dtensor_cfg.lora_cfg.": "peft.",
+    "policy.megatron_cfg.peft.": "peft.",
+    "lora_cfg.": "peft.",
+}
 LAST_SPELLINGS = {"tokenizer": "tokenizer.model", "tokenizer_model": "tokenizer.model"}
 _LORA = {"lora": {"peft.enabled": True}, "none": {"peft.enabled": False}, None: {"peft.enabled": False}}
 _TORCH, _MEGATRON = {"train.engine": "torch"}, {"train.engine": "megatron"}
+
+# %% ../../nbs/ops/06_config.ipynb #4d2e1987
 WORDS: Mapping[str, Mapping[Any, Mapping[str, Any]]] = {  # a name and its value, and what they mean here
     "peft": _LORA,
     "recipe.peft": _LORA,
@@ -202,7 +236,7 @@ WORDS: Mapping[str, Mapping[Any, Mapping[str, Any]]] = {  # a name and its value
     "policy.dtensor_cfg._v2": {True: {}},
 }
 
-
+# %% ../../nbs/ops/06_config.ipynb #af242a2c
 def canonical(
     name: str,  # a dotted name
     known: Iterable[str],
@@ -217,13 +251,13 @@ def canonical(
     other = f"{section}{dot}{LAST_SPELLINGS.get(last, last)}"
     return other if name not in known and other in known else name
 
-
+# %% ../../nbs/ops/06_config.ipynb #b8e8068a
 def _is_section(name: str, known: Iterable[str]) -> bool:
     """Is it a part of the tree, which says nothing when nothing stands under it?"""
     parts = (*known, *SPELLINGS, *SECTION_SPELLINGS)
     return any(other.startswith(f"{name}.") for other in parts)
 
-
+# %% ../../nbs/ops/06_config.ipynb #77315535
 def _meant(name: str, value: Any, known: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """A setting as it is called here, from a name and a value of any of the published texts."""
     words = WORDS.get(name, {}) if "peft.enabled" in known else {}
@@ -232,7 +266,11 @@ def _meant(name: str, value: Any, known: Mapping[str, Any], origin: str) -> dict
     if not words:
         return {canonical(name, known): value}
     if not (value is None or isinstance(value, (str, bool))) or value not in words:
-        raise UserError(f"unknown value {value!r}", where=f"{origin}: {name}", fix="known: " + ", ".join("null" if w is None else str(w) for w in words))
+        raise UserError(
+            f"unknown value {value!r}",
+            where=f"{origin}: {name}",
+            fix="known: " + ", ".join("null" if w is None else str(w) for w in words),
+        )
     return dict(words[value])
 
 # %% ../../nbs/ops/06_config.ipynb #284495a5
@@ -241,10 +279,10 @@ MEGATRON = "megatron."  # section of the names that only Megatron-Bridge knows
 POINTER = re.compile(r"\$\{\.*([\w.]+)\}")  # ${name}
 ENVIRONMENT = re.compile(r"\$\{oc\.env:([^},]+)")  # ${oc.env:NAME} or ${oc.env:NAME,default}
 
-
+# %% ../../nbs/ops/06_config.ipynb #637b27ae
 @dataclass(frozen=True)
-class InForce:
-    """Settings in force, and for each dotted name where its value came from."""
+class _WithOrigins:
+    """Settings, and for each dotted name where its value came from."""
 
     settings: Any  # the filled dataclass
     origins: Mapping[str, str]  # dotted name -> file, "command line" or "built in"
@@ -253,7 +291,9 @@ class InForce:
 
     @property
     def private(self) -> dict[str, Any]:
-        """The values that hold a variable of the environment, directly or through another setting, as they were written."""
+        """The values that hold a variable of the environment, directly or through another setting, as they were
+        written.
+        """
         found = {name for name, text in self.pointers.items() if "oc.env:" in str(text)}
         while more := {n for n, text in self.pointers.items() if n not in found and _points_at(text, found)}:
             found |= more
@@ -261,7 +301,10 @@ class InForce:
 
     @property
     def values(self) -> dict[str, Any]:
-        """Dotted names and the values in force. A variable of the environment is shown by its name: it may be a secret."""
+        """Dotted names and the values in force.
+
+        A variable of the environment is shown by its name: it may be a secret.
+        """
         flat = flatten(dataclasses.asdict(self.settings)) | self.private
         return {name: value for name, value in flat.items() if name in self.origins}
 
@@ -270,6 +313,10 @@ class InForce:
         """The value of each variable of the environment that a setting names -> how it is written."""
         variables = {v for text in self.pointers.values() for v in ENVIRONMENT.findall(str(text))}
         return {os.environ[v]: f"${{oc.env:{v}}}" for v in sorted(variables) if os.environ.get(v)}
+
+# %% ../../nbs/ops/06_config.ipynb #bfa7fb39
+class InForce(_WithOrigins):
+    """Settings in force, and for each dotted name where its value came from."""
 
     @property
     def engine(self) -> str:
@@ -287,10 +334,16 @@ class InForce:
 def _points_at(text: Any, names: Iterable[str]) -> bool:
     """Does a value point at one of these settings, or at a section that holds one?"""
     targets = POINTER.findall(str(text))
-    return any(name == target or name.startswith(f"{target}.") or name.endswith(f".{target}") for target in targets for name in names)
+    return any(
+        name == target or name.startswith(f"{target}.") or name.endswith(f".{target}")
+        for target in targets
+        for name in names
+    )
 
-
-def _put_back(tree: Mapping[str, Any], texts: Mapping[str, Any], values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+# %% ../../nbs/ops/06_config.ipynb #d31ef231
+def _put_back(
+    tree: Mapping[str, Any], texts: Mapping[str, Any], values: Mapping[str, Any], prefix: str = ""
+) -> dict[str, Any]:
     """A tree with texts in the place of the values that they stand for."""
     new = {}
     for key, value in tree.items():
@@ -301,37 +354,49 @@ def _put_back(tree: Mapping[str, Any], texts: Mapping[str, Any], values: Mapping
             new[key] = texts[name] if name in texts and value == values.get(name) else value
     return new
 
-
+# %% ../../nbs/ops/06_config.ipynb #3b017a04
 def _short(value: Any, longest: int = 60) -> Any:
     """A value that fits a line; config.yaml has the whole of it."""
     text = str(value)
     return value if len(text) <= longest else f"{text[: longest - 4]} ..."
 
-
+# %% ../../nbs/ops/06_config.ipynb #cf50984e
 def shown_name(
     name: str,  # a dotted name
     engine: str,  # that trains
 ) -> str:
-    """The name as people write it. What only Megatron-Bridge knows is marked where another engine trains, since it does nothing there."""
+    """The name as people write it.
+
+    What only Megatron-Bridge knows is marked where another engine trains, since it does nothing there.
+    """
     return name.removeprefix(MEGATRON) + (" (megatron)" if name.startswith(MEGATRON) and engine == "torch" else "")
 
-
+# %% ../../nbs/ops/06_config.ipynb #ba4f3ac8
 def changed_names(
     origins: Mapping[str, str],  # dotted name -> where its value came from
 ) -> set[str]:
     """The settings somebody changed: neither built in, nor implied by the command, nor from a default.yaml."""
-    return {name for name, origin in origins.items() if origin not in (BUILT_IN, COMMAND) and not origin.endswith("default.yaml")}
+    return {
+        name
+        for name, origin in origins.items()
+        if origin not in (BUILT_IN, COMMAND) and not origin.endswith("default.yaml")
+    }
 
 # %% ../../nbs/ops/06_config.ipynb #4f9748c2
 @dataclass(frozen=True, repr=False)
-class Effective(InForce):
-    """Settings in force and their origins, as a table."""
+class _Rows(InForce):
+    """Settings in force and their origins, row by row."""
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a setting: name, value, origin; changed ones are marked with a star."""
         changed = changed_names(self.origins)
         return [
-            {"": "*" if name in changed else "", "setting": shown_name(name, self.engine), "value": _short(value), "from": self.origins[name]}
+            {
+                "": "*" if name in changed else "",
+                "setting": shown_name(name, self.engine),
+                "value": _short(value),
+                "from": self.origins[name],
+            }
             for name, value in self.values.items()
         ]
 
@@ -340,6 +405,11 @@ class Effective(InForce):
         changed = changed_names(self.origins)
         follows = {name for name, text in self.pointers.items() if _points_at(text, changed)}
         return [row for name, row in zip(self.values, self.rows()) if name in changed | follows]
+
+# %% ../../nbs/ops/06_config.ipynb #2364be52
+@dataclass(frozen=True, repr=False)
+class Effective(_Rows):
+    """Settings in force and their origins, as a table."""
 
     def picture(
         self,
@@ -350,7 +420,10 @@ class Effective(InForce):
             return table(self.rows(), title="Settings in force (* = not the recipe's default)")
         rows = self.folded()
         rest = f"{len(self.values) - len(rows):,} more are the recipe's; --all shows them too"
-        return table(rows or [{"": "", "setting": "none", "value": "", "from": ""}], title=f"Settings in force (* = not the recipe's default; {rest})")
+        return table(
+            rows or [{"": "", "setting": "none", "value": "", "from": ""}],
+            title=f"Settings in force (* = not the recipe's default; {rest})",
+        )
 
     def __repr__(self) -> str:
         return self.picture().text
@@ -361,9 +434,12 @@ class Effective(InForce):
 # %% ../../nbs/ops/06_config.ipynb #cccc25d8
 Layer = tuple[str, Mapping[str, Any]]  # where it comes from, and its values by dotted name
 
-
+# %% ../../nbs/ops/06_config.ipynb #99dd2f17
 def _placed(name: str, known: Mapping[str, Any], origin: str) -> str:
-    """The full name of a setting: one of the dataclass, or one of Megatron-Bridge in the section for them. `UserError` if it is neither."""
+    """The full name of a setting: one of the dataclass, or one of Megatron-Bridge in the section for them.
+
+    `UserError` if it is neither.
+    """
     if name in known or "megatron" not in known:
         _check_name(name, known, origin)
         return name
@@ -375,7 +451,7 @@ def _placed(name: str, known: Mapping[str, Any], origin: str) -> str:
     _check_name(name, known, origin, [other for other in sorted(bridge) if "." in other and not other.endswith(".*")])
     raise AssertionError("unreachable: the name is in neither list")
 
-
+# %% ../../nbs/ops/06_config.ipynb #89e19817
 # Two ways to say one thing: the one that is said later wins.
 RIVALS = {
     "scheduler.lr_warmup_iters": "scheduler.lr_warmup_samples",
@@ -383,7 +459,6 @@ RIVALS = {
     "train.epochs": "train.train_iters",
     "train.train_iters": "train.epochs",
 }
-
 
 # %% ../../nbs/ops/06_config.ipynb #39c3947d
 def merge(
@@ -405,9 +480,12 @@ def merge(
         _check_type(name, known.get(name, Any), values[name], origins[name])
     return Effective(_filled(cls, {name: _at_home(name, value) for name, value in values.items()}), origins, pointers)
 
-
+# %% ../../nbs/ops/06_config.ipynb #34384d87
 def _said(layer: Mapping[str, Any], known: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """What a layer says, each setting under its full name and of the right type. `None`, as Python writes it, is null where null may stand."""
+    """What a layer says, each setting under its full name and of the right type.
+
+    `None`, as Python writes it, is null where null may stand.
+    """
     said = {}
     for given, given_value in layer.items():
         for name, value in _meant(given, given_value, known, origin).items():
@@ -419,7 +497,7 @@ def _said(layer: Mapping[str, Any], known: Mapping[str, Any], origin: str) -> di
             said[name] = value
     return said
 
-
+# %% ../../nbs/ops/06_config.ipynb #75d19e4a
 def _filled(cls: type, values: Mapping[str, Any]) -> Any:
     """The dataclass with these values; names of Megatron-Bridge stay dotted."""
     tree = nest({name: value for name, value in values.items() if not name.startswith(MEGATRON)})
@@ -448,7 +526,7 @@ def _at_home(name: str, value: Any) -> Any:
 # %% ../../nbs/ops/06_config.ipynb #cca23988
 CALL = re.compile(r"\$\{(\w+):([^{}$]*)\}")  # ${name:argument,argument}
 
-
+# %% ../../nbs/ops/06_config.ipynb #557da3f2
 def _called(value: Any, resolvers: Mapping[str, Any]) -> Any:
     """A value with `${name:...}` of the given resolvers replaced. Where it is the whole value, its type is kept."""
     if not isinstance(value, str) or not resolvers:
@@ -462,22 +540,28 @@ def _called(value: Any, resolvers: Mapping[str, Any]) -> Any:
     whole = CALL.fullmatch(value)
     return answer(whole) if whole else CALL.sub(lambda call: str(answer(call)), value)
 
-
-def _resolved(cls: type, raw: Mapping[str, Any], origins: Mapping[str, str], resolvers: Mapping[str, Any]) -> dict[str, Any]:
+# %% ../../nbs/ops/06_config.ipynb #a33b5c8b
+def _resolved(
+    cls: type, raw: Mapping[str, Any], origins: Mapping[str, str], resolvers: Mapping[str, Any]
+) -> dict[str, Any]:
     """The values with `${...}` followed."""
     answered = {name: _called(value, resolvers) for name, value in raw.items()}
     pointing = [name for name, value in answered.items() if "${" in str(value)]
     tree = functools.cache(lambda: OmegaConf.create(nest(flatten(dataclasses.asdict(cls())) | answered)))
     return answered | {name: _followed(name, tree, answered[name], origins[name]) for name in pointing}
 
-
+# %% ../../nbs/ops/06_config.ipynb #f6d1cd05
 def _followed(name: str, tree: Callable[[], Any], said: Any, origin: str) -> Any:
     """What one value points at in the whole tree, which is made when it is first asked for."""
     try:
         value = OmegaConf.select(tree(), name)
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     except OmegaConfBaseException as e:
-        raise UserError(f"{said!r} cannot be resolved: {str(e).splitlines()[0]}", where=f"{origin}: {name}", fix="write the value out, or set the variable") from None
+        raise UserError(
+            f"{said!r} cannot be resolved: {str(e).splitlines()[0]}",
+            where=f"{origin}: {name}",
+            fix="write the value out, or set the variable",
+        ) from None
 
 # %% ../../nbs/ops/06_config.ipynb #ea2b7e0c
 FAMILIES = ("nano3", "super3")
@@ -487,10 +571,14 @@ def project_root() -> Path:
     """The checkout: the folder that holds `papermill_runs/` and `nbs/`."""
     root = Path(nemotron_nb.__file__).resolve().parents[1]
     if not (root / "papermill_runs").is_dir():
-        raise UserError("there is no papermill_runs folder beside the library", where=str(root), fix="work in a checkout, installed with `pip install -e .`")
+        raise UserError(
+            "there is no papermill_runs folder beside the library",
+            where=str(root),
+            fix="work in a checkout, installed with `pip install -e .`",
+        )
     return root
 
-
+# %% ../../nbs/ops/06_config.ipynb #e6d396a5
 def _origin(path: Path) -> str:
     """A file as people would name it: relative to the checkout where it lies inside."""
     root = project_root()
@@ -501,14 +589,14 @@ def _is_path(name: str) -> bool:
     """Is it a path, and not the name of a committed configuration?"""
     return "/" in name or name.endswith((".yaml", ".yml"))
 
-
+# %% ../../nbs/ops/06_config.ipynb #0a917810
 def config_names(
     config: str | Sequence[str],  # what -c was given, once or several times
 ) -> list[str]:
     """The configurations in their order; the recipe itself where there is none."""
     return [config] if isinstance(config, str) else list(config) or ["default"]
 
-
+# %% ../../nbs/ops/06_config.ipynb #9de7687a
 def job_configs(
     config: str | Sequence[str],
 ) -> list[str]:
@@ -516,14 +604,14 @@ def job_configs(
     first, *rest = config_names(config)
     return [first, *(word for name in rest for word in ("-c", name))]
 
-
+# %% ../../nbs/ops/06_config.ipynb #868d9cf4
 def config_label(
     config: str | Sequence[str],
 ) -> str:
     """What people call it: the names without folders and endings."""
     return " ".join(Path(name).stem for name in config_names(config))
 
-
+# %% ../../nbs/ops/06_config.ipynb #ea6b8456
 def config_file(
     family: str,  # one of FAMILIES
     stage: str,  # a folder under papermill_runs/<family>: sft, data_prep
@@ -535,7 +623,11 @@ def config_file(
     folder = project_root() / "papermill_runs" / family / stage
     known = [p.stem for p in folder.glob("*.yaml")]
     if name not in known:
-        raise UserError(f"there is no configuration {name!r}", where=_origin(folder), fix=nearest(name, known) + " A path to a file, with its .yaml, is welcome too.")
+        raise UserError(
+            f"there is no configuration {name!r}",
+            where=_origin(folder),
+            fix=nearest(name, known) + " A path to a file, with its .yaml, is welcome too.",
+        )
     return folder / f"{name}.yaml"
 
 # %% ../../nbs/ops/06_config.ipynb #ef153c6a
@@ -546,7 +638,7 @@ class EnvSection:
     container: str = ""  # image that srun starts them in (pyxis); empty: none
     mounts: list[str] = field(default_factory=list)  # "host:container"
 
-
+# %% ../../nbs/ops/06_config.ipynb #23bf216a
 @dataclass(frozen=True)
 class RunSection:
     """Where a run is made and written, what goes into it, and what people call it."""
@@ -555,7 +647,8 @@ class RunSection:
     nproc_per_node: int = 1  # processes on each, one for each GPU
     env: EnvSection = EnvSection()
     wandb: WandbSection = WandbSection()
-    data: str = ""  # prepared data by its artifact's name, e.g. SFTDataArtifact-sft:latest; empty: the data section says
+    # prepared data by its artifact's name, e.g. SFTDataArtifact-sft:latest; empty: the data section says
+    data: str = ""
     model: str = ""  # weights to begin with by their artifact's name, e.g. ModelArtifact-pretrain:v3
     output_root: str = "output"  # folder for everything a run writes
     artifacts: str = ""  # folder of the register of artifacts; empty: that of env.toml, else artifacts/ in output_root
@@ -576,7 +669,7 @@ class RunSection:
         """Where artifacts are registered."""
         return Path(self.artifacts or Path(self.output_root) / "artifacts")
 
-
+# %% ../../nbs/ops/06_config.ipynb #3cc66920
 @dataclass(frozen=True)
 class SftConfig:
     """Every setting of a supervised fine-tuning run."""
@@ -601,13 +694,24 @@ class SftConfig:
         output_dir: str,  # the run folder
     ) -> TrainConfig:
         """What the training process is told: it knows nothing of families, files and layers."""
-        sections = (self.model, self.train, self.optimizer, self.scheduler, self.loss, self.evaluation, self.checkpoint, self.peft)
-        return TrainConfig(data_dir, output_dir, *sections, megatron=self.megatron if self.train.engine == "megatron" else {})
+        sections = (
+            self.model,
+            self.train,
+            self.optimizer,
+            self.scheduler,
+            self.loss,
+            self.evaluation,
+            self.checkpoint,
+            self.peft,
+        )
+        return TrainConfig(
+            data_dir, output_dir, *sections, megatron=self.megatron if self.train.engine == "megatron" else {}
+        )
 
     def __post_init__(self) -> None:
         self.training("", "")  # refuses what the training would refuse, before there is a run folder
 
-
+# %% ../../nbs/ops/06_config.ipynb #fc908718
 @dataclass(frozen=True)
 class DataPrepConfig:
     """Every setting of data preparation alone."""
@@ -620,12 +724,16 @@ Read = Callable[[Path], dict[str, Any]]  # the settings of a file
 
 
 def _file_layer(path: Path, section: str = "", read: Read = read_yaml) -> Layer:
-    """A file as a layer, put under a section where it belongs to one; its `run` section is then left to those who run it alone."""
+    """A file as a layer, put under a section where it belongs to one; its `run` section is then left to those who run
+    it alone.
+    """
     values = dict(read(path))
     values.pop("defaults", None)
-    return _origin(path), {f"{section}{name}": value for name, value in values.items() if not (section and name.startswith("run."))}
+    return _origin(path), {
+        f"{section}{name}": value for name, value in values.items() if not (section and name.startswith("run."))
+    }
 
-
+# %% ../../nbs/ops/06_config.ipynb #17d40540
 def _check_family(family: str) -> None:
     """Refuse a family nobody knows."""
     if family not in FAMILIES:
@@ -634,7 +742,7 @@ def _check_family(family: str) -> None:
 
 Parts = Sequence[tuple[str, str]]  # (folder under papermill_runs/<family>, section it fills)
 
-
+# %% ../../nbs/ops/06_config.ipynb #11aa3d5b
 def _no_files(name: str) -> list[tuple[Path, str]]:
     """The files of a stage that has none of its own: `default` is what its class says, another name is refused."""
     if name == "default":
@@ -643,9 +751,12 @@ def _no_files(name: str) -> list[tuple[Path, str]]:
     why = "this stage has no files in papermill_runs/"
     raise UserError(f"there is no configuration {name!r}", where="-c", why=why, fix=fix)
 
-
+# %% ../../nbs/ops/06_config.ipynb #f0ef42c6
 def _files_of(family: str, parts: Parts, name: str, beside: Path) -> list[tuple[Path, str]]:
-    """The files that a name or a path means, each with the section it fills. A name is looked for in every part, a path is read once, as a whole."""
+    """The files that a name or a path means, each with the section it fills.
+
+    A name is looked for in every part, a path is read once, as a whole.
+    """
     if _is_path(name):
         return [(Path(os.path.abspath(beside / Path(name).expanduser())), "")]
     if not parts:
@@ -654,16 +765,20 @@ def _files_of(family: str, parts: Parts, name: str, beside: Path) -> list[tuple[
     files = [(project_root() / "papermill_runs" / family / stage / f"{name}.yaml", section) for stage, section in parts]
     return [(path, section) for path, section in files if path.exists()]
 
-
+# %% ../../nbs/ops/06_config.ipynb #589f38c8
 def _built_upon(path: Path, read: Read) -> list[str]:
     """What a file says under `defaults`."""
     said = read(path).get("defaults") or []
     names = [said] if isinstance(said, str) else said
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise UserError(f"{said!r} is no configuration", where=f"{_origin(path)}: defaults", fix="give a name such as tiny, a path, or a list of them")
+        raise UserError(
+            f"{said!r} is no configuration",
+            where=f"{_origin(path)}: defaults",
+            fix="give a name such as tiny, a path, or a list of them",
+        )
     return names
 
-
+# %% ../../nbs/ops/06_config.ipynb #f4863ef7
 def _chain(
     family: str, parts: Parts, name: str, beside: Path, read: Read, above: tuple[Path, ...] = ()
 ) -> Iterator[tuple[Path, str]]:
@@ -671,7 +786,11 @@ def _chain(
     for path, section in _files_of(family, parts, name, beside):
         if path in above:
             circle = " -> ".join(_origin(p) for p in (*above, path))
-            raise UserError(f"configurations are built upon each other in a circle: {circle}", where=_origin(path), fix="take one `defaults` out")
+            raise UserError(
+                f"configurations are built upon each other in a circle: {circle}",
+                where=_origin(path),
+                fix="take one `defaults` out",
+            )
         for other in _built_upon(path, read):
             yield from _chain(family, parts, other, path.parent, read, (*above, path))
         yield path, section
@@ -682,7 +801,7 @@ def file_layers(
     parts: Parts,
     config: str | Sequence[str] = "default",  # what -c was given
 ) -> list[Layer]:
-    """The files of a command as layers, first to last: the recipe, then each configuration with what it is built upon."""
+    """The files of a command as layers, first to last: the recipe, then each configuration with what it stands on."""
     _check_family(family)
     read = functools.cache(read_yaml)  # a file is read once, whoever is built upon it
     files = [(config_file(family, stage, "default"), section) for stage, section in parts]
@@ -692,7 +811,7 @@ def file_layers(
         files += [file for file in chain if file not in files or (file in own and file not in files[: len(parts)])]
     return [_file_layer(path, section, read) for path, section in files]
 
-
+# %% ../../nbs/ops/06_config.ipynb #9657319d
 def typed_layers(
     overrides: Iterable[str],  # key=value
     cls: type,  # the dataclass of the command's settings
@@ -711,7 +830,7 @@ def _says_lora(layers: Iterable[Layer]) -> bool:
     words = [values[name] for _, values in layers for name in ("peft", "recipe.peft") if name in values]
     return bool(words) and words[-1] == "lora"
 
-
+# %% ../../nbs/ops/06_config.ipynb #5c01fd79
 def _with_lora(family: str, layers: list[Layer]) -> list[Layer]:
     """The layers, with lora.yaml above the recipe where LoRA is asked for."""
     path = config_file(family, "sft", "lora") if _says_lora(layers) else None
@@ -720,7 +839,7 @@ def _with_lora(family: str, layers: list[Layer]) -> list[Layer]:
     first = next(i for i, (origin, _) in enumerate(layers) if not origin.endswith("default.yaml"))
     return [*layers[:first], _file_layer(path), *layers[first:]]
 
-
+# %% ../../nbs/ops/06_config.ipynb #fce25d65
 def _nemo_rl_defaults(layers: Iterable[Layer]) -> list[Layer]:
     """What NeMo RL's section of LoRA for Megatron leaves unsaid, if any layer uses that section."""
     used = any(name.startswith("policy.megatron_cfg.peft.") for _, values in layers for name in values)
@@ -737,15 +856,25 @@ def _last_said(layers: Iterable[Layer], name: str) -> Any:
     """The value that the last layer to mention it gives a setting; `None` if none does."""
     return next((values[name] for _, values in reversed(list(layers)) if name in values), None)
 
-
+# %% ../../nbs/ops/06_config.ipynb #0d21b799
 def _run_of(layers: Sequence[Layer]) -> RunSection:
     """The run section alone, before anything else is known."""
     names = known_names(RunSection)
-    own = [(origin, {n.removeprefix("run."): v for n, v in values.items() if n.startswith("run.") and "${art:" not in str(v)}) for origin, values in layers]
-    return merge(RunSection, [(origin, {n: v for n, v in values.items() if n in names}) for origin, values in own]).settings
+    own = [
+        (
+            origin,
+            {n.removeprefix("run."): v for n, v in values.items() if n.startswith("run.") and "${art:" not in str(v)},
+        )
+        for origin, values in layers
+    ]
+    return merge(
+        RunSection, [(origin, {n: v for n, v in values.items() if n in names}) for origin, values in own]
+    ).settings
 
-
-def _with_artifacts(layers: list[Layer], parts: Mapping[str, Mapping[str, Any]] = SLOTS) -> tuple[list[Layer], dict[str, Any]]:
+# %% ../../nbs/ops/06_config.ipynb #e32b28bc
+def _with_artifacts(
+    layers: list[Layer], parts: Mapping[str, Mapping[str, Any]] = SLOTS
+) -> tuple[list[Layer], dict[str, Any]]:
     """The layers with artifacts in their places, and the resolver that follows `${art:slot,field}`."""
     run = _run_of(layers)
     slots = {slot: getattr(run, slot) for slot in SLOTS if getattr(run, slot)}
@@ -760,22 +889,27 @@ def _with_artifacts(layers: list[Layer], parts: Mapping[str, Mapping[str, Any]] 
     implied = []
     for slot, address in pinned.items():
         origin = next(o for o, values in reversed(layers) if f"run.{slot}" in values)
-        free = {name: value for name, value in parts[slot].items() if not (slot == "model" and _last_said(layers, name))}
+        free = {
+            name: value for name, value in parts[slot].items() if not (slot == "model" and _last_said(layers, name))
+        }
         implied.append((origin, {f"run.{slot}": address} | free))
     return [*layers, *implied], {"art": art_resolver(store, pinned)}
 
 # %% ../../nbs/ops/06_config.ipynb #401c1e79
 NEWEST, NAMES_DATA = "the newest prepared data", ("data.path", "data.blend_path", "run.data")
-PREPARED = "prepared"  # alias of the version that `data prep` or `data import` entered last; `latest` may be that of a run
+# alias of the version that `data prep` or `data import` entered last; `latest` may be that of a run
+PREPARED = "prepared"
 
 
 def _tokenizer_of(artifact: Any) -> str:
     """The tokenizer that prepared data was made with."""
     return next((source.name for source in artifact.inputs if source.role == "tokenizer"), "")
 
-
+# %% ../../nbs/ops/06_config.ipynb #868061f8
 def _newest_data(family: str, layers: list[Layer], alias: str, stage: str = "sft") -> Any:
-    """The newest prepared data of a family, as the register knows it; `None` where there is none, or where its folder is gone."""
+    """The newest prepared data of a family, as the register knows it; `None` where there is none, or where its folder
+    is gone.
+    """
     from nemotron_nb.ops.artifacts import Store, data_name
 
     store, name = Store(_run_of(layers).store), data_name(family, stage)
@@ -787,7 +921,7 @@ def _newest_data(family: str, layers: list[Layer], alias: str, stage: str = "sft
         return None
     return newest if newest.path.is_dir() else None
 
-
+# %% ../../nbs/ops/06_config.ipynb #b04707b5
 def _with_newest_data(
     family: str, layers: list[Layer], stage: str = "sft", what: str = "chats"
 ) -> tuple[list[Layer], list[str]]:
@@ -802,14 +936,20 @@ def _with_newest_data(
     address, wanted = f"{newest.name}:{newest.version}", str(_last_said(layers, "data.tokenizer.model"))
     all_the_same = f"it is not taken. To take it all the same: --art.data {address}"
     if (made_with := _tokenizer_of(newest)) not in (wanted, Path(wanted).name):
-        return layers, [f"the newest prepared data, {address}, was made with the tokenizer {made_with!r}, and this run has {wanted!r}; {all_the_same}"]
+        return layers, [
+            f"the newest prepared data, {address}, was made with the tokenizer {made_with!r}, and this run has "
+            f"{wanted!r}; {all_the_same}"
+        ]
     if named and (typed := next((name for _, values in own for name in values if name.startswith("data.")), "")):
-        return layers, [f"{typed} is given, so the {what} of the configuration are prepared with it ({named}={_last_said(layers, named)}); the newest prepared data is {address}, and {all_the_same}"]
+        return layers, [
+            f"{typed} is given, so the {what} of the configuration are prepared with it "
+            f"({named}={_last_said(layers, named)}); the newest prepared data is {address}, and {all_the_same}"
+        ]
     back = f"; the {what} of the configuration: {named}={_last_said(layers, named)}" if named else ""
     told = f"no {what} are named; the run takes {address}, {NEWEST} ({newest.path}){back}"
     return [*layers, (NEWEST, {"run.data": address} | ({named: ""} if named else {}))], [told]
 
-
+# %% ../../nbs/ops/06_config.ipynb #10878bb6
 def _with_own_sizes(layers: list[Layer]) -> tuple[list[Layer], list[str]]:
     """The layers without sizes of a model that are said before the name of another one; and what to tell about it."""
     sizes = {f"model.{f.name}" for f in dataclasses.fields(ModelConfig) if f.name not in TRAITS}
@@ -817,31 +957,51 @@ def _with_own_sizes(layers: list[Layer]) -> tuple[list[Layer], list[str]]:
     if not named or _last_said(layers, "model.name") == TINY:
         return layers, []
     before = {name for _, values in layers[: named[-1]] for name in values if name in sizes}
-    kept = [(o, {n: v for n, v in values.items() if n not in sizes}) if i < named[-1] else (o, values) for i, (o, values) in enumerate(layers)]
+    kept = [
+        (o, {n: v for n, v in values.items() if n not in sizes}) if i < named[-1] else (o, values)
+        for i, (o, values) in enumerate(layers)
+    ]
     words = ", ".join(sorted(name.removeprefix("model.") for name in before))
     model = _last_said(layers, "model.name")
     return kept, [f"{model} has sizes of its own; those of the layers below it do not count: {words}"] if before else []
 
 # %% ../../nbs/ops/06_config.ipynb #c84d0368
 def _cut_short(settings: SftConfig) -> list[str]:
-    """What the length of a run cuts off: stages of the loss it does not reach, a warm-up that is longer. A length in epochs is only known with the data."""
+    """What the length of a run cuts off: stages of the loss it does not reach, a warm-up that is longer.
+
+    A length in epochs is only known with the data.
+    """
     steps, said = settings.train.train_iters, []
     if not steps:
         return said
     for stage, length in StageSchedule.from_config(settings.loss.stages).plan(steps):
         if not length:
-            said.append(f"the run ends after step {steps:,}, before its {stage} stage: that stage is dropped. To have it: loss.stages=[{{stage: token, steps: N}}, {{stage: sample}}]")
+            said.append(
+                f"the run ends after step {steps:,}, before its {stage} stage: that stage is dropped. To have it: "
+                "loss.stages=[{stage: token, steps: N}, {stage: sample}]"
+            )
     warm_up = settings.scheduler.lr_warmup_iters
     if settings.scheduler.lr_warmup_samples and settings.data.pack_size:
-        warm_up = math.ceil(settings.scheduler.lr_warmup_samples / settings.train.packs_in_step(settings.data.pack_size))
+        warm_up = math.ceil(
+            settings.scheduler.lr_warmup_samples / settings.train.packs_in_step(settings.data.pack_size)
+        )
     if warm_up > steps:
-        said.append(f"the run ends after step {steps:,}, within a warm-up of {warm_up:,} steps: the learning rate stays below optimizer.lr. To change it: scheduler.lr_warmup_iters=N")
+        said.append(
+            f"the run ends after step {steps:,}, within a warm-up of {warm_up:,} steps: the learning rate stays below "
+            "optimizer.lr. To change it: scheduler.lr_warmup_iters=N"
+        )
     return said
 
 # %% ../../nbs/ops/06_config.ipynb #9db54d8b
 def _check_engine(effective: Effective) -> Effective:
-    """Refuse a name of Megatron-Bridge that somebody gave for a run with the PyTorch engine; those of the committed recipes serve both engines."""
-    given = [name for name in changed_names(effective.origins) if name.startswith(MEGATRON) and not effective.origins[name].startswith("papermill_runs/")]
+    """Refuse a name of Megatron-Bridge that somebody gave for a run with the PyTorch engine; those of the committed
+    recipes serve both engines.
+    """
+    given = [
+        name
+        for name in changed_names(effective.origins)
+        if name.startswith(MEGATRON) and not effective.origins[name].startswith("papermill_runs/")
+    ]
     if effective.settings.train.engine == "torch" and given:
         name = min(given)
         raise UserError(
@@ -852,14 +1012,16 @@ def _check_engine(effective: Effective) -> Effective:
         )
     return effective
 
-
+# %% ../../nbs/ops/06_config.ipynb #bfb83cbc
 def sft_config(
     family: str,  # one of FAMILIES
     name: str | Sequence[str] = "default",  # a configuration's name, or a path; several are layers in their order
     overrides: Iterable[str] = (),  # key=value, the last one wins
     profile: Layer | None = None,  # what env.toml says, with run.* names
 ) -> Effective:
-    """The settings of a fine-tuning run: data_prep/*.yaml as its data section, then sft/*.yaml, the cluster's profile, the command line."""
+    """The settings of a fine-tuning run: data_prep/*.yaml as its data section, then sft/*.yaml, the cluster's profile,
+    the command line.
+    """
     layers = file_layers(family, [("data_prep", "data."), ("sft", "")], name)
     layers = _with_lora(family, [*layers, *([profile] if profile else []), *typed_layers(overrides, SftConfig)])
     layers = [(origin, _named(values)) for origin, values in [*_nemo_rl_defaults(layers), *layers]]
@@ -868,11 +1030,16 @@ def sft_config(
     layers, resolvers = _with_artifacts(layers)
     effective = merge(SftConfig, [(COMMAND, {"family": family}), *layers], **resolvers)
     if effective.settings.family != family:
-        raise UserError(f"is for the family {effective.settings.family!r}", where=effective.origins["family"], why=f"the command says {family!r}", fix="use the command of that family")
+        raise UserError(
+            f"is for the family {effective.settings.family!r}",
+            where=effective.origins["family"],
+            why=f"the command says {family!r}",
+            fix="use the command of that family",
+        )
     effective = _with_padding(_check_engine(effective))
     return dataclasses.replace(effective, notes=(*notes, *sizes, *_cut_short(effective.settings)))
 
-
+# %% ../../nbs/ops/06_config.ipynb #df943528
 def _with_padding(effective: Effective) -> Effective:
     """The settings with the padding of sequences that context parallelism needs, where nobody has said one."""
     settings = effective.settings
@@ -884,26 +1051,31 @@ def _with_padding(effective: Effective) -> Effective:
     origins = dict(effective.origins) | {"data.pad_to_multiple": f"{origin} (context parallelism)"}
     return dataclasses.replace(effective, settings=dataclasses.replace(settings, data=data), origins=origins)
 
-
+# %% ../../nbs/ops/06_config.ipynb #15d714a6
 def _named(values: Mapping[str, Any]) -> dict[str, Any]:
     """A layer with each setting under its one name; what nobody knows stays as it is."""
     known = known_names(SftConfig)
     return {canonical(name, known): value for name, value in values.items()}
 
-
+# %% ../../nbs/ops/06_config.ipynb #d3eac4af
 def data_prep_config(
     family: str,
     name: str | Sequence[str] = "default",
     overrides: Iterable[str] = (),
     profile: Layer | None = None,
 ) -> Effective:
-    """The settings of data preparation alone: the data section of a run, which may be typed without its prefix, and where it is prepared."""
+    """The settings of data preparation alone: the data section of a run, which may be typed without its prefix, and
+    where it is prepared.
+    """
     files = [*file_layers(family, [("data_prep", "")], name), *([profile] if profile else [])]
     layers = [(origin, {_in_data(n): v for n, v in values.items()}) for origin, values in files]
-    typed = [(origin, {_in_data(n): v for n, v in values.items()}) for origin, values in typed_layers(overrides, DataPrepConfig, _in_data)]
+    typed = [
+        (origin, {_in_data(n): v for n, v in values.items()})
+        for origin, values in typed_layers(overrides, DataPrepConfig, _in_data)
+    ]
     return merge(DataPrepConfig, [*layers, *typed])
 
-
+# %% ../../nbs/ops/06_config.ipynb #007898c1
 def _in_data(name: str) -> str:
     """A setting of data preparation with its section."""
     return name if name.startswith(("run.", "data.")) else f"data.{name}"
@@ -918,7 +1090,7 @@ def stage_files(
     there = (project_root() / "papermill_runs" / family / stage).is_dir()
     return file_layers(family, [(stage, "")] if there else [], config)
 
-
+# %% ../../nbs/ops/06_config.ipynb #d5d00825
 def stage_config(
     cls: type,  # a settings class with the fields `family` and `run`
     family: str,  # one of FAMILIES
@@ -964,7 +1136,10 @@ class PretrainConfig:
         output_dir: str,  # the run folder
     ) -> TrainConfig:
         """What the training process is told."""
-        sections = {name: getattr(self, name) for name in ("model", "train", "optimizer", "scheduler", "evaluation", "checkpoint")}
+        sections = {
+            name: getattr(self, name)
+            for name in ("model", "train", "optimizer", "scheduler", "evaluation", "checkpoint")
+        }
         bridge = self.megatron if self.train.engine == "megatron" else {}
         return TrainConfig(data_dir, output_dir, **sections, megatron=bridge, dataset=self.dataset)
 
@@ -983,12 +1158,12 @@ class DocumentsPrepConfig:
 
 _OF_TOKENIZER = ("add_bos", "add_eos", "eos_token")  # may be typed without their section
 
-
+# %% ../../nbs/ops/06_config.ipynb #b174e682
 def _in_documents(name: str) -> str:
     """A setting of the preparation of documents with its section."""
     return f"data.tokenizer.{name}" if name in _OF_TOKENIZER else _in_data(name)
 
-
+# %% ../../nbs/ops/06_config.ipynb #5f490b2b
 def _one_count(layers: list[Layer]) -> list[Layer]:
     """The layers with one of the two ways to say how many files there are: who says one takes away what others said."""
     ways = {"data.num_shards": "data.shard_size", "data.shard_size": "data.num_shards"}
@@ -996,14 +1171,14 @@ def _one_count(layers: list[Layer]) -> list[Layer]:
     gone = [{ways[n]: None for n in ways if said.get(n) is not None and (o, ways[n]) not in by} for o, said in layers]
     return [(origin, dict(said) | more) for (origin, said), more in zip(layers, gone)]
 
-
+# %% ../../nbs/ops/06_config.ipynb #823d6e58
 def documents_prep_config(
     family: str,
     name: str | Sequence[str] = "default",
     overrides: Iterable[str] = (),
     profile: Layer | None = None,
 ) -> Effective:
-    """The settings of the preparation of documents: data_prep_pretrain/*.yaml, the cluster's profile, the command line."""
+    """The settings of the preparation of documents: data_prep_pretrain/*.yaml, the profile, the command line."""
     known = known_names(DocumentsPrepConfig)
     told = [(origin, {n: v for n, v in said.items() if n in known}) for origin, said in ([profile] if profile else [])]
     files = [*file_layers(family, [("data_prep_pretrain", "")], name), *told]
@@ -1014,7 +1189,7 @@ def documents_prep_config(
 # %% ../../nbs/ops/06_config.ipynb #69fbae4e
 PRETRAIN_SLOTS = {"data": {"data.output_dir": "${art:data,path}"}, "model": SLOTS["model"]}
 
-
+# %% ../../nbs/ops/06_config.ipynb #d95e5143
 def _short_of_rate(settings: PretrainConfig) -> list[str]:
     """What to tell where a run ends within its warm-up. A length in epochs is only known with the data."""
     steps, s = settings.train.train_iters, settings.scheduler
@@ -1022,16 +1197,21 @@ def _short_of_rate(settings: PretrainConfig) -> list[str]:
     warm_up = max(s.lr_warmup_iters, math.ceil(s.lr_warmup_samples / size))
     if not steps or warm_up <= steps:
         return []
-    return [f"the run ends after step {steps:,}, within a warm-up of {warm_up:,} steps: the learning rate stays below optimizer.lr. To change it: scheduler.lr_warmup_iters=N"]
+    return [
+        f"the run ends after step {steps:,}, within a warm-up of {warm_up:,} steps: the learning rate stays below "
+        "optimizer.lr. To change it: scheduler.lr_warmup_iters=N"
+    ]
 
-
+# %% ../../nbs/ops/06_config.ipynb #e3298b03
 def pretrain_config(
     family: str,  # one of FAMILIES
     name: str | Sequence[str] = "default",  # a configuration's name, or a path; several are layers in their order
     overrides: Iterable[str] = (),  # key=value, the last one wins
     profile: Layer | None = None,  # what env.toml says, with run.* names
 ) -> Effective:
-    """The settings of a pretraining run: data_prep_pretrain/*.yaml as its data, pretrain/*.yaml, the profile, the command line."""
+    """The settings of a pretraining run: data_prep_pretrain/*.yaml as its data, pretrain/*.yaml, the profile, the
+    command line.
+    """
     layers = file_layers(family, [("data_prep_pretrain", "data."), ("pretrain", "")], name)
     layers = [*layers, *([profile] if profile else []), *typed_layers(overrides, PretrainConfig)]
     known = known_names(PretrainConfig)
@@ -1054,22 +1234,41 @@ def _data_parallel(settings: SftConfig) -> int:
     """Ranks that see different packs: all of them, or with Megatron-Bridge all that do not share a model."""
     if settings.train.engine == "torch":
         return settings.run.ranks
-    sizes = [settings.megatron.get(f"model.{kind}_parallel_size", 1) for kind in ("tensor_model", "pipeline_model", "context")]
+    sizes = [
+        settings.megatron.get(f"model.{kind}_parallel_size", 1)
+        for kind in ("tensor_model", "pipeline_model", "context")
+    ]
     shared = math.prod(size for size in sizes if isinstance(size, int))
     if settings.run.ranks % shared:
         return 0
     return settings.run.ranks // shared
 
-
+# %% ../../nbs/ops/06_config.ipynb #b1f2a231
 def _accumulation(settings: SftConfig, batch: int, size: int) -> tuple[str, str, str]:
     """How many micro-batches a rank adds up in a step."""
     ranks, parallel = settings.run.ranks, _data_parallel(settings)
     if not parallel:
-        return "micro-batches a step, on each rank", "none fits", f"{ranks:,} ranks cannot be divided by the model-parallel layout; set run.nodes and run.nproc_per_node"
+        return (
+            "micro-batches a step, on each rank",
+            "none fits",
+            f"{ranks:,} ranks cannot be divided by the model-parallel layout; set run.nodes and run.nproc_per_node",
+        )
     packs = max(1, settings.train.micro_batch_tokens // size) if settings.train.engine == "torch" else 1
-    return "micro-batches a step, on each rank", f"{batch / (packs * parallel):,.4g}", f"{parallel:,} data-parallel of {ranks:,} ranks, micro-batches of {packs:,} packs"
+    return (
+        "micro-batches a step, on each rank",
+        f"{batch / (packs * parallel):,.4g}",
+        f"{parallel:,} data-parallel of {ranks:,} ranks, micro-batches of {packs:,} packs",
+    )
 
+# %% ../../nbs/ops/06_config.ipynb #ffc112da
+def _warm_up(settings: SftConfig, batch: int, steps: int) -> tuple[str, str, str]:
+    """How long the rate climbs, in steps and as a part of the run."""
+    samples = settings.scheduler.lr_warmup_samples
+    warm_up = max(settings.scheduler.lr_warmup_iters, samples / max(1, batch))
+    of = f"{samples:,} samples, " if samples else ""
+    return "warm-up", f"{warm_up:,.2f} steps", f"{of}{warm_up / steps:.1%} of the run"
 
+# %% ../../nbs/ops/06_config.ipynb #cb6c854c
 def derived(
     settings: SftConfig,
     packs: int = 0,  # packs of training data, where they are known
@@ -1078,20 +1277,33 @@ def derived(
     """What follows from the settings: sizes of a step and of the run, warm-up, epochs, stages."""
     size = pack_size or settings.data.pack_size
     if settings.train.epochs and not (packs and size):
-        return table([("steps", "known when the data is prepared", f"{settings.train.epochs:g} epochs")], header=["follows", "", ""], title="What follows from them")
+        return table(
+            [("steps", "known when the data is prepared", f"{settings.train.epochs:g} epochs")],
+            header=["follows", "", ""],
+            title="What follows from them",
+        )
     steps = settings.train.in_steps(packs, size).train_iters if settings.train.epochs else settings.train.train_iters
     batch = settings.train.packs_in_step(size) if size else 0
     plan = StageSchedule.from_config(settings.loss.stages).plan(steps)
-    rows: list[tuple[str, Any, str]] = [("size of a pack", "known when the data is prepared", "data.pack_size=0: it holds the longest chat")]
+    rows: list[tuple[str, Any, str]] = [
+        ("size of a pack", "known when the data is prepared", "data.pack_size=0: it holds the longest chat")
+    ]
     if size:
-        rows = [("tokens in a step, at most", batch * size, f"{batch:,} packs of {size:,} tokens"), ("tokens in the run, at most", batch * size * steps, f"{steps:,} steps")]
+        rows = [
+            ("tokens in a step, at most", batch * size, f"{batch:,} packs of {size:,} tokens"),
+            ("tokens in the run, at most", batch * size * steps, f"{steps:,} steps"),
+        ]
         rows.append(_accumulation(settings, batch, size))
     if size and packs:
-        rows.append(("steps in an epoch", round(packs / batch, 2), f"{packs:,} packs; the run is {steps * batch / packs:,.2f} epochs"))
+        rows.append(
+            (
+                "steps in an epoch",
+                round(packs / batch, 2),
+                f"{packs:,} packs; the run is {steps * batch / packs:,.2f} epochs",
+            )
+        )
     if batch or not settings.scheduler.lr_warmup_samples:
-        warm_up = max(settings.scheduler.lr_warmup_iters, settings.scheduler.lr_warmup_samples / max(1, batch))
-        of = f"{settings.scheduler.lr_warmup_samples:,} samples, " if settings.scheduler.lr_warmup_samples else ""
-        rows.append(("warm-up", f"{warm_up:,.2f} steps", f"{of}{warm_up / steps:.1%} of the run"))
+        rows.append(_warm_up(settings, batch, steps))
     if settings.peft.enabled and settings.model.moe_router_bias_update_rate:
         rows.append(("bias of the routers", "stands still", "LoRA: an adapter has no place for it"))
     rows += [(f"stage {i}", f"{stage} loss", f"{length:,} steps") for i, (stage, length) in enumerate(plan, 1)]
@@ -1101,7 +1313,10 @@ def derived(
 def to_yaml(
     effective: Effective,
 ) -> str:
-    """Every value in force, as YAML that `-c` reads back. A variable of the environment stays a variable: its value is written nowhere."""
+    """Every value in force, as YAML that `-c` reads back.
+
+    A variable of the environment stays a variable: its value is written nowhere.
+    """
     values = effective.as_written(dataclasses.asdict(effective.settings))
     if effective.engine == "torch":
         values.pop("megatron")

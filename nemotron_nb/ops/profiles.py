@@ -22,8 +22,8 @@ from ..viz import Picture, table
 
 # %% ../../nbs/ops/01_profiles.ipynb #35e92e57
 @dataclass(frozen=True)
-class Profile:
-    """Where and how runs are executed: one table of env.toml. `None` and empty values are not said."""
+class _ProfileKeys:
+    """The keys of a profile. `None` and empty values are not said."""
 
     name: str = ""  # the table's name
     executor: str = "slurm"  # "slurm", or "local": this machine
@@ -55,6 +55,11 @@ class Profile:
     dry_run: bool = False  # as if --dry-run were always given
     detach: bool = False  # as if --batch were always given
     ray_working_dir: str = ""  # of reinforcement learning
+
+# %% ../../nbs/ops/01_profiles.ipynb #555a29bf
+@dataclass(frozen=True)
+class Profile(_ProfileKeys):
+    """Where and how runs are executed: one table of env.toml. `None` and empty values are not said."""
 
     def __post_init__(self) -> None:
         """Refuse what no cluster understands."""

@@ -253,7 +253,7 @@ def state_sentences(
     said = [state.get(run.state, "The state of the run is not known.")]
     return said + ([resume] if run.state in ("preempted", "lost", "unfollowed", "failed") and run.config else [])
 
-
+# %% ../../nbs/ops/07_report.ipynb #97f2fd84
 def headline(
     run: Run,
 ) -> list[str]:
@@ -337,7 +337,7 @@ def preparation_notes(
 # %% ../../nbs/ops/07_report.ipynb #6af809ba
 BLUE, ORANGE, GREY = "#2166ac", "#c9660f", "#777777"  # told apart without colour vision; lines differ in dash as well
 
-
+# %% ../../nbs/ops/07_report.ipynb #0e66a45a
 def _axes(width: float = 6.4, height: float = 2.4) -> tuple["Figure", "Axes"]:
     """A small figure. matplotlib is imported here, so that the module can be used without it."""
     from matplotlib.figure import Figure
@@ -384,7 +384,7 @@ def stage_switches(
     """The steps at which another stage of the loss began, and its name."""
     return [(b["step"], b["stage"]) for a, b in zip(steps, steps[1:]) if a["stage"] != b["stage"]]
 
-
+# %% ../../nbs/ops/07_report.ipynb #873b9e38
 def seams(
     metrics: Sequence[Mapping[str, Any]],  # metrics lines of any kind
 ) -> list[int]:
@@ -802,89 +802,82 @@ class Section:
     how: str  # how to read the picture, one sentence
     picture: Picture
 
-# %% ../../nbs/ops/07_report.ipynb #caa154bc
+# %% ../../nbs/ops/07_report.ipynb #bcecb4e3
+_Plan = list[tuple[bool, str, str, Callable[[], Picture]]]  # is there data, title, how to read it, the drawing
+
+
+def _data_plan(run: Run) -> _Plan:
+    """What became of the chats, and how full the packs are."""
+    there, fate = (
+        bool(run.manifest),
+        "Each row is what was left after one step of preparation, with what was lost beside it.",
+    )
+    bars = "Each bar counts the training sequences of that many tokens, then those with that share of trained tokens."
+    fill = "The solid part of a bar holds tokens; the hatched part would be padding."
+    return [
+        (
+            there,
+            "What became of the chats",
+            fate,
+            lambda: joined([funnel_picture(run.manifest), splits_picture(run.manifest)]),
+        ),
+        (there, "Length of the sequences", bars, lambda: length_histogram(Manifest(run.manifest))),
+        (there, "How full the packs are", fill, lambda: fill_picture(run.manifest)),
+    ]
+
+# %% ../../nbs/ops/07_report.ipynb #7c1f0dc1
+def _training_plan(run: Run) -> _Plan:
+    """What a step is made of, and how loss, rate and speed went."""
+    steps, epoch = (
+        bool(run.lines("train")),
+        "An epoch is one pass over all packs; rows are chats; only trained tokens have a loss.",
+    )
+    loss = (
+        "Lines are training steps, points are held-out chats, a dotted line is a change of stage, a solid grey "
+        "one a new attempt; lower is better."
+    )
+    speed, start = "Only tokens the model must produce are counted; a dip is a slow step.", run.lines("start")
+    return [
+        (bool(start), "The arithmetic of a step", epoch, lambda: arithmetic_picture(start[0])),
+        (steps, "Loss", loss, lambda: loss_picture(run.metrics)),
+        (steps, "Learning rate", "The step size the schedule gave at each step.", lambda: lr_picture(run.metrics)),
+        (steps, "Speed", speed, lambda: speed_picture(run.metrics)),
+    ]
+
+# %% ../../nbs/ops/07_report.ipynb #a3b4e9de
+def _result_plan(run: Run) -> _Plan:
+    """The same chat and the same prompts, before and after."""
+    there = bool(run.before and run.after)
+    shades = (
+        "The darker a token, the more it surprised the model; underlined tokens are the ones it must produce; "
+        "both strips share one scale."
+    )
+    answers = "The same prompts, answered greedily before and after training."
+    return [
+        (there, "One held-out chat, token by token", shades, lambda: strips_picture(run.before, run.after)),
+        (there, "Answers to held-out prompts", answers, lambda: generations_picture(run.before, run.after)),
+    ]
+
+# %% ../../nbs/ops/07_report.ipynb #c48ba3e8
+def _facts_plan(run: Run) -> _Plan:
+    """Where it came from, and what it takes to repeat it."""
+    digests = "Digests say which bytes they were; `nemotron lineage NAME` follows each of them back to the raw data."
+    attempts = "Each row is one attempt at this run; what follows the first went on from its newest checkpoint."
+    settings = "What somebody changed, with the place where it was written; all other settings are folded away below."
+    machine = "What is needed to repeat the run; all package versions are in env.json."
+    return [
+        (bool(run.artifacts), "What came from what", digests, lambda: artifacts_picture(run.artifacts)),
+        (len(run.attempts) > 1, "Attempts", attempts, lambda: attempts_picture(run.attempts)),
+        (bool(run.config), "Settings in force", settings, lambda: settings_picture(run)),
+        (bool(run.env), "Code and machine", machine, lambda: environment_picture(run.env)),
+    ]
+
+# %% ../../nbs/ops/07_report.ipynb #8c6d64b4
 def sections(
     run: Run,
 ) -> list[Section]:
     """The parts of the report that the run folder has data for."""
-    data, steps, evaluated = bool(run.manifest), bool(run.lines("train")), bool(run.before and run.after)
-    plan: list[tuple[bool, str, str, Callable[[], Picture]]] = [
-        (
-            data,
-            "What became of the chats",
-            "Each row is what was left after one step of preparation, with what was lost beside it.",
-            lambda: joined([funnel_picture(run.manifest), splits_picture(run.manifest)]),
-        ),
-        (
-            data,
-            "Length of the sequences",
-            "Each bar counts the training sequences of that many tokens, then those with that share of trained tokens.",
-            lambda: length_histogram(Manifest(run.manifest)),
-        ),
-        (
-            data,
-            "How full the packs are",
-            "The solid part of a bar holds tokens; the hatched part would be padding.",
-            lambda: fill_picture(run.manifest),
-        ),
-        (
-            bool(run.lines("start")),
-            "The arithmetic of a step",
-            "An epoch is one pass over all packs; rows are chats; only trained tokens have a loss.",
-            lambda: arithmetic_picture(run.lines("start")[0]),
-        ),
-        (
-            steps,
-            "Loss",
-            "Lines are training steps, points are held-out chats, a dotted line is a change of stage, a solid grey "
-            "one a new attempt; lower is better.",
-            lambda: loss_picture(run.metrics),
-        ),
-        (steps, "Learning rate", "The step size the schedule gave at each step.", lambda: lr_picture(run.metrics)),
-        (
-            steps,
-            "Speed",
-            "Only tokens the model must produce are counted; a dip is a slow step.",
-            lambda: speed_picture(run.metrics),
-        ),
-        (
-            evaluated,
-            "One held-out chat, token by token",
-            "The darker a token, the more it surprised the model; underlined tokens are the ones it must produce; "
-            "both strips share one scale.",
-            lambda: strips_picture(run.before, run.after),
-        ),
-        (
-            evaluated,
-            "Answers to held-out prompts",
-            "The same prompts, answered greedily before and after training.",
-            lambda: generations_picture(run.before, run.after),
-        ),
-        (
-            bool(run.artifacts),
-            "What came from what",
-            "Digests say which bytes they were; `nemotron lineage NAME` follows each of them back to the raw data.",
-            lambda: artifacts_picture(run.artifacts),
-        ),
-        (
-            len(run.attempts) > 1,
-            "Attempts",
-            "Each row is one attempt at this run; what follows the first went on from its newest checkpoint.",
-            lambda: attempts_picture(run.attempts),
-        ),
-        (
-            bool(run.config),
-            "Settings in force",
-            "What somebody changed, with the place where it was written; all other settings are folded away below.",
-            lambda: settings_picture(run),
-        ),
-        (
-            bool(run.env),
-            "Code and machine",
-            "What is needed to repeat the run; all package versions are in env.json.",
-            lambda: environment_picture(run.env),
-        ),
-    ]
+    plan = [*_data_plan(run), *_training_plan(run), *_result_plan(run), *_facts_plan(run)]
     return [Section(title, how, draw()) for there, title, how, draw in plan if there]
 
 # %% ../../nbs/ops/07_report.ipynb #715eeb72

@@ -12,28 +12,71 @@ __all__ = ['STATES', 'ENDED', 'STOP', 'ASKED', 'ECHO', 'slug', 'run_name', 'make
 
 # %% ../../nbs/ops/03_run_folder.ipynb #2a1b7dd1
 import atexit
+
+# %% ../../nbs/ops/03_run_folder.ipynb #cc7228e6
 import json
+
+# %% ../../nbs/ops/03_run_folder.ipynb #c6d6869a
 import math
+
+# %% ../../nbs/ops/03_run_folder.ipynb #8fee4198
 import os
+
+# %% ../../nbs/ops/03_run_folder.ipynb #e022a6bb
 import platform
+
+# %% ../../nbs/ops/03_run_folder.ipynb #4094af75
 import re
+
+# %% ../../nbs/ops/03_run_folder.ipynb #a1da744e
 import shlex
+
+# %% ../../nbs/ops/03_run_folder.ipynb #1ee74b8a
 import signal
+
+# %% ../../nbs/ops/03_run_folder.ipynb #458f793e
 import socket
+
+# %% ../../nbs/ops/03_run_folder.ipynb #6bb9506f
 import subprocess
+
+# %% ../../nbs/ops/03_run_folder.ipynb #4229fef8
 import sys
+
+# %% ../../nbs/ops/03_run_folder.ipynb #d98b9967
 import threading
+
+# %% ../../nbs/ops/03_run_folder.ipynb #9ed6cfc3
 import time
+
+# %% ../../nbs/ops/03_run_folder.ipynb #73dbcf54
 from collections.abc import Callable, Iterator, Mapping
+
+# %% ../../nbs/ops/03_run_folder.ipynb #c0af9646
 from contextlib import contextmanager
+
+# %% ../../nbs/ops/03_run_folder.ipynb #083f888c
 from dataclasses import dataclass
+
+# %% ../../nbs/ops/03_run_folder.ipynb #fcce525c
 from datetime import datetime, timezone
+
+# %% ../../nbs/ops/03_run_folder.ipynb #d8836fe3
 from pathlib import Path
+
+# %% ../../nbs/ops/03_run_folder.ipynb #e61a3df9
 from typing import Any
 
+# %% ../../nbs/ops/03_run_folder.ipynb #c05eb73f
 import nemotron_nb
+
+# %% ../../nbs/ops/03_run_folder.ipynb #8baa149f
 from ..core import UserError, digest, write_atomic, write_json
+
+# %% ../../nbs/ops/03_run_folder.ipynb #cf719541
 from ..train.ending import handling_signals
+
+# %% ../../nbs/ops/03_run_folder.ipynb #5cf8f742
 from ..train.settings import ERROR_FILE
 
 # %% ../../nbs/ops/03_run_folder.ipynb #44b64c02
@@ -43,7 +86,7 @@ def slug(
     """A label fit for a folder name: lower-case letters, digits and single dashes, at most 40 of them."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-") or "run"
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #500ebce8
 def run_name(
     when: datetime,  # with a time zone
     label: str,  # for people, e.g. "tiny sample_chats"
@@ -73,12 +116,14 @@ def make_run_folder(
 def _git(*arguments: str) -> str | None:
     """What a git command says about the code that runs; `None` outside a repository or without git."""
     try:
-        answer = subprocess.run(["git", *arguments], cwd=Path(nemotron_nb.__file__).parent, capture_output=True, text=True, timeout=20)
+        answer = subprocess.run(
+            ["git", *arguments], cwd=Path(nemotron_nb.__file__).parent, capture_output=True, text=True, timeout=20
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() if answer.returncode == 0 else None
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #3a334b70
 def _cpu_name() -> str:
     """The processor's model name where Linux tells it, else what Python knows."""
     try:
@@ -87,25 +132,44 @@ def _cpu_name() -> str:
         found = None
     return found[1] if found else platform.processor() or platform.machine()
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #d9ec251d
 def _gpus() -> list[str]:
     """The GPUs of this machine, as nvidia-smi names them: name, memory, driver. Empty without it."""
     try:
-        answer = subprocess.run(["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=20)
+        answer = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return []
     return [line.strip() for line in answer.stdout.splitlines() if line.strip()] if answer.returncode == 0 else []
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #4e32583f
 def slurm_job(
     environment: Mapping[str, str] | None = None,  # None: that of this process
 ) -> dict[str, str]:
-    """The Slurm job this process runs in: its id, how often it was started again, its nodes, partition and account. Empty outside of a job."""
+    """The Slurm job this process runs in: its id, how often it was started again, its nodes, partition and account.
+
+    Empty outside of a job.
+    """
     environment = os.environ if environment is None else environment
-    names = {"job": "SLURM_JOB_ID", "restart": "SLURM_RESTART_COUNT", "nodes": "SLURM_JOB_NODELIST", "partition": "SLURM_JOB_PARTITION", "account": "SLURM_JOB_ACCOUNT", "cluster": "SLURM_CLUSTER_NAME"}
-    return {key: environment[name] for key, name in names.items() if environment.get(name)} if environment.get("SLURM_JOB_ID") else {}
+    names = {
+        "job": "SLURM_JOB_ID",
+        "restart": "SLURM_RESTART_COUNT",
+        "nodes": "SLURM_JOB_NODELIST",
+        "partition": "SLURM_JOB_PARTITION",
+        "account": "SLURM_JOB_ACCOUNT",
+        "cluster": "SLURM_CLUSTER_NAME",
+    }
+    return (
+        {key: environment[name] for key, name in names.items() if environment.get(name)}
+        if environment.get("SLURM_JOB_ID")
+        else {}
+    )
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #7cc044f9
 def environment() -> dict[str, Any]:
     """The code, the interpreter, the packages, the machine, its GPUs and the Slurm job."""
     from importlib.metadata import distributions  # takes a while to import, and a list of runs does without
@@ -115,7 +179,12 @@ def environment() -> dict[str, Any]:
         "git": {"commit": _git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)},
         "python": platform.python_version(),
         "packages": dict(sorted((d.metadata["Name"], d.version) for d in distributions() if d.metadata["Name"])),
-        "host": {"name": socket.gethostname(), "system": platform.platform(), "cpu": _cpu_name(), "cpus": os.cpu_count()},
+        "host": {
+            "name": socket.gethostname(),
+            "system": platform.platform(),
+            "cpu": _cpu_name(),
+            "cpus": os.cpu_count(),
+        },
         "gpus": _gpus(),
         "slurm": slurm_job(),
     }
@@ -124,12 +193,12 @@ def environment() -> dict[str, Any]:
 STATES = ("queued", "running", "preempted", "failed", "done")
 ENDED = ("preempted", "failed", "done")
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #557dbdfb
 def _now() -> str:
     """The time in UTC, to the second."""
     return f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #524935ef
 def read_status(
     folder: str | os.PathLike,
 ) -> dict[str, Any]:
@@ -142,10 +211,10 @@ def read_status(
         raise UserError("does not say how the run stands", where=str(path), why="the file is damaged", fix=_MEND)
     return status
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #f8752547
 _MEND = "take the file from a backup, or move the run folder away"
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #2676cb17
 def _read_json(path: Path) -> Any:
     """A JSON file of a run folder. `UserError` where it cannot be read."""
     try:
@@ -154,7 +223,7 @@ def _read_json(path: Path) -> Any:
         said = e.strerror if isinstance(e, OSError) else e
         raise UserError(f"cannot be read: {said}", where=str(path), why="the file is damaged", fix=_MEND) from None
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #30223e0e
 def set_status(
     folder: str | os.PathLike,
     state: str,  # one of STATES
@@ -166,11 +235,18 @@ def set_status(
     if before["state"] in ENDED:
         return before
     status = {k: v for k, v in before.items() if k in ("command", "attempt", "started", "host", "pid", "slurm")}
-    status = {"state": state, "attempt": 0, "started": _now(), "host": socket.gethostname(), "pid": os.getpid()} | status | {"state": state, "changed": _now(), **details}
+    status = (
+        {"state": state, "attempt": 0, "started": _now(), "host": socket.gethostname(), "pid": os.getpid()}
+        | status
+        | {"state": state, "changed": _now(), **details}
+    )
     attempts = before.get("attempts", [])
     if attempts:
         ended = {"ended": status["changed"]} if state in ENDED else {}
-        attempts = [*attempts[:-1], attempts[-1] | {"state": state} | ended | {k: v for k, v in details.items() if k == "message" and v}]
+        attempts = [
+            *attempts[:-1],
+            attempts[-1] | {"state": state} | ended | {k: v for k, v in details.items() if k == "message" and v},
+        ]
     write_json(Path(folder) / "status.json", status | {"attempts": attempts})
     return status | {"attempts": attempts}
 
@@ -188,18 +264,23 @@ def _alive(pid: int) -> bool:
     except OSError:
         return True
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #8af96db6
 def _job_is_there(job: str) -> bool | None:
     """Is the job known to Slurm and not over? `None` where Slurm cannot be asked."""
     try:
-        answer = subprocess.run(["squeue", "--noheader", "--jobs", job, "--format", "%T"], capture_output=True, text=True, timeout=20)
+        answer = subprocess.run(
+            ["squeue", "--noheader", "--jobs", job, "--format", "%T"], capture_output=True, text=True, timeout=20
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     if answer.returncode:
         return False if "Invalid job id" in answer.stderr else None
-    return any(state not in ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED") for state in answer.stdout.split())
+    return any(
+        state not in ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
+        for state in answer.stdout.split()
+    )
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #f82c3b6c
 def job_of(
     folder: str | os.PathLike,
     status: Mapping[str, Any] | None = None,  # of the run, where it was read already
@@ -209,12 +290,14 @@ def job_of(
     jobs = _read_json(path) if path.exists() else []
     return str(jobs[-1]["job"]) if jobs else (status or read_status(folder)).get("slurm", {}).get("job", "")
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #9537b706
 def run_state(
     folder: str | os.PathLike,
     status: Mapping[str, Any] | None = None,  # of the run, where it was read already
 ) -> str:
-    """The state to show: as in `status.json`, but `lost` when nobody is left who could end the run, and `unfollowed` when only its training is."""
+    """The state to show: as in `status.json`, but `lost` when nobody is left who could end the run, and `unfollowed`
+    when only its training is.
+    """
     status = status or read_status(folder)
     if status["state"] == "running" and status.get("host") == socket.gethostname() and not status.get("slurm"):
         return "running" if _alive(status["pid"]) else "unfollowed" if training_runs(folder) else "lost"
@@ -229,15 +312,17 @@ def family_of(
 ) -> str:
     """The family in the settings of a run; empty where they do not say."""
     path = Path(folder) / "config.yaml"
-    found = re.search(r"^family: ([a-z0-9]+)$", path.read_text(errors="replace"), re.MULTILINE) if path.is_file() else None
+    found = (
+        re.search(r"^family: ([a-z0-9]+)$", path.read_text(errors="replace"), re.MULTILINE) if path.is_file() else None
+    )
     return found[1] if found else ""
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #5798c380
 def _stage_word(folder: Path, family: str) -> str:
     """The stage of a run folder by where it lies, <output root>/<family>/<stage>; elsewhere it is fine-tuning."""
     return folder.parent.name if family and folder.parent.parent.name == family else "sft"
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #88544f33
 def resume_command(
     folder: str | os.PathLike,
 ) -> str:
@@ -246,25 +331,30 @@ def resume_command(
     stage = _stage_word(Path(folder).absolute(), family)
     return f"nemotron {family or 'FAMILY'} {stage} --resume {shlex.quote(str(folder))}"
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #0b20f133
 def extend_command(
     folder: str | os.PathLike,  # of a run that is complete
 ) -> str:
     """How to train longer, in words that can be typed."""
     folder = Path(folder)
-    words = ["-c", str(folder / "config.yaml"), f"checkpoint.load={folder / 'checkpoints'}", "train.train_iters=MORE_STEPS_IN_ALL"]
+    words = [
+        "-c",
+        str(folder / "config.yaml"),
+        f"checkpoint.load={folder / 'checkpoints'}",
+        "train.train_iters=MORE_STEPS_IN_ALL",
+    ]
     return f"extend it by a new run: nemotron {family_of(folder) or 'FAMILY'} sft {shlex.join(words)}"
 
 # %% ../../nbs/ops/03_run_folder.ipynb #18f543cd
 STOP = "STOP"  # a file in the run folder that asks the training to write a checkpoint and end
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #c178cfa0
 def _started_again(status: Mapping[str, Any]) -> bool:
     """Is this process in the job that wrote the status, started once more by Slurm?"""
     before, now = status.get("slurm", {}), slurm_job()
     return bool(now) and now["job"] == before.get("job") and int(now.get("restart", 0)) > int(before.get("restart", 0))
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #7fe4e54d
 def put_back(
     folder: str | os.PathLike,  # of a run that has ended, or was lost
 ) -> None:
@@ -272,38 +362,70 @@ def put_back(
     state, status = run_state(folder), read_status(folder)
     if state in ("running", "queued", "done", "unknown"):
         what = {"done": "the run is complete", "unknown": "this is not a run folder"}.get(state, f"the run is {state}")
-        raise UserError(f"{what}, so it cannot be resumed", where=str(folder), fix=extend_command(folder) if state == "done" else "list the runs there are: nemotron runs")
-    write_json(Path(folder) / "status.json", {k: v for k, v in status.items() if k != "message"} | {"state": "queued", "changed": _now()})
+        raise UserError(
+            f"{what}, so it cannot be resumed",
+            where=str(folder),
+            fix=extend_command(folder) if state == "done" else "list the runs there are: nemotron runs",
+        )
+    write_json(
+        Path(folder) / "status.json",
+        {k: v for k, v in status.items() if k != "message"} | {"state": "queued", "changed": _now()},
+    )
 
-
-def begin_attempt(
-    folder: str | os.PathLike,
-) -> int:
-    """Make this process the one that goes on with the run, and say which attempt it is, from 1. `UserError` if somebody else does, or nothing is left to do."""
-    folder, status, state = Path(folder), read_status(folder), run_state(folder)
-    if state not in ("queued", "preempted", "lost", "unfollowed") and not (state in ("running", "failed") and _started_again(status)):
-        raise UserError(f"the run is {state}", where=str(folder), why="results are never overwritten", fix=f"resume it by name: {resume_command(folder)}" if state == "failed" else "give another run_dir, or none")
-    number = status.get("attempt", 0) + 1
-    about = environment()
+# %% ../../nbs/ops/03_run_folder.ipynb #bb6a9ea6
+def _claim(folder: Path, number: int, about: Mapping[str, Any]) -> None:
+    """Write the file of an attempt, which only one process can make. `UserError` for any other."""
     (folder / "attempts").mkdir(exist_ok=True)
     try:
         with open(folder / "attempts" / f"{number}.json", "x") as f:
             json.dump(about, f, indent=2)
     except FileExistsError:
-        raise UserError(f"attempt {number} was begun by somebody else", where=str(folder), fix="look at it: nemotron runs") from None
+        raise UserError(
+            f"attempt {number} was begun by somebody else", where=str(folder), fix="look at it: nemotron runs"
+        ) from None
+
+# %% ../../nbs/ops/03_run_folder.ipynb #cc22cd6c
+def begin_attempt(
+    folder: str | os.PathLike,
+) -> int:
+    """Make this process the one that goes on with the run, and say which attempt it is, from 1.
+
+    `UserError` if somebody else does, or nothing is left to do.
+    """
+    folder, status, state = Path(folder), read_status(folder), run_state(folder)
+    if state not in ("queued", "preempted", "lost", "unfollowed") and not (
+        state in ("running", "failed") and _started_again(status)
+    ):
+        by_name = f"resume it by name: {resume_command(folder)}"
+        fix = by_name if state == "failed" else "give another run_dir, or none"
+        raise UserError(f"the run is {state}", where=str(folder), why="results are never overwritten", fix=fix)
+    number, about = status.get("attempt", 0) + 1, environment()
+    _claim(folder, number, about)
     write_json(folder / "env.json", about)
     (folder / STOP).unlink(missing_ok=True)
     mine = {"started": _now(), "host": socket.gethostname(), "pid": os.getpid(), "slurm": slurm_job()}
     attempts = [*status.get("attempts", []), {"attempt": number, "state": "running", **mine}]
-    write_json(folder / "status.json", {"state": "running", "command": status.get("command", ""), "attempt": number, **mine, "changed": mine["started"], "attempts": attempts})
+    write_json(
+        folder / "status.json",
+        {
+            "state": "running",
+            "command": status.get("command", ""),
+            "attempt": number,
+            **mine,
+            "changed": mine["started"],
+            "attempts": attempts,
+        },
+    )
     return number
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #d003f02f
 def keep_notebook(
     folder: str | os.PathLike,
     partial: str | os.PathLike,  # where an attempt's notebook was written while it ran
 ) -> None:
-    """Make a notebook that has ended the folder's notebook.ipynb; that of the attempt before becomes notebook.1.ipynb, .2 and so on."""
+    """Make a notebook that has ended the folder's notebook.ipynb; that of the attempt before becomes notebook.1.ipynb,
+    .2 and so on.
+    """
     folder = Path(folder)
     if not Path(partial).exists():
         return
@@ -317,7 +439,9 @@ def note_failures(
     folder: str | os.PathLike,
     shell: Any,  # the IPython shell: get_ipython()
 ) -> None:
-    """From now on, a cell that raises marks the run as failed, with the error's message; so does a request to end, or an end that comes too early."""
+    """From now on, a cell that raises marks the run as failed, with the error's message; so does a request to end, or
+    an end that comes too early.
+    """
 
     def after_cell(result: Any) -> None:
         """Write down the error of a cell, if it had one."""
@@ -342,14 +466,16 @@ def note_failures(
 
 # %% ../../nbs/ops/03_run_folder.ipynb #e2171150
 def _each(lines: list[bytes]) -> list[Any]:
-    """The JSON values of lines: read as one list, which takes a third of the time, or one by one where that list has another length or is none."""
+    """The JSON values of lines: read as one list, which takes a third of the time, or one by one where that list has
+    another length or is none.
+    """
     try:
         values = json.loads(b"[" + b",".join(lines) + b"]")
     except (ValueError, RecursionError):
         values = []
     return values if len(values) == len(lines) else [json.loads(line) for line in lines]
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #a4b0874e
 def new_lines(
     path: Path,
     seen: int,  # bytes that were read before
@@ -364,17 +490,24 @@ def new_lines(
     try:
         entries = _each(whole.splitlines())
     except (ValueError, RecursionError) as e:
-        raise UserError(f"a line is not JSON ({e})", where=str(path), why="the metrics are damaged", fix="repeat the run") from None
+        raise UserError(
+            f"a line is not JSON ({e})", where=str(path), why="the metrics are damaged", fix="repeat the run"
+        ) from None
     if not all(isinstance(entry, dict) for entry in entries):
-        raise UserError("a line is not a JSON object", where=str(path), why="the metrics are damaged", fix="repeat the run")
+        raise UserError(
+            "a line is not a JSON object", where=str(path), why="the metrics are damaged", fix="repeat the run"
+        )
     return entries, seen + len(whole)
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #65c5c24d
 def read_tail(
     path: str | os.PathLike,  # metrics.jsonl
     most: int = 16_384,  # bytes
 ) -> tuple[list[dict[str, Any]], bool]:
-    """(the last whole lines that lie within `most` bytes, and whether these are all lines). At least one line, however long, where there is one."""
+    """(the last whole lines that lie within `most` bytes, and whether these are all lines).
+
+    At least one line, however long, where there is one.
+    """
     path = Path(path)
     size = path.stat().st_size if path.exists() else 0
     if size <= most:
@@ -385,7 +518,7 @@ def read_tail(
     lines = new_lines(path, size - most + cut)[0] if cut else []
     return (lines, False) if lines else read_tail(path, 8 * most)
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #eabfdcb7
 def read_metrics(
     path: str | os.PathLike,  # metrics.jsonl, perhaps still growing
 ) -> list[dict[str, Any]]:
@@ -427,7 +560,9 @@ class MetricsReader:
 def planned_steps(
     folder: str | os.PathLike,  # the run folder
 ) -> int:
-    """The steps of the whole run, as the first line of its metrics says: a length in epochs becomes steps when the data is known. 0 before that line is there."""
+    """The steps of the whole run, as the first line of its metrics says: a length in epochs becomes steps when the data
+    is known. 0 before that line is there.
+    """
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
         return 0
@@ -435,7 +570,7 @@ def planned_steps(
         first = f.readline()
     return json.loads(first).get("train_iters", 0) if first.endswith(b"\n") else 0
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #8220a7b4
 def _reward_line(entry: Mapping[str, Any], steps: int) -> str:
     """A line of a run of reinforcement learning."""
     numbers = entry.get("rewards") or {name: entry[name] for name in ("loss", "preferred", "margin") if name in entry}
@@ -445,7 +580,7 @@ def _reward_line(entry: Mapping[str, Any], steps: int) -> str:
     shown = entry["kind"] in ("rl", "dpo") and (entry["step"] % max(1, steps // 10) == 0 or entry["step"] == 1)
     return f"  step {entry['step']:>5} of {steps}   {said}" if shown else ""
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #c7238c3b
 def progress_line(
     entry: Mapping[str, Any],  # of metrics.jsonl
     steps: int,  # in the whole run
@@ -457,7 +592,8 @@ def progress_line(
         where = f"  step {entry['step']:>5} of {steps}   "
         if entry.get("tokens") == entry.get("trained_tokens", -1):  # text, and no chats: every token is a label
             return f"{where}loss {entry['loss_token']:.3f}   learning rate {entry['lr']:.2e}"
-        return f"{where}{entry['stage']} stage   loss over tokens {entry['loss_token']:.3f}   over chats {entry['loss_sample']:.3f}"
+        tokens, chats = f"{entry['loss_token']:.3f}", f"{entry['loss_sample']:.3f}"
+        return f"{where}{entry['stage']} stage   loss over tokens {tokens}   over chats {chats}"
     if entry["kind"] == "resume":
         return f"  going on after step {entry['step']}"
     if entry["kind"] == "paused":
@@ -479,7 +615,9 @@ class Started:
         return self.process.poll() is None
 
     def stop(self, patience: float = 60.0) -> None:
-        """End the process if it still runs: ask first, which lets a training write a checkpoint, and insist after `patience` seconds."""
+        """End the process if it still runs: ask first, which lets a training write a checkpoint, and insist after
+        `patience` seconds.
+        """
         if self.process.poll() is None:
             self.process.terminate()
             try:
@@ -492,7 +630,7 @@ class Started:
         """What went wrong, in words; empty if nothing did."""
         return _ending(self.process.returncode) if self.process.returncode else ""
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #c0f0879a
 @dataclass
 class Found:
     """A training that an earlier attempt started and that still runs, or has ended since."""
@@ -510,10 +648,12 @@ class Found:
         """It is not ours to stop."""
 
     def ending(self) -> str:
-        """What went wrong, in words: another process's exit code cannot be asked for, but a training that ended well says so in its last line."""
+        """What went wrong, in words: another process's exit code cannot be asked for, but a training that ended well
+        says so in its last line.
+        """
         return "" if _last_kind(self.folder) in ("end", "paused") else "training ended without its last line"
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #e185cdb6
 def _is_training(pid: int, folder: Path) -> bool:
     """Is this process the training of that folder, and not another one that was given its number?"""
     try:
@@ -522,11 +662,13 @@ def _is_training(pid: int, folder: Path) -> bool:
         return False
     return _alive(pid) and str(folder.absolute() / "train.yaml").encode() in words
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #3cf3f701
 def found_training(
     folder: str | os.PathLike,  # the run folder
 ) -> Found | None:
-    """The training of this folder, if an earlier attempt started one on this machine that still runs, or that has come to its end."""
+    """The training of this folder, if an earlier attempt started one on this machine that still runs, or that has come
+    to its end.
+    """
     folder = Path(folder)
     path = folder / "train.json"
     if not path.exists():
@@ -536,7 +678,7 @@ def found_training(
     here = about["host"] == socket.gethostname() and found.running()
     return found if here or _last_kind(folder) == "end" else None
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #06925732
 def training_runs(
     folder: str | os.PathLike,  # the run folder
 ) -> bool:
@@ -544,7 +686,7 @@ def training_runs(
     found = found_training(folder)
     return found is not None and found.running()
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #1d4fbfe7
 def _last_kind(folder: Path) -> str:
     """The kind of the last line of the metrics; empty without lines."""
     lines = read_tail(folder / "metrics.jsonl")[0]
@@ -555,21 +697,34 @@ def start_training(
     folder: str | os.PathLike,  # the run folder
     command: list[str] | None = None,  # None: python -m nemotron_nb.train --config <folder>/train.yaml
 ) -> Started | Found:
-    """Start training beside this process, its output going to `train.log`; or find the one that an earlier attempt started."""
+    """Start training beside this process, its output going to `train.log`; or find the one that an earlier attempt
+    started.
+    """
     folder = Path(folder)
     found = found_training(folder)
     if found is not None:
         return found
     command = command or [sys.executable, "-m", "nemotron_nb.train", "--config", str(folder.absolute() / "train.yaml")]
-    patient = {"GOMP_SPINCOUNT": "1000"} | os.environ  # threads that wait must not spin for long: on a shared machine that is many times slower
+    # threads that wait must not spin for long: on a shared machine that is many times slower
+    patient = {"GOMP_SPINCOUNT": "1000"} | os.environ
     detached, attempt, metrics = bool(slurm_job()), read_status(folder).get("attempt", 0), folder / "metrics.jsonl"
     seen = metrics.stat().st_size if metrics.exists() else 0
     (folder / ERROR_FILE).unlink(missing_ok=True)
     with open(folder / "train.log", "ab") as log:
         log.write(f"--- attempt {attempt}, {_now()}: {' '.join(command)}\n".encode())
         log.flush()
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=patient, start_new_session=detached)
-    write_json(folder / "train.json", {"pid": process.pid, "host": socket.gethostname(), "attempt": attempt, "started": _now(), "command": command})
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=patient,
+            start_new_session=detached,
+        )
+    write_json(
+        folder / "train.json",
+        {"pid": process.pid, "host": socket.gethostname(), "attempt": attempt, "started": _now(), "command": command},
+    )
     return Started(process, folder, detached, seen)
 
 # %% ../../nbs/ops/03_run_folder.ipynb #e2e481ee
@@ -584,7 +739,10 @@ def start_process(
 def as_process(
     act: Callable[[str], Any],  # takes a run folder
 ) -> None:
-    """What such a process does: it acts on the folder that is its argument. An error of the user is left there for `follow`, and ends it."""
+    """What such a process does: it acts on the folder that is its argument.
+
+    An error of the user is left there for `follow`, and ends it.
+    """
     folder = Path(sys.argv[1])
     try:
         act(str(folder))
@@ -594,7 +752,11 @@ def as_process(
 
 # %% ../../nbs/ops/03_run_folder.ipynb #81299a71
 def _last_lines(path: Path, count: int = 12) -> str:
-    return "\n".join(f"    {line}" for line in path.read_text(errors="replace").splitlines()[-count:]) if path.exists() else ""
+    return (
+        "\n".join(f"    {line}" for line in path.read_text(errors="replace").splitlines()[-count:])
+        if path.exists()
+        else ""
+    )
 
 
 def _ending(code: int) -> str:
@@ -604,7 +766,6 @@ def _ending(code: int) -> str:
     name = signal.Signals(-code).name
     hint = " (the kernel may have run out of memory)" if name == "SIGKILL" else ""
     return f"the process was ended by {name}{hint}"
-
 
 # %% ../../nbs/ops/03_run_folder.ipynb #6a73e5a6
 ASKED = "asked to stop: the training ends its step and writes a checkpoint; interrupt once more to end it at once"
@@ -632,16 +793,20 @@ def _raise_ending(training: Started | Found) -> None:
     on = f"mend the cause, then go on: {resume_command(folder)}" if trains(folder) else "mend the cause, start again"
     if told.exists():
         raise UserError(f"{training.ending()}: {told.read_text().strip()}", where=str(log), fix=on)
-    raise UserError(f"{training.ending()}; its last lines:\n{_last_lines(log)}", where=str(log), fix=f"read the whole log, {on}")
+    raise UserError(
+        f"{training.ending()}; its last lines:\n{_last_lines(log)}", where=str(log), fix=f"read the whole log, {on}"
+    )
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #c4ebc677
 def follow(
     training: Started | Found,
     poll_seconds: float = 0.1,  # how often to look
 ) -> Iterator[dict[str, Any]]:
-    """Each line of `metrics.jsonl` as it comes, until the process ends. Its failure is raised; leaving early stops it, unless it is detached.
+    """Each line of `metrics.jsonl` as it comes, until the process ends. Its failure is raised; leaving early stops it,
+    unless it is detached.
 
-    A first interrupt (Ctrl-C, or the stop button of JupyterLab) asks a training to write a checkpoint; a second one ends it.
+    A first interrupt (Ctrl-C, or the stop button of JupyterLab) asks a training to write a checkpoint; a second one
+    ends it.
     """
     reader, asked = MetricsReader(training.folder / "metrics.jsonl", training.seen), False
     try:
@@ -652,7 +817,8 @@ def follow(
                 if ended:
                     break
                 if asked:
-                    ask_to_stop(training.folder)  # again and again: a training that is just beginning takes old requests away
+                    # again and again: a training that is just beginning takes old requests away
+                    ask_to_stop(training.folder)
                 time.sleep(poll_seconds)
             except KeyboardInterrupt:
                 if asked or not trains(training.folder):
@@ -674,11 +840,12 @@ def wait_for_training(
         time.sleep(poll_seconds)
 
 # %% ../../nbs/ops/03_run_folder.ipynb #e69ad013
-ECHO = 2.0  # seconds in which a second signal is the same wish: `timeout` and others send one to the process and one to its group
+# seconds in which a second signal is the same wish: `timeout` and others send one to the process and one to its group
+ECHO = 2.0
 
-
-class StopRequest:
-    """What a command makes of the signals it gets while a training runs."""
+# %% ../../nbs/ops/03_run_folder.ipynb #a4042126
+class _Heard:
+    """What a signal asks for: once to stop, twice to end."""
 
     def __init__(
         self,
@@ -705,9 +872,15 @@ class StopRequest:
         self.say(f"{name}: the training ends its step and writes a checkpoint; once more ends it at once")
         threading.Thread(target=self._keep_asking, daemon=True).start()
 
+# %% ../../nbs/ops/03_run_folder.ipynb #4a192c0d
+class StopRequest(_Heard):
+    """What a command makes of the signals it gets while a training runs."""
+
     def _has_begun(self) -> bool:
         """Has it trained a step?"""
-        return any(line.get("kind") in ("train", "rl", "dpo", "resume") for line in read_tail(self.folder / "metrics.jsonl")[0])
+        return any(
+            line.get("kind") in ("train", "rl", "dpo", "resume") for line in read_tail(self.folder / "metrics.jsonl")[0]
+        )
 
     def end(self) -> None:
         """There is nobody to be asked any more."""
@@ -725,7 +898,9 @@ def passing_signals_on(
     folder: str | os.PathLike,  # the run folder
     say: Callable[[str], None] = print,
 ) -> Iterator[StopRequest]:
-    """While the block runs, a signal that would end this process asks the training to stop instead; Python gives signals to the main thread alone, and elsewhere nothing changes."""
+    """While the block runs, a signal that would end this process asks the training to stop instead; Python gives
+    signals to the main thread alone, and elsewhere nothing changes.
+    """
     request = StopRequest(folder, say)
     with handling_signals(request):
         try:

@@ -30,7 +30,7 @@ from .stage import SIZES, STAGES, Stage, command_words, stage_named
 # %% ../../nbs/ops/09_slurm.ipynb #46e8117e
 Options = dict[str, str]  # long options of sbatch without dashes; "" = a switch without a value
 
-
+# %% ../../nbs/ops/09_slurm.ipynb #85b08ce5
 def read_options(
     text: str,  # a job script
 ) -> Options:

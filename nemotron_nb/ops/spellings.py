@@ -54,57 +54,37 @@ OPTIMISATION: Mapping[str, Elsewhere] = {
     "optim": Elsewhere(("optimizer.lr", "optimizer.weight_decay"), "the optimizer is AdamW"),
 }
 
-# %% ../../nbs/ops/02_spellings.ipynb #6c535a8a
+# %% ../../nbs/ops/02_spellings.ipynb #63a41a40
+_EPOCHS = ("train.epochs", "train.num_epochs", "train.train_iters", "train.global_batch_size")
+_STEPS = ("train.train_iters", "steps", "train.global_batch_size")
+_NAMED_EPOCHS = ("num_epochs", "num_train_epochs", "max_num_epochs", "epochs", "n_epochs", "max_epochs")
+_NAMED_STEPS = (
+    "max_steps", "max_num_steps", "num_steps", "steps", "train_steps", "total_steps", "iters", "num_iterations",
+)
+
+# %% ../../nbs/ops/02_spellings.ipynb #d07e727c
+_BATCH = Elsewhere(("train.global_batch_size", "train.global_batch_tokens"), "a batch is counted in packs")
+_MICRO = Elsewhere(("train.micro_batch_tokens", "train.global_batch_size"), "in tokens, padding included")
+_ADDED_UP = Elsewhere(("train.global_batch_size", "train.micro_batch_tokens"), "it follows from the two")
+_EVALUATED = Elsewhere(("eval.micro_batch_tokens", "train.micro_batch_tokens"), "in tokens, padding included")
 LENGTHS: Mapping[str, Elsewhere] = {
-    "num_epochs": Elsewhere(("train.epochs", "train.num_epochs", "train.train_iters", "train.global_batch_size")),
-    "num_train_epochs": Elsewhere(("train.epochs", "train.num_epochs", "train.train_iters", "train.global_batch_size")),
-    "max_num_epochs": Elsewhere(("train.epochs", "train.num_epochs", "train.train_iters", "train.global_batch_size")),
-    "epochs": Elsewhere(("train.epochs", "train.num_epochs", "train.train_iters", "train.global_batch_size")),
-    "n_epochs": Elsewhere(("train.epochs", "train.num_epochs", "train.train_iters", "train.global_batch_size")),
-    "max_epochs": Elsewhere(("train.epochs", "train.num_epochs", "train.train_iters", "train.global_batch_size")),
-    "max_steps": Elsewhere(("train.train_iters", "steps", "train.global_batch_size")),
-    "max_num_steps": Elsewhere(("train.train_iters", "steps", "train.global_batch_size")),
-    "num_steps": Elsewhere(("train.train_iters", "steps", "train.global_batch_size")),
-    "steps": Elsewhere(("train.train_iters", "steps", "train.global_batch_size")),
-    "train_steps": Elsewhere(("train.train_iters", "steps", "train.global_batch_size")),
-    "total_steps": Elsewhere(("train.train_iters", "steps", "train.global_batch_size")),
-    "iters": Elsewhere(("train.train_iters", "steps", "train.global_batch_size")),
-    "num_iterations": Elsewhere(("train.train_iters", "steps", "train.global_batch_size")),
-    "batch_size": Elsewhere(("train.global_batch_size", "train.global_batch_tokens"), "a batch is counted in packs"),
-    "train_batch_size": Elsewhere(
-        ("train.global_batch_size", "train.global_batch_tokens"), "a batch is counted in packs"
-    ),
-    "train_global_batch_size": Elsewhere(
-        ("train.global_batch_size", "train.global_batch_tokens"), "a batch is counted in packs"
-    ),
-    "global_batch": Elsewhere(("train.global_batch_size", "train.global_batch_tokens"), "a batch is counted in packs"),
-    "gbs": Elsewhere(("train.global_batch_size", "train.global_batch_tokens"), "a batch is counted in packs"),
-    "per_device_train_batch_size": Elsewhere(
-        ("train.micro_batch_tokens", "train.global_batch_size"), "in tokens, padding included"
-    ),
-    "per_device_batch_size": Elsewhere(
-        ("train.micro_batch_tokens", "train.global_batch_size"), "in tokens, padding included"
-    ),
-    "micro_batch_size": Elsewhere(
-        ("train.micro_batch_tokens", "train.global_batch_size"), "in tokens, padding included"
-    ),
-    "train_micro_batch_size": Elsewhere(
-        ("train.micro_batch_tokens", "train.global_batch_size"), "in tokens, padding included"
-    ),
-    "mbs": Elsewhere(("train.micro_batch_tokens", "train.global_batch_size"), "in tokens, padding included"),
-    "gradient_accumulation_steps": Elsewhere(
-        ("train.global_batch_size", "train.micro_batch_tokens"), "it follows from the two"
-    ),
-    "gradient_accumulation": Elsewhere(
-        ("train.global_batch_size", "train.micro_batch_tokens"), "it follows from the two"
-    ),
-    "grad_accum_steps": Elsewhere(("train.global_batch_size", "train.micro_batch_tokens"), "it follows from the two"),
-    "per_device_eval_batch_size": Elsewhere(
-        ("eval.micro_batch_tokens", "train.micro_batch_tokens"), "in tokens, padding included"
-    ),
-    "eval_batch_size": Elsewhere(
-        ("eval.micro_batch_tokens", "train.micro_batch_tokens"), "in tokens, padding included"
-    ),
+    **{name: Elsewhere(_EPOCHS) for name in _NAMED_EPOCHS},
+    **{name: Elsewhere(_STEPS) for name in _NAMED_STEPS},
+    "batch_size": _BATCH,
+    "train_batch_size": _BATCH,
+    "train_global_batch_size": _BATCH,
+    "global_batch": _BATCH,
+    "gbs": _BATCH,
+    "per_device_train_batch_size": _MICRO,
+    "per_device_batch_size": _MICRO,
+    "micro_batch_size": _MICRO,
+    "train_micro_batch_size": _MICRO,
+    "mbs": _MICRO,
+    "gradient_accumulation_steps": _ADDED_UP,
+    "gradient_accumulation": _ADDED_UP,
+    "grad_accum_steps": _ADDED_UP,
+    "per_device_eval_batch_size": _EVALUATED,
+    "eval_batch_size": _EVALUATED,
 }
 
 # %% ../../nbs/ops/02_spellings.ipynb #60559ccb

@@ -114,7 +114,6 @@ SFT = Stage(
     plan="nemotron_nb.stages.plan:plan_sft",
 )
 
-
 # %% ../../nbs/ops/08_stage.ipynb #d9b2e570
 DATA_PREP = Stage(
     name="data_prep",
@@ -152,6 +151,8 @@ DATA_PREP_PRETRAIN = Stage(
     run="nemotron_nb.cli:data_prep_pretrain",
     plan="nemotron_nb.stages.plan:plan_documents",
 )
+
+# %% ../../nbs/ops/08_stage.ipynb #1c6e8ab7
 PRETRAIN = Stage(
     name="pretrain",
     settings="nemotron_nb.ops.config:PretrainConfig",
@@ -186,6 +187,8 @@ EVAL = Stage(
     report="nemotron_nb.stages.evaluate:write_comparison",
     plan="nemotron_nb.stages.plan:plan_generation",
 )
+
+# %% ../../nbs/ops/08_stage.ipynb #29e2991b
 BUDGET = Stage(
     name="budget",
     settings="nemotron_nb.stages.budget:BudgetConfig",
@@ -198,6 +201,8 @@ BUDGET = Stage(
     run="nemotron_nb.stages.budget:budget_run",
     plan="nemotron_nb.stages.plan:plan_generation",
 )
+
+# %% ../../nbs/ops/08_stage.ipynb #db007d84
 RL_DATA = Stage(
     name="data_prep_rl",
     settings="nemotron_nb.stages.rl_data:RlDataConfig",
@@ -211,6 +216,8 @@ RL_DATA = Stage(
     run="nemotron_nb.stages.rl_data:rl_data_run",
     plan="nemotron_nb.stages.plan:plan_tasks",
 )
+
+# %% ../../nbs/ops/08_stage.ipynb #e54b432f
 RL = Stage(
     name="rl",
     settings="nemotron_nb.stages.rl:RlConfig",
@@ -239,11 +246,17 @@ STAGES: Mapping[str, Stage] = MappingProxyType({stage.name: stage for stage in _
 
 # %% ../../nbs/ops/08_stage.ipynb #2f7d61be
 GROUP = "nemotron_nb.stages"  # entry points with a row as their value
+
+# %% ../../nbs/ops/08_stage.ipynb #07b82b73
 SIZES = ("nodes", "gpus-per-node")  # what a job may take of a profile's size
+
+# %% ../../nbs/ops/08_stage.ipynb #6ac25af7
 _PLAIN = re.compile(r"[a-z][a-z0-9_-]*")
+
+# %% ../../nbs/ops/08_stage.ipynb #c9a75f41
 _GROUPS = ("data", "model")  # first words of commands that are groups
 
-
+# %% ../../nbs/ops/08_stage.ipynb #1e5f8c56
 def _taken(words: tuple[str, ...], known: Iterable[Stage], families: tuple[str, ...]) -> str:
     """Why a command cannot have these words; empty if it can."""
     if len(words) > 1 and words[:2] != ("data", "prep") or len(words) > 3 or words[0] in _GROUPS and len(words) < 3:
@@ -251,7 +264,7 @@ def _taken(words: tuple[str, ...], known: Iterable[Stage], families: tuple[str, 
     taken = any(command_words(row) == words and set(row.families) & set(families) for row in known)
     return f"the command {' '.join(words)!r} is taken" if taken else ""
 
-
+# %% ../../nbs/ops/08_stage.ipynb #f444f4f3
 def refusal(
     row: Any,  # what an entry point gave
     known: Iterable[Stage],  # rows that are there already
@@ -281,7 +294,7 @@ def _beside(row: Stage, module: str) -> Stage:
         raise UserError(f"there is no notebook {notebook}")
     return replace(row, notebook=str(notebook))
 
-
+# %% ../../nbs/ops/08_stage.ipynb #d103a918
 def _read_row(point: "EntryPoint", known: Iterable[Stage]) -> Stage:
     """The row of an entry point. `UserError` with the reason if it cannot be had."""
     try:
@@ -293,7 +306,7 @@ def _read_row(point: "EntryPoint", known: Iterable[Stage]) -> Stage:
         raise UserError(reason)
     return _beside(row, point.module) if row.notebook else row
 
-
+# %% ../../nbs/ops/08_stage.ipynb #6b669d91
 def outside_stages() -> tuple[list[Stage], list[str]]:
     """Rows that other packages add, and why rows were left out, a sentence each."""
     from importlib.metadata import entry_points  # takes a while to import
@@ -319,7 +332,7 @@ def stage_named(
         raise UserError(f"there is no stage {name!r}", why="; ".join(refused), fix=nearest(name, [*STAGES, *known]))
     return known[name]
 
-
+# %% ../../nbs/ops/08_stage.ipynb #a1f90e3a
 def stage_of(
     folder: str | Path,  # a run folder
 ) -> Stage:

@@ -236,7 +236,17 @@ def collect(
             )
     return kept, rejects
 
-# %% ../../nbs/stages/03_budget.ipynb #ec1e78ea
+# %% ../../nbs/stages/03_budget.ipynb #f69aa680
+def _write_rollouts(folder: Path, prompts: Sequence[Prompt], texts: Sequence[str]) -> None:
+    """What became of the texts: chats, rejects with their reasons, and the counts of both."""
+    kept, rejects = collect(prompts, texts)
+    write_atomic(folder / "rollouts.jsonl", _lines(kept))
+    write_atomic(folder / "rejects.jsonl", _lines(rejects))
+    why = dict(Counter(r["reason"] for r in rejects))
+    counts = {"prompts": len(prompts), "rollouts": len(texts), "kept": len(kept), "rejects": why}
+    write_json(folder / "rollouts.json", counts)
+
+# %% ../../nbs/stages/03_budget.ipynb #d1a1b56e
 def collect_folder(
     folder: str | os.PathLike,  # a stage folder with budget.yaml
 ) -> None:
@@ -263,20 +273,9 @@ def collect_folder(
                     model, ids, tokenizer.im_end_id, g.max_new_tokens, config.rollouts.generation_tokens, sampling,
                     None, config.rollouts.per_prompt,
                 ),
-            )
+            )  # fmt: skip
             metrics.write({"kind": "collected", "prompts": start + len(ids), "rollouts": len(texts)})
-        kept, rejects = collect(prompts, texts)
-        write_atomic(folder / "rollouts.jsonl", _lines(kept))
-        write_atomic(folder / "rejects.jsonl", _lines(rejects))
-        write_json(
-            folder / "rollouts.json",
-            {
-                "prompts": len(prompts),
-                "rollouts": len(texts),
-                "kept": len(kept),
-                "rejects": dict(Counter(r["reason"] for r in rejects)),
-            },
-        )
+        _write_rollouts(folder, prompts, texts)
         metrics.write({"kind": "end"})
 
 # %% ../../nbs/stages/03_budget.ipynb #ac58982a

@@ -371,7 +371,17 @@ def _inputs(config: EvalConfig) -> tuple[list["Pack"], list["Question"], list[An
 # %% ../../nbs/stages/02_evaluate.ipynb #ff9710bf
 Tell = Callable[[dict[str, Any]], None]  # takes a line of progress
 
-# %% ../../nbs/stages/02_evaluate.ipynb #fd80612c
+# %% ../../nbs/stages/02_evaluate.ipynb #12f55048
+def _loss(
+    model: "PreTrainedModel", packs: Sequence["Pack"], max_tokens: int
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """(held-out loss of all, and of each source); empty where nothing is held out."""
+    from nemotron_nb.train.evaluate import losses_by_source, together
+
+    losses = losses_by_source(model, packs, max_tokens) if packs else {}
+    return asdict(together(list(losses.values()))) if losses else {}, {s: asdict(x) for s, x in losses.items()}
+
+# %% ../../nbs/stages/02_evaluate.ipynb #9700d68f
 def measure(
     model: "PreTrainedModel",
     config: EvalConfig,
@@ -382,12 +392,11 @@ def measure(
 ) -> dict[str, Any]:
     """Everything that is to be known about one model, ready for JSON."""
     from nemotron_nb.generate.sampling import GREEDY, Sampling
-    from nemotron_nb.train.evaluate import answer_questions, held_out_turns, losses_by_source, together, write_turns
+    from nemotron_nb.train.evaluate import answer_questions, held_out_turns, write_turns
 
     e, g = config.eval, config.generation
     sampling = Sampling(g.temperature, g.top_p, g.top_k, g.seed) if g.temperature else GREEDY
-    losses = losses_by_source(model, packs, e.micro_batch_tokens) if packs else {}
-    whole = asdict(together(list(losses.values()))) if losses else {}
+    whole, sources = _loss(model, packs, e.micro_batch_tokens)
     tell({"part": "loss", **whole})
     turns = held_out_turns(packs, config.data.num_prompts)
     written, answers = [], []
@@ -395,27 +404,15 @@ def measure(
         shared = {
             "max_new_tokens": g.max_new_tokens, "sampling": sampling, "budget": ask.budget,
             "tests": e.num_tests_per_prompt, "max_tokens": e.generation_tokens,
-        }
+        }  # fmt: skip
         new = write_turns(model, turns, tokenizer, ask.mode, **shared) if turns else []
-        told = (
-            answer_questions(
-                model, questions, tokenizer, ask.mode, verifier=e.verifier, rel_tol=e.rel_tol, system=e.system, **shared
-            )
-            if questions
-            else []
-        )
+        judged = {"verifier": e.verifier, "rel_tol": e.rel_tol, "system": e.system}
+        told = answer_questions(model, questions, tokenizer, ask.mode, **judged, **shared) if questions else []
         written += [{"ask": ask.name, **asdict(w)} for w in new]
         answers += [{"ask": ask.name, **asdict(a)} for a in told]
-        tell(
-            {
-                "part": ask.name,
-                "turns": len(new),
-                "well_formed": sum(w.well_formed for w in new),
-                "answers": len(told),
-                "right": sum(a.right for a in told),
-            }
-        )
-    return {"loss": whole, "sources": {s: asdict(x) for s, x in losses.items()}, "written": written, "answers": answers}
+        counts = {"well_formed": sum(w.well_formed for w in new), "answers": len(told)}
+        tell({"part": ask.name, "turns": len(new), **counts, "right": sum(a.right for a in told)})
+    return {"loss": whole, "sources": sources, "written": written, "answers": answers}
 
 # %% ../../nbs/stages/02_evaluate.ipynb #e414d525
 def evaluate_folder(
@@ -757,13 +754,18 @@ def beside_picture(
 # %% ../../nbs/stages/02_evaluate.ipynb #0858e59b
 HARNESS_TASK = "nemotron_nb_questions"
 
-# %% ../../nbs/stages/02_evaluate.ipynb #71493bf3
+# %% ../../nbs/stages/02_evaluate.ipynb #4bbcb3e3
+def _search(name: str, pattern: str) -> dict[str, Any]:
+    """A filter of the harness: the last match of a pattern."""
+    found = {"function": "regex", "regex_pattern": pattern, "group_select": -1}
+    return {"name": name, "filter": [found, {"function": "take_first"}]}
+
+# %% ../../nbs/stages/02_evaluate.ipynb #312698c6
 def harness_task(
     questions: str,  # the file of questions, as this project writes it
     max_new_tokens: int,
 ) -> dict[str, Any]:
     """A task of lm-evaluation-harness over a local file: generate, take the box or else the last number, compare."""
-    number = r"(-?[$0-9.,]*[0-9])"
     return {
         "task": HARNESS_TASK,
         "dataset_path": "json",
@@ -774,22 +776,7 @@ def harness_task(
         "doc_to_target": "{{solution}}",
         "num_fewshot": 0,
         "generation_kwargs": {"until": ["<|im_end|>"], "do_sample": False, "max_gen_toks": max_new_tokens},
-        "filter_list": [
-            {
-                "name": "boxed",
-                "filter": [
-                    {"function": "regex", "regex_pattern": r"\\boxed\{([^{}]*)\}", "group_select": -1},
-                    {"function": "take_first"},
-                ],
-            },
-            {
-                "name": "last-number",
-                "filter": [
-                    {"function": "regex", "regex_pattern": number, "group_select": -1},
-                    {"function": "take_first"},
-                ],
-            },
-        ],
+        "filter_list": [_search("boxed", r"\\boxed\{([^{}]*)\}"), _search("last-number", r"(-?[$0-9.,]*[0-9])")],
         "metric_list": [
             {
                 "metric": "exact_match",
@@ -928,7 +915,33 @@ def headline(
         )
     return said
 
-# %% ../../nbs/stages/02_evaluate.ipynb #78398ce8
+# %% ../../nbs/stages/02_evaluate.ipynb #df5c4a25
+_Plan = list[tuple[bool, str, str, Callable[[], Picture]]]  # is there data, title, how to read it, the drawing
+
+
+def _number_plan(base: Measured, tuned: Measured, k: int) -> _Plan:
+    """The three tables of numbers."""
+    loss = "Both means of the loss, lower is better; a circle is the base, a square the tuned model."
+    form = "Each row is one model asked in one way; calls are readable if nothing is left to guess."
+    score = "Each bar is where the score lies 95 times in 100; with few questions it is wide."
+    there = bool(tuned["sources"]), bool(tuned["written"]), bool(tuned["answers"])
+    return [
+        (there[0], "Held-out loss, by source", loss, lambda: loss_by_source_picture(base, tuned)),
+        (there[1], "Form, by mode", form, lambda: table(form_rows(base, tuned))),
+        (there[2], "Questions with an answer", score, lambda: score_picture(score_rows(base, tuned, k))),
+    ]
+
+# %% ../../nbs/stages/02_evaluate.ipynb #334dfbdb
+def _text_plan(base: Measured, tuned: Measured) -> _Plan:
+    """What changed, and the same prompts side by side."""
+    changed = "The same prompt, asked in the same way; what got worse comes first."
+    beside = "The same held-out prompts in every way of asking."
+    return [
+        (bool(base), "What got worse, what got better", changed, lambda: changes_picture(changes(base, tuned))),
+        (bool(tuned["written"]), "Side by side", beside, lambda: beside_picture(base, tuned)),
+    ]
+
+# %% ../../nbs/stages/02_evaluate.ipynb #f505bf52
 def comparison_sections(
     base: Measured,
     tuned: Measured,
@@ -937,51 +950,14 @@ def comparison_sections(
     env: Mapping[str, Any] | None = None,
 ) -> list[Section]:
     """The parts of the page that there is something to show in."""
-    loss, form, asked = bool(tuned["sources"]), bool(tuned["written"]), bool(tuned["answers"])
-    plan: list[tuple[bool, str, str, Callable[[], Picture]]] = [
-        (
-            loss,
-            "Held-out loss, by source",
-            "Both means of the loss, lower is better; a circle is the base, a square the tuned model.",
-            lambda: loss_by_source_picture(base, tuned),
-        ),
-        (
-            form,
-            "Form, by mode",
-            "Each row is one model asked in one way; calls are readable if nothing is left to guess.",
-            lambda: table(form_rows(base, tuned)),
-        ),
-        (
-            asked,
-            "Questions with an answer",
-            "Each bar is where the score lies 95 times in 100; with few questions it is wide.",
-            lambda: score_picture(score_rows(base, tuned, config.eval.pass_k)),
-        ),
-        (
-            bool(base),
-            "What got worse, what got better",
-            "The same prompt, asked in the same way; what got worse comes first.",
-            lambda: changes_picture(changes(base, tuned)),
-        ),
-        (
-            form,
-            "Side by side",
-            "The same held-out prompts in every way of asking.",
-            lambda: beside_picture(base, tuned),
-        ),
-        (
-            bool(harness),
-            "Public benchmarks",
-            "Task and command for lm-evaluation-harness lie in harness/.",
-            lambda: table([(harness,)], header=["hand-off"]),
-        ),
-        (
-            True,
-            "Settings",
-            "What both models were measured with.",
-            lambda: table(_settings(config), header=["setting", "value"]),
-        ),
-        (bool(env), "Code and machine", "All package versions are in env.json.", lambda: environment_picture(env)),
+    task = "Task and command for lm-evaluation-harness lie in harness/."
+    settings, versions = "What both models were measured with.", "All package versions are in env.json."
+    plan: _Plan = [
+        *_number_plan(base, tuned, config.eval.pass_k),
+        *_text_plan(base, tuned),
+        (bool(harness), "Public benchmarks", task, lambda: table([(harness,)], header=["hand-off"])),
+        (True, "Settings", settings, lambda: table(_settings(config), header=["setting", "value"])),
+        (bool(env), "Code and machine", versions, lambda: environment_picture(env)),
     ]
     return [Section(title, how, draw()) for there, title, how, draw in plan if there]
 

@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+
+# %% ../../nbs/stages/01_sft.ipynb #bb4a8c55
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
@@ -31,6 +33,8 @@ from omegaconf import OmegaConf
 from ..core import UserError, from_mapping, named_in, nearest, write_atomic, write_json
 from ..data.manifest import Manifest
 from ..data.prep import PrepConfig, data_key, prepare
+
+# %% ../../nbs/stages/01_sft.ipynb #a11a02a7
 from nemotron_nb.ops.config import (
     Effective,
     Layer,
@@ -45,6 +49,8 @@ from nemotron_nb.ops.config import (
     stage_files,
     to_yaml,
 )
+
+# %% ../../nbs/stages/01_sft.ipynb #a923e22e
 from nemotron_nb.ops.run_folder import (
     begin_attempt, found_training, keep_notebook, make_run_folder, note_failures, put_back, read_status, run_name,
     set_status, slurm_job,
@@ -154,12 +160,14 @@ def prepare_data(
 def check_start(
     effective: Effective,
 ) -> None:
-    """Refuse what a training cannot begin with, before there is a run folder: no chats, a checkpoint or a model that is not there, a record that would not be made."""
+    """Refuse what a training cannot begin with, before there is a run folder: no chats, a checkpoint or a model that is
+    not there, a record that would not be made.
+    """
     if not effective.settings.run.data:
         check_chats(effective.settings.data)
     check_weights_and_record(effective.settings)
 
-
+# %% ../../nbs/stages/01_sft.ipynb #1f8b420f
 def check_weights_and_record(
     settings: Any,  # of a training: SftConfig or PretrainConfig
 ) -> None:
@@ -189,14 +197,18 @@ def check_weights_and_record(
             raise UserError(
                 "there is no such checkpoint",
                 where=f"checkpoint.{name}={path}",
-                fix="give a folder that holds step_ folders, or one in Hugging Face form; or a registered model: --art.model NAME:VERSION",
+                fix="give a folder that holds step_ folders, or one in Hugging Face form; or a registered model: "
+                "--art.model NAME:VERSION",
             )
 
-
+# %% ../../nbs/stages/01_sft.ipynb #2c4d6e39
 def check_model_here(
     settings: SftConfig,
 ) -> None:
-    """Refuse a model that the PyTorch engine would not find on this machine. A cluster and Megatron-Bridge have caches of their own."""
+    """Refuse a model that the PyTorch engine would not find on this machine.
+
+    A cluster and Megatron-Bridge have caches of their own.
+    """
     if settings.train.engine == "torch" and settings.model.name != TINY:
         from nemotron_nb.train.model import checkpoint_folder  # PyTorch, which a training needs anyway
 
@@ -539,7 +551,9 @@ def import_folder(
         from nemotron_nb.rl.prepare import Prepared
 
         fields = {"family": family, "key": Prepared.load(path).values.get("key", "")} | dict(about or {})
-        return store.log(name or f"DataBlendsArtifact-{stage}", kind, path, fields, (), ("latest", family), producer(command))
+        return store.log(
+            name or f"DataBlendsArtifact-{stage}", kind, path, fields, (), ("latest", family), producer(command)
+        )
     if kind == "data":
         artifact = log_data(store, family, path, command=command, stage=stage, name=name, about=about)
         return store.tag(artifact.address, PREPARED)

@@ -12,13 +12,15 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
+from dataclasses import replace
+
+# %% ../../nbs/train/24_command.ipynb #b45f8b36
 from yaml import YAMLError
 
 from ..core import UserError, from_mapping
@@ -88,13 +90,19 @@ def train(
         source.begin(config)
         average_training(config, source)
 
-
+# %% ../../nbs/train/24_command.ipynb #f3690b2a
 def main(
     arguments: Sequence[str] | None = None,  # None = those of the process
 ) -> int:
-    """Train as a file says. The exit status: 0 done, or paused because it was asked to stop; 1 an error the user can mend; argparse itself exits with 2."""
+    """Train as a file says.
+
+    The exit status: 0 done, or paused because it was asked to stop; 1 an error the user can mend; argparse itself exits
+    with 2.
+    """
     parser = argparse.ArgumentParser(prog="python -m nemotron_nb.train", description="Train a model on packed chats.")
-    parser.add_argument("--config", required=True, metavar="FILE.yaml", help="settings; see nemotron_nb.train.settings.TrainConfig")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE.yaml", help="settings; see nemotron_nb.train.settings.TrainConfig"
+    )
     path = parser.parse_args(arguments).config
     transformers_logging.disable_progress_bar()
     config = None
@@ -113,9 +121,12 @@ def main(
         raise
     return 0
 
-
+# %% ../../nbs/train/24_command.ipynb #145c7b6a
 def _note(config: TrainConfig | None, message: str) -> None:
-    """Leave the first error in the output folder: with several ranks, their logs bury it. Where nothing can be written, the log has to do."""
+    """Leave the first error in the output folder: with several ranks, their logs bury it.
+
+    Where nothing can be written, the log has to do.
+    """
     if config is None:
         return
     with contextlib.suppress(OSError), open(Path(config.output_dir) / ERROR_FILE, "x", encoding="utf-8") as file:

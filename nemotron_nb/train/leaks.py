@@ -30,32 +30,13 @@ from ..viz import Picture, png, table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# %% ../../nbs/train/06_leaks.ipynb #401679fd
-def isolation_picture(
-    pack: Pack,
-    title: str = "",
-) -> Picture:
-    """Block-diagonal attention, and below it on the same axis the tokens that a Mamba-2 state has read since its
-    last reset.
-    """
+# %% ../../nbs/train/06_leaks.ipynb #301c76c2
+def _draw_borders(above: "Axes", below: "Axes", pack: Pack) -> None:
+    """Triangles of what attention may see; below them, what the state has read since its last reset."""
     from matplotlib.collections import PolyCollection
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2, 5.6), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    above.add_collection(
-        PolyCollection(
-            [[(a, a), (a, b), (b, b)] for a, b in pack.spans],
-            facecolors="#9a9a9a",
-            edgecolors="#222222",
-            linewidths=0.8,
-        )
-    )
-    above.set(xlim=(0, len(pack)), ylim=(len(pack), 0), ylabel="token that looks", title=title)
-    above.text(
-        0.97, 0.95, "grey: is seen\nwhite: must not be seen", transform=above.transAxes, ha="right", va="top",
-        fontsize=9,
-    )
+    triangles = [[(a, a), (a, b), (b, b)] for a, b in pack.spans]
+    above.add_collection(PolyCollection(triangles, facecolors="#9a9a9a", edgecolors="#222222", linewidths=0.8))
     below.plot(
         [x for a, b in pack.spans for x in (a, a, b)],
         [y for a, b in pack.spans for y in (0, 0, b - a)],
@@ -65,6 +46,23 @@ def isolation_picture(
     below.plot(
         pack.seq_start_id, np.zeros(len(pack.spans)), "v", color="#c9660f", markersize=6, clip_on=False, label="reset"
     )
+
+# %% ../../nbs/train/06_leaks.ipynb #44fa4664
+def isolation_picture(
+    pack: Pack,
+    title: str = "",
+) -> Picture:
+    """Block-diagonal attention, and below it on the same axis the tokens that a Mamba-2 state has read since its
+    last reset.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 5.6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    _draw_borders(above, below, pack)
+    above.set(xlim=(0, len(pack)), ylim=(len(pack), 0), ylabel="token that looks", title=title)
+    said = "grey: is seen\nwhite: must not be seen"
+    above.text(0.97, 0.95, said, transform=above.transAxes, ha="right", va="top", fontsize=9)
     below.set(xlabel="place in the pack; above: token that is seen", ylabel="tokens in\nthe state", ylim=(0, None))
     below.legend(frameon=False, fontsize=8, loc="upper left")
     sizes = np.diff([*pack.seq_start_id, len(pack)])
@@ -178,8 +176,8 @@ def _layout(layout: str | Layout) -> tuple[str, Layout]:
 
 # %% ../../nbs/train/06_leaks.ipynb #e823a780
 @dataclass(frozen=True, eq=False)
-class LeakMap:
-    """By how much the loss of every label of a pack moved when one input token was changed."""
+class _Changes:
+    """By how much each label's loss moved, and how much of that happened elsewhere."""
 
     layout: str
     spans: tuple[tuple[int, int], ...]  # [S] of the sequences
@@ -204,6 +202,10 @@ class LeakMap:
     def isolated(self) -> bool:
         """Nothing but rounding reaches another sequence."""
         return self.largest_leak <= self.rounding
+
+# %% ../../nbs/train/06_leaks.ipynb #9c35f4bb
+class LeakMap(_Changes):
+    """By how much the loss of every label of a pack moved when one input token was changed."""
 
     def _said(self) -> str:
         """The verdict in a sentence."""

@@ -262,7 +262,7 @@ def _begin_pair(pair: nn.Module, peft: PeftSection) -> None:
 COLOURS = {"pair": "#3182bd", "frozen": "#cccccc", "routed": "#f2c744", "": "#ffffff"}
 MARKS = {"pair": "#", "frozen": ".", "routed": "e", "": " "}
 
-
+# %% ../../nbs/train/10_lora.ipynb #4954fc77
 def _kinds(model: PreTrainedModel, chosen: set[str]) -> Iterator[tuple[int, str, str]]:
     """(layer, matrix, what is done with it) for every matrix in a mixer."""
     for name in [*_linear_layers(model), *_stacked_experts(model)]:

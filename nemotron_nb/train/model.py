@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, NemotronHConfig, Nemo
 
 from ..core import UserError
 from .scan import use_chunked_scan
-from .settings import NANO, SUPER, TINY, TRAITS, ModelConfig
+from .settings import ModelConfig, NANO, SUPER, TINY, TRAITS
 from .tensor_files import weights_in_words
 from ..viz import Picture, table
 
@@ -79,12 +79,9 @@ def active_parameters(
     routed = counts.get("routed experts", 0) * config.num_experts_per_tok // config.n_routed_experts
     return sum(n for part, n in counts.items() if "embeddings" not in part and part != "routed experts") + routed
 
-# %% ../../nbs/train/04_model.ipynb #d10444c4
-def tiny_config(
-    vocab_size: int,  # tokens
-    config: ModelConfig = ModelConfig(),
-) -> NemotronHConfig:
-    """Nano's traits at the sizes of `config`."""
+# %% ../../nbs/train/04_model.ipynb #220734cb
+def _check_shape(config: ModelConfig) -> None:
+    """Refuse sizes of which no model can be made."""
     unknown = set(config.pattern) - set("ME*")
     if unknown or "M" not in config.pattern:
         raise UserError(
@@ -107,6 +104,14 @@ def tiny_config(
                 why="heads share keys and values, or B and C, in two groups",
                 fix="give an even number",
             )
+
+# %% ../../nbs/train/04_model.ipynb #d10444c4
+def tiny_config(
+    vocab_size: int,  # tokens
+    config: ModelConfig = ModelConfig(),
+) -> NemotronHConfig:
+    """Nano's traits at the sizes of `config`."""
+    _check_shape(config)
     shape = {
         "hybrid_override_pattern": config.pattern,
         "hidden_size": config.hidden_size,

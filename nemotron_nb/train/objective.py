@@ -162,8 +162,8 @@ class Share(NamedTuple):
     counts: Tensor  # int64 [L,E], how often each expert was taken
 
 # %% ../../nbs/train/12_objective.ipynb #fb786cfa
-class Learner(nn.Module):
-    """A causal language model with all that it is trained on."""
+class _Model(nn.Module):
+    """A causal language model, how wide its numbers are, and whether its routers are looked at."""
 
     knows_shares = True  # share_of_loss asks us
 
@@ -192,6 +192,10 @@ class Learner(nn.Module):
     def device(self) -> torch.device:
         """Where it is."""
         return next(self.parameters()).device
+
+# %% ../../nbs/train/12_objective.ipynb #1eea162c
+class _Forward(_Model):
+    """One micro-batch's share of all that is trained, or what the language model says."""
 
     def forward(
         self,
@@ -223,6 +227,10 @@ class Learner(nn.Module):
                 ),
             )
 
+# %% ../../nbs/train/12_objective.ipynb #1334c2cb
+class _Predicting(_Forward):
+    """The losses of a micro-batch at every depth."""
+
     def _predicted(
         self, batch: MicroBatch, stage: str, denominators: Denominators, targets: tuple[int, ...]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -248,6 +256,10 @@ class Learner(nn.Module):
         loss, stats = output(torch.cat([h.flatten(0, 1) for h in states]), labels_KRT.flatten(), weights_KRT.flatten())
         nll_KRT = stats.nll.view_as(labels_KRT)
         return loss, (nll_KRT[0] * weights_KRT[0]).sum(), nll_KRT, lengths_KRT > 0
+
+# %% ../../nbs/train/12_objective.ipynb #3ade0c99
+class Learner(_Predicting):
+    """A causal language model with all that it is trained on."""
 
     def _balanced(self, batch: MicroBatch, rows: int, share: Share) -> Share:
         """The share with the balance of the experts, if it is asked for."""
