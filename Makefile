@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: help pretrain sft rl test test-library test-engines test-long lab bench readme pictures docs
+.PHONY: help pretrain sft rl test test-library test-engines test-long test-plain lab bench readme pictures docs
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +20,7 @@ quote = '$(subst ','\'',$(1))'
 
 help:  ## this list
 	@echo "make TARGET [NAME=value ...]"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo ""
 	@echo "  make sft DATA=chats.jsonl             train on your own chats (OpenAI format, one JSON object a line)"
 	@echo "  make sft TOKENIZER=tekken             another tokenizer: tiny, tekken, a folder, or a hub name"
@@ -57,6 +57,15 @@ test-engines:
 test-long:  ## the tests that take minutes each and are not part of "make test"
 	@.ci/setup dev
 	@$(IN) $(ALONE) python -m pytest -m long
+
+# What decides the order of sums on this processor, set to the plainest. Hardware of another maker adds in yet another order.
+PLAIN := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE MKL_ENABLE_INSTRUCTIONS=SSE4_2 OPENBLAS_CORETYPE=Nehalem OMP_NUM_THREADS=1
+NUMERIC := accounting batches checkpoint evaluate fused kernel leaks lora loss_stages model mtp parallel rl_advantage rl_grpo rl_policy scan torch_engine two_stage
+
+test-plain:  ## the tests and lessons with numbers again, as a processor without vector instructions would compute them
+	@.ci/setup dev
+	@$(IN) $(PLAIN) python -m pytest -n $(WORKERS) --dist loadfile -m "not long" $(NUMERIC:%=tests/test_%.py)
+	@for room in loss train; do $(IN) $(PLAIN) nbdev-test nbs/$$room --n-workers $(WORKERS); done
 
 lab:  ## JupyterLab on the notebooks
 	@.ci/setup dev

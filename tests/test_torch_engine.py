@@ -587,6 +587,15 @@ def test_a_training_that_only_leaves_out_steps_ends(data_dir, tmp_path):
     assert all(folder.name <= "step_00000001" for folder in (tmp_path / "out" / "checkpoints").glob("step_*"))
 
 
+def test_three_steps_left_out_in_a_row_end_a_training(data_dir, tmp_path, monkeypatch):
+    judge = Guard.judge
+    monkeypatch.setattr(Guard, "judge", lambda self, loss, norm: judge(self, loss, math.nan if self.norms else norm))
+    with pytest.raises(UserError, match="the gradient norm is nan in step 4, as in the 2 before it"):
+        train(training(data_dir, tmp_path / "out", train={"train_iters": 9, "global_batch_size": 1, "bad_step": "skip"}, **SHORT))
+    lines = [(line["kind"], line["step"]) for line in lines_of(tmp_path / "out") if line["kind"] in ("train", "skipped")]
+    assert lines == [("train", 1), ("skipped", 2), ("skipped", 3), ("skipped", 4)]
+
+
 def test_lost_weights_are_never_a_checkpoint(data_dir, tmp_path, monkeypatch):
     """A weight becomes infinite behind the back of loss and gradient."""
     def step(model, optimizer, *given, **named):

@@ -1,7 +1,6 @@
 """The real Megatron-Bridge on a CPU: its reader, its training with our step, and what goes wrong without our fixes."""
 
 import json
-import math
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
