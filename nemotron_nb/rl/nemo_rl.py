@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'SCRIPT', 'MOVED', 'MAPPED', 'ONLY_THERE', 'DERIVED', 'OPTIONAL', 'PLACES', 'THEIRS', 'ONLY_HERE',
-           'OLD_NAMES', 'OF_THE_MODEL', 'BATCH', 'SECTIONS', 'Mapped', 'NemoRlConfig', 'nemo_rl_config', 'our_names',
-           'check_batch']
+           'OLD_NAMES', 'OF_THE_MODEL', 'BATCH', 'SECTIONS', 'Mapped', 'NemoRlConfig', 'judge_server', 'nemo_rl_config',
+           'our_names', 'check_batch']
 
 # %% ../../nbs/rl/26_nemo_rl.ipynb #b22b3879
 from collections.abc import Iterable, Mapping
@@ -24,6 +24,7 @@ SOURCES: Mapping[str, str] = {
     "TRAIN": "NVIDIA-NeMo/Nemotron e27b3713, src/nemotron/recipes/nano3/stage2_rl/train.py",
     "LOSS": "NVIDIA-NeMo/RL 7ea279ab, nemo_rl/algorithms/loss/loss_functions.py; left out where it is null",
     "OURS": "computed from our settings",
+    "RLHF": "NVIDIA-NeMo/RL 15ca9805, examples/nemo_gym/nemotron-3-super/stage3_rlhf.yaml",
 }
 SCRIPT = "examples/nemo_gym/run_grpo_nemo_gym.py"  # of a NeMo RL checkout; starts a run from a configuration
 MOVED: Mapping[str, str] = {  # keys of the recipe's container (v0.4.0) that RL 7ea279ab calls otherwise
@@ -142,7 +143,8 @@ ONLY_HERE: Mapping[str, str] = {
     "grpo.advantage.deviation_floor": "any deviation above 0 divides, however small",
     "curriculum": "the order of the file is the curriculum: write it into the file",
     "grpo.effort": "Super's low effort is a part of its environments in NeMo Gym",
-    "genrm": "the judge is a server of NeMo Gym, genrm_compare, with a configuration of its own",
+    "genrm": "the judge is a server of NeMo Gym, genrm_compare; what it has no name for is left out",
+    "gym": "NeMo RL starts the servers of NeMo Gym itself",
 }
 
 # %% ../../nbs/rl/26_nemo_rl.ipynb #f512ef3d
@@ -198,6 +200,32 @@ def _kind_of_correction(ours: Mapping[str, Any]) -> str | None:
     return None if word in ("none", "plain") else word
 
 
+_COMPARE = "env.nemo_gym.genrm_compare_resources_server.resources_servers.genrm_compare"
+_GENRM: Mapping[str, str] = {  # of our section genrm -> of the server
+    "length.thought": "group_reasoning_length_penalty_coeff",
+    "length.answer": "group_answer_length_penalty_coeff",
+    "length.style": "group_style_penalty_coeff",
+    "length.thought_bonus": "reasoning_bonus",
+    "length.answer_bonus": "answer_bonus",
+    "length.top_share": "top_percentile",
+    "temperature": "genrm_responses_create_params.temperature",
+    "top_p": "genrm_responses_create_params.top_p",
+    "max_tokens": "genrm_responses_create_params.max_output_tokens",
+}
+
+
+def judge_server(
+    ours: Mapping[str, Any],  # our settings by dotted name
+) -> dict[str, Any]:
+    """The configuration of NeMo Gym's judge; nothing where answers are not compared."""
+    if not ours.get("genrm.judge"):
+        return {}
+    fixed = {"comparison_strategy": "circular", "num_rollouts_per_prompt": ours["grpo.num_generations_per_prompt"]}
+    named = {theirs: ours[f"genrm.{name}"] for name, theirs in _GENRM.items()} | fixed
+    model = {"env.nemo_gym.genrm_model.responses_api_models.genrm_model.model": ours["genrm.model"]}
+    return {f"{_COMPARE}.{name}": value for name, value in named.items()} | model
+
+
 def nemo_rl_config(
     ours: Mapping[str, Any],  # our settings by dotted name
     only_there: Mapping[str, Any] | None = None,  # values for ONLY_THERE in place of the published ones
@@ -217,6 +245,8 @@ def nemo_rl_config(
     batch = ours["grpo.num_prompts_per_step"] * ours["grpo.num_generations_per_prompt"]
     derived = dict(zip(DERIVED, (batch, _kind_of_correction(ours)))) | dict(zip(PLACES, (train, val)))
     values, origins = values | derived, origins | dict.fromkeys(derived, "OURS")
+    compared = judge_server(ours)
+    values, origins = values | compared, origins | dict.fromkeys(compared, "genrm section; key: RLHF")
     kept = {name: value for name, value in values.items() if not (name in OPTIONAL and value is None)}
     notes = [f"{name}: {why}" for name, why in ONLY_HERE.items()]
     notes += [f"{name} is {later} in later versions of NeMo RL" for name, later in MOVED.items()]

@@ -51,9 +51,8 @@ def rl_data_config(
         (o, {_in_data(n): v for n, v in said.items()}) for o, said in file_layers(family, [(RL_DATA.name, "")], name)
     ]
     told = [(o, {n: v for n, v in said.items() if n in known}) for o, said in ([profile] if profile else [])]
-    typed = [
-        (o, {_in_data(n): v for n, v in said.items()}) for o, said in typed_layers(overrides, RlDataConfig, _in_data)
-    ]
+    said = [text.lstrip("+").partition("=") for text in overrides]
+    typed = typed_layers([f"{_in_data(key)}{equals}{value}" for key, equals, value in said], RlDataConfig)
     return merge(RlDataConfig, [(COMMAND, {"family": family}), *files, *told, *typed])
 
 # %% ../../nbs/stages/05_rl_data.ipynb #63bc0240
