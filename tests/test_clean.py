@@ -27,7 +27,7 @@ def problem(rng, name, numbers):
     a, b = numbers
     goods, place, tail = (rng.choice(x) for x in (
         ["lamps", "kites", "melons", "tickets"], ["at the harbour", "behind the station", "during the fair", "next to the mill"],
-        ["are left when the shop closes in the evening", "boxes of the same size does that fill", "coins do all of them cost at this price"],
+        ["are left in the evening", "boxes does that fill", "coins do they cost"],
     ))  # fmt: skip
     return f"On the first day {name} brings {a} {goods} {place}, sells {b} of them to a neighbour, and carries {a - b} home. How many of the {a} {tail}?"
 
@@ -70,7 +70,8 @@ def test_renamed_and_renumbered_questions_are_found():
     exam, strict = Exam(asked), Exam(asked, 13, False)
     found = [exam.hit("Think about this. " + text) for text in again]
     assert sum(f is not None for f in found) >= 0.95 * 200
-    assert sum(strict.hit(text) is not None for text in again) < 0.5 * 200, "the usual rule finds far fewer"
+    for rule in (strict, Exam(asked, 8, False)):
+        assert sum(rule.hit(text) is not None for text in again) < 0.5 * 200, "rules that read numbers as they are find far fewer"
     for text, hit in list(zip(again, found))[:40]:
         assert hit[1] == pytest.approx(max(shared_by_hand(q, "Think about this. " + text) for q in asked))
     rng = random.Random(9)

@@ -7,7 +7,7 @@ __all__ = ['GRAM', 'SHORTEST', 'fold_numbers_of', 'folded_words', 'shared_by_han
 
 # %% ../../nbs/data/25_contamination.ipynb #bcdd8597
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np

@@ -8,7 +8,7 @@ __all__ = ['PERSONAL_KINDS', 'passes_luhn', 'passes_iban', 'Personal', 'personal
 # %% ../../nbs/data/27_personal.ipynb #c5870af5
 import ipaddress
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 # %% ../../nbs/data/27_personal.ipynb #2f6d617b
