@@ -63,7 +63,7 @@ def test_each_term_names_letters_that_exist():
         assert parameters.evaluate(e.formula, time.exchange_letters(NANO_SHAPE, Layout(), Work(128), 0)) >= 0
 
 
-@pytest.mark.parametrize("pattern, length", [("ME*M", 128), ("M", 100), ("E", 64), ("*", 96), ("MEM*EME", 256)])
+@pytest.mark.parametrize("pattern, length", [("ME*M", 128), ("M", 100), ("M", 32), ("E", 64), ("*", 96), ("MEM*EME", 256)])
 def test_the_pytorch_engine_keeps_what_the_formulas_say(pattern, length):
     from nemotron_nb.megatron.measure import measure_torch, predicted
 
