@@ -9,14 +9,14 @@ __all__ = ['SavedTensors', 'counting_saved', 'by_kind', 'measure_torch', 'predic
 # %% ../../nbs/megatron/13_measure.ipynb #979191c0
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from .memory import FORMATS, KIND_NAMES, TENSORS, Formats, Work, activation_lines, static_lines
-from .parameters import Layout, Shape, build_rank, in_own_process, sizes_of, total_parameters
+from .memory import KIND_NAMES, Work, activation_lines, static_lines
+from .parameters import Layout, Shape, build_rank, in_own_process, sizes_of
 from ..viz import Picture, table
 
 if TYPE_CHECKING:

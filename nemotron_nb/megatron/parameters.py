@@ -15,17 +15,13 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import CodeType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..core import UserError
-from ..train.settings import NANO, SUPER
 from ..viz import Picture, table
-
-if TYPE_CHECKING:
-    from transformers import NemotronHConfig
 
 # %% ../../nbs/megatron/11_parameters.ipynb #e6a9df59
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ __all__ = ['RECOMPUTE', 'refusals', 'Judged', 'judge', 'layouts_of', 'Search', '
 
 # %% ../../nbs/megatron/15_plan.ipynb #54ad4cf7
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..core import UserError
-from .memory import FORMATS, OUTSIDE, Memory, Work, memory_of, memory_table
-from .parameters import Layout, Shape, parameters_table, split_pattern, total_parameters
+from .memory import OUTSIDE, Memory, Work, memory_of, memory_table
+from .parameters import Layout, Shape, parameters_table, total_parameters
 from .time import UTILISATION, Bill, Gpu, StepTime, bill_of, step_time
 from ..viz import Picture, joined, png, table
 
@@ -251,7 +251,8 @@ class Plan:
         if j.fits:
             return ""
         best = self.found.best if self.found else None
-        instead = f"; {best.layout} would, with {best.recompute} computed again" if best else ""
+        again = f", with {best.recompute} computed again" if best and best.work.recompute else ""
+        instead = f"; {best.layout} would fit{again}" if best else ""
         return (
             f"{j.layout} does not fit {self.gpu.name}: the fullest of {j.layout.world} ranks needs "
             f"{j.memory.total / 1e9:.0f} GB ({j.breaks}){instead}"

@@ -16,7 +16,6 @@ import numpy as np
 from ..core import UserError
 from .memory import Formats
 from .parameters import Layout, Shape, total_parameters
-from ..viz import Picture, table
 
 # %% ../../nbs/megatron/16_scale.ipynb #b259145f
 def order_by_hand(

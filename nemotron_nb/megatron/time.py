@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from ..core import UserError, nearest
 from .memory import Work, kept_letters, kept_of_micro_batch, layers_of_stage
 from .parameters import Layout, Shape, evaluate, parameters_of_stage, split_experts
-from ..viz import Picture, table
 
 # %% ../../nbs/megatron/14_time.ipynb #446154a9
 @dataclass(frozen=True)

@@ -257,6 +257,9 @@ def plan_rl(settings: Any, asked: Asked) -> Answer:
     if kernels == "fused":
         layout = replace(layout, sp=layout.tp > 1)  # NeMo RL's policies of these models train with it
         notes.append("activations are computed again, as NeMo RL's configurations of these models have it")
+        notes.append(
+            "all of run.nodes are taken to train; where some generate or judge, give run.nodes of the others"
+        )
     work = Work(
         grpo.max_new_tokens,
         kernels=kernels,
