@@ -16,6 +16,7 @@ No number is of a GPU; the column for it is filled where there is one, and by no
 import argparse
 import os
 import platform
+import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -112,33 +113,40 @@ def recipes() -> None:
     print(table(rows, header=["recipe", "layout", "needs", *kinds, "bound, s", "expected, s"]))
 
 
+def core_seconds() -> float:
+    """CPU time of this process and of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
 def prep() -> None:
-    """Data preparation: a rate from one run, and other runs predicted with it."""
+    """Data preparation: a rate from two runs, and other runs calculated with it. Core seconds: the machine may do other things."""
     import chats
 
     from nemotron_nb.data.prep import PrepConfig, prepare
     from nemotron_nb.stages.plan import prep_seconds
 
-    def seconds(rows: int, workers: int) -> tuple[float, int]:
-        """(seconds of a preparation, bytes of its input)."""
+    def run(rows: int, workers: int) -> tuple[float, float, int]:
+        """(core seconds, seconds on the wall, bytes of input) of a preparation."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "chats.jsonl"
             chats.write_chats(path, rows)
-            begun = time.perf_counter()
+            cpu, wall = core_seconds(), time.perf_counter()
             prepare(PrepConfig(path=str(path), output_dir=f"{folder}/out", pack_size=4096, workers=workers))
-            return time.perf_counter() - begun, path.stat().st_size
+            return core_seconds() - cpu, time.perf_counter() - wall, path.stat().st_size
 
-    seconds(200, 1)  # imports and tables
-    (small, few), (large, many) = seconds(500, 1), seconds(4000, 1)
+    run(200, 1)  # imports and tables
+    (small, _, few), (large, wall, many) = run(500, 1), run(3000, 1)
     rate = (many - few) / (large - small)
     fixed = max(0.0, small - few / rate)
-    rows = [("4,000 chats, 1 process", f"{many / 1e6:.1f}", f"{large:.1f}", f"{prep_seconds(many, 1, rate, fixed):.1f}", "the rate is from this run")]
-    for count, workers in ((8000, 1), (8000, 2)):
-        found, size = seconds(count, workers)
-        expected = prep_seconds(size, min(workers, os.cpu_count() or 1), rate, fixed)
-        rows.append((f"{count:,} chats, {workers} process{'es' if workers > 1 else ''}", f"{size / 1e6:.1f}", f"{found:.1f}", f"{expected:.1f}", f"ratio {expected / found:.2f}"))
-    print(f"\nData preparation: {rate / 1e6:.2f} MB a second and core, {fixed:.1f} s that no core shortens")
-    print(table(rows, header=["run", "MB", "measured, s", "calculated, s", ""]))
+    rows = [("3,000 chats, 1 process", f"{many / 1e6:.1f}", f"{large:.1f}", f"{prep_seconds(many, 1, rate, fixed):.1f}", "the rate is from this", f"{wall:.1f}")]
+    for workers in (1, 2):
+        found, wall, size = run(6000, workers)
+        expected = prep_seconds(size, 1, rate, fixed)
+        name = f"6,000 chats, {workers} process{'es' if workers > 1 else ''}"
+        rows.append((name, f"{size / 1e6:.1f}", f"{found:.1f}", f"{expected:.1f}", f"{expected / found:.2f}", f"{wall:.1f}"))
+    print(f"\nData preparation: {rate / 1e6:.2f} MB a second and core, {fixed:.1f} s that no core shortens; load of the machine {os.getloadavg()[0]:.1f}")
+    print(table(rows, header=["run", "MB", "measured, core s", "calculated, core s", "ratio", "wall, s"]))
 
 
 PARTS: dict[str, Callable[[], None]] = {"engine": engine, "megatron": megatron, "parameters": parameters, "recipes": recipes, "prep": prep}

@@ -93,8 +93,15 @@ def goodput_picture(
         best = best_interval(cluster)
         (line,) = axes.plot(minutes, [goodput(cluster, 60 * x) for x in minutes], label=f"{cluster.nodes:,} nodes")
         axes.plot([best / 60], [goodput(cluster, best)], "o", color=line.get_color())
-        words.append(f"{cluster.nodes:,} nodes: best every {best / 60:.0f} min, {goodput(cluster, best):.1%} is training")
-    axes.set(xscale="log", ylim=(0, 1), xlabel="minutes of work between checkpoints", ylabel="share of the time that is training")
+        words.append(
+            f"{cluster.nodes:,} nodes: best every {best / 60:.0f} min, {goodput(cluster, best):.1%} is training"
+        )
+    axes.set(
+        xscale="log",
+        ylim=(0, 1),
+        xlabel="minutes of work between checkpoints",
+        ylabel="share of the time that is training",
+    )
     axes.legend(fontsize=8, frameon=False)
     return png(figure, "Goodput against the interval between checkpoints.\n" + "\n".join(words))
 
@@ -109,4 +116,8 @@ def goodput_table(
         best = best_interval(cluster)
         said = f"{best / 60:.0f} min" + (f", {max(1, round(best / step)):,} steps" if step else "")
         rows.append((f"{cluster.nodes:,}", f"{cluster.mtbf / 3600:,.1f} h", said, f"{goodput(cluster, best):.1%}"))
-    return table(rows, header=["nodes", "a failure each", "checkpoint each", "training"], title="Best interval between checkpoints")
+    return table(
+        rows,
+        header=["nodes", "a failure each", "checkpoint each", "training"],
+        title="Best interval between checkpoints",
+    )

@@ -9,14 +9,14 @@ __all__ = ['SavedTensors', 'counting_saved', 'by_kind', 'measure_torch', 'predic
 # %% ../../nbs/megatron/13_measure.ipynb #979191c0
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from .memory import FORMATS, KIND_NAMES, TENSORS, Formats, Work, activation_lines, static_lines
-from .parameters import Layout, Shape, build_rank, in_own_process, sizes_of, total_parameters
+from .memory import KIND_NAMES, Work, activation_lines, static_lines
+from .parameters import Layout, Shape, build_rank, in_own_process, sizes_of
 from ..viz import Picture, table
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class SavedTensors:
         """A hook for its end."""
         self._inside.pop()
 
-# %% ../../nbs/megatron/13_measure.ipynb #f2d31ae8
+# %% ../../nbs/megatron/13_measure.ipynb #5e4d6d86
 @contextmanager
 def counting_saved(
     model: "torch.nn.Module",
@@ -66,7 +66,7 @@ def counting_saved(
         for hook in hooks:
             hook.remove()
 
-# %% ../../nbs/megatron/13_measure.ipynb #ddc4641d
+# %% ../../nbs/megatron/13_measure.ipynb #9470ea99
 def by_kind(
     counted: Mapping[str, int],  # bytes by module
     pattern: str,  # of the layers
@@ -79,7 +79,7 @@ def by_kind(
         found[pattern[int(number)] if number else "mtp" if name.startswith("mtp.") else "ends"] += size
     return dict(found)
 
-# %% ../../nbs/megatron/13_measure.ipynb #4ba33884
+# %% ../../nbs/megatron/13_measure.ipynb #3951c753
 def measure_torch(
     shape: Shape,
     sequences: int,
@@ -101,7 +101,7 @@ def measure_torch(
         output(hidden, ids.flatten(), torch.ones(ids.numel()), 1 / ids.numel())
     return by_kind(counted, shape.pattern, "model.layers.")
 
-# %% ../../nbs/megatron/13_measure.ipynb #51e294cc
+# %% ../../nbs/megatron/13_measure.ipynb #fcf9c9b9
 def predicted(
     shape: Shape,
     work: Work,
@@ -118,7 +118,7 @@ def predicted(
         found["mtp"] += line.bytes - own.get(line.name, line.bytes)  # the layers of its block
     return {kind: size for kind, size in found.items() if size}
 
-# %% ../../nbs/megatron/13_measure.ipynb #f430732d
+# %% ../../nbs/megatron/13_measure.ipynb #5edd5d00
 def compared(
     predicted: Mapping[str, float],
     measured: Mapping[str, float],
@@ -130,7 +130,7 @@ def compared(
     rows = [(k, f"{a / 1e6:.3f}", f"{b / 1e6:.3f}", f"{a / b:.3f}" if b else "-", "-") for k, a, b in pairs]
     return table(rows, header=["kept by", "formula, MB", "measured, MB", "ratio", "on a GPU"])
 
-# %% ../../nbs/megatron/13_measure.ipynb #f2a241e3
+# %% ../../nbs/megatron/13_measure.ipynb #dcfd417f
 def _forward_megatron(asked: Mapping[str, Any]) -> dict[str, int]:
     """Bytes by kind of one forward pass of Megatron on packed rows. Runs in a process of its own."""
     import torch
@@ -140,11 +140,20 @@ def _forward_megatron(asked: Mapping[str, Any]) -> dict[str, int]:
     destroy_moe_metrics_tracker()  # it remembers how many layers the last model had
     shape, length = Shape(**asked["shape"]), asked["length"]
     tokens, dtype = asked["sequences"] * length, getattr(torch, asked["dtype"])
-    formats = {"params_dtype": dtype, "bf16": dtype == torch.bfloat16, "autocast_dtype": dtype, "pipeline_dtype": dtype}
+    formats = {
+        "params_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "autocast_dtype": dtype,
+        "pipeline_dtype": dtype,
+    }
     values = formats | {"calculate_per_token_loss": True, "perform_initialization": True}
     model = build_rank(shape, Layout(), 0, "cpu", values)
     ids, borders = torch.randint(0, shape.vocab, (1, tokens)), torch.arange(0, tokens + 1, length, dtype=torch.int32)
-    ends = {f"{name}_{of}": value for of in ("q", "kv") for name, value in (("cu_seqlens", borders), ("max_seqlen", length))}
+    ends = {
+        f"{name}_{of}": value
+        for of in ("q", "kv")
+        for name, value in (("cu_seqlens", borders), ("max_seqlen", length))
+    }
     packed = PackedSeqParams(qkv_format="thd", total_tokens=tokens, **ends)
     places = torch.arange(length).repeat(asked["sequences"])[None]
     further = {"loss_mask": torch.ones(1, tokens)} if shape.mtp_depths else {}
@@ -152,7 +161,7 @@ def _forward_megatron(asked: Mapping[str, Any]) -> dict[str, int]:
         model(ids, places, None, labels=ids, packed_seq_params=packed, **further).sum()
     return by_kind(counted, shape.pattern, "decoder.layers.")
 
-# %% ../../nbs/megatron/13_measure.ipynb #07c9c01d
+# %% ../../nbs/megatron/13_measure.ipynb #a12ac727
 def _on_standins(asked: Mapping[str, Any]) -> Any:
     """One of the functions here that use Megatron, by its name, with stand-ins."""
     from nemotron_nb.megatron.cpu import on_cpu
@@ -173,7 +182,7 @@ def megatron_call(shape: Shape, sequences: int, length: int, dtype: str = "float
     """The call that measures a forward pass of Megatron."""
     return "_forward_megatron", {"shape": asdict(shape), "sequences": sequences, "length": length, "dtype": dtype}
 
-# %% ../../nbs/megatron/13_measure.ipynb #68f7bbab
+# %% ../../nbs/megatron/13_measure.ipynb #e973827a
 def _optimizer_tensors(optimizer: Any) -> Iterator[Any]:
     """Every tensor that Megatron's optimizer holds beyond the weights."""
     import torch
@@ -184,7 +193,7 @@ def _optimizer_tensors(optimizer: Any) -> Iterator[Any]:
         for state in inner.state.values():
             yield from (v for v in state.values() if isinstance(v, torch.Tensor) and v.numel() > 1)
 
-# %% ../../nbs/megatron/13_measure.ipynb #edf7cc6f
+# %% ../../nbs/megatron/13_measure.ipynb #083787bf
 def _static_megatron(asked: Mapping[str, Any]) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer of rank 0. Runs in a process of its own."""
     import torch
@@ -200,16 +209,22 @@ def _static_megatron(asked: Mapping[str, Any]) -> dict[str, int]:
     config = OptimizerConfig(optimizer="adam", lr=1e-3, use_distributed_optimizer=shared, clip_grad=0.0, **bf16)
     optimizer = get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
     optimizer.step()
-    gradients = sum(b.grad_data.numel() * b.grad_data.element_size() for b in (*model.buffers, *model.expert_parallel_buffers))
+    gradients = sum(
+        b.grad_data.numel() * b.grad_data.element_size() for b in (*model.buffers, *model.expert_parallel_buffers)
+    )
     held = {t.data_ptr(): t.numel() * t.element_size() for t in _optimizer_tensors(optimizer)}
     return {"weights": weights, "gradients": gradients, "optimizer": sum(held.values())}
 
 
 def static_call(shape: Shape, layout: Layout, distributed_optimizer: bool = True) -> tuple[str, dict[str, Any]]:
     """The call that measures weights, gradients and optimizer."""
-    return "_static_megatron", {"shape": asdict(shape), "layout": asdict(layout), "distributed_optimizer": distributed_optimizer}
+    return "_static_megatron", {
+        "shape": asdict(shape),
+        "layout": asdict(layout),
+        "distributed_optimizer": distributed_optimizer,
+    }
 
-# %% ../../nbs/megatron/13_measure.ipynb #b043f563
+# %% ../../nbs/megatron/13_measure.ipynb #ba712f94
 def _estimate_of_bridge(asked: Mapping[str, Any]) -> dict[str, float]:
     """What Megatron-Bridge estimates of a GPT model. Runs in a process of its own."""
     from megatron.bridge.training.utils.theoretical_memory_utils import estimate_training_memory
@@ -220,21 +235,31 @@ def _estimate_of_bridge(asked: Mapping[str, Any]) -> dict[str, float]:
         kv_channels=s.head_dim, ffn_hidden_size=s.dense_size, gated_linear_unit=False, vocab_size=s.vocab,
         make_vocab_size_divisible_by=128, should_pad_vocab=False, share_embeddings_and_output_weights=False,
         seq_length=asked["tokens"], tensor_model_parallel_size=a.tp, pipeline_model_parallel_size=a.pp,
-        context_parallel_size=a.cp, virtual_pipeline_model_parallel_size=None, num_moe_experts=None, activation_func=None,
+        context_parallel_size=a.cp, virtual_pipeline_model_parallel_size=None, num_moe_experts=None,
+        activation_func=None,
     )  # fmt: skip
     config = SimpleNamespace(
         model=model, data_parallel_size=a.dp, train=SimpleNamespace(micro_batch_size=1),
         optimizer=SimpleNamespace(use_distributed_optimizer=True),
     )  # fmt: skip
     found = estimate_training_memory(config, num_microbatches=asked["micro_batches"])
-    return {"parameters": found.total_parameters, "static": found.weight_and_optimizer_bytes, "kept": found.activation.memory_bytes}
+    return {
+        "parameters": found.total_parameters,
+        "static": found.weight_and_optimizer_bytes,
+        "kept": found.activation.memory_bytes,
+    }
 
 
 def bridge_call(shape: Shape, layout: Layout, tokens: int, micro_batches: int) -> tuple[str, dict[str, Any]]:
     """The call that asks Megatron-Bridge's estimator."""
-    return "_estimate_of_bridge", {"shape": asdict(shape), "layout": asdict(layout), "tokens": tokens, "micro_batches": micro_batches}
+    return "_estimate_of_bridge", {
+        "shape": asdict(shape),
+        "layout": asdict(layout),
+        "tokens": tokens,
+        "micro_batches": micro_batches,
+    }
 
-# %% ../../nbs/megatron/13_measure.ipynb #39a859ae
+# %% ../../nbs/megatron/13_measure.ipynb #388d3978
 def static_groups(
     shape: Shape,
     layout: Layout,

@@ -93,7 +93,7 @@ def adapter_parameters(
     layers = Counter(split_pattern(shape.pattern, layout.pp)[stage])
     return round(sum(layers[kind] * evaluate(formula, letters) for kind, formula in PAIRS.items()))
 
-# %% ../../nbs/megatron/12_memory.ipynb #28071b8f
+# %% ../../nbs/megatron/12_memory.ipynb #f7abf225
 def static_lines(
     shape: Shape,
     layout: Layout,
@@ -110,7 +110,9 @@ def static_lines(
         share = f" / {ranks:,} ranks" if ranks > 1 else ""
         lines += [
             Line(f"weights{name}", f.weight * held, f"{f.weight:g} x {held:,}", "parameters"),
-            Line(f"gradients{name}", f.gradient * trained, f"{f.gradient:g} x {trained:,}", "buffer of Megatron's DDP"),
+            Line(
+                f"gradients{name}", f.gradient * trained, f"{f.gradient:g} x {trained:,}", "buffer of Megatron's DDP"
+            ),
             Line(f"optimizer{name}", f.optimizer * trained / ranks, f"{f.optimizer:g} x {trained:,}{share}", "Adam"),
         ]
     if pairs:
@@ -118,7 +120,7 @@ def static_lines(
         lines.append(Line("LoRA pairs", each * pairs, f"{each:g} x {pairs:,}", "weights, gradients, Adam"))
     return [line for line in lines if line.bytes]
 
-# %% ../../nbs/megatron/12_memory.ipynb #93d69779
+# %% ../../nbs/megatron/12_memory.ipynb #2b85654c
 @dataclass(frozen=True)
 class Kept:
     """Tensors that a layer keeps for its backward pass, in bytes a token."""
@@ -133,11 +135,16 @@ class Kept:
 
 
 KERNELS = {"fused": "GPU kernels", "plain": "Megatron with stand-ins", "torch": "the PyTorch engine"}
-_INPUT = ("w*H/sp + f/sp", "(2*f*H + f)/sp", "2*f*H + f", "RMSNorm: its input and a number a token; plain: and the normed, in float32")
+_INPUT = (
+    "w*H/sp + f/sp",
+    "(2*f*H + f)/sp",
+    "2*f*H + f",
+    "RMSNorm: its input and a number a token; plain: and the normed, in float32",
+)
 _NORMED = ("w*H/sp", "w*H/sp", "w*H", "what goes into the product")
 
-# %% ../../nbs/megatron/12_memory.ipynb #ba263984
-_SCAN = "f*(3*M + u*(2*G*N + 2*M*c + G*c + 2*M + 4*D + 2*M*N + 2*D*N/c))/tp"
+# %% ../../nbs/megatron/12_memory.ipynb #182e0a36
+_SCAN = "(f*(3*M + u*(2*G*N + 2*M*c + G*c + 2*M + 4*D) + v*(2*M*N + 2*D*N/c)) + c*c/l)/tp"
 MAMBA = (
     Kept("M", "input", *_INPUT),
     Kept("M", "normed", *_NORMED),
@@ -146,13 +153,16 @@ MAMBA = (
         "w*(2*D + 2*G*N + M)", "mamba_ssm ssd_combined: zxbcdt; plain: only the gate, widened",
     ),
     Kept("M", "filter", "0", "(w*(2 + (W - 1)/l) + f)*C/tp", "(w*(2 + (W - 1)/l) + f)*C", "fused: computed again"),
-    Kept("M", "scan", "w*D/tp", _SCAN, _SCAN, "ssd_combined: out_x; plain: products of a chunk, its state, copies for heads"),
+    Kept(
+        "M", "scan", "w*D/tp", _SCAN, _SCAN,
+        "ssd_combined: out_x; plain: products of a chunk, its state, copies for heads",
+    ),
     Kept("M", "gated", "0", "2*f*D/tp", "2*f*D", "output before the gate, and the gate's activation"),
     Kept("M", "norm of the output", "(w*D + f*G)/tp", "(2*f*D + f*G)/tp", "2*f*D + f*G", "layernorm_gated"),
     Kept("M", "output", "w*D/tp", "w*D/tp", "w*D", "what goes into the last product"),
 )  # fmt: skip
 
-# %% ../../nbs/megatron/12_memory.ipynb #37a9ecb2
+# %% ../../nbs/megatron/12_memory.ipynb #6f8115d6
 ATTENTION = (
     Kept("*", "input", *_INPUT),
     Kept("*", "normed", *_NORMED, "layernorm"),
@@ -160,22 +170,40 @@ ATTENTION = (
         "*", "queries, keys, values", "w*(A/tp + 2*max(K/tp, K/kv))", "3*w*A/tp", "w*(A + 2*K)",
         "FlashAttention saves them; plain: keys and values repeated for each head",
     ),
-    Kept("*", "statistics", "f*h/tp", "f*h/tp + w*l + n/l", "f*h", "log-sum-exp of each head; plain: a mask [l,l]", "core_attn"),
+    Kept(
+        "*", "statistics", "f*h/tp", "f*h/tp + w*l + n/l", "f*h",
+        "log-sum-exp of each head; plain: a mask [l,l]", "core_attn",
+    ),
     Kept("*", "output", "w*A/tp", "2*w*A/tp", "w*A", "FlashAttention; also the input of the last product"),
 )  # fmt: skip
 
-# %% ../../nbs/megatron/12_memory.ipynb #7eabf6a6
+# %% ../../nbs/megatron/12_memory.ipynb #26c76a89
 _ROUTER = "(2*f*E + E + 24*k + f*k + 2*f + 8)/sp"
 EXPERTS = (
     Kept("E", "input", *_INPUT),
     Kept("E", "normed", *_NORMED, "layernorm"),
-    Kept("E", "router", _ROUTER, _ROUTER, "f*E + E + 28 + 8*k + f*k", "megatron/core/transformer/moe/router.py, in float32", "moe"),
+    Kept(
+        "E", "router", _ROUTER, _ROUTER, "f*E + E + 28 + 8*k + f*k",
+        "megatron/core/transformer/moe/router.py, in float32", "moe",
+    ),
     Kept("E", "dispatch", "4*(2*k + 1)/sp", "(8*E + 8*k + f*k)/sp", "16*k + f*k", "order of the copies", "moe"),
-    Kept("E", "routed", "w*k*X*b/sp", "w*k*X*b/sp", "3*w*k*X", "what goes into the experts; torch: and twice what comes out", "moe"),
+    Kept(
+        "E", "routed", "w*k*X*b/sp", "w*k*X*b/sp", "3*w*k*X",
+        "what goes into the experts; torch: and twice what comes out", "moe",
+    ),
     Kept("E", "inside experts", "w*k*F*b/etp/sp", "w*k*F*b/etp/sp", "w*k*F", "before the squared ReLU", "moe"),
-    Kept("E", "activated", "w*k*F*b/etp/sp", "2*w*k*F*b/etp/sp", "w*k*F", "into the second product; plain: and before the router's weight", "moe moe_act"),
-    Kept("E", "latent", "w*X/sp if X < H else 0", "w*X/sp if X < H else 0", "w*X if X < H else 0", "what is projected back", "moe"),
-    Kept("E", "shared expert", "2*w*S/tp", "2*w*S/tp", "2*w*S", "before and after the squared ReLU", "moe shared_experts"),
+    Kept(
+        "E", "activated", "w*k*F*b/etp/sp", "2*w*k*F*b/etp/sp", "w*k*F",
+        "into the second product; plain: and before the router's weight", "moe moe_act",
+    ),
+    Kept(
+        "E", "latent", "w*X/sp if X < H else 0", "w*X/sp if X < H else 0", "w*X if X < H else 0",
+        "what is projected back", "moe",
+    ),
+    Kept(
+        "E", "shared expert", "2*w*S/tp", "2*w*S/tp", "2*w*S",
+        "before and after the squared ReLU", "moe shared_experts",
+    ),
 )  # fmt: skip
 DENSE = (
     Kept("-", "input", *_INPUT),
@@ -183,12 +211,18 @@ DENSE = (
     Kept("-", "dense MLP", "2*w*B/tp", "2*w*B/tp", "2*w*B", "before and after the activation", "mlp"),
 )  # fmt: skip
 
-# %% ../../nbs/megatron/12_memory.ipynb #fb253ec7
+# %% ../../nbs/megatron/12_memory.ipynb #21351462
 _LOGITS = "(0 if fused else (w if te else f)*V/tp)"
 ENDS = (
     Kept("first", "token ids", "8", "8", "8", "int64"),
-    Kept("last", "norm", "2*w*H/sp + f/sp", "(2*f*H + f)/sp + w*H", "2*f*H + f + w*H", "last norm, and what goes into the output layer"),
-    Kept("last", "logits", _LOGITS, "f*V/tp + 13", "0", "loss over the vocabulary: exponentials in float32, or in place"),
+    Kept(
+        "last", "norm", "2*w*H/sp + f/sp", "(2*f*H + f)/sp + w*H", "2*f*H + f + w*H",
+        "last norm, and what goes into the output layer",
+    ),
+    Kept(
+        "last", "logits", _LOGITS, "f*V/tp + 13", "0",
+        "loss over the vocabulary: exponentials in float32, or in place",
+    ),
     Kept("last", "loss", "0", "0", "f*V*H/n", "the fused loss of this library: the gradient of the output matrix"),
     Kept("mtp", "two inputs", "2*w*H/sp + 2*f", "2*(2*f*H + f)", "0", "norms of hidden state and embedding"),
     Kept("mtp", "both, side by side", "2*w*H/sp", "2*w*H", "0", "what goes into the projection"),
@@ -198,7 +232,7 @@ ENDS = (
 )  # fmt: skip
 TENSORS = (*MAMBA, *ATTENTION, *EXPERTS, *DENSE, *ENDS)
 
-# %% ../../nbs/megatron/12_memory.ipynb #b61fbf6d
+# %% ../../nbs/megatron/12_memory.ipynb #366d7961
 def kept_letters(
     shape: Shape,
     layout: Layout,
@@ -208,13 +242,14 @@ def kept_letters(
     n = work.tokens / layout.cp
     length = min(work.sequence or work.tokens, work.tokens) / layout.cp
     chunk = min({"plain": 64, "torch": 32}.get(work.kernels, 64), math.ceil(length))
+    filled = math.ceil(length / chunk) * chunk / length
     return letters_of(shape, layout) | {
         "w": work.formats.activation, "f": 4, "b": work.imbalance, "n": n, "l": length, "kv": max(1, shape.kv_heads),
-        "c": chunk, "u": math.ceil(length / chunk) * chunk / length,
+        "c": chunk, "u": filled, "v": filled if (n if work.kernels == "torch" else length) > chunk else 0,
         "fused": work.fused_loss, "te": work.kernels == "fused",
     }  # fmt: skip
 
-# %% ../../nbs/megatron/12_memory.ipynb #a0470451
+# %% ../../nbs/megatron/12_memory.ipynb #b67f8747
 MODULES = tuple(dict.fromkeys(module for t in TENSORS for module in t.module.split()))
 
 
@@ -236,7 +271,7 @@ def formula_of(
         return "w*H/sp" if t.name == "input" else "0"
     return "0" if set(t.module.split()) & set(work.recompute) else getattr(t, work.kernels)
 
-# %% ../../nbs/megatron/12_memory.ipynb #94ad33f9
+# %% ../../nbs/megatron/12_memory.ipynb #2dc9ae34
 def layers_of_stage(shape: Shape, layout: Layout, stage: int) -> Counter[str]:
     """How often each kind of TENSORS is kept on a stage."""
     counts = Counter(split_pattern(shape.pattern, layout.pp)[stage])
@@ -256,7 +291,7 @@ def in_flight(
     """Micro-batches whose activations a stage keeps at once."""
     return max(1, min(layout.pp - stage, work.micro_batches))
 
-# %% ../../nbs/megatron/12_memory.ipynb #ca9bda75
+# %% ../../nbs/megatron/12_memory.ipynb #1164f057
 @functools.lru_cache(maxsize=64)
 def _kept_of_layers(shape: Shape, layout: Layout, work: Work) -> tuple[tuple[Kept, str, float], ...]:
     """(row, formula in force, bytes of a micro-batch in one layer) of every row of TENSORS that is not zero."""
@@ -265,8 +300,16 @@ def _kept_of_layers(shape: Shape, layout: Layout, work: Work) -> tuple[tuple[Kep
     sized = ((t, formula, letters["n"] * evaluate(formula, letters)) for t, formula in found)
     return tuple(row for row in sized if row[2])
 
-# %% ../../nbs/megatron/12_memory.ipynb #ce4825e9
-KIND_NAMES = {"M": "Mamba-2", "*": "attention", "E": "experts", "-": "MLP", "first": "start", "last": "end", "mtp": "MTP"}
+# %% ../../nbs/megatron/12_memory.ipynb #4773d5e4
+KIND_NAMES = {
+    "M": "Mamba-2",
+    "*": "attention",
+    "E": "experts",
+    "-": "MLP",
+    "first": "start",
+    "last": "end",
+    "mtp": "MTP",
+}
 
 
 def activation_lines(
@@ -285,7 +328,7 @@ def activation_lines(
             lines.append(Line(f"{KIND_NAMES[t.kind]}: {t.name}", layers * times * size, words, t.source))
     return lines
 
-# %% ../../nbs/megatron/12_memory.ipynb #88ffb5d8
+# %% ../../nbs/megatron/12_memory.ipynb #8ee227b8
 def kept_of_micro_batch(
     shape: Shape,
     layout: Layout,
@@ -296,7 +339,7 @@ def kept_of_micro_batch(
     counts = layers_of_stage(shape, layout, stage)
     return sum(counts[t.kind] * size for t, _, size in _kept_of_layers(shape, layout, replace(work, micro_batches=1)))
 
-# %% ../../nbs/megatron/12_memory.ipynb #14580b3e
+# %% ../../nbs/megatron/12_memory.ipynb #8fd4266a
 def kept_by(
     kind: str,
     letters: Mapping[str, float],
@@ -305,7 +348,7 @@ def kept_by(
     """Bytes a token that a layer of a kind keeps."""
     return sum(evaluate(formula_of(t, work), letters) for t in TENSORS if t.kind == kind)
 
-# %% ../../nbs/megatron/12_memory.ipynb #4438f485
+# %% ../../nbs/megatron/12_memory.ipynb #c549ac3d
 OUTSIDE = 4e9  # bytes; an assumption: CUDA context, NCCL buffers of all groups, fragmentation
 
 
@@ -328,10 +371,18 @@ def moment_lines(
     found = [Line(f"one layer at work ({KIND_NAMES[k]})", letters["n"] * size, *said) for k, size in sizes.items()]
     if counts["last"] and not work.fused_loss:
         size = letters["n"] * evaluate("(w if te else w + f)*V/tp", letters)
-        found.append(Line("logits at work", size, "n*(w if te else w + f)*V/tp", "a copy of the logits; without a fused loss in float32", False))
+        found.append(
+            Line(
+                "logits at work",
+                size,
+                "n*(w if te else w + f)*V/tp",
+                "a copy of the logits; without a fused loss in float32",
+                False,
+            )
+        )
     return [max(found, key=lambda line: line.bytes)] if found else []
 
-# %% ../../nbs/megatron/12_memory.ipynb #85031ed9
+# %% ../../nbs/megatron/12_memory.ipynb #704f66b2
 @dataclass(frozen=True)
 class Memory:
     """The memory of a rank of the stage that needs most."""
@@ -353,10 +404,12 @@ class Memory:
         """Bytes of weights, gradients, optimizer, of what each kind of layer keeps, and the rest."""
         found: Counter[str] = Counter()
         for line in self.lines:
-            found[line.name.partition(" of routed")[0].partition(":")[0] if line.kept else "for a moment"] += line.bytes
+            found[line.name.partition(" of routed")[0].partition(":")[0] if line.kept else "for a moment"] += (
+                line.bytes
+            )
         return dict(found)
 
-# %% ../../nbs/megatron/12_memory.ipynb #c031c0b9
+# %% ../../nbs/megatron/12_memory.ipynb #f465ed19
 def memory_of_stage(
     shape: Shape,
     layout: Layout,
@@ -382,7 +435,7 @@ def memory_of(
     found = (memory_of_stage(shape, layout, work, stage, outside) for stage in range(layout.pp))
     return max(found, key=lambda memory: memory.total)
 
-# %% ../../nbs/megatron/12_memory.ipynb #acc0f060
+# %% ../../nbs/megatron/12_memory.ipynb #b519147d
 def memory_table(
     memory: Memory,
     least: float = 0.002,  # share below which lines are summed
@@ -393,13 +446,19 @@ def memory_table(
     rows = [(x.name, f"{x.bytes / 1e9:.2f} GB", f"{x.bytes / memory.total:.1%}", x.formula, x.source) for x in shown]
     rest = sum(line.bytes for line in lines[len(shown) :])
     if rest:
-        rows.append((f"{len(lines) - len(shown)} smaller terms", f"{rest / 1e9:.2f} GB", f"{rest / memory.total:.1%}", "", ""))
+        rows.append(
+            (f"{len(lines) - len(shown)} smaller terms", f"{rest / 1e9:.2f} GB", f"{rest / memory.total:.1%}", "", "")
+        )
     title = f"{memory.total / 1e9:.1f} GB on a rank of stage {memory.stage}"
     return table(rows, header=["term", "bytes", "share", "formula", "source"], title=title)
 
-# %% ../../nbs/megatron/12_memory.ipynb #c5201b40
+# %% ../../nbs/megatron/12_memory.ipynb #9f1b10db
 _ORDER = ("weights", "gradients", "optimizer", "LoRA pairs")
-_PAINT = {"weights": "#27496d", "gradients": "#4f7cac", "optimizer": "#9fc2e0", "LoRA pairs": "#6c9", "Mamba-2": "#d98324", "attention": "#b5651d", "experts": "#f2b263", "MLP": "#c9a227", "start": "#ddd", "end": "#8a5a8a", "MTP": "#c39bd3", "for a moment": "#cccccc"}  # fmt: skip
+_PAINT = {
+    "weights": "#27496d", "gradients": "#4f7cac", "optimizer": "#9fc2e0", "LoRA pairs": "#6c9",
+    "Mamba-2": "#d98324", "attention": "#b5651d", "experts": "#f2b263", "MLP": "#c9a227",
+    "start": "#ddd", "end": "#8a5a8a", "MTP": "#c39bd3", "for a moment": "#cccccc",
+}  # fmt: skip
 
 
 def memory_picture(

@@ -15,17 +15,13 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import CodeType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..core import UserError
-from ..train.settings import NANO, SUPER
 from ..viz import Picture, table
-
-if TYPE_CHECKING:
-    from transformers import NemotronHConfig
 
 # %% ../../nbs/megatron/11_parameters.ipynb #e6a9df59
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ class Shape:
     mtp_pattern: str = ""  # layers of the block of multi-token prediction
     mtp_depths: int = 0  # how often the block is run; its weights are shared
 
-# %% ../../nbs/megatron/11_parameters.ipynb #3675e0f7
+# %% ../../nbs/megatron/11_parameters.ipynb #30c5733d
 def shape_of(
     sizes: Mapping[str, Any],  # as config.json has them: NANO, SUPER, or those of a checkpoint
     vocab: int = 131_072,
@@ -80,7 +76,7 @@ def shape_of(
         mtp_depths=mtp_depths,
     )
 
-# %% ../../nbs/megatron/11_parameters.ipynb #6a6d41d8
+# %% ../../nbs/megatron/11_parameters.ipynb #19cb2c73
 @dataclass(frozen=True)
 class Layout:
     """How ranks share a model and its tokens."""
@@ -105,15 +101,17 @@ class Layout:
 
     def __str__(self) -> str:
         parts = [f"{name.upper()}{getattr(self, name)}" for name in ("tp", "pp", "cp", "ep", "etp")]
-        return " ".join([*parts[:-1], *(parts[-1:] if self.etp > 1 else []), f"DP{self.dp}", *(["SP"] if self.sp else [])])
+        return " ".join(
+            [*parts[:-1], *(parts[-1:] if self.etp > 1 else []), f"DP{self.dp}", *(["SP"] if self.sp else [])]
+        )
 
-# %% ../../nbs/megatron/11_parameters.ipynb #7b859733
+# %% ../../nbs/megatron/11_parameters.ipynb #d22c6782
 @functools.lru_cache(maxsize=256)
 def split_pattern(
     pattern: str,  # with or without |
     stages: int,
 ) -> tuple[str, ...]:
-    """The layers of each pipeline stage: at each |, or as evenly as possible. `UserError` for another number of cuts."""
+    """The layers of each pipeline stage: at each |, or as evenly as possible. `UserError` for other cuts."""
     if "|" in pattern:
         parts = tuple(pattern.split("|"))
         if len(parts) != stages:
@@ -123,18 +121,19 @@ def split_pattern(
     cuts = [len(pattern) * i // stages for i in range(stages + 1)]
     return tuple(pattern[a:b] for a, b in zip(cuts, cuts[1:], strict=False))
 
-# %% ../../nbs/megatron/11_parameters.ipynb #32645513
+# %% ../../nbs/megatron/11_parameters.ipynb #4fb7c82d
 LETTERS = {
     "H": "hidden size", "V": "vocabulary", "A": "width of all queries", "K": "width of all keys", "h": "query heads",
     "D": "inner width of Mamba-2", "N": "state", "G": "groups", "M": "heads of Mamba-2", "W": "taps of the filter",
     "L": "tokens in a chunk of the scan", "C": "filtered channels, D + 2 G N", "E": "experts", "k": "experts a token",
     "F": "width inside an expert", "X": "width in which experts work: the latent size, or H",
     "S": "width of the shared expert", "B": "width of a dense MLP", "depths": "depths of multi-token prediction",
-    "tp": "tensor-parallel ranks", "pp": "pipeline stages", "cp": "context-parallel ranks", "ep": "expert-parallel ranks",
+    "tp": "tensor-parallel ranks", "pp": "pipeline stages",
+    "cp": "context-parallel ranks", "ep": "expert-parallel ranks",
     "etp": "ranks that share an expert", "sp": "ranks that share the sequence: tp with sequence parallelism, else 1",
 }  # fmt: skip
 
-# %% ../../nbs/megatron/11_parameters.ipynb #1cb7227a
+# %% ../../nbs/megatron/11_parameters.ipynb #888a43d4
 def letters_of(
     shape: Shape,
     layout: Layout = Layout(),
@@ -150,7 +149,7 @@ def letters_of(
         "etp": layout.etp, "sp": layout.tp if layout.sp else 1,
     }  # fmt: skip
 
-# %% ../../nbs/megatron/11_parameters.ipynb #837bc68d
+# %% ../../nbs/megatron/11_parameters.ipynb #d324d0fa
 @functools.cache
 def _compiled(formula: str) -> CodeType:
     """A formula, ready to be evaluated."""
@@ -164,16 +163,16 @@ def evaluate(
     """The value of a formula. `NameError` for a letter that has none."""
     return eval(_compiled(formula), {"__builtins__": {}, "min": min, "max": max}, dict(letters))
 
-# %% ../../nbs/megatron/11_parameters.ipynb #e8d7ed4b
+# %% ../../nbs/megatron/11_parameters.ipynb #084bb023
 @dataclass(frozen=True)
 class Part:
     """A part of the model, and its parameters on a rank that has it."""
 
-    kind: str  # a letter of the pattern; "first", "last": the ends of the pipeline; "mtp": its block, without its layers
+    kind: str  # a letter of the pattern; "first", "last": the ends of the pipeline; "mtp": its block less its layers
     name: str
     formula: str
 
-# %% ../../nbs/megatron/11_parameters.ipynb #bdeea958
+# %% ../../nbs/megatron/11_parameters.ipynb #7ad8c671
 PARTS = (
     Part("M", "projection into gate, channels and steps", "H*(2*D + 2*G*N + M)/tp"),
     Part("M", "filter", "C*(W + 1)/tp"),
@@ -199,7 +198,7 @@ PARTS = (
 )
 ROUTED = "routed experts"
 
-# %% ../../nbs/megatron/11_parameters.ipynb #be4a1336
+# %% ../../nbs/megatron/11_parameters.ipynb #cf457798
 @functools.lru_cache(maxsize=64)
 def _sizes_of_parts(shape: Shape, layout: Layout) -> tuple[tuple[str, str, float], ...]:
     """(kind, name, parameters) of each part on a rank that has it once."""
@@ -222,7 +221,7 @@ def parameters_of_stage(
     found = {name: round(counts[kind] * size) for kind, name, size in _sizes_of_parts(shape, layout)}
     return {name: n for name, n in found.items() if n}
 
-# %% ../../nbs/megatron/11_parameters.ipynb #e05b25e6
+# %% ../../nbs/megatron/11_parameters.ipynb #169d20d4
 def split_experts(
     parts: Mapping[str, int],  # as parameters_of_stage gives them
 ) -> tuple[int, int]:
@@ -245,7 +244,7 @@ def active_in_a_token(
     active = routed * shape.experts_per_token // shape.experts if shape.experts else 0
     return rest + active - (2 - embeddings) * shape.vocab * shape.hidden
 
-# %% ../../nbs/megatron/11_parameters.ipynb #03c56ae5
+# %% ../../nbs/megatron/11_parameters.ipynb #71b9be65
 def parameters_table(
     shape: Shape,
     layouts: Iterable[Layout],
@@ -260,7 +259,7 @@ def parameters_table(
     header = ["layout", "first stage", "largest stage", "last stage", "of it routed experts"]
     return table(rows, header=header, title="Parameters on a rank")
 
-# %% ../../nbs/megatron/11_parameters.ipynb #a68dc52a
+# %% ../../nbs/megatron/11_parameters.ipynb #d84abf62
 def sizes_of(
     shape: Shape,
 ) -> dict[str, Any]:
@@ -285,7 +284,7 @@ def _released_config(shape: Shape) -> dict[str, Any]:
     further = {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": shape.mtp_pattern}
     return config | {"architectures": ["NemotronHForCausalLM"]} | (further if shape.mtp_depths else {})
 
-# %% ../../nbs/megatron/11_parameters.ipynb #7c7e73ed
+# %% ../../nbs/megatron/11_parameters.ipynb #7263b058
 def bridge_provider(
     shape: Shape,
     layout: Layout = Layout(),
@@ -300,9 +299,11 @@ def bridge_provider(
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(_released_config(shape)))
         provider = AutoBridge.from_hf_pretrained(folder).to_megatron_provider(load_weights=False)
-    standins = {} if torch.cuda.is_available() else {
-        name.removeprefix("model."): value for name, value in cpu_values().items() if name.startswith("model.")
-    }
+    standins = (
+        {}
+        if torch.cuda.is_available()
+        else {name.removeprefix("model."): value for name, value in cpu_values().items() if name.startswith("model.")}
+    )
     set_to = {
         **standins, "tensor_model_parallel_size": layout.tp, "pipeline_model_parallel_size": layout.pp,
         "context_parallel_size": layout.cp, "expert_model_parallel_size": layout.ep,
@@ -317,7 +318,7 @@ def bridge_provider(
     provider.finalize()
     return provider
 
-# %% ../../nbs/megatron/11_parameters.ipynb #c98e4760
+# %% ../../nbs/megatron/11_parameters.ipynb #0ec99661
 def _latent_standin() -> None:
     """Let Megatron's expert layers have latent projections without Transformer Engine."""
     import torch
@@ -336,7 +337,7 @@ def _latent_standin() -> None:
     if moe_layer.TELinear is None:
         moe_layer.HAVE_TE, moe_layer.TELinear = True, Duplicated
 
-# %% ../../nbs/megatron/11_parameters.ipynb #be8f7381
+# %% ../../nbs/megatron/11_parameters.ipynb #7024bb9d
 def build_rank(
     shape: Shape,
     layout: Layout,
@@ -369,7 +370,7 @@ def build_rank(
     with torch.device(device):
         return provider.provide()
 
-# %% ../../nbs/megatron/11_parameters.ipynb #e51cb9d8
+# %% ../../nbs/megatron/11_parameters.ipynb #d5a43aab
 def in_own_process(
     function: str,  # module:name, that takes one JSON value and gives one
     argument: Any,
@@ -403,7 +404,7 @@ def _count_in_process(asked: Mapping[str, Any]) -> list[dict[str, int]]:
             found.append(dict(counts))
     return found
 
-# %% ../../nbs/megatron/11_parameters.ipynb #fc6b6492
+# %% ../../nbs/megatron/11_parameters.ipynb #fdf99b46
 def exact_parameters(
     shape: Shape,
     layout: Layout,
@@ -417,6 +418,8 @@ def exact_parameters(
 
     if not installed_version("megatron-bridge"):
         why = "the exact count builds Megatron's own model; formulas need nothing and are the default"
-        raise UserError("megatron-bridge is not installed", where="--exact", why=why, fix="install it: .ci/setup dev does")
+        raise UserError(
+            "megatron-bridge is not installed", where="--exact", why=why, fix="install it: .ci/setup dev does"
+        )
     asked = {"shape": asdict(shape), "layout": asdict(layout), "ranks": list(ranks)}
     return in_own_process("nemotron_nb.megatron.parameters:_count_in_process", asked)

@@ -8,20 +8,22 @@ __all__ = ['RECOMPUTE', 'refusals', 'Judged', 'judge', 'layouts_of', 'Search', '
 
 # %% ../../nbs/megatron/15_plan.ipynb #54ad4cf7
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..core import UserError
-from .memory import FORMATS, OUTSIDE, Memory, Work, memory_of, memory_table
-from .parameters import Layout, Shape, parameters_table, split_pattern, total_parameters
+from .memory import OUTSIDE, Memory, Work, memory_of, memory_table
+from .parameters import Layout, Shape, parameters_table, total_parameters
 from .time import UTILISATION, Bill, Gpu, StepTime, bill_of, step_time
 from ..viz import Picture, joined, png, table
 
 # %% ../../nbs/megatron/15_plan.ipynb #2d72dca8
 def _indivisible(shape: Shape, layout: Layout) -> Iterator[str]:
     """Sizes of the model that a layout does not divide."""
-    for name, size in (("query heads", shape.heads), ("heads of Mamba-2", shape.mamba_heads), ("groups of Mamba-2", shape.groups if shape.mamba_heads else 0), ("tokens of the vocabulary", shape.vocab)):  # fmt: skip
+    groups = shape.groups if shape.mamba_heads else 0
+    sizes = {"query heads": shape.heads, "heads of Mamba-2": shape.mamba_heads, "groups of Mamba-2": groups}
+    for name, size in (sizes | {"tokens of the vocabulary": shape.vocab}).items():
         if size % layout.tp:
             yield f"TP {layout.tp} cannot share {size:,} {name}"
     if shape.kv_heads and shape.kv_heads % layout.tp and layout.tp % shape.kv_heads:
@@ -76,7 +78,9 @@ class Judged:
         """The term that is too much; empty if it fits."""
         if self.fits:
             return ""
-        static = sum(size for name, size in self.memory.groups().items() if name in ("weights", "gradients", "optimizer"))
+        static = sum(
+            size for name, size in self.memory.groups().items() if name in ("weights", "gradients", "optimizer")
+        )
         alone = "weights, gradients, optimizer alone: " if static > self.capacity else ""
         return f"{alone}{self.memory.largest.name} {self.memory.largest.bytes / 1e9:.0f} GB"
 
@@ -85,7 +89,7 @@ class Judged:
         """What is computed again, in a word."""
         return "+".join(self.work.recompute) or "-"
 
-
+# %% ../../nbs/megatron/15_plan.ipynb #52cbb894
 def judge(
     shape: Shape,
     layout: Layout,
@@ -100,7 +104,7 @@ def judge(
     memory, time = memory_of(shape, layout, work, outside), step_time(shape, layout, work, gpu, utilisation)
     return Judged(layout, work, memory, time, gpu.memory)
 
-# %% ../../nbs/megatron/15_plan.ipynb #ccd97628
+# %% ../../nbs/megatron/15_plan.ipynb #1eb7809d
 RECOMPUTE: tuple[tuple[str, ...], ...] = ((), ("layernorm", "moe_act", "moe", "core_attn"), ("full",))
 
 
@@ -121,7 +125,7 @@ def layouts_of(
                 for ep in _powers(min(shape.experts or 1, world // pp)):
                     yield Layout(world, tp, pp, cp, ep, sp=tp > 1)
 
-# %% ../../nbs/megatron/15_plan.ipynb #9894c0b3
+# %% ../../nbs/megatron/15_plan.ipynb #0e3a825f
 @dataclass(frozen=True)
 class Search:
     """All layouts that are allowed, the fastest first; those that do not fit behind those that do."""
@@ -151,13 +155,15 @@ def search(
     if not allowed:
         what = f"no layout of {world} GPUs can do {batch:,} rows of {work.tokens:,} tokens a step"
         why = refusals(shape, Layout(world), work.tokens, batch)[0]
-        raise UserError(what, why=why, fix="change the number of GPUs, or the rows of a step to a multiple of a power of two")
+        raise UserError(
+            what, why=why, fix="change the number of GPUs, or the rows of a step to a multiple of a power of two"
+        )
     ways = [replace(work, recompute=recompute) for recompute in RECOMPUTE]
     judged = [judge(shape, layout, way, gpu, batch, utilisation, outside) for layout in allowed for way in ways]
     judged.sort(key=lambda j: (not j.fits, j.time.expected, j.memory.total, str(j.layout), j.recompute))
     return Search(tuple(judged), len(asked) - len(allowed), gpu)
 
-# %% ../../nbs/megatron/15_plan.ipynb #371b5fb8
+# %% ../../nbs/megatron/15_plan.ipynb #dbb506ea
 def search_table(
     found: Search,
     most: int = 8,  # rows of those that fit
@@ -173,11 +179,20 @@ def search_table(
         )
         for j in (*fitting[:most], *rest[:beyond])
     ]  # fmt: skip
-    header = ["layout", "computed again", "micro-batches", "fullest rank", "bound", "step, expected", "bubble", found.gpu.name]
+    header = [
+        "layout",
+        "computed again",
+        "micro-batches",
+        "fullest rank",
+        "bound",
+        "step, expected",
+        "bubble",
+        found.gpu.name,
+    ]
     title = f"{len(fitting):,} of {len(found.judged):,} layouts fit; {found.refused:,} more are not allowed"
     return table(rows, header=header, title=title)
 
-# %% ../../nbs/megatron/15_plan.ipynb #ab000a8b
+# %% ../../nbs/megatron/15_plan.ipynb #7fed98fd
 def search_picture(
     found: Search,
 ) -> Picture:
@@ -189,18 +204,33 @@ def search_picture(
     colours = dict(zip(RECOMPUTE, ("#27496d", "#d98324", "#6a994e"), strict=True))
     names = {(): "nothing computed again", RECOMPUTE[1]: "modules", ("full",): "all layers"}
     dots = [(j.memory.total / 1e9, j.time.expected, j) for j in found.judged]
-    axes.scatter([x for x, _, j in dots if not j.fits], [y for _, y, j in dots if not j.fits], s=10, color="#cccccc", label="does not fit")
+    grey = [(x, y) for x, y, j in dots if not j.fits]
+    axes.scatter([x for x, _ in grey], [y for _, y in grey], s=10, color="#cccccc", label="does not fit")
     for recompute, colour in colours.items():
         mine = [(x, y) for x, y, j in dots if j.fits and j.work.recompute == recompute]
-        axes.scatter([x for x, _ in mine], [y for _, y in mine], s=16, color=colour, label=f"fits, {names[recompute]}")
+        axes.scatter(
+            [x for x, _ in mine], [y for _, y in mine], s=16, color=colour, label=f"fits, {names[recompute]}"
+        )
     axes.axvline(found.gpu.memory / 1e9, color="#b00020", linewidth=1)
-    axes.set(xscale="log", yscale="log", xlabel="GB on the fullest rank (red: the GPU)", ylabel="expected seconds of a step")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="GB on the fullest rank (red: the GPU)",
+        ylabel="expected seconds of a step",
+    )
     axes.legend(fontsize=8, frameon=False)
     best = found.best
-    words = f"best: {best.layout}, {best.recompute}, {best.memory.total / 1e9:.0f} GB, {best.time.expected:.1f} s" if best else "none fits"
-    return png(figure, f"{len(found.judged):,} layouts on {found.gpu.name}; {sum(j.fits for j in found.judged):,} fit; {words}")
+    words = (
+        f"best: {best.layout}, {best.recompute}, {best.memory.total / 1e9:.0f} GB, {best.time.expected:.1f} s"
+        if best
+        else "none fits"
+    )
+    return png(
+        figure,
+        f"{len(found.judged):,} layouts on {found.gpu.name}; {sum(j.fits for j in found.judged):,} fit; {words}",
+    )
 
-# %% ../../nbs/megatron/15_plan.ipynb #ffa411f7
+# %% ../../nbs/megatron/15_plan.ipynb #31889683
 @dataclass(frozen=True)
 class Plan:
     """A training on some GPUs, before it is run."""
@@ -221,13 +251,14 @@ class Plan:
         if j.fits:
             return ""
         best = self.found.best if self.found else None
-        instead = f"; {best.layout} would, with {best.recompute} computed again" if best else ""
+        again = f", with {best.recompute} computed again" if best and best.work.recompute else ""
+        instead = f"; {best.layout} would fit{again}" if best else ""
         return (
             f"{j.layout} does not fit {self.gpu.name}: the fullest of {j.layout.world} ranks needs "
             f"{j.memory.total / 1e9:.0f} GB ({j.breaks}){instead}"
         )
 
-# %% ../../nbs/megatron/15_plan.ipynb #7be83fc9
+# %% ../../nbs/megatron/15_plan.ipynb #a85eb56d
 def make_plan(
     shape: Shape,
     layout: Layout,
@@ -253,7 +284,7 @@ def make_plan(
             found = None
     return Plan(shape, judged, bill, gpu, refused, found)
 
-# %% ../../nbs/megatron/15_plan.ipynb #efc470b3
+# %% ../../nbs/megatron/15_plan.ipynb #847cff9b
 def bill_table(plan: Plan) -> Picture:
     """Time and cost of the training, at the fast and the slow end."""
     time, bill = plan.judged.time, plan.bill
@@ -262,25 +293,34 @@ def bill_table(plan: Plan) -> Picture:
         return f"{pair[0]:{form}} - {pair[1]:{form}}"
 
     rows = [
-        ("step", f"{time.fast:.2f} - {time.slow:.2f} s", f"bound {time.bound:.2f} s: everything at its peak, exchanges hidden"),
+        ("step", f"{time.fast:.2f} - {time.slow:.2f} s", f"bound {time.bound:.2f} s: all at its peak"),
         ("bubble of the pipeline", f"{time.bubble:.1%}", f"{plan.judged.work.micro_batches} micro-batches"),
-        ("tokens a day", span(tuple(n / 1e9 for n in bill.tokens_a_day), ",.2f") + " B", f"{bill.tokens / 1e9:,.2f} B in {bill.steps:,} steps"),
+        ("tokens a day, B", span(tuple(n / 1e9 for n in bill.tokens_a_day), ",.2f"),
+         f"{bill.tokens / 1e9:,.2f} B in {bill.steps:,} steps"),
         ("days", span(bill.days, ",.2f"), f"{plan.judged.layout.world} x {plan.gpu.name}"),
         ("GPU hours", span(bill.gpu_hours, ",.0f"), ""),
     ]  # fmt: skip
     if bill.cost:
         rows.append(("cost", span(bill.cost, ",.0f"), "at the given price"))
-    rows += [(f"at the peak: {name}", f"{seconds:.3f} s", "of a step, on the slowest rank") for name, seconds in time.parts.items()]
+    rows += [
+        (f"at the peak: {name}", f"{seconds:.3f} s", "of a step, on the slowest rank")
+        for name, seconds in time.parts.items()
+    ]
     return table(rows, header=["time", "", ""], title="Time: a calculation, not a measurement")
 
 
 def plan_picture(plan: Plan) -> Picture:
     """All of a plan."""
     stages = parameters_table(plan.shape, [plan.judged.layout])
-    parts = [stages, memory_table(plan.judged.memory), bill_table(plan), *([search_table(plan.found)] if plan.found else [])]
+    parts = [
+        stages,
+        memory_table(plan.judged.memory),
+        bill_table(plan),
+        *([search_table(plan.found)] if plan.found else []),
+    ]
     return joined(parts)
 
-# %% ../../nbs/megatron/15_plan.ipynb #0faab5a3
+# %% ../../nbs/megatron/15_plan.ipynb #53ca33ec
 def _row(j: Judged) -> dict[str, Any]:
     """A judged layout for a program."""
     return {

@@ -16,7 +16,6 @@ import numpy as np
 from ..core import UserError
 from .memory import Formats
 from .parameters import Layout, Shape, total_parameters
-from ..viz import Picture, table
 
 # %% ../../nbs/megatron/16_scale.ipynb #b259145f
 def order_by_hand(
@@ -42,7 +41,9 @@ def place_of_sample(
 ) -> int:
     """The sample at a position of a shuffled order of all samples. Takes the same memory for any number of them."""
     if not 0 <= position < samples:
-        raise UserError(f"position {position:,} of {samples:,} samples", fix="give 0 to the number of samples less one")
+        raise UserError(
+            f"position {position:,} of {samples:,} samples", fix="give 0 to the number of samples less one"
+        )
     bits = max(1, ((samples - 1).bit_length() + 1) // 2)
     while True:
         left, right = position >> bits, position & ((1 << bits) - 1)
@@ -117,7 +118,7 @@ def waiting_for_packs(
     steps: int = 200,
     seed: int = 0,
 ) -> float:
-    """The time of a step over that of an even one: mean of the largest sum of the ranks over the mean sum. Simulated."""
+    """The time of a step over that of an even one: the largest sum of a rank over the mean sum, on average."""
     draw, pool = np.random.default_rng(seed), np.asarray(costs, dtype=np.float64)
     sums = np.stack([draw.choice(pool, (ranks, micro_batches)).sum(1) for _ in range(steps)])
     return float(sums.max(1).mean() / sums.mean())

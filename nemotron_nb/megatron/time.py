@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from ..core import UserError, nearest
 from .memory import Work, kept_letters, kept_of_micro_batch, layers_of_stage
 from .parameters import Layout, Shape, evaluate, parameters_of_stage, split_experts
-from ..viz import Picture, table
 
 # %% ../../nbs/megatron/14_time.ipynb #446154a9
 @dataclass(frozen=True)
@@ -38,12 +37,12 @@ GPUS: Mapping[str, Gpu] = {
     for gpu in (
         Gpu("a100-40", 42e9, 312e12, 1.555e12, 300e9, 25e9, 8, _HGX.format("A100 (SXM, 40 GB)", 200, "DGX A100")),
         Gpu("a100-80", 85e9, 312e12, 2.039e12, 300e9, 25e9, 8, _HGX.format("A100 (SXM, 80 GB)", 200, "DGX A100")),
-        Gpu("l40s-48", 48e9, 362e12, 0.864e12, 32e9, 25e9, 8, "NVIDIA's data sheet of the L40S; no NVLink: PCIe 4.0 x16"),
+        Gpu("l40s-48", 48e9, 362e12, 0.864e12, 32e9, 25e9, 8, "data sheet of the L40S; no NVLink: PCIe 4.0 x16"),
         Gpu("h100-80", 85e9, 989e12, 3.35e12, 450e9, 50e9, 8, _HGX.format("H100 (SXM)", 400, "DGX H100")),
         Gpu("h20-96", 102e9, 148e12, 4.0e12, 450e9, 50e9, 8, "published values of the H20; network as of the H100"),
         Gpu("h200-141", 149e9, 989e12, 4.8e12, 450e9, 50e9, 8, _HGX.format("H200 (SXM)", 400, "DGX H200")),
-        Gpu("b200-192", 191e9, 2250e12, 7.7e12, 900e9, 50e9, 8, "NVIDIA's data sheet of HGX B200; memory as its driver shows it (178 GiB); network 400 Gb/s"),
-        Gpu("gb200-192", 186e9, 2500e12, 8e12, 900e9, 50e9, 72, "GB200 NVL72: 13.4 TB in 72 GPUs of one NVLink domain; network 400 Gb/s"),
+        Gpu("b200-192", 191e9, 2250e12, 7.7e12, 900e9, 50e9, 8, "data sheet of HGX B200; memory as shown: 178 GiB"),
+        Gpu("gb200-192", 186e9, 2500e12, 8e12, 900e9, 50e9, 72, "GB200 NVL72: 13.4 TB in 72 GPUs of one domain"),
     )
 }  # fmt: skip
 
@@ -57,7 +56,7 @@ def gpu_named(
         raise UserError(f"unknown GPU {name!r}", where="--gpu", why=why, fix=nearest(name, GPUS))
     return GPUS[name]
 
-# %% ../../nbs/megatron/14_time.ipynb #2933e67d
+# %% ../../nbs/megatron/14_time.ipynb #cef2cb05
 @dataclass(frozen=True)
 class Operator:
     """Arithmetic of a layer."""
@@ -83,7 +82,7 @@ OPERATORS = (
     Operator("mtp", "output", "2*V*H"),
 )
 
-# %% ../../nbs/megatron/14_time.ipynb #6bb6c3b0
+# %% ../../nbs/megatron/14_time.ipynb #9dd71863
 def operations(
     shape: Shape,
     length: int,  # tokens of a sequence
@@ -94,7 +93,7 @@ def operations(
     found = {f"{o.kind} {o.name}": counts[o.kind] * evaluate(o.formula, letters) for o in OPERATORS}
     return {name: n for name, n in found.items() if n}
 
-# %% ../../nbs/megatron/14_time.ipynb #c0d831e4
+# %% ../../nbs/megatron/14_time.ipynb #b82b09b9
 _AGAIN = {"full": "M*E-", "moe": "E"}  # layers that are computed again
 
 
@@ -120,7 +119,7 @@ def operations_of_stage(
         done += (4 if kind in again else 3) * forward
     return done, useful
 
-# %% ../../nbs/megatron/14_time.ipynb #99bc916c
+# %% ../../nbs/megatron/14_time.ipynb #5767244f
 def bytes_moved(
     shape: Shape,
     layout: Layout,
@@ -133,7 +132,7 @@ def bytes_moved(
     trained = 0 if work.adapter else held
     return 2 * f.weight * held + 2 * f.gradient * trained + 2 * kept
 
-# %% ../../nbs/megatron/14_time.ipynb #b2b6e68b
+# %% ../../nbs/megatron/14_time.ipynb #fa5d46f4
 @dataclass(frozen=True)
 class Exchange:
     """What a rank sends."""
@@ -148,24 +147,45 @@ class Exchange:
 
 EXCHANGES = (
     Exchange("tensor", "5*(tp - 1)/tp*n*w*H", "M*E-", "tp", "1", "all-gather and reduce-scatter around matrices"),
-    Exchange("expert", "4*n/sp*k*X*w*(1 - 1/ep)", "E", "etp*ep", "etp", "copies of tokens to experts and back, both passes"),
+    Exchange(
+        "expert", "4*n/sp*k*X*w*(1 - 1/ep)", "E", "etp*ep", "etp", "copies of tokens to experts and back, both passes"
+    ),
     Exchange("context", "3*n*w*2*K/tp*(cp - 1)", "*", "tp*cp", "tp", "keys and values around the ring"),
-    Exchange("context", "2*n*w*(3*D + 2*G*N + M)/tp*(cp - 1)/cp", "M", "tp*cp", "tp", "channels to the ranks of their heads and back"),
-    Exchange("pipeline", "2*n*w*H/sp if pp > 1 else 0", "stage", "world", "world/pp", "activations and their gradients"),
-    Exchange("data", "rest*(gradient + weight)*(1 - 1/(dp*cp))", "step", "world/pp", "tp", "gradients, and weights back"),
-    Exchange("data", "routed*(gradient + weight)*(1 - 1/edp)", "step", "world/pp", "etp*ep", "the same of routed experts"),
+    Exchange(
+        "context",
+        "2*n*w*(3*D + 2*G*N + M)/tp*(cp - 1)/cp",
+        "M",
+        "tp*cp",
+        "tp",
+        "channels to the ranks of their heads and back",
+    ),
+    Exchange(
+        "pipeline", "2*n*w*H/sp if pp > 1 else 0", "stage", "world", "world/pp", "activations and their gradients"
+    ),
+    Exchange(
+        "data", "rest*(gradient + weight)*(1 - 1/(dp*cp))", "step", "world/pp", "tp", "gradients, and weights back"
+    ),
+    Exchange(
+        "data", "routed*(gradient + weight)*(1 - 1/edp)", "step", "world/pp", "etp*ep", "the same of routed experts"
+    ),
 )
 
-# %% ../../nbs/megatron/14_time.ipynb #1c6b5e62
+# %% ../../nbs/megatron/14_time.ipynb #0f2f1b1a
 def exchange_letters(shape: Shape, layout: Layout, work: Work, stage: int) -> dict[str, float]:
     """The letters of EXCHANGES: those of memory, and the ranks and parameters of a stage."""
     rest, routed = split_experts(parameters_of_stage(shape, layout, stage))
     trained = 0 if work.adapter else 1
-    own = {"rest": rest * trained, "routed": routed * trained, "world": layout.world, "dp": layout.dp, "edp": layout.edp}
+    own = {
+        "rest": rest * trained,
+        "routed": routed * trained,
+        "world": layout.world,
+        "dp": layout.dp,
+        "edp": layout.edp,
+    }
     formats = {"gradient": work.formats.gradient, "weight": work.formats.weight}
     return kept_letters(shape, layout, work) | own | formats
 
-
+# %% ../../nbs/megatron/14_time.ipynb #692c515e
 def share_outside(
     group: str,
     domains: float,  # NVLink domains that a group spans
@@ -181,7 +201,7 @@ def share_outside(
         return (domains - 1) * (1 - (1 - 1 / domains) ** copies) / copies
     return 1.0
 
-
+# %% ../../nbs/megatron/14_time.ipynb #b413eb54
 def exchanged(
     shape: Shape,
     layout: Layout,
@@ -196,14 +216,18 @@ def exchanged(
         times = 1 if e.kinds == "step" else work.micro_batches
         if e.kinds not in ("step", "stage"):
             times *= sum(counts[kind] for kind in e.kinds)
-        size, span, stride = times * evaluate(e.formula, letters), evaluate(e.span, letters), evaluate(e.stride, letters)
+        size, span, stride = (
+            times * evaluate(e.formula, letters),
+            evaluate(e.span, letters),
+            evaluate(e.stride, letters),
+        )
         outside = share_outside(e.group, span / domain, domain / stride, shape.experts_per_token or 1)
         inner, outer = found.get(e.group, (0.0, 0.0))
         inside = size if stride < domain else 0.0
         found[e.group] = (inner + inside, outer + size * outside)
     return {group: sizes for group, sizes in found.items() if sum(sizes)}
 
-# %% ../../nbs/megatron/14_time.ipynb #226aa041
+# %% ../../nbs/megatron/14_time.ipynb #6a4bb3c1
 UTILISATION = (0.10, 0.38)  # of dense bf16 peak; published for expert models with Megatron-Bridge 25.11
 
 
@@ -223,14 +247,17 @@ class StepTime:
         """The middle of the range, by ratio."""
         return (self.fast * self.slow) ** 0.5
 
-# %% ../../nbs/megatron/14_time.ipynb #0105a091
+# %% ../../nbs/megatron/14_time.ipynb #1c503363
 def check_utilisation(
     utilisation: tuple[float, float],
 ) -> None:
     """`UserError` unless it is a range of shares."""
     low, high = utilisation
     if not 0 < low <= high <= 1:
-        what, fix = f"{low:g} to {high:g} is no range of shares", "give two numbers such as 0.1,0.38, the smaller first"
+        what, fix = (
+            f"{low:g} to {high:g} is no range of shares",
+            "give two numbers such as 0.1,0.38, the smaller first",
+        )
         raise UserError(what, where="--utilisation", fix=fix)
 
 
@@ -245,7 +272,7 @@ def _parts(shape: Shape, layout: Layout, work: Work, gpu: Gpu, stage: int) -> di
         found[group] = max(inner / gpu.nvlink, outer / gpu.network)  # both links at once
     return found
 
-# %% ../../nbs/megatron/14_time.ipynb #955fa2a3
+# %% ../../nbs/megatron/14_time.ipynb #61fb4b9d
 def step_time(
     shape: Shape,
     layout: Layout,
@@ -270,7 +297,7 @@ def step_time(
         useful=useful * work.micro_batches * layout.world / layout.pp,
     )
 
-# %% ../../nbs/megatron/14_time.ipynb #30f29e3c
+# %% ../../nbs/megatron/14_time.ipynb #328bc850
 @dataclass(frozen=True)
 class Bill:
     """What a training comes to, at the fast and the slow end."""

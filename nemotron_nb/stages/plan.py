@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GPU', 'SHAPES', 'RELEASED', 'OPTIMIZER_BYTES', 'RATES', 'Asked', 'Answer', 'read_utilisation', 'tiny_shape',
-           'shape_named', 'megatron_layout', 'megatron_formats', 'megatron_recompute', 'training_plan', 'plan_sft',
-           'plan_pretrain', 'plan_rl', 'plan_generation', 'prep_seconds', 'bytes_of_files', 'prep_plan', 'plan_chats',
-           'plan_documents', 'plan_tasks', 'gpu_of', 'plan_stage', 'warning_of']
+           'shape_named', 'megatron_layout', 'megatron_formats', 'megatron_recompute', 'torch_work', 'megatron_work',
+           'training_plan', 'plan_sft', 'plan_pretrain', 'plan_rl', 'plan_generation', 'prep_seconds', 'bytes_of_files',
+           'prep_plan', 'plan_chats', 'plan_documents', 'plan_tasks', 'gpu_of', 'plan_stage', 'warning_of']
 
 # %% ../../nbs/stages/07_plan.ipynb #66d6fd43
 import json
@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..core import UserError
 from ..megatron.memory import FORMATS, Formats, Work
-from ..megatron.parameters import Layout, Shape, exact_parameters, letters_of, parameters_of_stage, shape_of, total_parameters
+from nemotron_nb.megatron.parameters import (
+    Layout,
+    Shape,
+    exact_parameters,
+    letters_of,
+    parameters_of_stage,
+    shape_of,
+    total_parameters,
+)
 from ..megatron.plan import make_plan, plan_picture, plan_values
 from ..megatron.time import UTILISATION, Gpu, gpu_named
 from ..ops.stage import Stage, load_named
@@ -64,7 +72,7 @@ def read_utilisation(
         raise UserError(what, where="--utilisation", fix=fix) from None
     return low, high
 
-# %% ../../nbs/stages/07_plan.ipynb #cd772b99
+# %% ../../nbs/stages/07_plan.ipynb #058ce04d
 SHAPES = {"nano3": NANO, "super3": SUPER}
 RELEASED = {"Nemotron-3-Nano-30B-A3B": "nano3", "Nemotron-3-Super-120B-A12B": "super3"}
 
@@ -91,7 +99,7 @@ def _shape_of_folder(folder: Path, depths: int) -> Shape:
         config = release_config(config)
     return shape_of(config, config["vocab_size"], depths)
 
-# %% ../../nbs/stages/07_plan.ipynb #9e8a0425
+# %% ../../nbs/stages/07_plan.ipynb #bc0a5c6c
 def shape_named(
     name: str,  # of a model
     family: str,
@@ -104,8 +112,11 @@ def shape_named(
     note = "" if released else f"nothing is known of the model {name!r}: the sizes of {family} are taken"
     return shape_of(SHAPES[released or family], mtp_depths=depths), note
 
-# %% ../../nbs/stages/07_plan.ipynb #a8c5be31
-OPTIMIZER_BYTES = {"nemotron_3_nano": 12.0, "nemotron_3_super": 6.0}  # recipes of Megatron-Bridge 0.6.2, from their source
+# %% ../../nbs/stages/07_plan.ipynb #1d0028f8
+OPTIMIZER_BYTES = {
+    "nemotron_3_nano": 12.0,
+    "nemotron_3_super": 6.0,
+}  # recipes of Megatron-Bridge 0.6.2, from their source
 
 
 def megatron_layout(
@@ -122,7 +133,7 @@ def megatron_layout(
     sizes = [size(name) for name in ("tensor_model", "pipeline_model", "context", "expert_model", "expert_tensor")]
     return Layout(world, *sizes, sp=sp)
 
-
+# %% ../../nbs/stages/07_plan.ipynb #b418ff7f
 def megatron_formats(values: Mapping[str, Any], precision: str) -> Formats:
     """Bytes of a parameter, as the settings and the recipe of Megatron-Bridge have them."""
     if precision == "fp32":
@@ -131,7 +142,9 @@ def megatron_formats(values: Mapping[str, Any], precision: str) -> Formats:
     optimizer = next((size for name, size in OPTIMIZER_BYTES.items() if name in recipe), 12.0)
     if (asked := values.get("optimizer.use_precision_aware_optimizer")) is not None:
         optimizer = 6.0 if asked else 12.0
-    narrow = any(values.get(name) is False for name in ("ddp.grad_reduce_in_fp32", "mixed_precision.grad_reduce_in_fp32"))
+    narrow = any(
+        values.get(name) is False for name in ("ddp.grad_reduce_in_fp32", "mixed_precision.grad_reduce_in_fp32")
+    )
     return Formats(gradient=2 if narrow else 4, optimizer=optimizer)
 
 
@@ -142,48 +155,74 @@ def megatron_recompute(values: Mapping[str, Any], everything: bool) -> tuple[str
         return ("full",)
     return tuple(values.get("model.recompute_modules") or ("core_attn",)) if granularity == "selective" else ()
 
-# %% ../../nbs/stages/07_plan.ipynb #9782ccc4
+# %% ../../nbs/stages/07_plan.ipynb #64d364dd
+def torch_work(settings: Any, row: int) -> tuple[Layout, Work, int]:
+    """(layout, work of a rank, micro-batches of all ranks in a step) with the PyTorch engine."""
+    t = settings.train
+    rows = max(1, t.micro_batch_tokens // row)
+    recompute = ("full",) if t.recompute else ()
+    shared = {"distributed_optimizer": t.data_parallel == "fsdp2", "fused_loss": True, "sequence": row}
+    work = Work(rows * row, formats=FORMATS["fp32"], kernels="torch", recompute=recompute, **shared)
+    return Layout(settings.run.ranks), work, max(1, t.packs_in_step(row) // rows)
+
+
+def megatron_work(settings: Any, row: int) -> tuple[Layout, Work, int]:
+    """(layout, work of a rank, rows of a step) with Megatron-Bridge."""
+    t, values = settings.train, settings.megatron
+    shared = bool(values.get("ddp.use_distributed_optimizer", True))
+    recompute, formats = megatron_recompute(values, t.recompute), megatron_formats(values, t.precision)
+    work = Work(row, formats=formats, recompute=recompute, distributed_optimizer=shared)
+    return megatron_layout(values, settings.run.ranks), work, t.packs_in_step(row)
+
+# %% ../../nbs/stages/07_plan.ipynb #8784ebc7
 def training_plan(
     settings: Any,  # SftConfig or PretrainConfig
     row: int,  # tokens of a row
     asked: Asked,
 ) -> Answer:
     """The plan of a training over rows."""
-    t, m, values, notes = settings.train, settings.model, settings.megatron, []
+    t, m, notes = settings.train, settings.model, []
     if not row:
-        row, note = 4096, "data.pack_size is 0: rows of 4,096 tokens are assumed"
-        notes.append(note)
+        row = 4096
+        notes.append("data.pack_size is 0: rows of 4,096 tokens are assumed")
     shape, said = (tiny_shape(m), "") if m.name == TINY else shape_named(m.name, settings.family, m.mtp_num_layers)
     notes += [said] if said else []
-    if pattern := values.get("model.hybrid_layer_pattern"):
+    if pattern := settings.megatron.get("model.hybrid_layer_pattern"):
         shape = replace(shape, pattern=str(pattern).partition("/")[0])
-    peft, world = getattr(settings, "peft", None), settings.run.ranks
-    adapter = peft.dim if peft and peft.enabled else 0
     if t.engine == "torch":
-        layout, formats, kernels, recompute = Layout(world), FORMATS["fp32"], "torch", ("full",) if t.recompute else ()
-        shared = t.data_parallel == "fsdp2"
         notes.append("the PyTorch engine, on a GPU: weights in float32, every rank with the whole model")
-    else:
-        layout, formats, kernels = megatron_layout(values, world), megatron_formats(values, t.precision), "fused"
-        recompute, shared = megatron_recompute(values, t.recompute), values.get("ddp.use_distributed_optimizer", True)
-    steps = t.train_iters or 1
     if not t.train_iters:
         notes.append("the length is known with the data: the bill is that of one step")
-    work = Work(row, formats=formats, kernels=kernels, recompute=recompute, distributed_optimizer=shared, fused_loss=kernels == "torch", adapter=adapter)
-    return _planned(shape, layout, work, t.packs_in_step(row), steps, asked, tuple(notes))
+    layout, work, batch = (torch_work if t.engine == "torch" else megatron_work)(settings, row)
+    if getattr(settings, "peft", None) and settings.peft.enabled:
+        work = replace(work, adapter=settings.peft.dim)
+    return _planned(shape, layout, work, batch, t.train_iters or 1, asked, tuple(notes))
 
-# %% ../../nbs/stages/07_plan.ipynb #ecd66c5f
-def _planned(shape: Shape, layout: Layout, work: Work, batch: int, steps: int, asked: Asked, notes: tuple[str, ...]) -> Answer:
+# %% ../../nbs/stages/07_plan.ipynb #119c5ac9
+def _planned(
+    shape: Shape, layout: Layout, work: Work, batch: int, steps: int, asked: Asked, notes: tuple[str, ...]
+) -> Answer:
     """A plan as an answer."""
     others = asked.others and work.kernels == "fused"
-    plan = make_plan(shape, layout, work, asked.gpu, batch, steps, price=asked.price, utilisation=asked.utilisation, others=others)
+    plan = make_plan(
+        shape, layout, work, asked.gpu, batch, steps, price=asked.price, utilisation=asked.utilisation, others=others
+    )
     values, picture = plan_values(plan), plan_picture(plan)
     if asked.exact:
         ranks = [stage * layout.world // layout.pp for stage in range(layout.pp)]
         counted = [sum(found.values()) for found in exact_parameters(shape, layout, ranks)]
         values["exact_parameters"] = counted
-        rows = [(stage, n, sum(parameters_of_stage(shape, layout, stage).values())) for stage, n in enumerate(counted)]
-        picture = joined([table(rows, header=["stage", "Megatron's own model", "formulas"], title="Parameters of a rank, counted"), picture])
+        rows = [
+            (stage, n, sum(parameters_of_stage(shape, layout, stage).values())) for stage, n in enumerate(counted)
+        ]
+        picture = joined(
+            [
+                table(
+                    rows, header=["stage", "Megatron's own model", "formulas"], title="Parameters of a rank, counted"
+                ),
+                picture,
+            ]
+        )
     return Answer(picture, values | {"notes": list(notes)}, notes, plan.warning)
 
 
@@ -196,19 +235,21 @@ def plan_pretrain(settings: Any, asked: Asked) -> Answer:
     """The plan of a pretraining."""
     return training_plan(settings, settings.dataset.sequence_length, asked)
 
-# %% ../../nbs/stages/07_plan.ipynb #e277d7aa
+# %% ../../nbs/stages/07_plan.ipynb #cec7156e
 def plan_rl(settings: Any, asked: Asked) -> Answer:
     """The plan of the training part of reinforcement learning."""
     grpo, values = settings.grpo, settings.nemo_rl
     answers = grpo.num_prompts_per_step * grpo.num_generations_per_prompt
     steps = grpo.max_num_steps if grpo.max_num_steps < 100_000 else 1
-    notes = [f"training on {answers:,} answers of {grpo.max_new_tokens:,} tokens each, the longest allowed; generation is not in it"]
+    notes = [f"training on {answers:,} answers of {grpo.max_new_tokens:,} tokens, the longest allowed; no generation"]
     if steps == 1:
         notes.append(f"{grpo.max_num_steps:,} steps mean until somebody stops it: the bill is that of one step")
     if settings.engine == "torch" and not (Path(settings.model) / "config.json").is_file():
         shape, said = tiny_shape(ModelConfig()), "the careless model of the lab"
     else:
-        shape, said = shape_named(settings.model or f"the checkpoint of stage 1 of {settings.family}", settings.family)
+        shape, said = shape_named(
+            settings.model or f"the checkpoint of stage 1 of {settings.family}", settings.family
+        )
     notes += [said] if said else []
     prefix = "policy.megatron_cfg."
     layout = megatron_layout(values, settings.run.ranks, prefix)
@@ -216,10 +257,19 @@ def plan_rl(settings: Any, asked: Asked) -> Answer:
     if kernels == "fused":
         layout = replace(layout, sp=layout.tp > 1)  # NeMo RL's policies of these models train with it
         notes.append("activations are computed again, as NeMo RL's configurations of these models have it")
-    work = Work(grpo.max_new_tokens, kernels=kernels, fused_loss=kernels == "torch", recompute=("full",) if kernels == "fused" else (), formats=FORMATS["fp32" if kernels == "torch" else "bf16"])
+        notes.append(
+            "all of run.nodes are taken to train; where some generate or judge, give run.nodes of the others"
+        )
+    work = Work(
+        grpo.max_new_tokens,
+        kernels=kernels,
+        fused_loss=kernels == "torch",
+        recompute=("full",) if kernels == "fused" else (),
+        formats=FORMATS["fp32" if kernels == "torch" else "bf16"],
+    )
     return _planned(shape, layout, work, answers, steps, asked, tuple(notes))
 
-# %% ../../nbs/stages/07_plan.ipynb #2774b246
+# %% ../../nbs/stages/07_plan.ipynb #f9075257
 def plan_generation(settings: Any, asked: Asked, bytes_each: float = 4.0) -> Answer:
     """The memory of a stage that generates: weights in float32, as it loads them, and what each answer needs."""
     name = str(getattr(settings, "model", "") or "")
@@ -235,16 +285,22 @@ def plan_generation(settings: Any, asked: Asked, bytes_each: float = 4.0) -> Ans
         ("state of an answer", f"{state / 1e6:.1f} MB", f"scan and filter of {kinds['M']} Mamba-2 layers, in float32"),
         (f"answers of {length:,} tokens at once", room, asked.gpu.name),
     ]  # fmt: skip
-    warning = f"the weights alone do not fit {asked.gpu.name}: {weights / 1e9:.0f} GB" if weights > asked.gpu.memory else ""
+    warning = (
+        f"the weights alone do not fit {asked.gpu.name}: {weights / 1e9:.0f} GB" if weights > asked.gpu.memory else ""
+    )
     numbers = {"weights": weights, "cache_of_a_token": cache, "state_of_an_answer": state, "answers_at_once": room}
     notes = tuple(filter(None, [note]))
-    return Answer(table(rows, header=["generation", "", ""], title="Memory of one GPU"), {"gpu": asked.gpu.name, **numbers, "warning": warning}, notes, warning)
+    return Answer(
+        table(rows, header=["generation", "", ""], title="Memory of one GPU"),
+        {"gpu": asked.gpu.name, **numbers, "warning": warning},
+        notes,
+        warning,
+    )
 
-# %% ../../nbs/stages/07_plan.ipynb #4920b523
-RATES = {  # bytes of input a second and core, measured: benchmarks/plan.py on two cores of a cloud machine
-    "data_prep": 1.6e6,
-    "data_prep_pretrain": 3.0e6,
-    "data_prep_rl": 8.0e6,
+# %% ../../nbs/stages/07_plan.ipynb #1cd735ad
+RATES = {  # (bytes of input a core second, seconds that no core shortens), measured: benchmarks/plan.py
+    "data_prep": (9.3e6, 1.4),
+    "data_prep_pretrain": (2.7e6, 0.5),
 }
 
 
@@ -252,7 +308,7 @@ def prep_seconds(
     size: int,  # bytes of input
     cores: int,
     rate: float,  # bytes a second and core
-    fixed: float = 2.0,  # seconds that no core shortens: start, plan, manifest
+    fixed: float = 0.0,  # seconds that no core shortens: start, plan, manifest
 ) -> float:
     """Seconds of a data preparation whose shards are shared evenly."""
     return fixed + size / (rate * max(1, cores))
@@ -264,20 +320,23 @@ def bytes_of_files(path: str) -> int:
     files = [place] if place.is_file() else sorted(place.rglob("*")) if path and place.is_dir() else []
     return sum(file.stat().st_size for file in files if file.is_file())
 
-# %% ../../nbs/stages/07_plan.ipynb #06c0038e
+# %% ../../nbs/stages/07_plan.ipynb #37eb6cbe
 def prep_plan(stage: str, settings: Any, asked: Asked) -> Answer:
     """Hours of a data preparation, for the cores of one to many machines."""
-    data = settings.data
-    size, note = bytes_of_files(str(getattr(data, "path", "") or "")), ""
+    size, notes = bytes_of_files(str(getattr(settings.data, "path", "") or "")), []
     if not size:
-        size, note = 10**12, "no file is here to be measured: the table is for 1 TB of input; hours grow with the bytes"
-    rate = RATES[stage]
-    cores = [1, 8, 64, 512]
-    seconds = {n: prep_seconds(size, n, rate) for n in cores}
-    rows = [(n, f"{s / 3600:,.2f} h" if s >= 360 else f"{s:,.1f} s", f"{n * s / 3600:,.1f}") for n, s in seconds.items()]
+        size = 10**12
+        notes.append("no file is here to be measured: the table is for 1 TB of input; hours grow with the bytes")
+    if stage not in RATES:
+        notes.append("no rate of this stage was measured: that of documents, the slowest, is taken")
+    rate, fixed = RATES.get(stage, RATES["data_prep_pretrain"])
+    seconds = {n: prep_seconds(size, n, rate, fixed) for n in (1, 8, 64, 512)}
+    rows = [
+        (n, f"{s / 3600:,.2f} h" if s >= 360 else f"{s:,.1f} s", f"{n * s / 3600:,.1f}") for n, s in seconds.items()
+    ]
     title = f"{size / 1e6:,.1f} MB at {rate / 1e6:g} MB a second and core, measured on another machine"
     picture = table(rows, header=["cores", "time", "core hours"], title=title)
-    return Answer(picture, {"bytes": size, "rate": rate, "seconds": seconds}, tuple(filter(None, [note])))
+    return Answer(picture, {"bytes": size, "rate": rate, "seconds": seconds}, tuple(notes))
 
 
 def plan_chats(settings: Any, asked: Asked) -> Answer:
@@ -294,7 +353,7 @@ def plan_tasks(settings: Any, asked: Asked) -> Answer:
     """The plan of the preparation of tasks."""
     return prep_plan("data_prep_rl", settings, asked)
 
-# %% ../../nbs/stages/07_plan.ipynb #88b56076
+# %% ../../nbs/stages/07_plan.ipynb #88c390c8
 def gpu_of(
     profile: "Profile | None",
     named: str = "",  # --gpu
@@ -319,7 +378,7 @@ def plan_stage(
     function: Callable[[Any, Asked], Answer] = load_named(stage.plan, f"plan of the stage {stage.name}")
     return function(settings, asked)
 
-# %% ../../nbs/stages/07_plan.ipynb #89c8ccbf
+# %% ../../nbs/stages/07_plan.ipynb #0d63e4e2
 def warning_of(
     stage: Stage,
     settings: Any,
