@@ -34,11 +34,25 @@ def test_stored_pictures_have_words(path):
 
 # A notebook whose cells are a lesson -> the lines of an export cell in the median. A new one is added, none is taken out.
 LESSONS = {
-    "data/01_files": 11, "data/02_levels": 13, "data/03_records": 10, "data/08_mask": 12, "data/09_sandbox": 12,
-    "data/10_jinja_template": 12, "data/11_nvidia_prep": 14, "data/14_judge": 14, "data/15_blend": 16,
-    "data/16_sources": 13, "data/17_pack": 13, "data/18_pack_fast": 16, "data/19_shards": 12,
-    "data/20_tokenized": 14, "data/21_manifest": 15, "data/22_prep": 12, "data/23_inspect": 17,
-    "ops/04_artifacts": 12, "ops/05_tracking": 15, "train/09_checkpoint": 12,
+    "00_core": 12, "01_viz": 11, "02_endpoint": 12,
+    "data/01_files": 11, "data/02_levels": 13, "data/03_records": 10, "data/04_sample": 14,
+    "data/05_tokenizer": 13, "data/06_encoder": 9, "data/07_template": 13, "data/08_mask": 12,
+    "data/09_sandbox": 12, "data/10_jinja_template": 12, "data/11_nvidia_prep": 14, "data/12_reasoning": 12,
+    "data/13_filters": 12, "data/14_judge": 14, "data/15_blend": 16, "data/16_sources": 13, "data/17_pack": 13,
+    "data/18_pack_fast": 16, "data/19_shards": 12, "data/20_tokenized": 14, "data/21_manifest": 15,
+    "data/22_prep": 12, "data/23_inspect": 17,
+    "loss/01_schedule": 11, "loss/02_two_stage": 14, "loss/03_fused": 12, "loss/04_kernel": 13, "loss/05_mtp": 14,
+    "generate/01_verify": 9, "generate/02_turns": 11, "generate/03_sampling": 19, "generate/04_synthesise": 11,
+    "train/01_settings": 13, "train/02_tensor_files": 10, "train/03_scan": 11, "train/04_model": 18,
+    "train/05_batches": 16, "train/06_leaks": 19, "train/07_release": 9, "train/08_metrics": 15,
+    "train/09_checkpoint": 12, "train/10_lora": 10, "train/11_router_balance": 12, "train/12_objective": 14,
+    "train/13_parallel": 12, "train/14_anomalies": 13, "train/15_ending": 17, "train/16_preflight": 11,
+    "train/17_evaluate": 13, "train/18_lr": 19, "train/22_command": 19,
+    "megatron/01_versions": 10, "megatron/02_names": 10, "megatron/03_data": 17, "megatron/04_step": 18,
+    "megatron/05_recorder": 19, "megatron/06_lifecycle": 11, "megatron/07_kernels": 22,
+    "stages/01_sft": 13, "stages/02_evaluate": 13, "stages/03_budget": 12,
+    "ops/01_profiles": 18, "ops/02_spellings": 20, "ops/03_run_folder": 12, "ops/04_artifacts": 12,
+    "ops/05_tracking": 15, "ops/06_config": 11, "ops/07_report": 12, "ops/08_stage": 11, "ops/09_slurm": 11,
 }  # fmt: skip
 LONGEST_CELL, LONGEST_LINE = 40, 120
 
