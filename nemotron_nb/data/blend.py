@@ -292,7 +292,7 @@ def files_of_split(
         )
     return chosen
 
-# %% ../../nbs/data/15_blend.ipynb #c19cea90
+# %% ../../nbs/data/15_blend.ipynb #a7c91f3e
 _ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # what `datasets` writes beside data
 
 
@@ -304,7 +304,7 @@ def _without_notes(names: Iterable[str]) -> list[str]:
     kept = (p for p in paths if p.name not in (about if p.parent in saved else _ABOUT_DATA))
     return [str(p) for p in kept if not p.name.startswith(".")]
 
-
+# %% ../../nbs/data/15_blend.ipynb #c19cea90
 def _saved_files(folder: Path) -> set[str] | None:
     """The data files of a folder that `save_to_disk` wrote, by its state.json; None for any other folder."""
     try:

@@ -42,6 +42,7 @@ from nemotron_nb.rl.grpo import (
     make_policy,
     step_record,
 )
+from .gym_client import gym_servers, judged_elsewhere
 from .judgement import write_ledger
 from .judges import GenrmSettings, Write, circle_judge
 from .preferences import DpoSettings, Pair, dpo_step, own_pairs, read_pair_rows, read_pairs
@@ -112,6 +113,7 @@ class RlTraining:
     curriculum: TaskOrder = field(default_factory=TaskOrder)
     genrm: GenrmSettings = field(default_factory=GenrmSettings)
     environments: list[str] = field(default_factory=list)  # that are off unless they are named here
+    gym: list[str] = field(default_factory=list)  # ENVIRONMENT=URL of servers of NeMo Gym that judge in our place
     validation: ValidationSection = ValidationSection()
     checkpoint: KeepSection = KeepSection()
 
@@ -120,6 +122,7 @@ class RlTraining:
             raise UserError(f"unknown method {self.method!r}", where="method", fix=nearest(self.method, METHODS))
         for name in self.environments:
             environment(name, self.environments)
+        gym_servers(self.gym)  # refuses what is none
 
     @property
     def steps(self) -> int:
@@ -135,6 +138,8 @@ class RlTraining:
         values["grpo"].pop("rows")  # draws do not depend on how many lie side by side
         if self.genrm == GenrmSettings():
             values.pop("genrm")  # older checkpoints do not know it
+        if not self.gym:
+            values.pop("gym")
         if self.grpo.effort == EffortSettings():
             values["grpo"].pop("effort")
         profile = values["curriculum"].pop("profile")
@@ -263,6 +268,7 @@ def set_up(
     store = Checkpoints(Path(config.output_dir) / "checkpoints", config.checkpoint.keep_top_k, made_for)
     policy = make_policy(model, tokenizer, config.grpo, reference, ranks)
     verifying, measured = partial(judge, switched_on=config.environments), held_out[: config.validation.tasks or None]
+    verifying = judged_elsewhere(gym_servers(config.gym), verifying) if config.gym else verifying
     compared = circle_judge(config.genrm, config.environments, judge_writer(config.genrm)) if config.genrm.on else None
     return Work(config, policy, ordered(tasks, config), measured, start, compared or verifying, verifying, store)
 
