@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['CHAPTERS', 'FRONT', 'STEP', 'CONF', 'Page', 'page_of', 'pages_of', 'step_line', 'reading_steps', 'with_step',
-           'write_steps', 'page_cells', 'local_links', 'mathml', 'setup', 'reference_page', 'modules_of',
-           'recipes_page', 'write_sources', 'build_site']
+           'write_steps', 'page_cells', 'local_links', 'mathml', 'moved_contents', 'setup', 'reference_page',
+           'modules_of', 'recipes_page', 'write_sources', 'build_site']
 
 # %% ../../nbs/ops/11_docs.ipynb #bba997b9
 import ast
 import importlib.util
 import json
 import os
+import posixpath
 import re
 import shutil
 import subprocess
@@ -185,11 +186,59 @@ def mathml(
     # it knows no distances between lines
     return convert(re.sub(r"\\\\\[\d+pt\]", r"\\\\", latex), display="block" if display else "inline")
 
+# %% ../../nbs/ops/11_docs.ipynb #0c798abe
+_HREF = re.compile(r'href="([^"#:]+)"')
+_HERE = re.compile(r'<li class="(toctree-l\d)"><a class="reference internal" href="#">')
+
+
+def moved_contents(
+    contents: str,  # HTML, as Sphinx draws it for a page
+    page: str,  # that page: its path without .html
+    to: str,  # another page
+) -> str:
+    """The contents as another page has them: links relative to it, itself marked. For lists of one level."""
+    plain = contents.replace('<ul class="current">', "<ul>").replace(' current"', '"').replace('"current ', '"')
+    plain = plain.replace('href="#"', f'href="{posixpath.basename(page)}.html"')
+
+    def link(found: re.Match) -> str:
+        """A link from the other page; to itself it is `#`."""
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(page), found[1]))
+        relative = posixpath.relpath(target, posixpath.dirname(to) or ".")
+        return 'href="#"' if target == f"{to}.html" else f'href="{relative}"'
+
+    begin, here, rest = _split(_HREF.sub(link, plain))
+    marked = _HERE.sub(r'<li class="\1 current"><a class="current reference internal" href="#">', here)
+    return '<ul class="current">'.join(begin.rsplit("<ul>", 1)) + marked + rest if here else begin
+
+# %% ../../nbs/ops/11_docs.ipynb #f4f8455b
+def _split(contents: str) -> tuple[str, str, str]:
+    """What stands before the entry of the page itself, the entry, and the rest; all, and twice nothing, without one."""
+    found = _HERE.search(contents)
+    return (contents[: found.start()], found[0], contents[found.end() :]) if found else (contents, "", "")
+
+
+def _draw_contents_once(app: Any, page: str, template: str, context: dict[str, Any], tree: Any) -> None:
+    """Called by Sphinx before a page is written: what draws the contents looks for what an earlier page has drawn."""
+    draw = context.get("toctree")
+    if draw is None or not app.config.contents_once:
+        return
+    drawn = app.builder.__dict__.setdefault("drawn_contents", {})
+
+    def contents(**options: Any) -> str:
+        """The contents of this page."""
+        first, html = drawn.setdefault(tuple(sorted(options.items())), (page, None))
+        if html is None:
+            html = draw(**options)
+            drawn[tuple(sorted(options.items()))] = first, html
+        return html if first == page else moved_contents(html, first, page)
+
+    context["toctree"] = contents
+
 # %% ../../nbs/ops/11_docs.ipynb #08317d60
 def setup(
     app: Any,  # Sphinx
 ) -> dict[str, bool]:
-    """Called by Sphinx: formulas are drawn by `mathml`."""
+    """Called by Sphinx: formulas are drawn by `mathml`, the contents beside every page are drawn once."""
 
     def inline(writer: Any, node: Any) -> None:
         """A formula in a line."""
@@ -206,6 +255,8 @@ def setup(
         raise SkipNode
 
     app.add_html_math_renderer("mathml", (inline, None), (block, None))
+    app.add_config_value("contents_once", True, "html", bool)
+    app.connect("html-page-context", _draw_contents_once, priority=100)  # the theme asks for the contents after that
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 # %% ../../nbs/ops/11_docs.ipynb #5c5d092b

@@ -3,6 +3,8 @@
 import importlib
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
@@ -117,3 +119,22 @@ def test_every_notebook_leads_to_the_next():
     for name, line in wanted.items():
         cells = json.loads((NBS / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
         assert "".join(cells[-1]["source"]) == line, f"{name}: run nemotron_nb.ops.docs.write_steps"
+
+
+def test_contents_that_are_drawn_once_are_those_that_sphinx_draws_for_each_page(tmp_path):
+    pytest.importorskip("myst_nb", reason="Sphinx and MyST-NB come with the extra docs")
+    source = tmp_path / "source"
+    (source / "data").mkdir(parents=True)
+    (source / "conf.py").write_text(docs.CONF)
+    lists = "\n\n".join(f"```{{toctree}}\n:hidden:\n:caption: {title}\n\n{names}\n```" for title, names in (("Start", "tour\nmap"), ("Data", "data/mask\ndata/pack")))
+    (source / "index.md").write_text(f"# Front\n\n## Where\n\n{lists}\n")
+    for name in ("tour", "map", "data/mask", "data/pack"):
+        (source / f"{name}.md").write_text(f"# The <{name}>\n\n## One\n\n## Two\n\n[front]({'../' if '/' in name else ''}index.md)\n")
+    for once in "10":
+        command = [sys.executable, "-m", "sphinx", "-q", "-W", "-b", "html", "-d", str(tmp_path / f"trees{once}"), "-D", f"contents_once={once}", str(source), str(tmp_path / once)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    pages = sorted(p.relative_to(tmp_path / "1") for p in (tmp_path / "1").rglob("*.html"))
+    assert len(pages) >= 6
+    for page in pages:
+        assert (tmp_path / "1" / page).read_text() == (tmp_path / "0" / page).read_text(), page
