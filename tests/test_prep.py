@@ -181,7 +181,7 @@ def test_nothing_left_to_train_on(tmp_path):
 
 def test_rows_that_are_all_refused_are_named_although_losing_them_was_allowed(tmp_path):
     source = write(tmp_path / "chats.jsonl", {"messages": [{"role": "user", "content": "x"}]}, {"chat": 1})
-    with pytest.raises(UserError, match=r"(?s)no sequence is left.*chats.jsonl:1: .*chats.jsonl:2: .*left out: \{.*repair those rows"):
+    with pytest.raises(UserError, match=r"(?s)no sequence is left.*chats.jsonl:1: .*chats.jsonl:2: .*left out: \{'.*repair those rows"):
         prepare(PrepConfig(path=source, output_dir=str(tmp_path / "out"), max_bad_fraction=1.0))
 
 
