@@ -14,12 +14,11 @@ from nemotron_nb.rl.gym_client import GymClient, GymServer, PracticeServer, gym_
 from nemotron_nb.rl.judgement import read_reply, said
 from nemotron_nb.rl.prepare import TaskFiles, prepare_tasks
 from nemotron_nb.rl.profile import PassRate, measure_rates, read_rates, with_rates
-from nemotron_nb.rl.sample_tasks import sample_tasks
 from nemotron_nb.rl.tasks import parse_task, read_tasks
 from nemotron_nb.rl.training import RlTraining, TaskOrder, ordered, read_training, train
 from nemotron_nb.stages.rl import rl_config, with_blend
 from nemotron_nb.stages.rl_data import rl_data_config
-from nemotron_nb.stages.rl_tools import judge_again, profile_tasks, show_rollout
+from nemotron_nb.stages.rl_tools import judge_again, show_rollout
 from nemotron_nb.train.checkpoint import export_hf
 
 TASK = parse_task(sums(1)[0])[0]

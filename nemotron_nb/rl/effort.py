@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 from ..core import UserError
 from ..data.reasoning import ReasoningPolicy, draw_budget
-from ..data.template import IM_END
 from ..data.tokenizer import ChatTokenizer
 from ..generate.sampling import ThoughtBudget
 from .judgement import Judgement

@@ -7,14 +7,13 @@ __all__ = ['ASK', 'AGENT', 'CHAT_AGENT', 'USES', 'preferred_side', 'judge_messag
            'verify_chat', 'preference_rows']
 
 # %% ../../nbs/rl/10_judge_tasks.ipynb #f440e335
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from ..core import digest
 from .genrm import MIDDLE, read_verdict
 from .judgement import FAILED, Judgement, Reply, failed, said
-from .tasks import BadTask, Task, parse_task
+from .tasks import BadTask, Task
 
 # %% ../../nbs/rl/10_judge_tasks.ipynb #bfa4cd5f
 def preferred_side(

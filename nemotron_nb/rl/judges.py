@@ -8,7 +8,6 @@ __all__ = ['Compare', 'Write', 'T', 'JUDGES', 'Duel', 'rule_score', 'rule_judge'
 
 # %% ../../nbs/rl/14_judges.ipynb #87249dbf
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass

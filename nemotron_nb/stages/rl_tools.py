@@ -8,7 +8,7 @@ __all__ = ['RolloutFile', 'read_rollout_file', 'show_rollout', 'Rejudged', 'judg
 # %% ../../nbs/stages/07_rl_tools.ipynb #82cced89
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
