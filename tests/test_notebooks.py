@@ -47,14 +47,14 @@ LESSONS = {
     "train/05_batches": 16, "train/06_leaks": 19, "train/07_release": 9, "train/08_metrics": 15,
     "train/09_checkpoint": 12, "train/10_lora": 10, "train/11_router_balance": 12, "train/12_objective": 14,
     "train/13_parallel": 12, "train/14_anomalies": 13, "train/15_ending": 17, "train/16_preflight": 11,
-    "train/17_evaluate": 13, "train/18_lr": 19, "train/24_command": 19,
+    "train/17_evaluate": 13, "train/18_lr": 19, "train/24_command": 20,
     "megatron/01_versions": 10, "megatron/02_names": 10, "megatron/03_data": 17, "megatron/04_step": 18,
     "megatron/05_recorder": 19, "megatron/06_lifecycle": 11, "megatron/07_kernels": 22,
     "stages/01_sft": 13, "stages/02_evaluate": 13, "stages/03_budget": 12,
     "ops/01_profiles": 18, "ops/02_spellings": 20, "ops/03_run_folder": 12, "ops/04_artifacts": 12,
     "ops/05_tracking": 15, "ops/06_config": 11, "ops/07_report": 12, "ops/08_stage": 11, "ops/09_slurm": 11,
     "megatron/11_parameters": 23, "megatron/12_memory": 19, "megatron/13_measure": 20, "megatron/14_time": 23,
-    "megatron/15_plan": 24, "megatron/16_scale": 16, "megatron/17_failures": 20, "stages/07_plan": 22,
+    "megatron/15_plan": 25, "megatron/16_scale": 16, "megatron/17_failures": 20, "stages/07_plan": 23,
 }  # fmt: skip
 LONGEST_CELL, LONGEST_LINE = 40, 120
 

@@ -111,13 +111,13 @@ def _looked_at(config: TrainConfig, model: Any, tokenizer: ChatTokenizer, step: 
     formed = f"{found['well_formed_rate']:.0%} of {found['num_generations']} generations well formed"
     return found, f"held-out loss {found['loss_token']:.3f}, {formed}"
 
-
+# %% ../../nbs/megatron/06_lifecycle.ipynb #dc79e109
 def _asked(source: "Source", model: Any, step: int) -> tuple[dict[str, Any], str]:
     """(what a model makes of what a source holds out, in words)."""
     found = source.examine(model, step)
     return found, source.in_words(found)
 
-
+# %% ../../nbs/megatron/06_lifecycle.ipynb #9f58ca69
 def examine(
     config: TrainConfig,
     name: str,  # "before" or "after"

@@ -173,12 +173,14 @@ def _check_name(name: str, known: Iterable[str], origin: str, others: Iterable[s
     if name in known:
         return
     bare = name.removeprefix("data.")  # data preparation alone puts the section before what is typed
-    moved = bare != name and bare not in known and not plainly_meant(name, known)  # else no other command is asked: that loads them all
+    # Where the meaning is plain no other command is asked: that would load them all.
+    moved = bare != name and bare not in known and not plainly_meant(name, known)
     if moved and _commands_with(bare) and not _commands_with(name):
         name = bare
     elif any(name == block or name.startswith(f"{block}.") for block in _BLOCKS):
         fix = "write that section to a file, data: {train: {...}}, and give data.blend_path=FILE.yaml"
-        raise UserError(f"{name} is a setting of NeMo RL's data section", where=origin, why="here a file names the data", fix=fix)
+        what, why = f"{name} is a setting of NeMo RL's data section", "here a file names the data"
+        raise UserError(what, where=origin, why=why, fix=fix)
     raise unknown_setting(name, known, others, origin, _commands_with)
 
 # %% ../../nbs/ops/06_config.ipynb #76f707f0

@@ -263,7 +263,7 @@ def _near_home(name: str, meant: Iterable[str], known: Iterable[str]) -> bool:
     at_home = "." in name and name.partition(".")[0] in sections and _last(name) not in ELSEWHERE
     return at_home or any(_last(other) in lasts for other in meant)
 
-
+# %% ../../nbs/ops/02_spellings.ipynb #9bdefac6
 def plainly_meant(
     name: str,
     known: Iterable[str],  # the settings of the command
@@ -272,7 +272,7 @@ def plainly_meant(
     known, row = list(known), elsewhere(name)
     return bool(row and _near_home(name, row.names, known)) or bool(difflib.get_close_matches(name, known, 1, 0.9))
 
-
+# %% ../../nbs/ops/02_spellings.ipynb #55617cc5
 def unknown_setting(
     name: str,
     known: Iterable[str],  # the settings of the command

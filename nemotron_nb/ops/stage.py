@@ -210,7 +210,11 @@ RL_DATA = Stage(
     makes=("DataBlendsArtifact-rl",),
     takes=(),
     words="Rows of NeMo Gym to tasks, for reinforcement learning: placeholders resolved, every lost row counted.",
-    examples=("data prep rl -c tiny", "data prep rl path=rows.jsonl --sample 100", "data prep rl --run CLUSTER --force"),
+    examples=(
+        "data prep rl -c tiny",
+        "data prep rl path=rows.jsonl --sample 100",
+        "data prep rl --run CLUSTER --force",
+    ),
     options=("--sample", "--force"),
     command=("data", "prep", "rl"),
     run="nemotron_nb.stages.rl_data:rl_data_run",

@@ -23,7 +23,7 @@ def steps_of_samples(
         return samples / train.global_batch_size
     return steps_for_samples(read_batch_schedule(train.step_batch_size_schedule, sequence_length), samples)
 
-
+# %% ../../nbs/train/18_lr.ipynb #357ad18d
 def learning_rate(
     step: int,  # optimizer steps already done: the first step is 0
     config: TrainConfig,

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, NemotronHConfig, Nemo
 
 from ..core import UserError
 from .scan import use_chunked_scan
-from .settings import ModelConfig, NANO, SUPER, TINY, TRAITS
+from .settings import ModelConfig, TINY, TRAITS
 from .tensor_files import weights_in_words
 from ..viz import Picture, table
 

@@ -76,7 +76,7 @@ def one_token(
     state = torch.addcmul(written, state_RHPN, (dt_R1H[:, 0] * a_H).exp()[..., None, None])
     return (state @ c_RHN1[..., None])[..., 0][:, None], state
 
-
+# %% ../../nbs/train/03_scan.ipynb #2cc4cfa5
 def chunked_scan(
     x_RTHP: torch.Tensor,  # what each token writes
     dt_RTH: torch.Tensor,  # step sizes, positive
