@@ -43,7 +43,7 @@ LESSONS = {
     "data/22_prep": 12, "data/23_inspect": 17,
     "loss/01_schedule": 11, "loss/02_two_stage": 14, "loss/03_fused": 12, "loss/04_kernel": 13, "loss/05_mtp": 14,
     "generate/01_verify": 9, "generate/02_turns": 11, "generate/03_sampling": 19, "generate/04_synthesise": 11,
-    "train/02_tensor_files": 10, "train/03_scan": 11, "train/04_model": 18,
+    "train/02_tensor_files": 10, "train/03_scan": 14, "train/04_model": 18,
     "train/05_batches": 16, "train/06_leaks": 19, "train/07_release": 9, "train/08_metrics": 15,
     "train/09_checkpoint": 12, "train/10_lora": 10, "train/11_router_balance": 12, "train/12_objective": 14,
     "train/13_parallel": 12, "train/14_anomalies": 13, "train/15_ending": 17, "train/16_preflight": 11,
