@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -507,6 +508,24 @@ def test_six_at_once_share_a_cache_and_a_folder(tmp_path, small_units):
     packs = lambda folder: {name: data for name, data in files_of(folder).items() if name.startswith("splits")}
     assert packs(tmp_path / "same") == packs(tmp_path / "alone")
     assert not [p for p in tmp_path.rglob("*.tmp")]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_who_waited_takes_what_the_other_has_prepared(tmp_path, monkeypatch, force):
+    config = PrepConfig(path=write(tmp_path / "chats.jsonl", *chats(5)), output_dir=str(tmp_path / "out"), workers=1)
+    key, alone = prepare(config)["key"], prep._alone
+    (tmp_path / "out").rename(tmp_path / "theirs")
+
+    @contextmanager
+    def waited(folder, key):
+        with alone(folder, key):
+            for path in (tmp_path / "theirs").iterdir():
+                path.rename(folder / path.name)
+            yield True
+
+    monkeypatch.setattr(prep, "_alone", waited)
+    monkeypatch.setattr(prep, "_prepare", lambda *_: pytest.fail("it was prepared again"))
+    assert prepare(config, force=force)["key"] == key
 
 
 def test_a_disk_without_locks(tmp_path, small_units, monkeypatch):
