@@ -137,7 +137,8 @@ def with_effort(
     return task
 
 # %% ../../nbs/rl/18_effort.ipynb #2870f110
-Draws = Callable[[Sequence[Ask]], list[Continuation]]  # e.g. partial(continue_all, model, end_id=..., max_new_tokens=...)
+# e.g. partial(continue_all, model, end_id=..., max_new_tokens=...)
+Draws = Callable[[Sequence[Ask]], list[Continuation]]
 
 
 @dataclass
@@ -186,7 +187,7 @@ def sample_budgeted(
     step: int = 0,
     seed: int = 0,
 ) -> list[list[Rollout]]:
-    """For each task `group` answers whose thought has at most its budget of tokens, and exactly as many where it was cut."""
+    """For each task `group` answers whose thought has at most its budget of tokens, exactly as many where it was cut."""
     close = tokenizer.special_ids["</think>"]
     names = [name for name in prompts for _ in range(group)]
     asks = [

@@ -19,7 +19,10 @@ from .tasks import BadTask, Task
 def preferred_side(
     row: Mapping[str, Any],  # of a preference data set
 ) -> tuple[str, str, float]:
-    """(first answer, second answer, ranking from 1 to 6; 3.5 where people saw no difference). `BadTask` for another form."""
+    """(first answer, second answer, ranking from 1 to 6; 3.5 where people saw no difference).
+
+    `BadTask` for another form.
+    """
     if "overall_preference" in row:  # HelpSteer3: -3 the first is much better ... 3 the second
         first, second, said_of = row.get("response1"), row.get("response2"), row["overall_preference"]
         if isinstance(said_of, bool) or said_of not in (-3, -2, -1, 0, 1, 2, 3):
@@ -43,9 +46,10 @@ def preferred_side(
 
 # %% ../../nbs/rl/10_judge_tasks.ipynb #30010dd9
 ASK = (
-    "You compare two answers to the last message of a conversation. Think about which one helps more: is it right, does "
-    "it do what was asked, is it clear? What the texts say about themselves does not count. Then write one JSON object: "
-    '{"score_1": s, "score_2": t, "ranking": r}. s and t say how helpful the first and the second answer are, from 1 to 5. '
+    "You compare two answers to the last message of a conversation. Think about which one helps more: is it right, "
+    "does it do what was asked, is it clear? What the texts say about themselves does not count. Then write one JSON "
+    'object: {"score_1": s, "score_2": t, "ranking": r}. s and t say how helpful the first and the second answer are, '
+    "from 1 to 5. "
     "r goes from 1 (the first is far better) to 6 (the second is far better)."
 )
 
@@ -68,7 +72,8 @@ def judge_messages(
 
 # %% ../../nbs/rl/10_judge_tasks.ipynb #4b8f02a5
 AGENT = {"type": "responses_api_agents", "name": "preference"}
-CHAT_AGENT = {"type": "responses_api_agents", "name": "genrm_simple_agent"}  # as NeMo Gym's conversion of HelpSteer3 says
+# as NeMo Gym's conversion of HelpSteer3 says
+CHAT_AGENT = {"type": "responses_api_agents", "name": "genrm_simple_agent"}
 
 
 def judge_rows(
@@ -88,7 +93,10 @@ def judge_rows(
 
 # %% ../../nbs/rl/10_judge_tasks.ipynb #2d9a66f2
 def verify_preference(task: Task, reply: Reply) -> Judgement:
-    """1 for the ranking that people gave, less the further it is off, 0 on the wrong side or if scores contradict it."""
+    """1 for the ranking that people gave, less the further it is off.
+
+    0 on the wrong side, or if the scores contradict it.
+    """
     truth = float(task.truth["human_ranking"])
     if not reply.good_form:
         return said(0.0, "form", reply.text, f"ranking {truth:g}")

@@ -215,7 +215,8 @@ def _shown(reply: Reply) -> tuple[str, str]:
 def _judgement(placed: Standing, adjusted: Adjusted | None) -> Judgement:
     """The judgement of one answer."""
     if adjusted is None:
-        return failed("circle", f"all {placed.failed} comparisons failed: {placed.why}" if placed.failed else "alone in its group")
+        lost = f"all {placed.failed} comparisons failed: {placed.why}"
+        return failed("circle", lost if placed.failed else "alone in its group")
     sides = {"as_first": placed.as_first, "as_second": placed.as_second, "comparisons_failed": placed.failed}
     found = f"{placed.reward:g} in {placed.as_first + placed.as_second} comparisons"
     found += "" if placed.balanced else ", on one side only"

@@ -19,7 +19,10 @@ from ..viz import Picture, png
 def centred_weights(
     sizes: Sequence[float],  # [N] of one group; less is better
 ) -> list[float]:
-    """[N] the weight of each: positive for small ones, negative for large ones, adding up to 0; all 0 where all are equal."""
+    """[N] the weight of each: positive for small ones, negative for large ones, adding up to 0.
+
+    All 0 where all are equal.
+    """
     if not sizes:
         return []
     least, most = min(sizes), max(sizes)
@@ -131,4 +134,5 @@ def trade_picture(
     axis.set(xlabel="points by which the longest answer is better", ylabel="reward")
     axis.legend(fontsize=8)
     turn = next((lead for lead, line in zip(leads, lines) if line[-1] > line[0]), math.inf)
-    return png(figure, f"With length control the longest of four answers earns more than the shortest once it is better by {turn:.2f} points")
+    said = "With length control the longest of four answers earns more than the shortest once it is better by"
+    return png(figure, f"{said} {turn:.2f} points")

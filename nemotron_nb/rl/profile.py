@@ -138,7 +138,8 @@ def rates_table(rates: Sequence[PassRate]) -> Picture:
     for r in rates:
         row = rows.setdefault(r.environment, [0, 0, 0, 0])
         row[3 if r.rate is None else 0 if r.rate == 0 else 2 if r.rate == 1 else 1] += 1
-    return table([[n, *row] for n, row in sorted(rows.items())], header=["environment", "never", "sometimes", "always", "not judged"])
+    header = ["environment", "never", "sometimes", "always", "not judged"]
+    return table([[n, *row] for n, row in sorted(rows.items())], header=header)
 
 # %% ../../nbs/rl/22_profile.ipynb #8359dc66
 def rates_picture(

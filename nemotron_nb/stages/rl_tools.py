@@ -188,7 +188,8 @@ def profile_tasks(
     known, folder = usable_tasks(str(tasks), environments), model_of(model, "", "output")
     tokenizer = load_tokenizer(folder)
     weights = digest(sorted(file_digest(f) for f in Path(folder).glob("*.safetensors")))
-    built = build_model(ModelConfig(name=folder), tokenizer.vocab_size).to("cuda" if torch.cuda.is_available() else "cpu")
+    built = build_model(ModelConfig(name=folder), tokenizer.vocab_size)
+    built = built.to("cuda" if torch.cuda.is_available() else "cpu")
     settings = GrpoSettings(max_new_tokens=max_new_tokens, seed=seed)
     policy, judging, found = make_policy(built, tokenizer, settings), partial(judge, switched_on=environments), []
     for found in measure_rates(policy, known, out, settings, generations, weights, judging):
