@@ -128,7 +128,8 @@ def test_documents_of_a_row_are_told_apart(results):
 
 def test_a_batch_does_not_grow_unless_megatron_is_told(results):
     """It reads on with the full batch, and comes to the end of the samples before the end of the steps."""
-    assert dict.get(results, "pre_never_grown")["error"].startswith("StopIteration")
+    found = dict.get(results, "pre_never_grown") or results["pre_never_grown"]  # the latter skips where the job was not chosen
+    assert found["error"].startswith("StopIteration")
 
 
 def test_a_stopped_pretraining_goes_on_as_the_same_one(results, root):
@@ -148,6 +149,7 @@ def test_a_run_that_goes_on_keeps_its_length(results, root):
     from nemotron_nb.core import UserError
     from nemotron_nb.megatron.pretrain import PLACE, check_place
 
+    assert results["pre_whole"]
     config = from_mapping(TrainConfig, {"data_dir": "d", "output_dir": str(root / "pre_whole")})
     place = json.loads((root / "pre_whole" / PLACE).read_text())
     check_place(config, place)
