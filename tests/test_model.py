@@ -11,9 +11,9 @@ from transformers import NemotronHForCausalLM
 from nemotron_nb.core import UserError
 from nemotron_nb.loss.two_stage import Denominators
 from nemotron_nb.train.batches import Row, collate, share_of_loss
-from nemotron_nb.train.model import NANO, SUPER, active_parameters, build_model, count_parameters, family_config, tiny_config
+from nemotron_nb.train.model import active_parameters, build_model, count_parameters, family_config, tiny_config
 from nemotron_nb.train.scan import ChunkedMixer
-from nemotron_nb.train.settings import ModelConfig
+from nemotron_nb.train.settings import NANO, SUPER, ModelConfig
 
 SMALL = ModelConfig(hidden_size=32, mamba_heads=2, expert_size=16, experts=4, attention_heads=2)
 

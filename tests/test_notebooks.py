@@ -40,7 +40,7 @@ LESSONS = {
     "data/20_tokenized": 14, "data/21_manifest": 15, "data/22_prep": 12, "data/23_inspect": 17,
     "ops/04_artifacts": 12, "ops/05_tracking": 15, "train/09_checkpoint": 12,
     "megatron/11_parameters": 23, "megatron/12_memory": 19, "megatron/13_measure": 20, "megatron/14_time": 23,
-    "megatron/15_plan": 24, "megatron/16_scale": 16, "megatron/17_failures": 20, "stages/07_plan": 22,
+    "megatron/15_plan": 26, "megatron/16_scale": 16, "megatron/17_failures": 20, "stages/07_plan": 24,
 }  # fmt: skip
 LONGEST_CELL, LONGEST_LINE = 40, 120
 

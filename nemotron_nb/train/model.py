@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, NemotronHConfig, Nemo
 
 from ..core import UserError
 from .scan import use_chunked_scan
-from .settings import NANO, SUPER, TINY, TRAITS, ModelConfig
+from .settings import TINY, TRAITS, ModelConfig
 from .tensor_files import weights_in_words
 from ..viz import Picture, table
 
