@@ -217,6 +217,11 @@ def test_dry_run_warns_of_the_machine_of_the_profile(tmp_path, monkeypatch):
     assert not any("does not fit" in note for note in notes)
 
 
+def test_dry_run_goes_on_where_nothing_can_be_calculated():
+    told = json.loads(asked("super3", "sft", "--dry-run", "--json", "model.recompute_granularity=selective", "model.recompute_modules=[mla_up_proj]").stdout)
+    assert any("cannot be calculated: nothing is known of 'mla_up_proj'" in note for note in told["notes"])
+
+
 def test_the_sizes_of_the_tiny_model_are_those_that_are_trained():
     from nemotron_nb.stages.plan import tiny_shape
     from nemotron_nb.train.model import count_parameters, tiny_config

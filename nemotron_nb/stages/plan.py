@@ -127,7 +127,11 @@ def megatron_layout(
     """The layout that the settings name."""
 
     def size(name: str) -> int:
-        return values.get(f"{prefix}{name}_parallel_size") or 1
+        value = values.get(f"{prefix}{name}_parallel_size") or 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            where, fix = f"{prefix}{name}_parallel_size", "give a whole number of ranks"
+            raise UserError(f"{value!r} is no number of ranks", where=where, fix=fix)
+        return value
 
     sp = bool(values.get(f"{prefix}sequence_parallel")) and size("tensor_model") > 1
     sizes = [size(name) for name in ("tensor_model", "pipeline_model", "context", "expert_model", "expert_tensor")]
@@ -392,5 +396,8 @@ def warning_of(
     if not stage.plan or getattr(train, "engine", "") != "megatron":
         return ""
     gpu, said = gpu_of(profile)
-    found = plan_stage(stage, settings, Asked(gpu, others=False)).warning
+    try:
+        found = plan_stage(stage, settings, Asked(gpu, others=False)).warning
+    except UserError as e:
+        return f"what it needs cannot be calculated: {e.what}"
     return f"{found} ({gpu.name} is {said}; `--plan` shows what would fit)" if found else ""
