@@ -49,7 +49,8 @@ def engine() -> None:
     for shape, sequences, length in ((SMALL, 4, 128), (replace(MID, mtp_depths=0, mtp_pattern=""), 2, 256), (LARGER, 2, 512)):
         work = Work(sequences * length, formats=FORMATS["fp32"], kernels="torch", sequence=length)
         print(f"\nPyTorch engine: {total_parameters(shape) / 1e6:.1f} M parameters, {sequences} x {length} tokens, float32")
-        print(measure.compared(measure.predicted(shape, work), measure.measure_torch(shape, sequences, length)))
+        asked = shape, sequences, length
+        print(measure.compared(measure.predicted(shape, work), measure.measure_torch(*asked), measure.kept_on_gpu(*asked)))
 
 
 def megatron() -> None:

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from nemotron_nb.core import UserError
@@ -73,6 +74,24 @@ def test_the_pytorch_engine_keeps_what_the_formulas_say(pattern, length):
     assert formulas.keys() == measured.keys()
     for kind in measured:
         assert formulas[kind] == pytest.approx(measured[kind], rel=0.05), kind
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_keeps_what_the_formulas_say():
+    from nemotron_nb.megatron.measure import kept_on_gpu, predicted
+
+    formulas = predicted(SMALL, Work(8 * 512, formats=FORMATS["fp32"], kernels="torch", sequence=512))
+    assert sum(formulas.values()) == pytest.approx(kept_on_gpu(SMALL, 8, 512), rel=0.05)
+
+
+def test_the_column_of_a_gpu_is_empty_without_one_and_full_with_one(monkeypatch):
+    from nemotron_nb.megatron import measure
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert measure.kept_on_gpu(SMALL, 2, 64) is None
+    assert repr(measure.compared({"M": 1e6}, {"M": 1e6}, None)).split()[-1] == "-"
+    assert repr(measure.compared({"M": 1e6}, {"M": 1e6}, 1.25e6)).split()[-1] == "1.250"
 
 
 def test_recomputation_and_shards_only_ever_take_away():
