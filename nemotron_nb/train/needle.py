@@ -9,6 +9,7 @@ __all__ = ['DEPTHS', 'Needle', 'make_needle', 'answer_loss', 'needle_trials', 'n
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -130,18 +131,22 @@ def needle_picture(
 
     figure = Figure(figsize=(6.4, 2.4), layout="constrained")
     axes = figure.subplots()
-    for depth in dict.fromkeys(row["depth"] for row in rows):
+    for depth, marker in zip(dict.fromkeys(row["depth"] for row in rows), cycle("os^D")):
         own = [row for row in rows if row["depth"] == depth]
         axes.plot(
             [r["tokens"] for r in own],
             [r["loss_without"] - r["loss"] for r in own],
-            "o-",
+            marker + "-",
+            fillstyle="none",  # two depths may be worth the same
             label=f"needle at {depth:.0%}",
         )
     axes.axhline(0, color="#555555", linewidth=0.8)
     if trained:
         axes.axvline(trained, color="#555555", linestyle=":", linewidth=0.8)
     axes.set(xlabel="tokens of the haystack", ylabel="nats gained", xscale="log")
+    lengths = sorted({row["tokens"] for row in rows})
+    axes.set_xticks(lengths, [f"{n:,}" for n in lengths], minor=False)
+    axes.minorticks_off()
     axes.legend(fontsize=8)
     said = "; ".join(f"{r['tokens']} tokens, {r['depth']:.0%}: {r['loss_without'] - r['loss']:+.2f}" for r in rows)
     return png(figure, f"What the needle is worth, in nats. {said}.")
