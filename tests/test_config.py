@@ -591,7 +591,7 @@ def test_data_that_was_prepared_wins_over_the_chats_of_a_committed_configuration
     [
         ("eval", "data.path=x", "'pretrain', 'data prep sft', 'sft', 'data prep rl' and 'rl'"),
         ("eval", "model.name=x", "it belongs to 'pretrain' and 'sft'"),
-        ("eval", "data.output_dir=x", "it belongs to 'data prep pretrain', 'pretrain', 'data prep sft'"),
+        ("eval", "data.output_dir=x", "did you mean 'run.output_root' or 'data.dir'?"),  # this command has one that is meant
         ("data prep", "optimizer.lr=1", "'optimizer.lr' is no setting of this command"),
         ("data prep", "train.train_iters=1", "it belongs to 'pretrain' and 'sft'"),
         ("sft", "data.questions=x", "it belongs to 'eval'"),

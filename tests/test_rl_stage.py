@@ -530,7 +530,7 @@ def test_the_lineage_leads_back_to_tasks_and_start(done, start):
 
 def test_sigterm_leaves_a_run_that_is_preempted_and_goes_on(done, start):
     folder = done[0]
-    words = ["nano3", "rl", *SMALL, f"model={start}", "grpo.max_num_steps=4000", "run.label=long"]
+    words = ["nano3", "rl", *SMALL, f"model={start}", "grpo.max_num_steps=4000", "grpo.max_silent_steps=4000", "run.label=long"]
     command = subprocess.Popen([str(Path(sys.executable).with_name("nemotron")), *words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ONE_THREAD)
     deadline = time.monotonic() + 240
     while not (found := list(folder.glob("output/nano3/rl/*-long-*/metrics.jsonl"))) or not any(m["kind"] == "rl" for m in read_metrics(found[0])):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from nemotron_nb import viz
-from nemotron_nb.data import blend, nvidia_prep as compat, filters, inspect, mask, pack, prep, reasoning, template, tokenizer
+from nemotron_nb.data import blend, clean, nvidia_prep as compat, filters, inspect, mask, pack, prep, reasoning, template, tokenizer
 from nemotron_nb.data.records import BadRecord, parse_conversation
 from nemotron_nb.loss import two_stage
 from nemotron_nb.ops import report
@@ -114,8 +114,13 @@ def a_base(words):
 
 def a_reader(words):
     """A training that reads one hostile source."""
-    mixture = SimpleNamespace(blend=SimpleNamespace(dataset=np.zeros(4, int)), readers=[SimpleNamespace(tokens=64)])
-    return SimpleNamespace(curriculum=None, mixture=mixture, steps=2, batch_size=2, names=[words], dataset=SimpleNamespace(sequence_length=8))
+    mixture = SimpleNamespace(blend=SimpleNamespace(dataset=np.zeros(4, int)), readers=[SimpleNamespace(tokens=64)], orders=[SimpleNamespace(sequence_length=8)])
+    return SimpleNamespace(curriculum=None, lengths=None, mixture=mixture, begins=np.array([0, 2, 4]), names=[words], dataset=SimpleNamespace(sequence_length=8))
+
+
+def a_ledger(words):
+    """What cleaning did with hostile rows."""
+    return {"rows": 2, "kept": 1, "masked": {"places": 0, "rows": 0}, "dropped": {words: 1}, "examples": {words: [{"source": words, "line": 1, "detail": words}]}}
 
 
 PICTURES = {
@@ -124,6 +129,7 @@ PICTURES = {
     base_model.facts_table: lambda w: base_model.facts_table([Fact(w, w, w, "1")], [True]),
     base_model.positions_picture: lambda w: base_model.positions_picture(a_base(w), a_base(w)),
     sequences.passes_table: lambda w: sequences.passes_table(a_reader(w)),
+    clean.ledger_table: lambda w: clean.ledger_table(a_ledger(w)),
     viz.token_strip: lambda w: viz.token_strip([w] * 9, [0, 1, 0] * 3, roles=[w, "user", "tool"] * 3, title=w, fold=9),
     viz.png: lambda w: viz.png(figure(), w),
     viz.table: lambda w: viz.table([{w: w, "n": 1.5}], title=w),
@@ -260,7 +266,8 @@ def test_words_of_ten_thousand_characters_are_cut(function):
 
 
 # They draw the names of a model's own parts, or of rules, and get no word from outside.
-WITHOUT_WORDS = {"engines.engine_picture", "lora.lora_picture", "lora.parameter_table", "verify.verdict_picture", "policy.quadrants_picture"}
+WITHOUT_WORDS = {"engines.engine_picture", "lora.lora_picture", "lora.parameter_table", "verify.verdict_picture", "policy.quadrants_picture",
+                 "needle.needle_picture", "needle.needle_table"}
 
 
 def test_every_picture_function_is_tried():
