@@ -1,10 +1,13 @@
 """The planner against what it claims to know: published sizes, the engine's own tensors, definitions, and the command."""
 
+import ast
+import importlib.metadata
 import json
 import math
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,8 @@ from nemotron_nb.core import UserError
 from nemotron_nb.megatron import failures, memory, parameters, plan, scale, time
 from nemotron_nb.megatron.memory import FORMATS, Work
 from nemotron_nb.megatron.parameters import Layout, Shape, shape_of
+from nemotron_nb.ops.config import pretrain_config
+from nemotron_nb.stages import plan as stage_plan
 from nemotron_nb.train.settings import NANO, SUPER, ModelConfig
 
 NANO_SHAPE, SUPER_SHAPE = shape_of(NANO), shape_of(SUPER, mtp_depths=2)
@@ -247,3 +252,29 @@ def test_the_sizes_of_the_tiny_model_are_those_that_are_trained():
 
     for config in (ModelConfig(), ModelConfig(pattern="M*E", hidden_size=64, attention_heads=2, mamba_heads=2, experts=4, expert_size=32)):
         assert parameters.total_parameters(tiny_shape(config, 300)) == sum(count_parameters(tiny_config(300, config)).values())
+
+
+def _said_by(recipe, kind):
+    """The layout that Megatron-Bridge's own recipe writes down, from its source: it may need a GPU to be imported."""
+    place = next((Path(str(f.locate())) for f in importlib.metadata.files("megatron-bridge") if str(f).endswith(f"nemotronh/h100/{recipe}.py")), None)
+    names = {("nemotron_3_nano", "pretrain"): "nemotron_3_nano_pretrain_8gpu_h100_bf16_config", ("nemotron_3_nano", "sft"): "_nemotron_3_nano_finetune_model",
+             ("nemotron_3_super", "pretrain"): "_nemotron_3_super_pretrain_64gpu_h100_bf16_config", ("nemotron_3_super", "sft"): "nemotron_3_super_sft_16gpu_h100_bf16_config"}  # fmt: skip
+    own = next(n for n in ast.parse(place.read_text()).body if isinstance(n, ast.FunctionDef) and n.name == names[recipe, kind])
+    set_, passed = [n for n in ast.walk(own) if isinstance(n, ast.Assign)], [k for n in ast.walk(own) if isinstance(n, ast.Call) for k in n.keywords]
+    pairs = [(n.targets[0].attr, n.value) for n in set_ if isinstance(n.targets[0], ast.Attribute)] + [(k.arg, k.value) for k in passed if k.arg]
+    return {f"model.{name}": value.value if isinstance(value, ast.Constant) else tuple(e.value for e in value.elts) for name, value in pairs if isinstance(value, ast.Constant | ast.List)}
+
+
+@pytest.mark.parametrize("recipe, kind", stage_plan.RECIPE_LAYOUTS)
+def test_what_a_recipe_adds_is_what_its_source_says(recipe, kind):
+    pytest.importorskip("megatron.core")
+    theirs, ours = _said_by(recipe, kind), stage_plan.RECIPE_LAYOUTS[recipe, kind]
+    for name, value in ours.items():
+        assert (theirs.get(name) or None) == (value or None), name
+
+
+def test_a_layout_that_nobody_gave_is_that_of_the_recipe():
+    settings = pretrain_config("super3", "default").settings
+    layout, work, _ = stage_plan.megatron_work(settings, 8192, "pretrain")
+    assert (layout.tp, layout.pp, layout.ep, work.recompute) == (1, 2, 32, ("layernorm", "moe_act", "moe", "core_attn"))
+    assert stage_plan.megatron_work(settings, 8192, "sft")[0].tp == 8
