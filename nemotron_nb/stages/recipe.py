@@ -507,7 +507,8 @@ def verdict_of(
     lost = [m.name for m in measures[1:] if m.verdict == "worse"]
     said = {"better": f"bought: {main.name}", "worse": f"BOUGHT NOTHING: {main.name} is worse"}
     bought = said.get(main.verdict, f"BOUGHT NOTHING: {main.name}, {main.verdict}")
-    return bought + (f"; paid with: {', '.join(lost)}" if lost else "")
+    words = "paid with" if main.verdict == "better" else "also worse"
+    return bought + (f"; {words}: {', '.join(lost)}" if lost else "")
 
 
 def card_of(
