@@ -171,9 +171,8 @@ def _settings(recipe: Recipe, step: RecipeStep, output_root: str) -> Any:
 
         return eval_config(recipe.family, step.config, asked.overrides).settings
     seen: list[Any] = []
-    runner(step.row)(
-        recipe.family, step.config, asked.overrides, dry_run=True, command="", show=lambda e, *_: seen.append(e.settings)
-    )
+    looked = {"dry_run": True, "command": "", "show": lambda effective, *_: seen.append(effective.settings)}
+    runner(step.row)(recipe.family, step.config, asked.overrides, **looked)
     return seen[0]
 
 
@@ -219,7 +218,7 @@ def refuse_cluster_steps(needs: Mapping[str, str], config: str) -> None:
     """`UserError` where a step needs a cluster."""
     if needs:
         said = "; ".join(f"{name}: {why}" for name, why in needs.items())
-        fix = "-c tiny runs here; --dry-run prints each command, to be submitted one after the other with --batch PROFILE"
+        fix = "-c tiny runs here; --dry-run prints each command, to be submitted one by one with --batch PROFILE"
         raise UserError(f"steps that need a cluster: {said}", where=f"recipe {config}", fix=fix)
 
 # %% ../../nbs/stages/09_recipe.ipynb #bec9fd45
@@ -253,12 +252,13 @@ def open_recipe(
         raise UserError(f"this folder belongs to other steps: {said}", where=str(folder), fix=fix)
     return journal
 
-
+# %% ../../nbs/stages/09_recipe.ipynb #42bef381
 def _difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The first thing in which two recipes differ, in words; empty where they are the same."""
     names = [[step["name"] for step in said["steps"]] for said in (was, now)]
     if was["family"] != now["family"] or names[0] != names[1]:
-        return f"it was begun with {was['family']} {', '.join(names[0])}, and asked for is {now['family']} {', '.join(names[1])}"
+        begun, asked = (f"{said['family']} {', '.join(steps)}" for said, steps in zip((was, now), names))
+        return f"it was begun with {begun}, and asked for is {asked}"
     for old, new in zip(was["steps"], now["steps"]):
         for key in new:
             if old.get(key) != new[key]:
@@ -289,7 +289,7 @@ def _settled(run: Path, patience: float) -> str:
 
 Do = Callable[..., None]  # takes what is asked, and the run folder to go on with or ""
 
-
+# %% ../../nbs/stages/09_recipe.ipynb #e59b9fd0
 def take_step(
     asked: Asked,
     do: Do = do_step,
@@ -334,10 +334,19 @@ def filled_from(
         filled[setting] = done[name][what or "model"]
         if not filled[setting]:
             fix = "look at its run: it has entered nothing in the register"
-            raise UserError(f"the step {name} has no {what or 'model'} for {step.name}", where=done[name]["run"], fix=fix)
+            said = f"the step {name} has no {what or 'model'} for {step.name}"
+            raise UserError(said, where=done[name]["run"], fix=fix)
     return filled
 
 
+def _still_there(run: str) -> str:
+    """The run folder of a step that was done. `UserError` where it was taken away."""
+    if not Path(run).is_dir():
+        fix = "bring it back, or give --name NAME and do the steps again"
+        raise UserError("the run of a step that was done is gone", where=run, fix=fix)
+    return run
+
+# %% ../../nbs/stages/09_recipe.ipynb #5ab9af9b
 def run_recipe(
     recipe: Recipe,
     folder: str | Path,  # of the recipe
@@ -350,11 +359,12 @@ def run_recipe(
     journal = open_recipe(recipe, folder)
     with locked(folder / ".lock") as held:
         if held is None:
-            raise UserError("another process is at this recipe", where=str(folder), fix="wait for it, or give --name NAME")
+            fix = "wait for it, or give --name NAME"
+            raise UserError("another process is at this recipe", where=str(folder), fix=fix)
         for step in recipe.steps:
             journal = read_journal(folder)
             if step.name in journal["done"]:
-                tell(f"step {step.name}: done before ({journal['done'][step.name]['run']})")
+                tell(f"step {step.name}: done before ({_still_there(journal['done'][step.name]['run'])})")
                 continue
             label = f"{folder.name}-{journal['id']} {step.name}"
             asked = Asked(recipe.family, step, label, filled_from(step, journal["done"]), output_root)
@@ -476,11 +486,9 @@ def seconds_of(
     run: Run,
 ) -> float:
     """Seconds from start to end, over all attempts that ended."""
-    form = "%Y-%m-%dT%H:%M:%SZ"
+    when = lambda text: datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")
     spans = [(a.get("started"), a.get("ended")) for a in run.attempts]
-    return sum(
-        (datetime.strptime(end, form) - datetime.strptime(start, form)).total_seconds() for start, end in spans if start and end
-    )
+    return sum((when(end) - when(start)).total_seconds() for start, end in spans if start and end)
 
 
 def tokens_of(
@@ -597,6 +605,20 @@ def lineage_text(
     except UserError as e:
         return f"the register does not tell: {e.what}"
 
+# %% ../../nbs/stages/09_recipe.ipynb #186b5011
+def _sections(card: Mapping[str, Any], tree: Picture) -> list[Section]:
+    """The parts of the card."""
+    first = "The first measure of a step is what it is for; what may be chance is not called a gain."
+    rates = "A rate with overlapping 95 % intervals has not changed. Rewards of one family have no interval."
+    below = "From the last model down to the raw data; `nemotron lineage` tells the same."
+    runs = [[step["step"], step["run"]] for step in card["steps"] if step.get("run")]
+    return [
+        Section("What each step bought", first, steps_picture(card)),
+        Section("Everything that was measured", rates, measures_picture(card)),
+        Section("What came from what", below, tree),
+        Section("The runs", "Each folder has its own report.html.", table(runs, header=["step", "run"])),
+    ]
+
 
 def write_card(
     folder: str | Path,  # of a recipe
@@ -608,16 +630,10 @@ def write_card(
     folder, card = Path(folder), card_of(folder)
     lineage = lineage_text(card, open_store(env_section("artifacts"), output_root))
     tree = Picture(f"<pre>{escape(lineage)}</pre>", lineage)
-    runs = table([{"step": s["step"], "run": s.get("run", ""), "report": "report.html"} for s in card["steps"] if s.get("run")])
-    parts = [
-        Section("What each step bought", "The first measure of a step is what it is for; chance is not sold as a gain.", steps_picture(card)),
-        Section("Everything that was measured", "A rate with overlapping 95 % intervals has not changed.", measures_picture(card)),
-        Section("What came from what", "From the last model down to the raw data; `nemotron lineage` tells the same.", tree),
-        Section("The runs", "Each has its own report.", runs),
-    ]
-    said = card_sentences(card)
+    parts, said = _sections(card, tree), card_sentences(card)
     write_json(folder / "card.json", card | {"lineage": lineage})
-    write_atomic(folder / "card.txt", "\n\n".join(["\n".join(said), *(f"{p.title}\n{p.picture.text}" for p in parts)]) + "\n")
+    text = ["\n".join(said), *(f"{part.title}\n{part.picture.text}" for part in parts)]
+    write_atomic(folder / "card.txt", "\n\n".join(text) + "\n")
     return write_atomic(folder / "card.html", html_page(f"Report card: {card['recipe']}", said, parts))
 
 # %% ../../nbs/stages/09_recipe.ipynb #5e3d76e1
