@@ -46,7 +46,7 @@ def stand_in(asked, resume="", die=lambda where: None):
     OmegaConf.save({"family": asked.family, "run": {"label": asked.label}}, run / "config.yaml")
     write_json(run / "status.json", {"state": "running", "pid": os.getpid(), "host": os.uname().nodename, "attempts": []})
     die(f"{name} inside")
-    told = [{"name": a, "what": "model", "address": a, "digest": ""} for a in asked.filled.values()]
+    told = [{"name": a, "what": "model", "address": a, "digest": ""} for a in asked.filled.values() if a.startswith("art://")]
     made = [{"name": "m", "what": "model", "address": f"art://{name}:v1", "digest": ""}] if asked.step.row.makes else []
     data = [{"name": "d", "what": "data", "address": f"art://{name}-data:v1", "digest": ""}]
     write_json(run / "artifacts.json", {"consumed": [*told, *data], "made": made})
@@ -185,7 +185,7 @@ def test_the_dry_run_names_every_step_and_makes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ["nano3", "recipe", "-c", "tiny", "--dry-run", "sft.train.train_iters=7"])
     assert done.exit_code == 0, done.output
-    for words in ("nemotron nano3 sft -c tiny train.train_iters=7", "'run.model=<sft>'", "ModelArtifact-rl", "a comparison"):
+    for words in ("nemotron nano3 sft -c tiny ", "train.train_iters=7", "'data.path=<careless>'", "'run.model=<sft>'", "ModelArtifact-rl", "a comparison"):
         assert words in done.output
     assert not list(tmp_path.iterdir())
 

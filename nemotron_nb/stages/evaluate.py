@@ -249,21 +249,19 @@ def _data_dir(name: str, model: str) -> str:
         Manifest.load(name)  # refuses a folder that is none
     return str(Path(name).absolute()) if name else ""
 
+# %% ../../nbs/stages/02_evaluate.ipynb #e1a0f2c7
+def _lying_in(store: Any, name: str) -> str:
+    """The folder of art://NAME:VERSION, verified; any other name stays what it is."""
+    return str(store.verify(name).path) if name.startswith("art://") else name
+
 # %% ../../nbs/stages/02_evaluate.ipynb #e1a0f2c5
-def from_register(
-    config: EvalConfig,
-) -> EvalConfig:
-    """The same settings with `art://NAME:VERSION` of models and data as their folders, their digests verified."""
+def from_register(config: EvalConfig) -> EvalConfig:
+    """The settings with `art://NAME:VERSION` of models and data as their folders, their digests verified."""
     from nemotron_nb.ops.artifacts import Store
 
     store = Store(config.run.store)
-
-    def folder(name: str) -> str:
-        """Where it lies; any other name stays what it is."""
-        return str(store.verify(name).path) if name.startswith("art://") else name
-
-    data = replace(config.data, dir=folder(config.data.dir))
-    return replace(config, model=folder(config.model), base=folder(config.base), data=data)
+    data = replace(config.data, dir=_lying_in(store, config.data.dir))
+    return replace(config, model=_lying_in(store, config.model), base=_lying_in(store, config.base), data=data)
 
 # %% ../../nbs/stages/02_evaluate.ipynb #d3af336c
 SAMPLE_QUESTIONS = "papermill_runs/questions.jsonl"
