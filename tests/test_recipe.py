@@ -115,6 +115,16 @@ def test_a_run_of_another_recipe_is_not_taken_for_this_one(tmp_path):
     assert seen == list(STEPS)
 
 
+def test_a_done_run_that_was_taken_away_is_missed(tmp_path):
+    """The journal says done and the folder is gone: refused, and nothing is begun behind anybody's back."""
+    tiny, folder = load_recipe("nano3", "tiny"), tmp_path / "nano3/recipe/tiny"
+    run_recipe(tiny, folder, str(tmp_path), stand_in, silent)
+    run = Path(read_journal(folder)["done"]["sft"]["run"])
+    run.rename(tmp_path / "away")
+    with pytest.raises(UserError, match="the run of a step that was done is gone"):
+        run_recipe(tiny, folder, str(tmp_path), stand_in, silent)
+
+
 def test_a_run_that_somebody_follows_is_left_alone(tmp_path):
     """A step whose run is alive is neither begun again nor resumed, and a second process is refused."""
     tiny, folder = load_recipe("nano3", "tiny"), tmp_path / "nano3/recipe/tiny"
