@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: help pretrain sft rl test test-library test-engines test-long test-plain lab bench readme pictures docs
+.PHONY: help pretrain sft rl recipe test test-library test-engines test-long test-plain lab bench readme pictures docs
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -39,6 +39,10 @@ sft:  ## chats to packs, a small model trained on them, and a report (needs no G
 rl:  ## a careless small model learns from rewards, and a report (needs no GPU and no network)
 	@.ci/setup run
 	@$(IN) nemotron $(FAMILY) rl -c $(call quote,$(CONFIG)) $(if $(DATA),$(call quote,data.path=$(DATA))) $(ARGS)
+
+recipe:  ## the whole way: text, chats, rewards, preferences, evaluation; a report card (the same command again goes on)
+	@.ci/setup run
+	@$(IN) nemotron $(FAMILY) recipe -c $(call quote,$(CONFIG)) $(ARGS)
 
 test:  ## notebooks in step with the library, every notebook executed, then pytest
 	@.ci/setup dev

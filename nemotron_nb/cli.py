@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'Config', 'Overrides', 'Run', 'Batch', 'DryRun', 'All', 'AsJson', 'Planned', 'GpuKind', 'Price', 'Utilisation',
-           'Exact', 'Name', 'Project', 'Entity', 'OPTIONS', 'Groups', 'GROUPS', 'IMPORTS', 'FAMILIES', 'Artifacts',
-           'rl_app', 'Switched', 'data_prep', 'data_prep_pretrain', 'sft', 'pretrain', 'evaluation', 'rl', 'budget',
-           'import_artifact', 'Option', 'importable', 'report', 'runs', 'artifacts', 'lineage', 'inspect', 'clean_data',
-           'rl_judge', 'rl_profile', 'main']
+           'Exact', 'Name', 'Project', 'Entity', 'OPTIONS', 'Groups', 'GROUPS', 'IMPORTS', 'RECIPE', 'RECIPES',
+           'FAMILIES', 'Artifacts', 'rl_app', 'Switched', 'data_prep', 'data_prep_pretrain', 'sft', 'pretrain',
+           'evaluation', 'rl', 'budget', 'import_artifact', 'Option', 'importable', 'report', 'runs', 'artifacts',
+           'lineage', 'inspect', 'clean_data', 'rl_judge', 'rl_profile', 'main']
 
 # %% ../nbs/90_cli.ipynb #bcdf1490
 import dataclasses
@@ -688,12 +688,36 @@ def _add_imports(groups: Groups, rows: Sequence[Stage], family: str) -> None:
             about = {"help": _HELP[kind].format(stage=stage), "epilog": _examples(family, IMPORTS[kind][2])}
             _group(groups, (kind, "import")).command(stage, **about)(_import_command(family, kind, stage))
 
+# %% ../nbs/90_cli.ipynb #0c5e7d11
+RECIPE, RECIPES = "recipe", ("nano3",)  # the word, and the families that have files in papermill_runs/<family>/recipe
+_RECIPE_HELP = "The whole recipe: every step a run of its own, resumable, with a report card at the end."
+_RECIPE_EXAMPLES = ("recipe -c tiny", "recipe -c tiny --dry-run", "recipe -c tiny sft.train.train_iters=500 --name longer")
+_NAMED = _option(str, "--name", metavar="NAME", help="Name of the recipe's folder; empty: that of the configuration.")
+_OUTPUT = _option(str, "--output", metavar="DIR", help="The folder that everything is written to.")
+_STEPS = Annotated[list[str] | None, typer.Argument(metavar="[STEP.KEY=VALUE]...", help="Settings of a step, e.g. sft.optimizer.lr=1e-3")]
+_ONE_CONFIG = _option(str, "--config", "-c", metavar="NAME|FILE", help="A recipe's name, such as tiny, or a path to a YAML file.")
+
+
+def _recipe_command(family: str) -> Callable[..., None]:
+    """The command that does the steps of a recipe, for typer."""
+
+    def do(typed: list[str] | None, config: str, name: str, output: str, dry_run: bool) -> None:
+        """Do the steps that are not done, and draw the report card."""
+        from nemotron_nb.stages.recipe import recipe_run
+
+        recipe_run(family, config, typed or (), name, output, dry_run)
+
+    steps = [("typed", _STEPS, None), ("config", _ONE_CONFIG, "default")]
+    return _with_parameters(do, [*steps, ("name", _NAMED, ""), ("output", _OUTPUT, "output"), ("dry_run", DryRun, False)])
+
 # %% ../nbs/90_cli.ipynb #a95e1c02
 FAMILIES = {"nano3": "Nemotron 3 Nano (30B-A3B)", "super3": "Nemotron 3 Super (120B-A12B)"}
 
 
 def _usable(row: Stage) -> str:
     """Why a row from outside makes no command; empty if it does."""
+    if row.name == RECIPE or command_words(row) == (RECIPE,):
+        return f"the stage {row.name} is left out: the command {RECIPE!r} is taken"
     unknown = next((name for name in row.options if name not in OPTIONS), "")
     what = f"no stage has the option {unknown!r}: {nearest(unknown, OPTIONS)}"
     return f"the stage {row.name} is left out: {what}" if unknown else ""
@@ -716,6 +740,8 @@ def _family_app(family: str) -> typer.Typer:
     for stage in rows:
         _add_stage(groups, stage, family)
     _add_imports(groups, rows, family)
+    if family in RECIPES:
+        groups[()].command(RECIPE, help=_RECIPE_HELP, epilog=_examples(family, _RECIPE_EXAMPLES))(_recipe_command(family))
     return groups[()]
 
 # %% ../nbs/90_cli.ipynb #d30b78e4

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['START', 'SAMPLE_QUESTIONS', 'Tell', 'Measured', 'HARNESS_TASK', 'EvalData', 'GenerationSection', 'EvalSection',
-           'HarnessSection', 'EvalConfig', 'eval_config', 'model_run', 'model_of', 'resolved', 'Ask', 'asks',
-           'load_model', 'measure', 'evaluate_folder', 'main', 'start_measuring', 'loss_rows', 'loss_by_source_picture',
-           'form_rows', 'score_rows', 'score_picture', 'Changed', 'changes', 'changes_picture', 'beside_picture',
-           'harness_task', 'harness_command', 'write_harness', 'summary', 'headline', 'comparison_sections',
-           'open_evaluation', 'write_comparison', 'measured_pair', 'evaluate_run']
+           'HarnessSection', 'EvalConfig', 'eval_config', 'model_run', 'model_of', 'from_register', 'resolved', 'Ask',
+           'asks', 'load_model', 'measure', 'evaluate_folder', 'main', 'start_measuring', 'loss_rows',
+           'loss_by_source_picture', 'form_rows', 'score_rows', 'score_picture', 'Changed', 'changes',
+           'changes_picture', 'beside_picture', 'harness_task', 'harness_command', 'write_harness', 'summary',
+           'headline', 'comparison_sections', 'open_evaluation', 'write_comparison', 'measured_pair', 'evaluate_run']
 
 # %% ../../nbs/stages/02_evaluate.ipynb #5ee53134
 import importlib.util
@@ -249,6 +249,20 @@ def _data_dir(name: str, model: str) -> str:
         Manifest.load(name)  # refuses a folder that is none
     return str(Path(name).absolute()) if name else ""
 
+# %% ../../nbs/stages/02_evaluate.ipynb #e1a0f2c7
+def _lying_in(store: Any, name: str) -> str:
+    """The folder of art://NAME:VERSION, verified; any other name stays what it is."""
+    return str(store.verify(name).path) if name.startswith("art://") else name
+
+# %% ../../nbs/stages/02_evaluate.ipynb #e1a0f2c5
+def from_register(config: EvalConfig) -> EvalConfig:
+    """The settings with `art://NAME:VERSION` of models and data as their folders, their digests verified."""
+    from nemotron_nb.ops.artifacts import Store
+
+    store = Store(config.run.store)
+    data = replace(config.data, dir=_lying_in(store, config.data.dir))
+    return replace(config, model=_lying_in(store, config.model), base=_lying_in(store, config.base), data=data)
+
 # %% ../../nbs/stages/02_evaluate.ipynb #d3af336c
 SAMPLE_QUESTIONS = "papermill_runs/questions.jsonl"
 
@@ -264,6 +278,7 @@ def resolved(
     from nemotron_nb.train.evaluate import check_mode
     from nemotron_nb.generate.verify import check_verifier
 
+    config = from_register(config)
     model = model_of(config.model, config.family, config.run.output_root)
     questions = (
         {"sample": str(project_root() / SAMPLE_QUESTIONS), "": ""}.get(config.data.questions)
