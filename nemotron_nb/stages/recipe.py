@@ -29,7 +29,8 @@ from ..ops.config import config_file, config_label, read_yaml
 from ..ops.report import Run, Section, html_page, read_run
 from ..ops.run_folder import list_runs, run_state, slug
 from ..ops.stage import EVAL, STAGES, Stage, command_words, runner
-from ..rl.sample_tasks import write_careless_chats
+from ..rl.sample_tasks import kind_of, write_careless_chats
+from ..rl.tasks import read_tasks
 from ..rl.training import step_file
 from ..viz import Picture, escape, table
 
@@ -459,6 +460,13 @@ def paired_reach(
     return 1.959964 * (spread / len(changes)) ** 0.5
 
 # %% ../../nbs/stages/09_recipe.ipynb #31e235a5
+def _task_kinds(folder: Path) -> dict[str, str]:
+    """held-out task -> its kind, as the rewards of a run are named; empty where the tasks are gone."""
+    told = folder / "train.yaml"
+    path = str(OmegaConf.select(OmegaConf.load(told), "val") or "") if told.is_file() else ""
+    return {task.id: kind_of(task) for task in read_tasks(path).tasks} if path and Path(path).is_file() else {}
+
+
 def reward_measures(
     run: Run,
 ) -> list[Measure]:
@@ -469,8 +477,11 @@ def reward_measures(
     first, last = lines[0] if len(lines) > 1 else {}, lines[-1]
     ledgers = [_by_task(step_file(run.folder, "ledger", line["step"], True)) for line in (lines[0], last)]
     found = [Measure("held-out reward", first.get("reward"), last["reward"], "higher", reach=paired_reach(*ledgers))]
+    kinds = _task_kinds(run.folder)
     for name, value in last["rewards"].items():
-        found.append(Measure(f"reward: {name}", first.get("rewards", {}).get(name), value, "higher"))
+        mine = [{task: reward for task, reward in kept.items() if kinds.get(task) == name} for kept in ledgers]
+        before = first.get("rewards", {}).get(name)
+        found.append(Measure(f"reward: {name}", before, value, "higher", reach=paired_reach(*mine)))
     return found
 
 # %% ../../nbs/stages/09_recipe.ipynb #41bad7f4
@@ -630,7 +641,7 @@ def lineage_text(
 def _sections(card: Mapping[str, Any], tree: Picture) -> list[Section]:
     """The parts of the card."""
     first = "The first measure of a step is what it is for; what may be chance is not called a gain."
-    rates = "A rate with overlapping 95 % intervals has not changed. Rewards of one family have no interval."
+    rates = "A rate with overlapping 95 % intervals has not changed. Rewards are compared task by task."
     below = "From the last model down to the raw data; `nemotron lineage` tells the same."
     runs = [[step["step"], step["run"]] for step in card["steps"] if step.get("run")]
     return [
