@@ -5170,6 +5170,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'nemotron_nb/stages/recipe.py'),
                                            'nemotron_nb.stages.recipe._still_there': ( 'stages/recipe.html#_still_there',
                                                                                        'nemotron_nb/stages/recipe.py'),
+                                           'nemotron_nb.stages.recipe._task_kinds': ( 'stages/recipe.html#_task_kinds',
+                                                                                      'nemotron_nb/stages/recipe.py'),
                                            'nemotron_nb.stages.recipe.card_of': ( 'stages/recipe.html#card_of',
                                                                                   'nemotron_nb/stages/recipe.py'),
                                            'nemotron_nb.stages.recipe.card_sentences': ( 'stages/recipe.html#card_sentences',
