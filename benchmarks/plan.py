@@ -17,6 +17,7 @@ import argparse
 import os
 import platform
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,14 +33,9 @@ from nemotron_nb.megatron.versions import installed_version
 from nemotron_nb.train.settings import NANO, SUPER
 from nemotron_nb.viz import table
 
-SMALL = Shape(
-    "ME*M", 128, heads=4, kv_heads=2, head_dim=32, mamba_heads=4, mamba_head_dim=32, groups=2, state=16, experts=8,
-    experts_per_token=2, expert_size=96, shared_size=192, latent=64, vocab=512,
-)  # fmt: skip
-MID = replace(
-    SMALL, pattern="MEM*EME", hidden=256, mamba_heads=8, heads=8, expert_size=160, shared_size=320, latent=128, vocab=1024,
-    mtp_pattern="*E", mtp_depths=2,
-)  # fmt: skip
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from plan_shapes import MID, SMALL  # noqa: E402
+
 LARGER = replace(SMALL, pattern="MEMEM*EMEMEM*EME", hidden=512, mamba_heads=16, heads=16, expert_size=320, shared_size=640, latent=0, vocab=8192)
 NANO_SHAPE, SUPER_SHAPE = shape_of(NANO), shape_of(SUPER, mtp_depths=2)
 

@@ -11,21 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from plan_shapes import SMALL
 from typer.testing import CliRunner
 
 from nemotron_nb.core import UserError
 from nemotron_nb.megatron import failures, memory, parameters, plan, scale, time
 from nemotron_nb.megatron.memory import FORMATS, Work
-from nemotron_nb.megatron.parameters import Layout, Shape, shape_of
+from nemotron_nb.megatron.parameters import Layout, shape_of
 from nemotron_nb.ops.config import pretrain_config
 from nemotron_nb.stages import plan as stage_plan
 from nemotron_nb.train.settings import NANO, SUPER, ModelConfig
 
 NANO_SHAPE, SUPER_SHAPE = shape_of(NANO), shape_of(SUPER, mtp_depths=2)
-SMALL = Shape(
-    "ME*M", 128, heads=4, kv_heads=2, head_dim=32, mamba_heads=4, mamba_head_dim=32, groups=2, state=16, experts=8,
-    experts_per_token=2, expert_size=96, shared_size=192, latent=64, vocab=512,
-)  # fmt: skip
 H100 = time.GPUS["h100-80"]
 
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from plan_shapes import MID, SMALL
 
 from nemotron_nb.megatron import measure
 from nemotron_nb.megatron.memory import FORMATS, Work
@@ -11,14 +12,6 @@ from nemotron_nb.megatron.versions import installed_version
 from nemotron_nb.train.settings import NANO, SUPER
 
 pytestmark = [pytest.mark.long, pytest.mark.skipif(not installed_version("megatron-bridge"), reason="needs the extra megatron")]
-SMALL = Shape(
-    "ME*M", 128, heads=4, kv_heads=2, head_dim=32, mamba_heads=4, mamba_head_dim=32, groups=2, state=16, experts=8,
-    experts_per_token=2, expert_size=96, shared_size=192, latent=64, vocab=512,
-)  # fmt: skip
-MID = replace(
-    SMALL, pattern="MEM*EME", hidden=256, mamba_heads=8, heads=8, expert_size=160, shared_size=320, latent=128, vocab=1024,
-    mtp_pattern="*E", mtp_depths=2,
-)  # fmt: skip
 FLAT, GPT = replace(SMALL, latent=0), Shape("*-" * 4, 256, heads=8, kv_heads=8, head_dim=32, dense_size=1024, vocab=1024)
 FORWARD = [(SMALL, 4, 128, "float32"), (MID, 2, 256, "bfloat16"), (replace(SMALL, latent=0), 3, 64, "float32")]
 STATIC = [(Layout(8, tp=2, ep=4, sp=True), True), (Layout(8, tp=2, ep=4, sp=True), False), (Layout(4, ep=2), True)]

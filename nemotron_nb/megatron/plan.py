@@ -290,6 +290,7 @@ def bill_table(plan: Plan) -> Picture:
     time, bill = plan.judged.time, plan.bill
 
     def span(pair: tuple[float, float], form: str) -> str:
+        """Both ends, the smaller first as it is given."""
         return f"{pair[0]:{form}} - {pair[1]:{form}}"
 
     rows = [

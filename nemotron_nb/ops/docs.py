@@ -226,10 +226,10 @@ def _draw_contents_once(app: Any, page: str, template: str, context: dict[str, A
 
     def contents(**options: Any) -> str:
         """The contents of this page."""
-        first, html = drawn.setdefault(tuple(sorted(options.items())), (page, None))
-        if html is None:
-            html = draw(**options)
-            drawn[tuple(sorted(options.items()))] = first, html
+        key = tuple(sorted(options.items()))
+        if key not in drawn:
+            drawn[key] = page, draw(**options)
+        first, html = drawn[key]
         return html if first == page else moved_contents(html, first, page)
 
     context["toctree"] = contents

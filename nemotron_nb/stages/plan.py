@@ -128,6 +128,7 @@ def megatron_layout(
     """The layout that the settings name."""
 
     def size(name: str) -> int:
+        """The ranks of one kind; 1 where the settings say nothing."""
         value = values.get(f"{prefix}{name}_parallel_size") or 1
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             where, fix = f"{prefix}{name}_parallel_size", "give a whole number of ranks"
