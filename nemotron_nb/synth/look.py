@@ -93,7 +93,7 @@ def diversity_of(
     answers.pop("", None)
     commonest = answers.most_common(1)[0] if answers else ("", 0)
     counts = {name: dict(found.most_common()) for name, found in about.items()}
-    return Diversity(count, len(answers), commonest, distinct_stretches(texts), counts, dict(sorted(rates.items())), dict(proofs))
+    return Diversity(count, len(answers), commonest, distinct_stretches(texts), counts, dict(sorted(rates.items())), dict(sorted(proofs.items())))
 
 # %% ../../nbs/synth/05_look.ipynb #6cc92b83
 def _facts(found: Diversity) -> Picture:
