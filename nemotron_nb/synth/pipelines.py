@@ -52,6 +52,14 @@ _ROWS = (
         settings="FinanceSettings",
         judge="judge_finance",
     ),
+    Pipeline(
+        name="instructions",
+        words="Chats whose every answer keeps two to five instructions that can be checked by counting.",
+        domain="Instruction following",
+        module="nemotron_nb.synth.instructions",
+        settings="InstructionSettings",
+        judge="judge_instructions",
+    ),
 )
 PIPELINES: Mapping[str, Pipeline] = MappingProxyType({pipeline.name: pipeline for pipeline in _ROWS})
 
