@@ -60,6 +60,14 @@ _ROWS = (
         settings="InstructionSettings",
         judge="judge_instructions",
     ),
+    Pipeline(
+        name="tool_world",
+        words="Talks with customers in worlds with tools, a state and a policy, graded by what was done.",
+        domain="Conversational tool use",
+        module="nemotron_nb.synth.tool_world",
+        settings="ToolWorldSettings",
+        judge="judge_tool_world",
+    ),
 )
 PIPELINES: Mapping[str, Pipeline] = MappingProxyType({pipeline.name: pipeline for pipeline in _ROWS})
 
