@@ -58,7 +58,7 @@ LESSONS = {
     "stages/09_recipe": 24,
     "synth/01_row": 20, "synth/02_journal": 25, "synth/03_steps": 25, "synth/04_produce": 25, "synth/05_look": 25,
     "synth/20_verify_sql": 25, "synth/40_sql": 25, "synth/41_search": 25, "synth/42_long_context": 25, "synth/43_finance": 25, "synth/44_instructions": 25,
-    "synth/45_tool_world": 25, "synth/90_pipelines": 25,
+    "synth/45_tool_world": 25, "synth/46_terminal": 25, "synth/47_trajectories": 25, "synth/90_pipelines": 25,
 }  # fmt: skip
 LONGEST_CELL, LONGEST_LINE = 40, 120
 

@@ -68,6 +68,22 @@ _ROWS = (
         settings="ToolWorldSettings",
         judge="judge_tool_world",
     ),
+    Pipeline(
+        name="terminal",
+        words="Tasks with files, text, search and archives; every command is executed in a sandbox.",
+        domain="Terminal",
+        module="nemotron_nb.synth.terminal",
+        settings="TerminalSettings",
+        judge="judge_terminal",
+    ),
+    Pipeline(
+        name="trajectories",
+        words="Logs of coding agents as chats, with what was lost by its reason.",
+        domain="Agentic software engineering",
+        module="nemotron_nb.synth.trajectories",
+        settings="TrajectorySettings",
+        judge="judge_trajectories",
+    ),
 )
 PIPELINES: Mapping[str, Pipeline] = MappingProxyType({pipeline.name: pipeline for pipeline in _ROWS})
 
