@@ -10,7 +10,7 @@ __all__ = ['GRAM', 'READ', 'distinct_stretches', 'Diversity', 'read_rows', 'dive
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from ..core import UserError, write_atomic
 from ..data.filters import words
 from .produce import Produced
-from ..viz import Picture, bars, joined, table
+from ..viz import Picture, bars, escape, joined, table
 
 # %% ../../nbs/synth/05_look.ipynb #88a1e619
 GRAM, READ = 4, 1000  # words of a stretch; rows whose texts are read
@@ -93,7 +93,8 @@ def diversity_of(
     answers.pop("", None)
     commonest = answers.most_common(1)[0] if answers else ("", 0)
     counts = {name: dict(found.most_common()) for name, found in about.items()}
-    return Diversity(count, len(answers), commonest, distinct_stretches(texts), counts, dict(sorted(rates.items())), dict(proofs))
+    stretches, sorted_rates = distinct_stretches(texts), dict(sorted(rates.items()))
+    return Diversity(count, len(answers), commonest, stretches, counts, sorted_rates, dict(proofs))
 
 # %% ../../nbs/synth/05_look.ipynb #6cc92b83
 def _facts(found: Diversity) -> Picture:
@@ -109,7 +110,7 @@ def _facts(found: Diversity) -> Picture:
     ]
     return table(facts, header=["what", "found"], title="how different")
 
-
+# %% ../../nbs/synth/05_look.ipynb #3523ffdd
 def diversity_picture(
     found: Diversity,
     most: int = 12,  # bars of one kind
@@ -124,13 +125,14 @@ def diversity_picture(
         parts.append(bars(found.pass_rates, "rows by the share of answers that was right"))
     return joined(parts)
 
-
+# %% ../../nbs/synth/05_look.ipynb #b45dff3a
 def run_picture(
     made: Produced,
 ) -> Picture:
     """All there is to see of a finished run: its funnel, how different its rows are, what it cost."""
     name = made.manifest["pipeline"]
-    parts = [made.funnel.picture(f"{name}: {made.funnel.begun:,} rows begun"), diversity_picture(diversity_of(read_rows(made.folder / "rows.jsonl")))]
+    found = diversity_of(read_rows(made.folder / "rows.jsonl"))
+    parts = [made.funnel.picture(f"{name}: {made.funnel.begun:,} rows begun"), diversity_picture(found)]
     if cost := made.manifest.get("cost"):
         parts.append(table(list(cost.items()), header=["cost", ""], title="what it cost"))
     return joined(parts)
@@ -140,5 +142,6 @@ def write_run_report(
     made: Produced,
 ) -> Path:
     """report.html of a finished run."""
-    page = f'<!doctype html><meta charset="utf-8"><title>{made.manifest["pipeline"]}</title>{run_picture(made).html}'
+    title = escape(str(made.manifest["pipeline"]))
+    page = f'<!doctype html><meta charset="utf-8"><title>{title}</title>{run_picture(made).html}'
     return write_atomic(made.folder / "report.html", page)

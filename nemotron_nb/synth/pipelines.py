@@ -40,7 +40,7 @@ def pipeline_named(
         raise UserError(f"there is no pipeline {name!r}", where="synth", fix=nearest(name, PIPELINES))
     return PIPELINES[name]
 
-
+# %% ../../nbs/synth/90_pipelines.ipynb #bfe46817
 def pipelines_table() -> Picture:
     """All pipelines: name, domain, what they make, and whether they ask a model."""
     rows = [[p.name, p.domain, p.words, "yes; rehearsed with -c tiny" if p.asks else "no"] for p in _ROWS]
@@ -65,10 +65,11 @@ class Rejudged:
         parts = [table(list(self.counts.items()), header=["status", "rows"], title=f"{self.rows:,} rows judged again")]
         if self.wrong:
             more = f"; {len(self.wrong) - most:,} more" if len(self.wrong) > most else ""
-            parts.append(table(self.wrong[:most], header=["line", "id", "verifier", "reason"], title=f"not passed{more}"))
+            header = ["line", "id", "verifier", "reason"]
+            parts.append(table(self.wrong[:most], header=header, title=f"not passed{more}"))
         return joined(parts)
 
-
+# %% ../../nbs/synth/90_pipelines.ipynb #d3b3efe2
 def _judged(row: Mapping[str, Any]) -> tuple[str, str, str]:
     """(status, verifier, reason) of a row: of its first proof that is none of being right, or passed."""
     judge = pipeline_named(row["synth"]["pipeline"]).part("judge")

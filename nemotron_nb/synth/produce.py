@@ -11,16 +11,15 @@ import importlib
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core import UserError, digest, file_digest, locked, nearest, write_atomic, write_json
+from ..core import UserError, digest, file_digest, locked, write_json
 from .journal import Journal
-from .row import Drop
-from .steps import Fallen, Funnel, Steps, SynthSettings, Workshop, funnel_of, make_row
+from .steps import Fallen, Funnel, SynthSettings, Workshop, funnel_of, make_row
 
 # %% ../../nbs/synth/04_produce.ipynb #ef4b1b97
 @dataclass(frozen=True)
@@ -69,6 +68,9 @@ def code_files(
                 todo += [used] if used.startswith(f"{_FRAME}.") else []
     return [found[name] for name in sorted(found)]
 
+# %% ../../nbs/synth/04_produce.ipynb #709538bb
+_NOT_A_ROW = ("rows", "workers", "max_drop_share", "max_same_answer")  # settings of the run
+
 
 def recipe_of(
     pipeline: Pipeline,
@@ -79,9 +81,6 @@ def recipe_of(
     code = [file_digest(path) for path in code_files(pipeline.module)]
     return digest([pipeline.name, code, said])
 
-
-_NOT_A_ROW = ("rows", "workers", "max_drop_share", "max_same_answer")  # settings of the run
-
 # %% ../../nbs/synth/04_produce.ipynb #48c7317e
 Entry = dict[str, Any]  # of the journal: {"row": ...} or {"fallen": ...}
 
@@ -90,7 +89,7 @@ def entry_of(made: dict[str, Any] | Fallen) -> Entry:
     """What goes into the journal of a row."""
     return {"fallen": asdict(made)} if isinstance(made, Fallen) else {"row": made}
 
-
+# %% ../../nbs/synth/04_produce.ipynb #8697c310
 _HERE: dict[str, Any] = {}  # of a worker's process: what it makes rows with
 
 
@@ -103,17 +102,9 @@ def _make(indices: Sequence[int]) -> list[Entry]:
     """In a worker: some rows."""
     return [entry_of(make_row(index=i, **_HERE)) for i in indices]
 
-
-def _apart(pipeline: Pipeline, settings: SynthSettings, recipe: str, todo: Sequence[int]) -> Iterator[tuple[int, Entry]]:
-    """Rows by several processes, as they are done."""
-    parts = [todo[i : i + 16] for i in range(0, len(todo), 16)]
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    with ProcessPoolExecutor(settings.workers, context, _begin, (pipeline, settings, recipe)) as pool:
-        yield from _as_done(pool, _make, parts, 3 * settings.workers)
-
-
+# %% ../../nbs/synth/04_produce.ipynb #1d25f094
 def _as_done(
-    pool: Executor, act: Callable[[Sequence[int]], list[Entry]], parts: Sequence[Sequence[int]], most: int
+    pool: Executor, act: Callable[[Sequence[int]], list[Entry]], parts: Iterable[Sequence[int]], most: int
 ) -> Iterator[tuple[int, Entry]]:
     """(number, entry) of each row as it is done; not more than so many parts are under way."""
     waiting: dict[Future[list[Entry]], Sequence[int]] = {}
@@ -129,12 +120,30 @@ def _as_done(
     finally:
         pool.shutdown(cancel_futures=True)
 
+# %% ../../nbs/synth/04_produce.ipynb #7e798a7f
+def _apart(pipeline: Pipeline, settings: Any, recipe: str, todo: Sequence[int]) -> Iterator[tuple[int, Entry]]:
+    """Rows by several processes, as they are done."""
+    parts = [todo[i : i + 16] for i in range(0, len(todo), 16)]
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    with ProcessPoolExecutor(settings.workers, context, _begin, (pipeline, settings, recipe)) as pool:
+        yield from _as_done(pool, _make, parts, 3 * settings.workers)
+
+
+def _rows(pipeline: Pipeline, settings: Any, recipe: str, todo: Sequence[int]) -> Iterator[tuple[int, Entry]]:
+    """The rows that are missing, as they are done."""
+    if settings.workers > 1:
+        yield from _apart(pipeline, settings, recipe, todo)
+        return
+    steps, workshop = pipeline.part("steps"), Workshop(settings)
+    for index in todo:
+        yield index, entry_of(make_row(pipeline.name, steps, workshop, index, recipe))
+
 # %% ../../nbs/synth/04_produce.ipynb #e524efbe
 LAST_STEP = "distinct"  # the step of the whole file
 
 
 def _sorted_out(journal: Journal, rows: int, most: int) -> Iterator[tuple[bool, dict[str, Any]]]:
-    """(kept, row or fall) in the order of the numbers; rows that say the same chat again fall, and those of one answer."""
+    """(kept, row or fall) in the order of the numbers. A chat that was there falls, and one answer too many."""
     seen: set[str] = set()
     answers: dict[str, int] = {}
     for index in range(rows):
@@ -186,7 +195,7 @@ class Produced:
         worst = f"\n{self.funnel.worst}" if self.funnel.worst else ""
         return f"{self.funnel.kept:,} of {self.funnel.begun:,} rows kept{worst}"
 
-
+# %% ../../nbs/synth/04_produce.ipynb #c93ba2d8
 def _funnel(pipeline: Pipeline, begun: int, falls: Sequence[tuple[str, str]]) -> Funnel:
     """The funnel of a finished run."""
     return funnel_of([*(name for name, _ in pipeline.part("steps")), LAST_STEP], begun, falls)
@@ -221,7 +230,7 @@ def _finish(pipeline: Pipeline, settings: SynthSettings, folder: Path, journal: 
     }
     write_json(folder / "manifest.json", about)
 
-
+# %% ../../nbs/synth/04_produce.ipynb #b0fb1f26
 def _is_of(made: Produced, settings: SynthSettings, recipe: str) -> bool:
     """Is a finished run the one that is asked for?"""
     asked = {name: getattr(settings, name) for name in ("rows", "max_same_answer")}
@@ -266,13 +275,3 @@ def produce(
         journal.close()
     made = load_produced(pipeline, folder)
     return _check_share(Produced(made.folder, made.manifest, made.funnel, len(todo)), settings.max_drop_share)
-
-
-def _rows(pipeline: Pipeline, settings: SynthSettings, recipe: str, todo: Sequence[int]) -> Iterator[tuple[int, Entry]]:
-    """The rows that are missing, as they are done."""
-    if settings.workers > 1:
-        yield from _apart(pipeline, settings, recipe, todo)
-        return
-    steps, workshop = pipeline.part("steps"), Workshop(settings)
-    for index in todo:
-        yield index, entry_of(make_row(pipeline.name, steps, workshop, index, recipe))

@@ -42,9 +42,9 @@ class Workshop:
 
 
 Step = Callable[[RowDraft, Workshop], None]
-Steps = Sequence[tuple[str, Step]]
+Steps = Sequence[tuple[str, Step]]  # names, and what is done
 
-
+# %% ../../nbs/synth/03_steps.ipynb #fb08cc36
 @dataclass(frozen=True)
 class Fallen:
     """Where a row fell."""
@@ -78,7 +78,7 @@ def make_row(
         raise
     return finished(draft, recipe)
 
-# %% ../../nbs/synth/03_steps.ipynb #fb08cc36
+# %% ../../nbs/synth/03_steps.ipynb #c6fba4de
 @dataclass(frozen=True)
 class Funnel:
     """How many rows each step let through."""
