@@ -43,7 +43,6 @@ from nemotron_nb.ops.config import (
     SftConfig,
     config_label,
     config_names,
-    project_root,
     sft_config,
     stage_config,
     stage_files,
@@ -55,6 +54,7 @@ from nemotron_nb.ops.run_folder import (
     begin_attempt, found_training, keep_notebook, make_run_folder, note_failures, put_back, read_status, run_name,
     set_status, slurm_job,
 )
+from ..ops.profiles import project_root, work_folder
 from ..ops.stage import SFT, Stage, command_words
 from ..train.settings import TINY
 
@@ -914,7 +914,7 @@ def begin_stage(
     shell: Any = None,  # the IPython shell, in a notebook: a failing cell is then noted in the status
 ) -> tuple[Effective, Path]:
     """(settings, run folder) of a run notebook, the folder's status `running`. Works from `work_dir` from then on."""
-    os.chdir(parameters.work_dir or project_root())
+    os.chdir(parameters.work_dir or work_folder())
     layer = notebook_layer(parameters)
     effective = _stage_settings(stage, parameters.family, parameters.config, parameters.overrides, layer)
     label = _stage_label(stage, effective.settings, parameters.config)
