@@ -483,7 +483,7 @@ def _first_lines(work: Work, done: int, again: bool) -> None:
         examine(work, 0)
 
 
-_NOT_TOKENIZER = ("config.json", "generation_config.json", "model.safetensors.index.json")
+_NOT_TOKENIZER = ("config.json", "generation_config.json", "model.safetensors.index.json", "README.md")
 
 
 def _export(work: Work) -> None:
