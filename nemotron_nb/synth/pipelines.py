@@ -28,6 +28,14 @@ _ROWS = (
         settings="SqlSettings",
         judge="judge_sql",
     ),
+    Pipeline(
+        name="search",
+        words="Riddles over four to eight facts, searched with tools that really answer, in a library of the row.",
+        domain="Search",
+        module="nemotron_nb.synth.search",
+        settings="SearchSettings",
+        judge="judge_search",
+    ),
 )
 PIPELINES: Mapping[str, Pipeline] = MappingProxyType({pipeline.name: pipeline for pipeline in _ROWS})
 
