@@ -45,12 +45,15 @@ class EndpointError(UserError):
     """No usable answer.
 
     `kind` is "unavailable" (nobody answers, or nobody is let in), "refused" (the server will not take this question),
-    "invalid" (the answers are nonsense) or "cut" (the answer did not fit into max_tokens).
+    "invalid" (the answers are nonsense) or "cut" (the answer did not fit into max_tokens). `answer` is the last one,
+    where there was any.
     """
 
-    def __init__(self, kind: str, what: str, *, where: str = "", why: str = "", fix: str = ""):
+    def __init__(
+        self, kind: str, what: str, *, where: str = "", why: str = "", fix: str = "", answer: str | None = None
+    ):
         super().__init__(what, where=where, why=why, fix=fix)
-        self.kind = kind
+        self.kind, self.answer = kind, answer
 
 # %% ../nbs/05_endpoint.ipynb #3717e14d
 @dataclass(frozen=True)
@@ -448,7 +451,8 @@ def _checked(answer: Answer, request: Request, check: Callable[[str], Any]) -> A
         raise _Failure("refused", _FILTERED, again=False)
     if cut and not request.allow_cut and (request.schema is None or not answer.text):
         used = "the answer" if answer.text or answer.tool_calls else "the thought"
-        raise _Failure("cut", f"{used} did not fit into max_tokens", again=False)
+        words = answer.text or answer.reasoning
+        raise _Failure("cut", f"{used} did not fit into max_tokens", again=False, answer=words)
     if answer.tool_calls and request.tools:
         return answer  # a call is no answer yet, and has no value
     try:
@@ -520,6 +524,7 @@ def _gave_up(endpoint: Endpoint, failure: _Failure, attempts: int) -> EndpointEr
         f"no usable answer in {attempts} attempts; the last: {failure.what}",
         where=f"{endpoint.model} at {endpoint.base_url}",
         fix=fixes[failure.kind],
+        answer=failure.answer,
     )
 
 # %% ../nbs/05_endpoint.ipynb #8080b7a4

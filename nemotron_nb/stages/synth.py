@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core import UserError, digest
-from ..ops.artifacts import Artifact, Source, Store, producer
+from ..ops.artifacts import MADE_ROWS, Artifact, Source, Store, producer
 from nemotron_nb.ops.config import (
     COMMAND, SYNTH, Effective, Layer, RunSection, job_configs, known_names, merge, stage_files, typed_layers,
 )
@@ -98,7 +98,7 @@ def log_rows(
     command: str = "",  # that made them
 ) -> Artifact:
     """Enter the rows of a finished run."""
-    name = f"SynthArtifact-{made.manifest['pipeline']}"
+    name = f"{MADE_ROWS}{made.manifest['pipeline']}"
     fields = {"rows_path": "rows.jsonl", "rows": made.funnel.kept, "recipe": made.manifest["recipe"]}
     aliases = ("latest",)
     return store.log(name, "data", made.folder, fields, row_sources(made), aliases, producer(command), _NOT_ROWS)
@@ -138,7 +138,7 @@ def synth_stage(
         name=SYNTH,
         settings="",
         notebook="",
-        makes=(f"SynthArtifact-{pipeline.name}",),
+        makes=(f"{MADE_ROWS}{pipeline.name}",),
         families=(SYNTH,),
         takes=(),
         words=pipeline.words,

@@ -39,6 +39,7 @@ class Workshop:
     """What the steps of a row find around them."""
 
     settings: Any  # of the pipeline: SynthSettings, or a class that inherits it
+    models: Any = None  # that can be asked, see `nemotron_nb.synth.ask.Models`; None: the pipeline asks none
 
 
 Step = Callable[[RowDraft, Workshop], None]
