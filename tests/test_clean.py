@@ -192,7 +192,7 @@ def test_rows_do_not_stay_in_memory(tmp_path):
     rng = random.Random(0)
     words = [f"word{rng.randrange(10**6)}" for _ in range(30_000)]
     with open(tmp_path / "docs.jsonl", "w") as file:
-            for _ in range(80):
+        for _ in range(80):
             file.write(json.dumps({"text": " ".join(rng.sample(words, 2_000))}) + "\n")
     size = (tmp_path / "docs.jsonl").stat().st_size
     tracemalloc.start()
