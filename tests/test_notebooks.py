@@ -34,7 +34,7 @@ def test_stored_pictures_have_words(path):
 
 # A notebook whose cells are a lesson -> the lines of an export cell in the median. A new one is added, none is taken out.
 LESSONS = {
-    "00_core": 12, "01_viz": 11, "02_endpoint": 12,
+    "00_core": 12, "01_viz": 11, "02_rehearsal": 21, "03_connection": 15, "04_usage": 19, "05_endpoint": 15,
     "data/01_files": 11, "data/02_levels": 13, "data/03_records": 10, "data/04_sample": 14,
     "data/05_tokenizer": 13, "data/06_encoder": 9, "data/07_template": 13, "data/08_mask": 12,
     "data/09_sandbox": 12, "data/10_jinja_template": 12, "data/11_nvidia_prep": 14, "data/12_reasoning": 12,
@@ -55,7 +55,12 @@ LESSONS = {
     "ops/05_tracking": 15, "ops/06_config": 11, "ops/07_report": 12, "ops/08_stage": 11, "ops/09_slurm": 11,
     "megatron/12_parameters": 23, "megatron/13_memory": 19, "megatron/14_measure": 20, "megatron/15_time": 23,
     "megatron/16_plan": 26, "megatron/17_scale": 16, "megatron/18_failures": 20, "stages/08_plan": 25,
-    "stages/09_recipe": 24, "ops/12_card": 18, "generate/05_served": 21,
+    "stages/09_recipe": 24,
+    "stages/11_synth": 20, "ops/12_card": 18, "generate/05_served": 21,
+    "synth/01_row": 13, "synth/02_journal": 18, "synth/03_steps": 16, "synth/04_ask": 22, "synth/05_produce": 17,
+    "synth/06_look": 22, "synth/20_verify_sql": 16, "synth/90_pipelines": 21,
+    "synth/40_sql": 17,
+    "synth/41_search": 25,
 }  # fmt: skip
 LONGEST_CELL, LONGEST_LINE = 40, 120
 

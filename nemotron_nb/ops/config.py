@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NULLS', 'SPELLINGS', 'SECTION_SPELLINGS', 'LAST_SPELLINGS', 'WORDS', 'BUILT_IN', 'COMMAND', 'COMMAND_LINE',
-           'MEGATRON', 'POINTER', 'ENVIRONMENT', 'Layer', 'RIVALS', 'PATHS', 'CALL', 'FAMILIES', 'Read', 'Parts',
-           'SLOTS', 'NEWEST', 'NAMES_DATA', 'PREPARED', 'PRETRAIN_SLOTS', 'flatten', 'nest', 'read_yaml',
+           'MEGATRON', 'POINTER', 'ENVIRONMENT', 'Layer', 'RIVALS', 'PATHS', 'CALL', 'FAMILIES', 'SYNTH', 'Read',
+           'Parts', 'SLOTS', 'NEWEST', 'NAMES_DATA', 'PREPARED', 'PRETRAIN_SLOTS', 'flatten', 'nest', 'read_yaml',
            'read_override', 'known_names', 'canonical', 'InForce', 'shown_name', 'changed_names', 'Effective', 'merge',
            'config_names', 'job_configs', 'config_label', 'config_file', 'EnvSection', 'RunSection', 'SftConfig',
            'DataPrepConfig', 'file_layers', 'typed_layers', 'sft_config', 'data_prep_config', 'stage_files',
@@ -567,6 +567,7 @@ def _followed(name: str, tree: Callable[[], Any], said: Any, origin: str) -> Any
 
 # %% ../../nbs/ops/06_config.ipynb #ea2b7e0c
 FAMILIES = ("nano3", "super3")
+SYNTH = "synth"  # the folder of pipelines that make rows, beside those of the families
 
 # %% ../../nbs/ops/06_config.ipynb #e6d396a5
 def _origin(path: Path) -> str:
@@ -726,7 +727,7 @@ def _file_layer(path: Path, section: str = "", read: Read = read_yaml) -> Layer:
 # %% ../../nbs/ops/06_config.ipynb #17d40540
 def _check_family(family: str) -> None:
     """Refuse a family nobody knows."""
-    if family not in FAMILIES:
+    if family not in (*FAMILIES, SYNTH):
         raise UserError(f"unknown family {family!r}", where="command line", fix=nearest(family, FAMILIES))
 
 

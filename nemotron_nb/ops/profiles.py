@@ -179,7 +179,7 @@ def library_folder() -> Path:
 
 # %% ../../nbs/ops/01_profiles.ipynb #3d7e01aa
 def project_root() -> Path:
-    """The folder that holds recipes, run notebooks and job scripts: the checkout, or else their copies in the package."""
+    """The folder that holds recipes, run notebooks and job scripts: the checkout, or else the package."""
     library = library_folder()
     for root in (library.parent, library / PACKAGED):
         if all((root / part).is_dir() for part in SHIPPED):
