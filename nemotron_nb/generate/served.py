@@ -32,7 +32,7 @@ def declared_fields(
             return dict((body.get("parameters") or {}).get("properties") or {})
     return {}
 
-
+# %% ../../nbs/generate/05_served.ipynb #a2a9a0e0
 def declared_type(
     fields: Mapping[str, Any],  # declared parameters of one function
     name: str,
@@ -57,7 +57,7 @@ def _number(text: str, whole: bool) -> Any:
     except (ValueError, OverflowError):
         return text
 
-
+# %% ../../nbs/generate/05_served.ipynb #99518167
 def _structure(text: str) -> Any:
     """JSON, else a literal of Python, else the text."""
     for read in (json.loads, ast.literal_eval):
@@ -107,7 +107,7 @@ def _call(inner: str, tools: Tools) -> dict[str, Any]:
         arguments[key] = read_value(text.removeprefix("\n").removesuffix("\n"), *declared_type(fields, key))
     return {"name": name, "arguments": arguments}
 
-
+# %% ../../nbs/generate/05_served.ipynb #7cbffa37
 def read_served_calls(
     text: str,  # what the model wrote, its thought cut off
     tools: Tools,
@@ -126,7 +126,7 @@ class ServedTurn:
     content: str | None
     calls: tuple[dict[str, Any], ...] = ()
 
-
+# %% ../../nbs/generate/05_served.ipynb #44b81441
 def serve_turn(
     text: str,  # what the model wrote, without its end marker
     tools: Tools = (),
@@ -167,7 +167,7 @@ class Misreading:
     read: Any
     why: str
 
-
+# %% ../../nbs/generate/05_served.ipynb #bd297750
 def _plain(value: Any) -> Any:
     """A value with numbers by their size: 2.0 is 2, and true is not 1."""
     if isinstance(value, float) and value.is_integer():
@@ -228,7 +228,7 @@ def turn_misreadings(
         found += _call_misreadings(index, k, a, b, tools)
     return found
 
-
+# %% ../../nbs/generate/05_served.ipynb #2b22f15e
 def chat_misreadings(
     chat: Conversation,
 ) -> list[Misreading]:
@@ -258,7 +258,7 @@ class ServedParity:
         ]
         return table(rows or [["none", "", "", "", ""]], header=["chat", "what", "meant", "read", "why"], title=title)
 
-
+# %% ../../nbs/generate/05_served.ipynb #36055a97
 def served_parity(
     chats: Iterable[Conversation],
 ) -> ServedParity:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from nemotron_nb.ops.stage import Stage
 
 # %% ../../nbs/ops/12_card.ipynb #a7a2b202
-_MARK = re.compile(r"[^\w ,.;/()=%+-]|_|^\W|(?<=www)\.", re.IGNORECASE)
+_MARK = re.compile(r"[^\w ,.;/()=%+-]|(?<![^\W_])_|_(?![^\W_])|^\W|(?<=www)\.", re.IGNORECASE)
 
 
 def markdown_text(
@@ -64,7 +64,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     lines = [f"| {' | '.join(map(_cell, row))} |" for row in rows]
     return [f"| {' | '.join(header)} |", "|" + " --- |" * len(header), *lines, ""] if lines else []
 
-
+# %% ../../nbs/ops/12_card.ipynb #82a0b7a5
 def _block(text: str, language: str = "") -> list[str]:
     """Untrusted lines as they are: the fence is longer than any inside."""
     shown = visible(without_places(text))
@@ -127,7 +127,7 @@ def hub_name(
     found = _HUB.match(address)
     return found[1] if found else ""
 
-
+# %% ../../nbs/ops/12_card.ipynb #c6578902
 def _names(addresses: Iterable[str]) -> list[str]:
     """The names of the hub among some addresses, each once."""
     return list(dict.fromkeys(filter(None, map(hub_name, addresses))))
@@ -211,7 +211,7 @@ def _data(card: Card) -> list[str]:
         said.append(f"{manifest['rows']:,} rows were read, {lost:,} rejected; a part of the rest was held out.")
     return ["## Data", "", *_table(names, rows), " ".join(said) or "See the lineage.", ""]
 
-
+# %% ../../nbs/ops/12_card.ipynb #7cb80c22
 def _licences(card: Card) -> list[str]:
     """Whose licences bind the weights, and that none is chosen."""
     known = sorted({str(d.get("license") or "") for d in card.run.manifest.get("datasets", [])} - {""})
@@ -282,7 +282,7 @@ def card_text(
     body = "\n".join(line for part in parts for line in part(card))
     return f"---\n{head}---\n\n{body.rstrip()}\n"
 
-
+# %% ../../nbs/ops/12_card.ipynb #8f561562
 def write_card(
     run: str | os.PathLike,  # a run folder
     model: str | os.PathLike,  # the folder with its weights; the card becomes its README.md
