@@ -5007,6 +5007,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'nemotron_nb/stages/compress.py'),
                                              'nemotron_nb.stages.compress.CompressConfig.__post_init__': ( 'stages/compress.html#compressconfig.__post_init__',
                                                                                                            'nemotron_nb/stages/compress.py'),
+                                             'nemotron_nb.stages.compress._follows': ( 'stages/compress.html#_follows',
+                                                                                       'nemotron_nb/stages/compress.py'),
                                              'nemotron_nb.stages.compress._here': ( 'stages/compress.html#_here',
                                                                                     'nemotron_nb/stages/compress.py'),
                                              'nemotron_nb.stages.compress._label': ( 'stages/compress.html#_label',

@@ -52,10 +52,10 @@ LESSONS = {
     "megatron/05_recorder": 19, "megatron/06_lifecycle": 11, "megatron/07_kernels": 22,
     "stages/01_sft": 13, "stages/02_evaluate": 13, "stages/03_budget": 12,
     "ops/01_profiles": 18, "ops/02_spellings": 20, "ops/03_run_folder": 12, "ops/04_artifacts": 12,
-    "ops/05_tracking": 15, "ops/06_config": 11, "ops/07_report": 12, "ops/08_stage": 11, "ops/09_slurm": 11,
+    "ops/05_tracking": 15, "ops/06_config": 11, "ops/07_report": 12, "ops/08_stage": 12, "ops/09_slurm": 11,
     "megatron/12_parameters": 23, "megatron/13_memory": 19, "megatron/14_measure": 20, "megatron/15_time": 23,
     "megatron/16_plan": 26, "megatron/17_scale": 16, "megatron/18_failures": 20, "stages/08_plan": 25,
-    "stages/09_recipe": 24, "compress/01_formats": 16, "compress/02_precision": 16, "compress/03_quantise": 16,
+    "stages/09_recipe": 24, "compress/01_formats": 16, "compress/02_precision": 16, "compress/03_quantise": 17,
     "compress/04_distil": 16, "compress/05_prune": 28, "stages/10_compress": 22,
 }  # fmt: skip
 LONGEST_CELL, LONGEST_LINE = 40, 120

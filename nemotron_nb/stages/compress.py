@@ -8,7 +8,7 @@ __all__ = ['DTYPES', 'CalibrationSection', 'CompressConfig', 'compress_config', 
            'compression_sections', 'write_compression', 'open_compression', 'inputs_of', 'enter_compressed',
            'compress_run']
 
-# %% ../../nbs/stages/10_compress.ipynb #648ef385
+# %% ../../nbs/stages/10_compress.ipynb #cf12274c
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,7 +33,7 @@ from nemotron_nb.stages.sft import (
     Parameters, Plan, Show, cluster_layer, enter_made, execute_into, launch, new_stage_folder, note_artifacts,
     open_stage_folder,
 )
-from ..viz import Picture, joined, table
+from ..viz import Picture, table
 
 # %% ../../nbs/stages/10_compress.ipynb #332e40de
 if TYPE_CHECKING:
@@ -92,11 +92,11 @@ def evaluation_of(config: CompressConfig) -> EvalConfig:
     parts = {name: getattr(config, name) for name in ("family", "model", "data", "generation", "eval", "run")}
     return EvalConfig(base="none", **parts)
 
-# %% ../../nbs/stages/10_compress.ipynb #ca6a622b
+# %% ../../nbs/stages/10_compress.ipynb #a7aa747a
 def resolved_compression(
     config: CompressConfig,
 ) -> CompressConfig:
-    """The same settings with model and data named and the number of samples said. `UserError` for what cannot be done."""
+    """The same settings with model, data and the number of samples named. `UserError` for what cannot be done."""
     import torch
 
     from nemotron_nb.compress.precision import rule_named
@@ -229,7 +229,7 @@ def compared_rows(
             rows.append({"": words, "as it is": pair[0], "quantised": pair[1], "read back": ""})
     return rows
 
-# %% ../../nbs/stages/10_compress.ipynb #38539a93
+# %% ../../nbs/stages/10_compress.ipynb #ed519546
 def headline(folder: str | os.PathLike) -> list[str]:
     """What a compression came to, in sentences."""
     base, tuned = measured_pair(folder)
@@ -243,9 +243,10 @@ def headline(folder: str | os.PathLike) -> list[str]:
         said.append(f"Held-out loss: {old:.4f} as it is, {new:.4f} quantised ({new - old:+.4f} nats a token).")
     if counts["read_back"] is not None:
         apart = abs(counts["read_back"] - tuned["loss"]["loss_token"])
-        said.append(f"Read back without the tool the loss is {counts['read_back']:.4f}; {apart:.1e} from what was measured.")
-    changed = changes(base, tuned)
-    said.append(f"{sum(c.better for c in changed)} turns and answers got better, {sum(not c.better for c in changed)} worse.")
+        again = f"{counts['read_back']:.4f}; {apart:.1e} from what was measured"
+        said.append(f"Read back without the tool the loss is {again}.")
+    better = [c.better for c in changes(base, tuned)]
+    said.append(f"{sum(better)} turns and answers got better, {len(better) - sum(better)} worse.")
     if counts["never_met"]:
         first = counts["never_met"][0]
         said.append(f"WARNING: {len(counts['never_met'])} inputs met no sample and have no scale, e.g. {first}.")
@@ -293,11 +294,12 @@ def write_compression(
     parts = [*compression_sections(folder), Section("Code and machine", "env.json", environment_picture(env))]
     return write_atomic(folder / "report.html", html_page(folder.name, headline(folder), parts))
 
-# %% ../../nbs/stages/10_compress.ipynb #231afa2b
+# %% ../../nbs/stages/10_compress.ipynb #a5a552b9
 def _label(config: CompressConfig, name: str | Sequence[str]) -> str:
     """What people call a run of it."""
     run = model_run(config.model) or Path(config.model)
-    return config.run.label or f"{config_label(name)} {config.rule} {run.name.partition('-')[2] or Path(config.model).name}"
+    whose = run.name.partition("-")[2] or Path(config.model).name
+    return config.run.label or f"{config_label(name)} {config.rule} {whose}"
 
 
 def open_compression(
@@ -321,7 +323,7 @@ def enter_compressed(effective: Effective, config: CompressConfig, folder: Path)
     """Enter the checkpoint in the register."""
     return enter_made(COMPRESS, effective, folder, folder / "model", inputs_of(config))
 
-# %% ../../nbs/stages/10_compress.ipynb #ebda7d64
+# %% ../../nbs/stages/10_compress.ipynb #b894854a
 def compress_run(
     family: str,  # nano3 or super3
     config: str | Sequence[str] = "default",  # what -c was given
@@ -340,9 +342,15 @@ def compress_run(
         """The run folder, with everything that was settled."""
         return new_stage_folder(effective, settled, COMPRESS, _label(settled, config), command=command)
 
-    rows = [("model", settled.model), ("rule", settled.rule), ("data", settled.data.dir), ("samples", settled.calibration.samples)]
-    follows = str(table(rows, header=["what it comes to", ""]))
-    return launch(Plan(COMPRESS, effective, follows, make, lambda: _here(make(), family)), profile, mode, dry_run, **shown)
+    plan = Plan(COMPRESS, effective, str(_follows(settled)), make, lambda: _here(make(), family))
+    return launch(plan, profile, mode, dry_run, **shown)
+
+
+def _follows(settled: CompressConfig) -> Picture:
+    """What the settings come to."""
+    rows = [("model", settled.model), ("rule", settled.rule), ("data", settled.data.dir)]
+    rows.append(("samples", str(settled.calibration.samples)))
+    return table(rows, header=["what it comes to", ""])
 
 
 def _here(folder: Path, family: str) -> Path:

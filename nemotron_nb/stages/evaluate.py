@@ -25,7 +25,8 @@ from omegaconf import OmegaConf
 
 from ..core import UserError, from_mapping, write_atomic, write_json
 from ..data.manifest import Manifest
-from ..ops.artifacts import Artifact, Source, Store, source
+from ..ops import artifacts as register
+from ..ops.artifacts import Artifact, Source, Store
 from nemotron_nb.ops.config import (
     Effective, Layer, RunSection, config_label, file_layers, flatten, project_root, stage_config,
 )
@@ -274,7 +275,7 @@ def known_as(
     if name.startswith(START) or not path.exists():
         return Source(name, role, name if name.startswith(START) else f"hf://{name}")
     found = [artifact for artifact in store.list() if artifact.path == path.absolute()]
-    return found[-1] if found else source(path, role)
+    return found[-1] if found else register.source(path, role)
 
 
 def evaluated(
