@@ -60,6 +60,12 @@ LESSONS = {
     "ops/12_card": 18,
     "stages/01_sft": 13, "stages/02_evaluate": 13, "stages/03_budget": 12, "stages/08_plan": 25, "stages/09_recipe": 24,
     "stages/10_compress": 22, "stages/11_synth": 20,
+    "ops/05_tracking": 15, "ops/06_config": 11, "ops/07_report": 12, "ops/08_stage": 11, "ops/09_slurm": 11,
+    "megatron/12_parameters": 23, "megatron/13_memory": 19, "megatron/14_measure": 20, "megatron/15_time": 23,
+    "megatron/16_plan": 26, "megatron/17_scale": 16, "megatron/18_failures": 20, "stages/08_plan": 25,
+    "stages/09_recipe": 24,
+    "synth/01_row": 20, "synth/02_journal": 25, "synth/03_steps": 25, "synth/04_produce": 25, "synth/05_look": 25,
+    "synth/20_verify_sql": 25, "synth/40_sql": 25, "synth/41_search": 25, "synth/42_long_context": 25, "synth/43_finance": 25, "synth/44_instructions": 25, "synth/90_pipelines": 25,
 }  # fmt: skip
 LONGEST_CELL, LONGEST_LINE = 40, 120
 

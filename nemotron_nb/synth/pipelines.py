@@ -36,6 +36,30 @@ _ROWS = (
         settings="SearchSettings",
         judge="judge_search",
     ),
+    Pipeline(
+        name="long_context",
+        words="Seven tasks over long texts, each chat exact to the token of the model's tokenizer.",
+        domain="Long context",
+        module="nemotron_nb.synth.long_context",
+        settings="LongSettings",
+        judge="judge_long_context",
+    ),
+    Pipeline(
+        name="finance",
+        words="Ratio, growth and comparison questions about invented statements that add up, answered exactly.",
+        domain="Financial",
+        module="nemotron_nb.synth.finance",
+        settings="FinanceSettings",
+        judge="judge_finance",
+    ),
+    Pipeline(
+        name="instructions",
+        words="Chats whose every answer keeps two to five instructions that can be checked by counting.",
+        domain="Instruction following",
+        module="nemotron_nb.synth.instructions",
+        settings="InstructionSettings",
+        judge="judge_instructions",
+    ),
 )
 PIPELINES: Mapping[str, Pipeline] = MappingProxyType({pipeline.name: pipeline for pipeline in _ROWS})
 
