@@ -28,6 +28,15 @@ _ROWS = (
         settings="SqlSettings",
         judge="judge_sql",
     ),
+    Pipeline(
+        name="infinity",
+        words="Programming problems that need a concept of another field, with programs that were run.",
+        domain="competition code",
+        module="nemotron_nb.synth.infinity",
+        settings="InfinitySettings",
+        judge="judge_infinity",
+        teacher="rehearse_infinity",
+    ),
 )
 PIPELINES: Mapping[str, Pipeline] = MappingProxyType({pipeline.name: pipeline for pipeline in _ROWS})
 
