@@ -37,6 +37,24 @@ _ROWS = (
         judge="judge_infinity",
         teacher="rehearse_infinity",
     ),
+    Pipeline(
+        name="rqa",
+        words="Questions inspired by passages that do not need them, answered by who has not seen them.",
+        domain="RQA",
+        module="nemotron_nb.synth.rqa",
+        settings="RqaSettings",
+        judge="judge_rqa",
+        teacher="rehearse_rqa",
+    ),
+    Pipeline(
+        name="science",
+        words="Multiple-choice questions whose keys hold when others answer; letters in balance.",
+        domain="science",
+        module="nemotron_nb.synth.science",
+        settings="ScienceSettings",
+        judge="judge_science",
+        teacher="rehearse_science",
+    ),
 )
 PIPELINES: Mapping[str, Pipeline] = MappingProxyType({pipeline.name: pipeline for pipeline in _ROWS})
 
