@@ -57,7 +57,10 @@ LESSONS = {
     "megatron/16_plan": 26, "megatron/17_scale": 16, "megatron/18_failures": 20, "stages/08_plan": 25,
     "stages/09_recipe": 24,
     "synth/01_row": 13, "synth/02_journal": 18, "synth/03_steps": 16, "synth/04_produce": 16, "synth/05_look": 18,
-    "stages/11_synth": 20, "synth/20_verify_sql": 16, "synth/40_sql": 17, "synth/90_pipelines": 21,
+    "stages/11_synth": 20, "synth/20_verify_sql": 16,
+    "synth/21_verify_python": 21, "synth/22_verify_tools": 26, "synth/23_verify_translation": 19,
+    "synth/24_verify_lean": 24, "synth/25_verify_cuda": 21, "synth/26_verify_json": 22, "rl/08_code": 24,
+    "synth/40_sql": 17, "synth/90_pipelines": 21,
 }  # fmt: skip
 LONGEST_CELL, LONGEST_LINE = 40, 120
 

@@ -62,7 +62,7 @@ def _can(wrap: str) -> str:
         return ""
     return told.stdout + told.stderr if tried.returncode == 0 else ""
 
-# %% ../../nbs/rl/08_code.ipynb #ed6328c5
+# %% ../../nbs/rl/08_code.ipynb #2f85eadd
 _PYTHON = str(Path(sys.executable).resolve())
 _ALONE = ["--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
 _NOBODY = ["--uid", "65534", "--gid", "65534", "--clearenv", "--setenv", "PATH", "/usr/bin:/bin"]
@@ -78,13 +78,17 @@ def sandbox_command(
     known = _can(wrap) if wrap else ""
     if not known:
         return [], "limits"
-    places = ("/usr", "/bin", "/lib", "/lib64", sys.base_prefix, *shown)
-    reads = [word for place in places if Path(place).exists() for word in ("--ro-bind", place, place)]
+    def reads(places: Sequence[str]) -> list[str]:
+        """Words that show folders."""
+        return [word for place in places if Path(place).exists() for word in ("--ro-bind", place, place)]
+
+    system = reads(("/usr", "/bin", "/lib", "/lib64", sys.base_prefix))
     size = ["--size", str(disk)] if "--size" in known else []
     no_spaces = ["--disable-userns"] if "--disable-userns" in known else []
     writes = [*size, "--tmpfs", "/tmp", "--proc", "/proc", "--dev", "/dev", *size, "--tmpfs", "/dev/shm"]
     closed = ["--ro-bind", str(folder), "/job", "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"]
-    return [wrap, *_ALONE, *no_spaces, *_NOBODY, "--setenv", "HOME", "/tmp", *reads, *writes, *closed], "bubblewrap"
+    seen = [*system, *writes, *reads(shown), *closed]
+    return [wrap, *_ALONE, *no_spaces, *_NOBODY, "--setenv", "HOME", "/tmp", *seen], "bubblewrap"
 
 # %% ../../nbs/rl/08_code.ipynb #66f5f4e0
 def _limit(limits: Limits, output: int) -> None:
