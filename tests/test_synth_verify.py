@@ -430,7 +430,7 @@ TWO = "theorem two : 1 + 1 = 2"
     ("source", "found"),
     [
         (f"{TWO} := rfl", (PASSED, "")),
-        (f"import Init\n\ntheorem  two :\n  1 + 1 = 2 := by\n  rfl -- no sorry here\n/- nor an axiom -/", (PASSED, "")),
+        ("import Init\n\ntheorem  two :\n  1 + 1 = 2 := by\n  rfl -- no sorry here\n/- nor an axiom -/", (PASSED, "")),
         (f"{TWO} := by choice", (PASSED, "")),
         (f"{TWO} := by wrong", (REFUSED, "does_not_compile")),
         (f"{TWO} := by trusts", (REFUSED, "rests_on_more")),

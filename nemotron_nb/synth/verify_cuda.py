@@ -9,7 +9,6 @@ __all__ = ['PATIENCE', 'kernels_told', 'find_nvcc', 'verify_cuda']
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
