@@ -16,7 +16,7 @@ from ..core import UserError
 from ..loss.two_stage import Denominators
 from ..train.batches import MicroBatch
 
-# %% ../../nbs/compress/04_distil.ipynb #6e3a7ec6
+# %% ../../nbs/compress/04_distil.ipynb #539cd1d2
 def distillation_loss(
     student_NV: Tensor,  # float logits, differentiable
     teacher_NV: Tensor,  # float logits
@@ -31,7 +31,8 @@ def distillation_loss(
             fix="take a teacher with the same tokenizer",
         )  # fmt: skip
     if not temperature > 0:
-        raise UserError(f"the temperature is {temperature}", where="distillation", fix="give a number above 0; 1 is usual")
+        fix = "give a number above 0; 1 is usual"
+        raise UserError(f"the temperature is {temperature}", where="distillation", fix=fix)
     log_q, log_p = (F.log_softmax(z.float() / temperature, -1) for z in (student_NV, teacher_NV.detach()))
     divergence_N = (log_p.exp() * (log_p - log_q)).sum(-1) * temperature**2
     return (divergence_N * weight_N).sum(), divergence_N.detach()

@@ -17,12 +17,12 @@ from transformers import NemotronHForCausalLM, PreTrainedModel
 from ..core import UserError
 from ..train.scan import use_chunked_scan
 
-# %% ../../nbs/compress/05_prune.ipynb #4d9c9f6e
+# %% ../../nbs/compress/05_prune.ipynb #39ffee51
 def expert_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The experts of each layer that has some, by name."""
     return {n: m for n, m in model.named_modules() if n.endswith(".experts") and hasattr(m, "up_proj")}
 
-
+# %% ../../nbs/compress/05_prune.ipynb #70d4df9a
 @torch.no_grad()
 def channel_importance(
     model: PreTrainedModel,
@@ -47,7 +47,8 @@ def channel_importance(
     for hook in hooks:
         hook.remove()
     if unseen := [f"{n} expert {e}" for n, c in counts.items() for e in (c == 0).nonzero().flatten().tolist()]:
-        raise UserError(f"{len(unseen)} experts met no token, e.g. {unseen[0]}", where="pruning", fix="give more samples")
+        what = f"{len(unseen)} experts met no token, e.g. {unseen[0]}"
+        raise UserError(what, where="pruning", fix="give more samples")
     return {name: sums[name] / counts[name][:, None] for name in layers}
 
 # %% ../../nbs/compress/05_prune.ipynb #43cb0ded

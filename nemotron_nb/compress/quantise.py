@@ -34,13 +34,14 @@ from ..train.release import LETTERS
 from ..train.settings import ModelConfig
 from ..train.tensor_files import open_tensors, save_tensors
 
-# %% ../../nbs/compress/03_quantise.ipynb #2b8e0c62
+# %% ../../nbs/compress/03_quantise.ipynb #4dcb4e69
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Nothing printed and no warnings while a block runs."""
-    with warnings.catch_warnings(), open(os.devnull, "w") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
-        warnings.simplefilter("ignore")
-        yield
+    with open(os.devnull, "w") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
 
 
 def modelopt_module(name: str) -> ModuleType:
@@ -52,12 +53,13 @@ def modelopt_module(name: str) -> ModuleType:
         fix = "pip install nvidia-modelopt"
         raise UserError("ModelOpt is not installed", where=f"modelopt.torch.{name}", why=str(e), fix=fix) from None
 
-# %% ../../nbs/compress/03_quantise.ipynb #65386e48
+# %% ../../nbs/compress/03_quantise.ipynb #a3a5ee13
 def pattern_of(model: PreTrainedModel) -> str:
     """The letters of a model's layers. `UserError` for a model that is no Nemotron-H."""
     kinds = getattr(model.config, "layers_block_type", None)
     if not kinds:
-        raise UserError(f"a {type(model).__name__} has no pattern of layers", where="model", fix="give a Nemotron-H model")
+        fix = "give a Nemotron-H model"
+        raise UserError(f"a {type(model).__name__} has no pattern of layers", where="model", fix=fix)
     return "".join(LETTERS[kind] for kind in kinds)
 
 

@@ -1097,7 +1097,8 @@ def stage_config(
         raise UserError(f"the settings class has no field {missing[0]!r}", where=where, fix=fix)
     known = known_names(cls)
     told = [(origin, {n: v for n, v in said.items() if n in known}) for origin, said in ([profile] if profile else [])]
-    effective = merge(cls, [(COMMAND, {"family": family}), *files, *told, *typed_layers(overrides, cls)])
+    layers, resolvers = _with_artifacts([*files, *told, *typed_layers(overrides, cls)], {slot: {} for slot in SLOTS})
+    effective = merge(cls, [(COMMAND, {"family": family}), *layers], **resolvers)
     if effective.settings.family != family:
         where, fix = effective.origins["family"], "use the command of that family"
         raise UserError(f"is for the family {effective.settings.family!r}", where=where, fix=fix)

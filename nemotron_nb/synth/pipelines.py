@@ -18,25 +18,56 @@ from .produce import Pipeline
 from .row import PASSED, UNVERIFIED
 from ..viz import Picture, joined, table
 
+# %% ../../nbs/synth/90_pipelines.ipynb #5088a02c
+_PROGRAMS = (
+    Pipeline(
+        "sql", "Questions about small databases, each with a query that was run in eight of them.",
+        "SQL", "nemotron_nb.synth.sql", "SqlSettings",
+        "judge_sql",
+    ),
+    Pipeline(
+        "search", "Riddles over four to eight facts, searched with tools that really answer, in a library of the row.",
+        "Search", "nemotron_nb.synth.search", "SearchSettings",
+        "judge_search",
+    ),
+    Pipeline(
+        "long_context", "Seven tasks over long texts, each chat exact to the token of the model's tokenizer.",
+        "Long context", "nemotron_nb.synth.long_context", "LongSettings",
+        "judge_long_context",
+    ),
+    Pipeline(
+        "finance", "Ratio, growth and comparison questions about invented statements that add up, answered exactly.",
+        "Financial", "nemotron_nb.synth.finance", "FinanceSettings",
+        "judge_finance",
+    ),
+    Pipeline(
+        "instructions", "Chats whose every answer keeps two to five instructions that can be checked by counting.",
+        "Instruction following", "nemotron_nb.synth.instructions", "InstructionSettings",
+        "judge_instructions",
+    ),
+)  # fmt: skip
+
+# %% ../../nbs/synth/90_pipelines.ipynb #b96c7cb3
+_MODELS = (
+    Pipeline(
+        "infinity", "Programming problems that need a concept of another field, with programs that were run.",
+        "competition code", "nemotron_nb.synth.infinity", "InfinitySettings",
+        "judge_infinity", teacher="rehearse_infinity",
+    ),
+    Pipeline(
+        "rqa", "Questions inspired by passages that do not need them, answered by who has not seen them.",
+        "RQA", "nemotron_nb.synth.rqa", "RqaSettings",
+        "judge_rqa", teacher="rehearse_rqa",
+    ),
+    Pipeline(
+        "science", "Multiple-choice questions whose keys hold when others answer; letters in balance.",
+        "science", "nemotron_nb.synth.science", "ScienceSettings",
+        "judge_science", teacher="rehearse_science",
+    ),
+)  # fmt: skip
+
 # %% ../../nbs/synth/90_pipelines.ipynb #6f4a9760
-_ROWS = (
-    Pipeline(
-        name="sql",
-        words="Questions about small databases, each with a query that was run in eight of them.",
-        domain="SQL",
-        module="nemotron_nb.synth.sql",
-        settings="SqlSettings",
-        judge="judge_sql",
-    ),
-    Pipeline(
-        name="search",
-        words="Riddles over four to eight facts, searched with tools that really answer, in a library of the row.",
-        domain="Search",
-        module="nemotron_nb.synth.search",
-        settings="SearchSettings",
-        judge="judge_search",
-    ),
-)
+_ROWS = (*_PROGRAMS, *_MODELS)
 PIPELINES: Mapping[str, Pipeline] = MappingProxyType({pipeline.name: pipeline for pipeline in _ROWS})
 
 
