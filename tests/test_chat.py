@@ -120,14 +120,14 @@ def test_unknown_commands_and_files_are_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A folder with a tiny model that nobody trained."""
+    """A folder with a tiny model that nobody trained, with weights so large that a wrong scan shows."""
     from nemotron_nb.train.checkpoint import export_hf
     from nemotron_nb.train.model import build_model
     from nemotron_nb.train.settings import ModelConfig
 
     folder = tmp_path_factory.mktemp("model")
     TINY.save(folder / "tokenizer", template_path("nano3").read_text())
-    export_hf(build_model(ModelConfig(), TINY.vocab_size, seed=0), folder / "tokenizer", folder / "model")
+    export_hf(build_model(ModelConfig(init_std=0.5), TINY.vocab_size, seed=0), folder / "tokenizer", folder / "model")
     return folder / "model"
 
 
