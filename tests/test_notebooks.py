@@ -45,7 +45,7 @@ LESSONS = {
     "loss/00_precision": 12, "loss/01_schedule": 11, "loss/02_two_stage": 14, "loss/03_fused": 12, "loss/04_kernel": 13,
     "loss/05_mtp": 14,
     "generate/01_verify": 9, "generate/02_turns": 11, "generate/03_sampling": 19, "generate/04_synthesise": 11,
-    "generate/05_served": 21,
+    "generate/05_served": 12,
     "pretrain/01_world": 19, "pretrain/02_indexed": 17, "pretrain/03_text": 16, "pretrain/04_tokens": 18,
     "pretrain/06_order": 15, "pretrain/07_batch_size": 16,
     "train/02_tensor_files": 10, "train/03_scan": 14, "train/04_model": 18, "train/05_batches": 16,
@@ -68,17 +68,9 @@ LESSONS = {
     "synth/43_finance": 25, "synth/44_instructions": 25, "synth/90_pipelines": 21,
     "ops/01_profiles": 18, "ops/02_spellings": 20, "ops/03_run_folder": 12, "ops/04_artifacts": 12,
     "ops/05_tracking": 15, "ops/06_config": 11, "ops/07_report": 12, "ops/08_stage": 11, "ops/09_slurm": 11,
-    "megatron/12_parameters": 23, "megatron/13_memory": 19, "megatron/14_measure": 20, "megatron/15_time": 23,
-    "megatron/16_plan": 26, "megatron/17_scale": 16, "megatron/18_failures": 20, "stages/08_plan": 25,
-    "stages/09_recipe": 24,
-    "stages/11_synth": 20, "ops/12_card": 14, "generate/05_served": 12, "stages/12_chat": 13, "stages/13_serve": 15,
-    "synth/01_row": 13, "synth/02_journal": 18, "synth/03_steps": 16, "synth/04_ask": 22, "synth/05_produce": 17,
-    "synth/06_look": 22, "synth/20_verify_sql": 16, "synth/90_pipelines": 21,
-    "synth/40_sql": 17,
-    "synth/41_search": 25,
-    "ops/12_card": 18,
+    "ops/12_card": 14,
     "stages/01_sft": 13, "stages/02_evaluate": 13, "stages/03_budget": 12, "stages/08_plan": 25, "stages/09_recipe": 24,
-    "stages/10_compress": 22, "stages/11_synth": 20,
+    "stages/10_compress": 22, "stages/11_synth": 20, "stages/12_chat": 13, "stages/13_serve": 15,
 }  # fmt: skip
 LONGEST_CELL, LONGEST_LINE = 40, 120
 
