@@ -56,7 +56,7 @@ LESSONS = {
     "megatron/12_parameters": 23, "megatron/13_memory": 19, "megatron/14_measure": 20, "megatron/15_time": 23,
     "megatron/16_plan": 26, "megatron/17_scale": 16, "megatron/18_failures": 20, "stages/08_plan": 25,
     "stages/09_recipe": 24, "compress/01_formats": 16, "compress/02_precision": 16, "compress/03_quantise": 17,
-    "compress/04_distil": 16, "compress/05_prune": 28, "stages/10_compress": 22,
+    "compress/04_distil": 16, "compress/05_prune": 28, "stages/10_compress": 22, "stages/11_compare": 22,
 }  # fmt: skip
 LONGEST_CELL, LONGEST_LINE = 40, 120
 

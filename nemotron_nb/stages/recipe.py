@@ -7,8 +7,8 @@ __all__ = ['MADE', 'NEMO_RL', 'Do', 'RecipeStep', 'Recipe', 'made_for', 'check_r
            'do_step', 'needs_cluster', 'plan_picture', 'refuse_cluster_steps', 'read_journal', 'open_recipe', 'run_of',
            'take_step', 'entry_of', 'filled_from', 'run_recipe', 'Measure', 'training_measures', 'paired_reach',
            'reward_measures', 'comparison_measures', 'measures_of', 'seconds_of', 'tokens_of', 'verdict_of', 'card_of',
-           'steps_picture', 'measures_picture', 'card_sentences', 'lineage_text', 'write_card', 'step_script',
-           'config_path', 'submit_recipe', 'recipe_run', 'end_of_recipe']
+           'steps_picture', 'measures_picture', 'card_sentences', 'lineage_text', 'write_card', 'end_of_recipe',
+           'step_script', 'config_path', 'submit_recipe', 'recipe_run']
 
 # %% ../../nbs/stages/09_recipe.ipynb #244d28b6
 import json
@@ -682,6 +682,12 @@ def write_card(
     write_atomic(folder / "card.txt", "\n\n".join(text) + "\n")
     return write_atomic(folder / "card.html", html_page(f"Report card: {card['recipe']}", said, parts))
 
+# %% ../../nbs/stages/09_recipe.ipynb #7643ed05
+def end_of_recipe(folder: Path) -> list[str]:
+    """What is printed at the end: what each step bought, and what came from what."""
+    card = json.loads((folder / "card.json").read_bytes())
+    return [*card_sentences(card), "", str(steps_picture(card)), "", card["lineage"]]
+
 # %% ../../nbs/stages/09_recipe.ipynb #29b28159
 def step_script(
     recipe: Recipe,
@@ -787,8 +793,3 @@ def recipe_run(
     print("\n".join(["", *end_of_recipe(folder), f"\nReport card: {page}"]))
     return page
 
-
-def end_of_recipe(folder: Path) -> list[str]:
-    """What is printed at the end: what each step bought, and what came from what."""
-    card = json.loads((folder / "card.json").read_bytes())
-    return [*card_sentences(card), "", str(steps_picture(card)), "", card["lineage"]]
