@@ -70,10 +70,8 @@ LESSONS = {
     "ops/05_tracking": 15, "ops/06_config": 11, "ops/07_report": 12, "ops/08_stage": 11, "ops/09_slurm": 11,
     "ops/12_card": 14,
     "stages/01_sft": 13, "stages/02_evaluate": 13, "stages/03_budget": 12, "stages/08_plan": 25, "stages/09_recipe": 24,
-    "stages/10_compress": 22, "stages/11_synth": 20, "stages/12_chat": 13, "stages/13_serve": 15,
-    "megatron/16_plan": 26, "megatron/17_scale": 16, "megatron/18_failures": 20, "stages/08_plan": 25,
-    "stages/09_recipe": 24, "compress/01_formats": 16, "compress/02_precision": 16, "compress/03_quantise": 17,
-    "compress/04_distil": 16, "compress/05_prune": 28, "stages/10_compress": 22, "stages/11_compare": 22,
+    "stages/10_compress": 22, "stages/11_compare": 22, "stages/11_synth": 20, "stages/12_chat": 13,
+    "stages/13_serve": 15,
 }  # fmt: skip
 LONGEST_CELL, LONGEST_LINE = 40, 120
 
