@@ -195,10 +195,11 @@ def careless_verdict(
     rng: random.Random,
     share: float = VERDICT_SLIPS,  # of slips
 ) -> dict[str, Any]:
-    """A judge's turn, right or not."""
-    first = (row["overall_preference"] < 0) != (rng.random() < share)
+    """A judge's turn: it reads rightly, and its verdict is right or not."""
+    better = row["overall_preference"] < 0
+    first = better != (rng.random() < share)
     verdict = {"score_1": 5, "score_2": 2, "ranking": 2} if first else {"score_1": 2, "score_2": 5, "ranking": 5}
-    return _words(f"Answer {2 if first else 1} guesses.", json.dumps(verdict))
+    return _words(f"Answer {2 if better else 1} guesses.", json.dumps(verdict))
 
 
 def write_careless_verdicts(
