@@ -102,7 +102,7 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def import_reference(checkout: Path) -> Finder:
     """Make `nemo_rl` of the checkout importable."""
-    import transformers  # before its version is told: importing more of it sets the true one again
+    import transformers  # noqa: F401  (before its version is told: importing more of it sets the true one again)
     from transformers import AutoProcessor, AutoTokenizer  # noqa: F401
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase  # noqa: F401
 

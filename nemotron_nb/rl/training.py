@@ -504,7 +504,7 @@ def _first_lines(work: Work, done: int, again: bool) -> None:
         examine(work, 0)
 
 # %% ../../nbs/rl/25_training.ipynb #ba4875ff
-_NOT_TOKENIZER = ("config.json", "generation_config.json", "model.safetensors.index.json")
+_NOT_TOKENIZER = ("config.json", "generation_config.json", "model.safetensors.index.json", "README.md")
 
 
 def _export(work: Work) -> None:

@@ -30,7 +30,8 @@ from nemotron_nb.ops.config import (
     flatten,
     known_names,
 )
-from ..ops.config import merge, project_root, sft_config, to_yaml, typed_layers
+from ..ops.profiles import project_root
+from ..ops.config import merge, sft_config, to_yaml, typed_layers
 from nemotron_nb.ops.report import (
     Section,
     artifacts_picture,
