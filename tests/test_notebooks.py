@@ -72,6 +72,15 @@ LESSONS = {
     "stages/01_sft": 13, "stages/02_evaluate": 13, "stages/03_budget": 12, "stages/08_plan": 25, "stages/09_recipe": 24,
     "stages/10_compress": 22, "stages/11_compare": 22, "stages/11_synth": 20, "stages/12_chat": 13,
     "stages/13_serve": 15,
+    "megatron/12_parameters": 23, "megatron/13_memory": 19, "megatron/14_measure": 20, "megatron/15_time": 23,
+    "megatron/16_plan": 26, "megatron/17_scale": 16, "megatron/18_failures": 20, "stages/08_plan": 25,
+    "stages/09_recipe": 24,
+    "rl/09_genrm": 14, "rl/10_judge_tasks": 19, "rl/11_environments": 15, "rl/12_gym": 17, "rl/13_length": 15, "rl/14_judges": 20,
+    "rl/15_sample_tasks": 23, "rl/18_effort": 22, "rl/19_advantage": 23, "rl/20_grpo": 17, "rl/21_curriculum": 23, "rl/22_profile": 16,
+    "rl/23_prepare": 22, "rl/24_preferences": 18, "rl/25_training": 16, "rl/26_nemo_rl": 21,
+    "stages/05_rl_data": 20, "stages/06_rl": 18, "stages/07_rl_tools": 25,
+    "synth/01_row": 20, "synth/02_journal": 25, "synth/03_steps": 25, "synth/04_produce": 25, "synth/05_look": 25,
+    "synth/20_verify_sql": 25, "synth/40_sql": 25, "synth/41_search": 25, "synth/42_long_context": 25, "synth/43_finance": 25, "synth/44_instructions": 25, "synth/90_pipelines": 25,
 }  # fmt: skip
 LONGEST_CELL, LONGEST_LINE = 40, 120
 
