@@ -7,7 +7,7 @@ __all__ = ['app', 'Config', 'Overrides', 'Run', 'Batch', 'DryRun', 'All', 'AsJso
            'Exact', 'Name', 'Project', 'Entity', 'OPTIONS', 'Groups', 'GROUPS', 'IMPORTS', 'RECIPE', 'RECIPES',
            'FAMILIES', 'Artifacts', 'rl_app', 'Switched', 'data_prep', 'data_prep_pretrain', 'sft', 'pretrain',
            'evaluation', 'rl', 'budget', 'import_artifact', 'Option', 'importable', 'report', 'runs', 'artifacts',
-           'lineage', 'inspect', 'clean_data', 'rl_judge', 'rl_profile', 'main']
+           'lineage', 'compare', 'inspect', 'clean_data', 'rl_judge', 'rl_profile', 'chat', 'serve', 'main']
 
 # %% ../nbs/90_cli.ipynb #bcdf1490
 import dataclasses
@@ -689,11 +689,12 @@ def _add_imports(groups: Groups, rows: Sequence[Stage], family: str) -> None:
             _group(groups, (kind, "import")).command(stage, **about)(_import_command(family, kind, stage))
 
 # %% ../nbs/90_cli.ipynb #0c5e7d11
-RECIPE, RECIPES = "recipe", ("nano3",)  # the word, and the families that have files in papermill_runs/<family>/recipe
+RECIPE, RECIPES = "recipe", ("nano3", "super3")  # the word, and the families that have files in papermill_runs/<family>/recipe
 _RECIPE_HELP = "The whole recipe: every step a run of its own, resumable, with a report card at the end."
-_RECIPE_EXAMPLES = ("recipe -c tiny", "recipe -c tiny --dry-run", "recipe -c tiny sft.train.train_iters=500 --name longer")
+_RECIPE_EXAMPLES = ("recipe -c tiny", "recipe -c tiny --dry-run", "recipe -c tiny sft.train.train_iters=500 --name longer", "recipe -c tiny --batch CLUSTER")
 _NAMED = _option(str, "--name", metavar="NAME", help="Name of the recipe's folder; empty: that of the configuration.")
 _OUTPUT = _option(str, "--output", metavar="DIR", help="The folder that everything is written to.")
+_ONLY = _option(str, "--only", metavar="STEP", help="Do this step alone; those it takes from must be done.")
 _STEPS = Annotated[list[str] | None, typer.Argument(metavar="[STEP.KEY=VALUE]...", help="Settings of a step, e.g. sft.optimizer.lr=1e-3")]
 _ONE_CONFIG = _option(str, "--config", "-c", metavar="NAME|FILE", help="A recipe's name, such as tiny, or a path to a YAML file.")
 
@@ -701,14 +702,20 @@ _ONE_CONFIG = _option(str, "--config", "-c", metavar="NAME|FILE", help="A recipe
 def _recipe_command(family: str) -> Callable[..., None]:
     """The command that does the steps of a recipe, for typer."""
 
-    def do(typed: list[str] | None, config: str, name: str, output: str, dry_run: bool) -> None:
-        """Do the steps that are not done, and draw the report card."""
+    def do(typed: list[str] | None, config: str, name: str, output: str, dry_run: bool, only: str, batch: str) -> None:
+        """Do the steps that are not done, here or in jobs, and draw the report card."""
         from nemotron_nb.stages.recipe import recipe_run
 
-        recipe_run(family, config, typed or (), name, output, dry_run)
+        profile, _ = _place("", batch)
+        if profile is not None and profile.executor != "slurm":
+            raise UserError(f"the profile {batch!r} is no cluster", where="--batch", fix="leave --batch out: the steps are then done here")
+        if profile is not None and only:
+            raise UserError("--only and --batch together", where="command line", fix="give one: each job does one step")
+        recipe_run(family, config, typed or (), name, output, dry_run, only=only, profile=profile)
 
     steps = [("typed", _STEPS, None), ("config", _ONE_CONFIG, "default")]
-    return _with_parameters(do, [*steps, ("name", _NAMED, ""), ("output", _OUTPUT, "output"), ("dry_run", DryRun, False)])
+    more = [("name", _NAMED, ""), ("output", _OUTPUT, "output"), ("dry_run", DryRun, False), ("only", _ONLY, "")]
+    return _with_parameters(do, [*steps, *more, ("batch", Batch, "")])
 
 # %% ../nbs/90_cli.ipynb #a95e1c02
 FAMILIES = {"nano3": "Nemotron 3 Nano (30B-A3B)", "super3": "Nemotron 3 Super (120B-A12B)"}
@@ -844,6 +851,30 @@ def lineage(
         drawn = write_atomic(png, tree.picture().png)
         print(f"\ndrawn: {drawn}", file=sys.stderr if as_json else sys.stdout)
 
+# %% ../nbs/90_cli.ipynb #0f5ed923
+@app.command("compare", help="Runs beside each other: curves, results, the settings that differ; or the checkpoints of a lineage.", epilog="Examples:\n\n  nemotron compare output/nano3/sft/RUN output/nano3/sft/OTHER\n\n  nemotron compare output/nano3/recipe/tiny --html compared.html\n\n  nemotron compare --lineage ModelArtifact-rl:v1 --data output/nano3/data_prep/KEY")
+def compare(
+    runs: Annotated[list[Path] | None, typer.Argument(metavar="RUN...", help="Run folders, or that of a recipe.")] = None,
+    html: Annotated[str, typer.Option("--html", help="Write a page to this file as well.")] = "",
+    of: Annotated[str, typer.Option("--lineage", metavar="NAME:VERSION", help="Measure every checkpoint that led to this model.")] = "",
+    data: Annotated[str, typer.Option("--data", metavar="DIR", help="With --lineage: prepared data to measure on.")] = "",
+    prompts: Annotated[int, typer.Option("--prompts", min=0, help="With --lineage: held-out turns that are continued; 0 = all.")] = 12,
+    root: Artifacts = "",
+) -> None:
+    """Compare runs, or checkpoints."""
+    from nemotron_nb.stages.compare import comparison_picture, lineage_table, measure_lineage
+    from nemotron_nb.stages.evaluate import eval_config
+
+    if bool(runs) == bool(of):
+        raise UserError("runs and --lineage together" if of else "nothing to compare", where="command line", fix="name run folders, or give --lineage NAME")
+    if not of:
+        return _show_picture(comparison_picture(runs), html)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    asked = [f"data.dir={data}", f"data.num_prompts={prompts}", "data.questions=", "eval.thinking_budget=0"]
+    _show_picture(lineage_table(measure_lineage(_store(root), of, eval_config("nano3", "tiny", asked).settings)), html)
+
 # %% ../nbs/90_cli.ipynb #4855b3df
 def _show_picture(picture: Any, html: str) -> None:
     """Print a picture; write it to a page as well, if one was asked for."""
@@ -898,6 +929,75 @@ def clean_data(
     else:
         print(f"{ledger_table(ledger)}\n\nkept: {out}/kept.jsonl\ndropped, with reasons: {out}/dropped.jsonl\nledger: {out}/ledger.json")
 
+# %% ../nbs/90_cli.ipynb #5f0a1c22
+_PREVIEW = _option(int, "--preview", metavar="N", min=0, help="Make N rows, show them, and forget them.")
+_SYNTH_HELP = "Make rows, with a verifier for every domain; list pipelines; judge a file again; show a run."
+
+
+def _synth_command(name: str) -> Callable[..., None]:
+    """The command of a pipeline, for typer."""
+
+    def do(overrides: list[str] | None, config: list[str], preview: int, run: str, batch: str, **given: Any) -> None:
+        """Say where and how, and hand over to the stage."""
+        from nemotron_nb.stages.synth import synth_run
+
+        profile, mode = _place(run, batch)
+        show = partial(_show_plan, whole=given["whole"], as_json=given["as_json"])
+        said = {"profile": profile, "mode": mode, "command": _typed(), "dry_run": given["dry_run"], "show": show}
+        synth_run(name, config, overrides or [], rows=preview, **said)
+
+    return _with_parameters(do, [*_FIRST, ("preview", _PREVIEW, 0), *_PLACE, *_SHOWN])
+
+# %% ../nbs/90_cli.ipynb #5f0a1c23
+_ROWS_FILE = Annotated[Path, typer.Argument(metavar="FILE", help="A file of made rows.")]
+_ROWS_PLACE = Annotated[Path, typer.Argument(metavar="FOLDER|FILE", help="The folder of a run, or a file of made rows.")]
+_HTML = Annotated[str, typer.Option("--html", help="Write a page to this file as well.")]
+
+
+def _list_pipelines() -> None:
+    """All pipelines."""
+    print(load_named("nemotron_nb.synth.pipelines:pipelines_table", "synth list")().text)
+
+
+def _check_rows(file: _ROWS_FILE, html: _HTML = "") -> None:
+    """Judge every row of a file again. The exit code is 1 unless all pass."""
+    found = load_named("nemotron_nb.synth.pipelines:check_file", "synth check")(file)
+    _show_picture(found.picture(), html)
+    if not found.all_passed:
+        raise typer.Exit(1)
+
+
+def _show_rows(place: _ROWS_PLACE, html: _HTML = "") -> None:
+    """What there is to see of a run, or of a file of rows."""
+    _show_picture(load_named("nemotron_nb.stages.synth:show_rows", "synth show")(place), html)
+
+# %% ../nbs/90_cli.ipynb #5f0a1c24
+def _synth_app() -> typer.Typer:
+    """The commands of `nemotron synth`."""
+    from nemotron_nb.synth.pipelines import PIPELINES
+
+    made = typer.Typer(no_args_is_help=True, help=_SYNTH_HELP, rich_markup_mode=None)
+    made.command("list", help="All pipelines, and what they make.")(_list_pipelines)
+    made.command("check", help="Judge every row of a file again, from what it carries.")(_check_rows)
+    made.command("show", help="Funnel, diversity, difficulty and cost of a run.")(_show_rows)
+    for pipeline in PIPELINES.values():
+        example = f"Examples:\n\n  nemotron synth {pipeline.name} -c tiny\n\n  nemotron synth {pipeline.name} --preview 3"
+        made.command(pipeline.name, help=pipeline.words, epilog=example)(_synth_command(pipeline.name))
+    return made
+
+
+class _Synth(_Family):
+    """The commands of pipelines, made when they are asked for."""
+
+    def _made(self) -> Mapping[str, Any]:
+        """The commands by name."""
+        if not self.commands:
+            self.commands.update(typer.main.get_group(_synth_app()).commands)
+        return self.commands
+
+
+app.add_typer(typer.Typer(cls=_Synth, no_args_is_help=True, help=_SYNTH_HELP, rich_markup_mode=None), name="synth")
+
 # %% ../nbs/90_cli.ipynb #c6797a90
 rl_app = typer.Typer(no_args_is_help=True, help="Rollouts judged again, and pass rates of tasks.", rich_markup_mode=None)
 app.add_typer(rl_app, name="rl")
@@ -933,6 +1033,40 @@ def rl_profile(
 
     found = profile_tasks(tasks, model, out, generations, max_new_tokens, seed, environment or ())
     print(f"{rates_table(found)}\n\npass rates: {out}\ntrain by them: nemotron nano3 rl curriculum.on=true curriculum.profile={out}")
+
+# %% ../nbs/90_cli.ipynb #c4a70001
+@app.command("chat", help="Talk to a model: a run folder, a folder in Hugging Face form, or art://NAME:VERSION. /help lists what can be typed.", epilog="Example:\n\n  nemotron chat output/nano3/sft/RUN --tools tools.json --think 200")
+def chat(
+    model: Annotated[str, typer.Argument(help="A run folder, a folder in Hugging Face form, or art://NAME:VERSION.")],
+    system: Annotated[str, typer.Option("--system", help="Text of the system turn.")] = "",
+    tools: Annotated[str, typer.Option("--tools", metavar="FILE.json", help="Tools to declare; you give their results.")] = "",
+    think: Annotated[str, typer.Option("--think", metavar="on|off|TOKENS", help="Thoughts: on, off, or at most this many tokens.")] = "on",
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0: always the likeliest token.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of a turn.")] = 512,
+    root: Artifacts = "",
+) -> None:
+    """Talk to a model."""
+    from nemotron_nb.generate.sampling import Sampling
+    from nemotron_nb.stages.chat import chat_loop, obey, open_talk, read_tools
+
+    declared = read_tools(tools) if tools else ()
+    how = {"sampling": Sampling(temperature), "max_new_tokens": max_new_tokens, "store_root": str(_store(root).root)}
+    talk = open_talk(model, declared, system, **how)
+    print(obey(talk, f"/think {think}"), "(/help lists the commands)")
+    chat_loop(talk, input, print)
+
+# %% ../nbs/90_cli.ipynb #c4a70002
+@app.command("serve", help="Serve a model with OpenAI's protocol: by vLLM where it is installed, else by transformers.", epilog="Example:\n\n  nemotron serve output/nano3/sft/RUN --dry-run")
+def serve(
+    model: Annotated[str, typer.Argument(help="A run folder, a folder in Hugging Face form, or art://NAME:VERSION.")],
+    engine: Annotated[str, typer.Option("--engine", help="auto, vllm or transformers.")] = "auto",
+    host: Annotated[str, typer.Option("--host", help="Address to listen at.")] = "localhost",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen at.")] = 8000,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "-d", help="Print the command; start nothing.")] = False,
+    root: Artifacts = "",
+) -> None:
+    """Serve a model."""
+    load_named("nemotron_nb.stages.serve:start_server", "serve")(model, engine, host, port, dry_run, str(_store(root).root))
 
 # %% ../nbs/90_cli.ipynb #2d027fa3
 class _Listener:

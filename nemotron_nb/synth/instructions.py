@@ -10,13 +10,12 @@ __all__ = ['TOPICS', 'Drawn', 'INSTRUCTIONS', 'STEPS', 'Topic', 'topic_named', '
 # %% ../../nbs/synth/44_instructions.ipynb #d59d57b3
 import json
 import random
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..core import UserError
-from ..rl.instructions import CHECKS, paragraphs_of, run_check, sentences_of, words_of
+from ..rl.instructions import run_check, words_of
 from .row import PASSED, REFUSED, Drop, Proof, RowDraft
 from .steps import SynthSettings, Workshop
 

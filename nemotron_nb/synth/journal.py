@@ -13,7 +13,7 @@ import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..core import UserError
 
@@ -62,11 +62,8 @@ class Journal:
 
     SYNC = 0.25  # seconds between two times that the file is forced to disk
 
-    def __init__(
-        self,
-        path: str | os.PathLike,  # made, with its folder, if it is not there
-        recipe: str,  # whose entries these are
-    ):
+    def __init__(self, path: str | os.PathLike, recipe: str):
+        """Open the journal of a recipe, or begin it. `UserError` if it is of another one."""
         self.path, self._lock, self._synced = Path(path), threading.Lock(), time.monotonic()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "a+b", buffering=0)
@@ -84,15 +81,10 @@ class Journal:
 
     def add(self, index: int, entry: Mapping[str, Any]) -> None:
         """Append an entry. The second one of a number is an error: a row has been made twice."""
-        line = journal_line({"index": index, **entry})
-        with self._lock:
-            if index in self._places:
-                raise ValueError(f"entry {index} is there already")
-            self._places[index] = (self._file.seek(0, os.SEEK_END), len(line))
-            self._file.write(line)
-            if time.monotonic() > self._synced + self.SYNC:
-                os.fsync(self._file.fileno())
-                self._synced = time.monotonic()
+        _append(self._file, self._places, self._lock, index, journal_line({"index": index, **entry}))
+        if time.monotonic() > self._synced + self.SYNC:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
 
     def entry(self, index: int) -> dict[str, Any]:
         """The entry of a number, read from the file. `KeyError` if there is none."""
@@ -103,3 +95,12 @@ class Journal:
         """Force what is there to disk, and close the file."""
         os.fsync(self._file.fileno())
         self._file.close()
+
+# %% ../../nbs/synth/02_journal.ipynb #1bff6a39
+def _append(file: BinaryIO, places: dict[int, tuple[int, int]], lock: threading.Lock, index: int, line: bytes) -> None:
+    """Write a line to the end of a file and note where it lies."""
+    with lock:
+        if index in places:
+            raise ValueError(f"entry {index} is there already")
+        places[index] = (file.seek(0, os.SEEK_END), len(line))
+        file.write(line)

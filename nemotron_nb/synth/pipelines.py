@@ -18,73 +18,75 @@ from .produce import Pipeline
 from .row import PASSED, UNVERIFIED
 from ..viz import Picture, joined, table
 
+# %% ../../nbs/synth/90_pipelines.ipynb #5088a02c
+_PROGRAMS = (
+    Pipeline(
+        "sql", "Questions about small databases, each with a query that was run in eight of them.",
+        "SQL", "nemotron_nb.synth.sql", "SqlSettings",
+        "judge_sql",
+    ),
+    Pipeline(
+        "search", "Riddles over four to eight facts, searched with tools that really answer, in a library of the row.",
+        "Search", "nemotron_nb.synth.search", "SearchSettings",
+        "judge_search",
+    ),
+    Pipeline(
+        "long_context", "Seven tasks over long texts, each chat exact to the token of the model's tokenizer.",
+        "Long context", "nemotron_nb.synth.long_context", "LongSettings",
+        "judge_long_context",
+    ),
+    Pipeline(
+        "finance", "Ratio, growth and comparison questions about invented statements that add up, answered exactly.",
+        "Financial", "nemotron_nb.synth.finance", "FinanceSettings",
+        "judge_finance",
+    ),
+    Pipeline(
+        "instructions", "Chats whose every answer keeps two to five instructions that can be checked by counting.",
+        "Instruction following", "nemotron_nb.synth.instructions", "InstructionSettings",
+        "judge_instructions",
+    ),
+)  # fmt: skip
+
+# %% ../../nbs/synth/90_pipelines.ipynb #b7a61c02
+_AGENTS = (
+    Pipeline(
+        "tool_world", "Talks with customers in worlds with tools, a state and a policy, graded by what was done.",
+        "Conversational tool use", "nemotron_nb.synth.tool_world", "ToolWorldSettings",
+        "judge_tool_world",
+    ),
+    Pipeline(
+        "terminal", "Tasks with files, text, search and archives; every command is executed in a sandbox.",
+        "Terminal", "nemotron_nb.synth.terminal", "TerminalSettings",
+        "judge_terminal",
+    ),
+    Pipeline(
+        "trajectories", "Logs of coding agents as chats, with what was lost by its reason.",
+        "Agentic software engineering", "nemotron_nb.synth.trajectories", "TrajectorySettings",
+        "judge_trajectories",
+    ),
+)  # fmt: skip
+
+# %% ../../nbs/synth/90_pipelines.ipynb #b96c7cb3
+_MODELS = (
+    Pipeline(
+        "infinity", "Programming problems that need a concept of another field, with programs that were run.",
+        "competition code", "nemotron_nb.synth.infinity", "InfinitySettings",
+        "judge_infinity", teacher="rehearse_infinity",
+    ),
+    Pipeline(
+        "rqa", "Questions inspired by passages that do not need them, answered by who has not seen them.",
+        "RQA", "nemotron_nb.synth.rqa", "RqaSettings",
+        "judge_rqa", teacher="rehearse_rqa",
+    ),
+    Pipeline(
+        "science", "Multiple-choice questions whose keys hold when others answer; letters in balance.",
+        "science", "nemotron_nb.synth.science", "ScienceSettings",
+        "judge_science", teacher="rehearse_science",
+    ),
+)  # fmt: skip
+
 # %% ../../nbs/synth/90_pipelines.ipynb #6f4a9760
-_ROWS = (
-    Pipeline(
-        name="sql",
-        words="Questions about small databases, each with a query that was run in eight of them.",
-        domain="SQL",
-        module="nemotron_nb.synth.sql",
-        settings="SqlSettings",
-        judge="judge_sql",
-    ),
-    Pipeline(
-        name="search",
-        words="Riddles over four to eight facts, searched with tools that really answer, in a library of the row.",
-        domain="Search",
-        module="nemotron_nb.synth.search",
-        settings="SearchSettings",
-        judge="judge_search",
-    ),
-    Pipeline(
-        name="long_context",
-        words="Seven tasks over long texts, each chat exact to the token of the model's tokenizer.",
-        domain="Long context",
-        module="nemotron_nb.synth.long_context",
-        settings="LongSettings",
-        judge="judge_long_context",
-    ),
-    Pipeline(
-        name="finance",
-        words="Ratio, growth and comparison questions about invented statements that add up, answered exactly.",
-        domain="Financial",
-        module="nemotron_nb.synth.finance",
-        settings="FinanceSettings",
-        judge="judge_finance",
-    ),
-    Pipeline(
-        name="instructions",
-        words="Chats whose every answer keeps two to five instructions that can be checked by counting.",
-        domain="Instruction following",
-        module="nemotron_nb.synth.instructions",
-        settings="InstructionSettings",
-        judge="judge_instructions",
-    ),
-    Pipeline(
-        name="tool_world",
-        words="Talks with customers in worlds with tools, a state and a policy, graded by what was done.",
-        domain="Conversational tool use",
-        module="nemotron_nb.synth.tool_world",
-        settings="ToolWorldSettings",
-        judge="judge_tool_world",
-    ),
-    Pipeline(
-        name="terminal",
-        words="Tasks with files, text, search and archives; every command is executed in a sandbox.",
-        domain="Terminal",
-        module="nemotron_nb.synth.terminal",
-        settings="TerminalSettings",
-        judge="judge_terminal",
-    ),
-    Pipeline(
-        name="trajectories",
-        words="Logs of coding agents as chats, with what was lost by its reason.",
-        domain="Agentic software engineering",
-        module="nemotron_nb.synth.trajectories",
-        settings="TrajectorySettings",
-        judge="judge_trajectories",
-    ),
-)
+_ROWS = (*_PROGRAMS, *_AGENTS, *_MODELS)
 PIPELINES: Mapping[str, Pipeline] = MappingProxyType({pipeline.name: pipeline for pipeline in _ROWS})
 
 
@@ -96,7 +98,7 @@ def pipeline_named(
         raise UserError(f"there is no pipeline {name!r}", where="synth", fix=nearest(name, PIPELINES))
     return PIPELINES[name]
 
-
+# %% ../../nbs/synth/90_pipelines.ipynb #bfe46817
 def pipelines_table() -> Picture:
     """All pipelines: name, domain, what they make, and whether they ask a model."""
     rows = [[p.name, p.domain, p.words, "yes; rehearsed with -c tiny" if p.asks else "no"] for p in _ROWS]
@@ -121,10 +123,11 @@ class Rejudged:
         parts = [table(list(self.counts.items()), header=["status", "rows"], title=f"{self.rows:,} rows judged again")]
         if self.wrong:
             more = f"; {len(self.wrong) - most:,} more" if len(self.wrong) > most else ""
-            parts.append(table(self.wrong[:most], header=["line", "id", "verifier", "reason"], title=f"not passed{more}"))
+            header = ["line", "id", "verifier", "reason"]
+            parts.append(table(self.wrong[:most], header=header, title=f"not passed{more}"))
         return joined(parts)
 
-
+# %% ../../nbs/synth/90_pipelines.ipynb #d3b3efe2
 def _judged(row: Mapping[str, Any]) -> tuple[str, str, str]:
     """(status, verifier, reason) of a row: of its first proof that is none of being right, or passed."""
     judge = pipeline_named(row["synth"]["pipeline"]).part("judge")

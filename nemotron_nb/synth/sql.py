@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .row import PASSED, REFUSED, Drop, Proof, RowDraft
+from .row import PASSED, REFUSED, Proof, RowDraft
 from .steps import SynthSettings, Workshop
 from .verify_sql import SqlData, SqlTable, query_of, result_digests, run_query, verify_sql
 
@@ -30,19 +30,33 @@ class Industry:
     kinds: tuple[str, ...]
     distractor: str  # table that looks like the facts
 
+# %% ../../nbs/synth/40_sql.ipynb #2348cf4c
+_WORDS = """
+lighthouses: repairs lighthouses cost keeper repairs_archive | lens tower foghorn stairs
+seed bank: deposits collectors grams region deposits_2019 | barley rye vetch flax
+river ferries: crossings ferries passengers home_port planned_crossings | day night charter school
+bicycle hire: rentals stations minutes district rentals_test | city cargo child tandem
+pottery studio: firings kilns pieces maker firings_draft | glaze bisque raku salt
+water board: readings meters litres village readings_backup | house farm mill inn
+mountain huts: stays huts nights valley stays_requested | member guide guest rescue
+bell foundry: castings customers kilograms diocese castings_failed | bronze steel brass silver
+tram depot: inspections trams faults line inspections_old | brake door wheel light
+apple press: pressings orchards bottles owner pressings_plan | sweet dry cloudy spiced
+"""
 
-INDUSTRIES: Mapping[str, Industry] = {
-    "lighthouses": Industry("repairs", "lighthouses", "cost", "keeper", ("lens", "tower", "foghorn", "stairs"), "repairs_archive"),
-    "seed bank": Industry("deposits", "collectors", "grams", "region", ("barley", "rye", "vetch", "flax"), "deposits_2019"),
-    "river ferries": Industry("crossings", "ferries", "passengers", "home_port", ("day", "night", "charter", "school"), "planned_crossings"),
-    "bicycle hire": Industry("rentals", "stations", "minutes", "district", ("city", "cargo", "child", "tandem"), "rentals_test"),
-    "pottery studio": Industry("firings", "kilns", "pieces", "maker", ("glaze", "bisque", "raku", "salt"), "firings_draft"),
-    "water board": Industry("readings", "meters", "litres", "village", ("house", "farm", "mill", "inn"), "readings_backup"),
-    "mountain huts": Industry("stays", "huts", "nights", "valley", ("member", "guide", "guest", "rescue"), "stays_requested"),
-    "bell foundry": Industry("castings", "customers", "kilograms", "diocese", ("bronze", "steel", "brass", "silver"), "castings_failed"),
-    "tram depot": Industry("inspections", "trams", "faults", "line", ("brake", "door", "wheel", "light"), "inspections_old"),
-    "apple press": Industry("pressings", "orchards", "bottles", "owner", ("sweet", "dry", "cloudy", "spiced"), "pressings_plan"),
-}  # fmt: skip
+
+def _industries(text: str) -> dict[str, Industry]:
+    """The industries of a list: name, tables and columns, kinds."""
+    found = {}
+    for line in text.strip().splitlines():
+        name, _, rest = line.partition(": ")
+        names, _, kinds = rest.partition(" | ")
+        facts, entities, measure, attribute, distractor = names.split()
+        found[name] = Industry(facts, entities, measure, attribute, tuple(kinds.split()), distractor)
+    return found
+
+
+INDUSTRIES: Mapping[str, Industry] = _industries(_WORDS)
 DIRT = ("none", "currency_text", "missing_values", "text_dates")  # what is wrong with the facts
 YEARS = (2022, 2023, 2024)
 
@@ -65,8 +79,10 @@ class SqlWorld:
     facts: tuple[tuple[Any, ...], ...]  # id, entity's id, kind, measure or None, year, month, day
     others: tuple[tuple[Any, ...], ...]  # of the distractor, as the facts
 
-
-def _facts(rng: random.Random, industry: Industry, entities: Sequence[tuple], dirt: str, count: int) -> tuple[tuple, ...]:
+# %% ../../nbs/synth/40_sql.ipynb #e0124d28
+def _facts(
+    rng: random.Random, industry: Industry, entities: Sequence[tuple], dirt: str, count: int
+) -> tuple[tuple, ...]:
     """Some facts."""
     rows = []
     for number in range(1, count + 1):
@@ -76,16 +92,19 @@ def _facts(rng: random.Random, industry: Industry, entities: Sequence[tuple], di
     return tuple(rows)
 
 
+def _entity(rng: random.Random, number: int, attributes: Sequence[str]) -> tuple[Any, ...]:
+    """Somebody it happens to."""
+    opened = f"19{rng.randint(50, 99)}-0{rng.randint(1, 9)}-1{rng.randint(0, 9)}"
+    return number, f"{_name(rng)} {number}", rng.choice(attributes), opened, rng.randint(0, 1)
+
+
 def draw_world(
     rng: random.Random,
 ) -> SqlWorld:
     """A world with five to eight entities and 25 to 40 facts."""
     industry, dirt = INDUSTRIES[rng.choice(sorted(INDUSTRIES))], rng.choice(DIRT)
     attributes = [_name(rng) for _ in range(4)]
-    entities = tuple(
-        (i, f"{_name(rng)} {i}", rng.choice(attributes), f"19{rng.randint(50, 99)}-0{rng.randint(1, 9)}-1{rng.randint(0, 9)}", rng.randint(0, 1))
-        for i in range(1, rng.randint(6, 9))
-    )  # fmt: skip
+    entities = tuple(_entity(rng, i, attributes) for i in range(1, rng.randint(6, 9)))
     facts = _facts(rng, industry, entities, dirt, rng.randint(25, 40))
     return SqlWorld(industry, dirt, entities, facts, _facts(rng, industry, entities, dirt, 8))
 
@@ -113,10 +132,10 @@ def database_of(
     w = world.industry
     kind = "TEXT" if world.dirt == "currency_text" else "INTEGER"
     columns = f"(id INTEGER PRIMARY KEY, {w.entities}_id INTEGER, kind TEXT, {w.measure} {kind}, happened TEXT)"
-    entities = f"CREATE TABLE {w.entities} (id INTEGER PRIMARY KEY, name TEXT NOT NULL, {w.attribute} TEXT, opened TEXT, is_active INTEGER)"
+    about = f"(id INTEGER PRIMARY KEY, name TEXT NOT NULL, {w.attribute} TEXT, opened TEXT, is_active INTEGER)"
     return SqlData(
         (
-            SqlTable(w.entities, entities, world.entities),
+            SqlTable(w.entities, f"CREATE TABLE {w.entities} {about}", world.entities),
             SqlTable(w.facts, f"CREATE TABLE {w.facts} {columns}", _written(world, world.facts)),
             SqlTable(w.distractor, f"CREATE TABLE {w.distractor} {columns}", _written(world, world.others), True),
         )
@@ -135,7 +154,7 @@ class Asked:
     answer: Rows
     ordered: bool = False  # is the order of the rows part of the answer?
 
-
+# %% ../../nbs/synth/40_sql.ipynb #591d187f
 def _number(world: SqlWorld, row: str = "f") -> str:
     """The measure as a number, in SQL."""
     name = f"{row}.{world.industry.measure}"
@@ -155,11 +174,11 @@ def _joined(world: SqlWorld) -> str:
     return f"FROM {w.facts} f JOIN {w.entities} e ON e.id = f.{w.entities}_id"
 
 
-def _totals(world: SqlWorld, key: Callable[[tuple], Any], facts: Sequence[tuple] | None = None) -> dict[Any, int | None]:
+def _totals(world: SqlWorld, key: Callable[[tuple], Any]) -> dict[Any, int | None]:
     """Sums of the measure by some key of the entity, as SQL's SUM: of missing values alone, a missing value."""
     entities = {e[0]: e for e in world.entities}
     found: dict[Any, int | None] = {}
-    for fact in world.facts if facts is None else facts:
+    for fact in world.facts:
         group, value = key(entities[fact[1]]), fact[3]
         found[group] = found.get(group) if value is None else (found.get(group) or 0) + value
     return found
@@ -203,7 +222,7 @@ def ask_sum(world: SqlWorld, rng: random.Random) -> Asked:
 def ask_top(world: SqlWorld, rng: random.Random) -> Asked:
     """The first few by a total; SQL puts missing totals last in descending order."""
     w, most = world.industry, rng.randint(2, 3)
-    words = f"Name the {most} {w.entities} with the highest total of {w.measure}, the highest first; break ties by name."
+    words = f"Name the {most} {w.entities} with the highest total of {w.measure}, highest first; break ties by name."
     order = f"ORDER BY SUM({_number(world)}) DESC, e.name LIMIT {most}"
     query = f"SELECT e.name {_joined(world)} GROUP BY e.id, e.name {order}"
     totals = _totals(world, lambda e: e[1])
@@ -239,11 +258,14 @@ def ask_rank(world: SqlWorld, rng: random.Random) -> Asked:
         best.setdefault(group, name)
     return Asked(words, f"SELECT {w.attribute}, name FROM ({inner}) t WHERE place = 1", list(best.items()))
 
-
+# %% ../../nbs/synth/40_sql.ipynb #364526b6
 def ask_case(world: SqlWorld, rng: random.Random) -> Asked:
     """Two counts in one row."""
     w, x, limit = world.industry, _number(world), rng.choice((50, 120, 300))
-    words = f"For each kind, how many {w.facts} have a value of {w.measure} over {limit}, and how many do not? A missing value counts as not."
+    words = (
+        f"For each kind, how many {w.facts} have a value of {w.measure} over {limit}, and how many do not? "
+        "A missing value counts as not."
+    )
     over, under = (f"SUM(CASE WHEN {x} > {limit} THEN {a} ELSE {b} END)" for a, b in ((1, 0), (0, 1)))
     query = f"SELECT f.kind, {over}, {under} FROM {w.facts} f GROUP BY f.kind"
     answer: dict[str, list[int]] = {}
@@ -255,9 +277,12 @@ def ask_case(world: SqlWorld, rng: random.Random) -> Asked:
 def ask_running(world: SqlWorld, rng: random.Random) -> Asked:
     """A running total."""
     w, year = world.industry, rng.choice(YEARS)
-    words = f"For {year}, list the months with any {w.facts} and the running total of {w.measure} up to and including each, in order."
-    month = _part_of_date(world, "month")
-    inner = f"SELECT {month} AS mo, SUM({_number(world)}) AS s FROM {w.facts} f WHERE {_part_of_date(world, 'year')} = '{year}' GROUP BY {month}"
+    words = (
+        f"For {year}, list the months with any {w.facts}, and the running total of {w.measure} "
+        "up to and including each, in order."
+    )
+    month, where = _part_of_date(world, "month"), f"{_part_of_date(world, 'year')} = '{year}'"
+    inner = f"SELECT {month} AS mo, SUM({_number(world)}) AS s FROM {w.facts} f WHERE {where} GROUP BY {month}"
     query = f"SELECT mo, SUM(s) OVER (ORDER BY mo) FROM ({inner}) t ORDER BY mo"
     answer, total = [], None
     for number in range(1, 13):
@@ -267,22 +292,26 @@ def ask_running(world: SqlWorld, rng: random.Random) -> Asked:
         answer += [(f"{number:02d}", total)] if values else []
     return Asked(words, query, answer, ordered=True)
 
-
+# %% ../../nbs/synth/40_sql.ipynb #ea83544b
 def ask_every_year(world: SqlWorld, rng: random.Random) -> Asked:
     """Rows that no table holds."""
-    w = world.industry
-    words = f"For the years 2022 to 2024, how many {w.facts} of kind {(kind := rng.choice(w.kinds))} were there in each year? Include years without any."
+    w, kind = world.industry, rng.choice(world.industry.kinds)
+    words = (
+        f"For the years 2022 to 2024, how many {w.facts} of kind {kind} were there in each year? "
+        "Include years without any."
+    )
     years = "WITH RECURSIVE y(n) AS (SELECT 2022 UNION ALL SELECT n + 1 FROM y WHERE n < 2024)"
     on = f"{_part_of_date(world, 'year')} = CAST(y.n AS TEXT) AND f.kind = '{kind}'"
     query = f"{years} SELECT y.n, COUNT(f.id) FROM y LEFT JOIN {w.facts} f ON {on} GROUP BY y.n ORDER BY y.n"
     counted = [(year, sum(f[4] == year and f[2] == kind for f in world.facts)) for year in YEARS]
     return Asked(words, query, counted, ordered=True)
 
-
+# %% ../../nbs/synth/40_sql.ipynb #d617ba39
 Concept = Callable[[SqlWorld, random.Random], Asked]
 CONCEPTS: Mapping[str, Concept] = {
     "count": ask_count, "having": ask_having, "never": ask_never, "sum": ask_sum, "top": ask_top,
-    "above_average": ask_above_average, "rank": ask_rank, "case": ask_case, "running": ask_running, "every_year": ask_every_year,
+    "above_average": ask_above_average, "rank": ask_rank, "case": ask_case, "running": ask_running,
+    "every_year": ask_every_year,
 }  # fmt: skip
 
 # %% ../../nbs/synth/40_sql.ipynb #08aeb5c3
@@ -295,7 +324,7 @@ def draw(draft: RowDraft, workshop: Workshop) -> None:
     draft.about = {"concept": concept, "dirt": world.dirt, "topic": world.industry.facts}
     draft.answer = asked.query
 
-
+# %% ../../nbs/synth/40_sql.ipynb #83effcac
 def prove(draft: RowDraft, workshop: Workshop) -> None:
     """Run the query wherever it should and should not matter, and compare it with the loops."""
     world, asked = draft.facts["world"], draft.facts["asked"]
@@ -305,7 +334,8 @@ def prove(draft: RowDraft, workshop: Workshop) -> None:
         draft.prove(proof)
     found = run_query(data, asked.query, asked.ordered)
     same = found == (asked.answer if asked.ordered else sorted(asked.answer, key=repr))
-    draft.prove(Proof("plain loops", PASSED if same else REFUSED, "" if same else "loops_disagree", {"rows": len(found)}))
+    status, reason = (PASSED, "") if same else (REFUSED, "loops_disagree")
+    draft.prove(Proof("plain loops", status, reason, {"rows": len(found)}))
     draft.check = {"data": data.as_json(), "ordered": asked.ordered, "expected": expected}
 
 # %% ../../nbs/synth/40_sql.ipynb #256f92e7
@@ -328,7 +358,7 @@ def _shown(table: SqlTable) -> str:
     rows = ", ".join("(" + ", ".join(map(_literal, row)) + ")" for row in table.rows[:3])
     return f"{table.create};\nINSERT INTO {table.name} VALUES {rows};"
 
-
+# %% ../../nbs/synth/40_sql.ipynb #4c7739bd
 def write(draft: RowDraft, workshop: Workshop) -> None:
     """The chat."""
     world, asked, rng = draft.facts["world"], draft.facts["asked"], draft.rng("write")
@@ -338,7 +368,8 @@ def write(draft: RowDraft, workshop: Workshop) -> None:
     w = world.industry
     dirt = _DIRT_WORDS[world.dirt].format(measure=w.measure)
     thought = f"The question is about {w.facts}. {dirt}{w.distractor} looks alike, and nobody asks for it."
-    prompt = "Write one SQLite query that answers the question.\n\n" + "\n".join(tables) + f"\n\nQuestion: {question}"
+    order = "Write one SQLite query that answers the question."
+    prompt = f"{order}\n\n" + "\n".join(tables) + f"\n\nQuestion: {question}"
     draft.messages = [
         {"role": "user", "content": prompt},
         {"role": "assistant", "reasoning_content": thought, "content": f"```sql\n{asked.query}\n```"},

@@ -8,7 +8,7 @@ __all__ = ['Step', 'Steps', 'SynthSettings', 'Workshop', 'Fallen', 'make_row', '
 # %% ../../nbs/synth/03_steps.ipynb #8dd420b9
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ..core import UserError
 from .row import Drop, RowDraft, finished
@@ -19,6 +19,7 @@ from ..viz import Picture, bars
 class SynthSettings:
     """What every pipeline is asked."""
 
+    reads: ClassVar[tuple[str, ...]] = ()  # names of settings that are files: their content is a part of the recipe
     rows: int = 1000  # that are begun; what verifiers refuse is not made up for
     seed: int = 1
     workers: int = 1  # processes of a pipeline that asks no model
@@ -39,12 +40,13 @@ class Workshop:
     """What the steps of a row find around them."""
 
     settings: Any  # of the pipeline: SynthSettings, or a class that inherits it
+    models: Any = None  # that can be asked, see `nemotron_nb.synth.ask.Models`; None: the pipeline asks none
 
 
 Step = Callable[[RowDraft, Workshop], None]
-Steps = Sequence[tuple[str, Step]]
+Steps = Sequence[tuple[str, Step]]  # names, and what is done
 
-
+# %% ../../nbs/synth/03_steps.ipynb #fb08cc36
 @dataclass(frozen=True)
 class Fallen:
     """Where a row fell."""
@@ -78,7 +80,7 @@ def make_row(
         raise
     return finished(draft, recipe)
 
-# %% ../../nbs/synth/03_steps.ipynb #fb08cc36
+# %% ../../nbs/synth/03_steps.ipynb #c6fba4de
 @dataclass(frozen=True)
 class Funnel:
     """How many rows each step let through."""

@@ -58,10 +58,12 @@ class QueryError(Exception):
         super().__init__(detail)
         self.reason = reason
 
-
+# %% ../../nbs/synth/20_verify_sql.ipynb #45de4bd9
 MOST_STEPS, MOST_ROWS, MOST_BYTES = 2_000_000, 1_000, 1_000_000
 _READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
-_CHANCE = re.compile(r"'now'|\bcurrent_(date|time|timestamp)\b|\brandom(blob)?\s*\(|\b(date|time|datetime)\s*\(\s*\)", re.I)
+_CHANCE = re.compile(
+    r"'now'|\bcurrent_(date|time|timestamp)\b|\brandom(blob)?\s*\(|\b(date|time|datetime)\s*\(\s*\)", re.I
+)
 
 
 def _opened(data: SqlData) -> sqlite3.Connection:
@@ -115,7 +117,7 @@ def _reordered(data: SqlData, rng: random.Random) -> SqlData:
     numbered = tuple((number, *row[1:]) for number, row in enumerate(rows, 1))
     return SqlData(tuple(replace(t, rows=numbered) if t is largest else t for t in data.tables))
 
-
+# %% ../../nbs/synth/20_verify_sql.ipynb #872f6983
 def variations(
     data: SqlData,
     count: int = VARIATIONS,
@@ -127,7 +129,7 @@ def variations(
         rows = tuple(rng.sample(largest.rows, max(2, len(largest.rows) // 2)))
         yield SqlData(tuple(replace(t, rows=rows) if t is largest else t for t in data.tables))
 
-
+# %% ../../nbs/synth/20_verify_sql.ipynb #9a96cae6
 def result_digests(
     data: SqlData,
     query: str,
@@ -166,7 +168,7 @@ def _looks_elsewhere(data: SqlData, query: str, ordered: bool, rows: Sequence[tu
         return "reads_distractor"
     return "" if alone == rows else "depends_on_distractor"
 
-
+# %% ../../nbs/synth/20_verify_sql.ipynb #89d4a4a7
 def verify_sql(
     data: SqlData,
     query: str,
