@@ -45,29 +45,29 @@ _PROGRAMS = (
         "Instruction following", "nemotron_nb.synth.instructions", "InstructionSettings",
         "judge_instructions",
     ),
+    Pipeline(
+        "tool_world", "Talks with customers in worlds with tools, a state and a policy, graded by what was done.",
+        "Conversational tool use", "nemotron_nb.synth.tool_world", "ToolWorldSettings",
+        "judge_tool_world",
+    ),
+    Pipeline(
+        "terminal", "Tasks with files, text, search and archives; every command is executed in a sandbox.",
+        "Terminal", "nemotron_nb.synth.terminal", "TerminalSettings",
+        "judge_terminal",
+    ),
 )  # fmt: skip
 
-# %% ../../nbs/synth/90_pipelines.ipynb #b96c7cb3
-_MODELS = (
+# %% ../../nbs/synth/90_pipelines.ipynb #81eddd9e
+_PROGRAMS2 = (
     Pipeline(
-        "infinity", "Programming problems that need a concept of another field, with programs that were run.",
-        "competition code", "nemotron_nb.synth.infinity", "InfinitySettings",
-        "judge_infinity", teacher="rehearse_infinity",
-    ),
-    Pipeline(
-        "rqa", "Questions inspired by passages that do not need them, answered by who has not seen them.",
-        "RQA", "nemotron_nb.synth.rqa", "RqaSettings",
-        "judge_rqa", teacher="rehearse_rqa",
-    ),
-    Pipeline(
-        "science", "Multiple-choice questions whose keys hold when others answer; letters in balance.",
-        "science", "nemotron_nb.synth.science", "ScienceSettings",
-        "judge_science", teacher="rehearse_science",
+        "trajectories", "Logs of coding agents as chats, with what was lost by its reason.",
+        "Agentic software engineering", "nemotron_nb.synth.trajectories", "TrajectorySettings",
+        "judge_trajectories",
     ),
 )  # fmt: skip
 
 # %% ../../nbs/synth/90_pipelines.ipynb #6f4a9760
-_ROWS = (*_PROGRAMS, *_MODELS)
+_ROWS = (*_PROGRAMS, *_PROGRAMS2, )
 PIPELINES: Mapping[str, Pipeline] = MappingProxyType({pipeline.name: pipeline for pipeline in _ROWS})
 
 
