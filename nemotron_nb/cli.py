@@ -7,7 +7,7 @@ __all__ = ['app', 'Config', 'Overrides', 'Run', 'Batch', 'DryRun', 'All', 'AsJso
            'Exact', 'Name', 'Project', 'Entity', 'OPTIONS', 'Groups', 'GROUPS', 'IMPORTS', 'RECIPE', 'RECIPES',
            'FAMILIES', 'Artifacts', 'rl_app', 'Switched', 'data_prep', 'data_prep_pretrain', 'sft', 'pretrain',
            'evaluation', 'rl', 'budget', 'import_artifact', 'Option', 'importable', 'report', 'runs', 'artifacts',
-           'lineage', 'inspect', 'clean_data', 'rl_judge', 'rl_profile', 'main']
+           'lineage', 'inspect', 'clean_data', 'rl_judge', 'rl_profile', 'chat', 'serve', 'main']
 
 # %% ../nbs/90_cli.ipynb #bcdf1490
 import dataclasses
@@ -1002,6 +1002,40 @@ def rl_profile(
 
     found = profile_tasks(tasks, model, out, generations, max_new_tokens, seed, environment or ())
     print(f"{rates_table(found)}\n\npass rates: {out}\ntrain by them: nemotron nano3 rl curriculum.on=true curriculum.profile={out}")
+
+# %% ../nbs/90_cli.ipynb #c4a70001
+@app.command("chat", help="Talk to a model: a run folder, a folder in Hugging Face form, or art://NAME:VERSION. /help lists what can be typed.", epilog="Example:\n\n  nemotron chat output/nano3/sft/RUN --tools tools.json --think 200")
+def chat(
+    model: Annotated[str, typer.Argument(help="A run folder, a folder in Hugging Face form, or art://NAME:VERSION.")],
+    system: Annotated[str, typer.Option("--system", help="Text of the system turn.")] = "",
+    tools: Annotated[str, typer.Option("--tools", metavar="FILE.json", help="Tools to declare; you give their results.")] = "",
+    think: Annotated[str, typer.Option("--think", metavar="on|off|TOKENS", help="Thoughts: on, off, or at most this many tokens.")] = "on",
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0: always the likeliest token.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of a turn.")] = 512,
+    root: Artifacts = "",
+) -> None:
+    """Talk to a model."""
+    from nemotron_nb.generate.sampling import Sampling
+    from nemotron_nb.stages.chat import chat_loop, obey, open_talk, read_tools
+
+    declared = read_tools(tools) if tools else ()
+    how = {"sampling": Sampling(temperature), "max_new_tokens": max_new_tokens, "store_root": str(_store(root).root)}
+    talk = open_talk(model, declared, system, **how)
+    print(obey(talk, f"/think {think}"), "(/help lists the commands)")
+    chat_loop(talk, input, print)
+
+# %% ../nbs/90_cli.ipynb #c4a70002
+@app.command("serve", help="Serve a model with OpenAI's protocol: by vLLM where it is installed, else by transformers.", epilog="Example:\n\n  nemotron serve output/nano3/sft/RUN --dry-run")
+def serve(
+    model: Annotated[str, typer.Argument(help="A run folder, a folder in Hugging Face form, or art://NAME:VERSION.")],
+    engine: Annotated[str, typer.Option("--engine", help="auto, vllm or transformers.")] = "auto",
+    host: Annotated[str, typer.Option("--host", help="Address to listen at.")] = "localhost",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen at.")] = 8000,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "-d", help="Print the command; start nothing.")] = False,
+    root: Artifacts = "",
+) -> None:
+    """Serve a model."""
+    load_named("nemotron_nb.stages.serve:start_server", "serve")(model, engine, host, port, dry_run, str(_store(root).root))
 
 # %% ../nbs/90_cli.ipynb #2d027fa3
 class _Listener:

@@ -433,10 +433,12 @@ def checked_value(
 
 # %% ../nbs/05_endpoint.ipynb #48337566
 def _cache_path(endpoint: Endpoint, request: Request) -> Path | None:
-    """Where the answer to a question lies on disk."""
+    """Where the answer to a question lies on disk; None where none is kept."""
+    if not endpoint.cache_dir:
+        return None
     asked = {"url": endpoint.base_url.rstrip("/"), "question": _question(endpoint, request, request.messages)}
     name = digest(asked | {"schema": request.schema} | ({"sample": request.sample} if request.sample else {}), 40)
-    return Path(endpoint.cache_dir) / name[:2] / f"{name}.json" if endpoint.cache_dir else None
+    return Path(endpoint.cache_dir) / name[:2] / f"{name}.json"
 
 # %% ../nbs/05_endpoint.ipynb #b8aa82c4
 _FILTERED = "the server's filter stopped the answer"

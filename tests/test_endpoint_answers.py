@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import select
 import socket
 import threading
 import time
@@ -331,6 +332,17 @@ def test_a_server_that_hangs_up_as_the_request_arrives_is_asked_again_over_a_new
     fresh = raw_server([[None]], seen)
     with pytest.raises(ConnectionError):  # nothing was kept there: that is a failure of the server
         post(lines, fresh, b"", {}, 5.0, 99)
+    lines.close()
+
+
+def test_a_connection_that_was_closed_while_it_waited_is_not_used():
+    url = raw_server([[GOOD], [GOOD]], [])
+    lines = Connections()
+    post(lines, url, b"", {}, 5.0, 99)
+    [[kept]] = lines._lines.values()
+    assert select.select([kept.sock], [], [], 10)[0]  # the end of the connection has arrived
+    post(lines, url, b"", {}, 5.0, 99)
+    assert (lines.opened, lines.resent) == (2, 0)
     lines.close()
 
 

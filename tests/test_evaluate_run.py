@@ -52,7 +52,9 @@ from nemotron_nb.stages.budget import (
     sft_overrides,
     training_prompts,
 )
+from nemotron_nb.ops.artifacts import Store, log_model
 from nemotron_nb.ops.run_folder import follow, read_status
+from nemotron_nb.stages.compress import compress_run, write_compression
 from nemotron_nb.stages.sft import prepare_data
 from nemotron_nb.data.shards import read_packs
 from nemotron_nb.train.model import build_model
@@ -101,6 +103,49 @@ def evaluated(place, run):
     with contextlib.chdir(place), contextlib.redirect_stdout(said):
         folder = evaluate_run("nano3", "tiny", ["data.questions=quiz.jsonl", "data.num_prompts=3", "generation.max_new_tokens=32", "eval.thinking_budget=4"])
     return said.getvalue(), place / folder
+
+
+def test_an_evaluation_says_what_it_measured(evaluated, run):
+    """Model and data by path and digest; the start of the run by its name. Nothing is entered, since nothing was made."""
+    lines = json.loads((evaluated[1] / "artifacts.json").read_text())
+    assert lines["made"] == []
+    found = {line["what"]: line for line in lines["consumed"]}
+    assert found["model"]["address"] == str(run / "model") and len(found["model"]["digest"]) == 64
+    assert found["base model"]["name"] == f"start:{run}" and found["questions"]["name"] == "quiz.jsonl"
+    assert found["data"]["digest"]
+
+
+def test_an_artifact_is_named_in_the_settings_of_an_evaluation(run, tmp_path):
+    """run.model=NAME with `${art:model,path}`: the folder of the version, which the list of what went in names by its address."""
+    store = Store(tmp_path / "artifacts")
+    entered = log_model(store, "nano3", run, (), "", "sft")
+    told = ["run.model=ModelArtifact-sft:latest", "model=${art:model,path}", f"run.artifacts={store.root}", "base=none"]
+    config = resolved(eval_config("nano3", "tiny", told).settings)
+    assert config.model == str(run / "model") and config.run.model == "ModelArtifact-sft:v1"
+    effective = eval_config("nano3", "tiny", told)
+    folder = open_evaluation(effective, config, "tiny", str(tmp_path / "measured"))
+    consumed = json.loads((folder / "artifacts.json").read_text())["consumed"]
+    assert [line["address"] for line in consumed if line["what"] == "model"] == [entered.address]
+    with pytest.raises(UserError, match="nothing fills the slot 'model'"):
+        eval_config("nano3", "tiny", ["model=${art:model,path}"])
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("modelopt"), reason="ModelOpt is not installed")
+def test_a_checkpoint_in_eight_bits(place, run, tmp_path):
+    """The whole stage: measured, exported, read back, entered; its page from the folder alone, and its lineage."""
+    said = io.StringIO()
+    with contextlib.chdir(place), contextlib.redirect_stdout(said):
+        folder = place / compress_run("nano3", "tiny", [f"model={run}", "data.num_prompts=2", "generation.max_new_tokens=8", "calibration.samples=4"])
+    counts, results = (json.loads((folder / f"{name}.json").read_text()) for name in ("compressed", "results"))
+    assert (counts["weights"], counts["caches"], counts["samples"], counts["never_met"]) == (22, 2, 4, [])
+    assert counts["read_back"] == pytest.approx(results["loss"]["tuned"]["all"]["loss_token"], abs=1e-4)
+    assert counts["bytes"]["after"] < counts["bytes"]["before"] and "Read back without the tool" in said.getvalue()
+    store = Store(place / "output" / "artifacts")
+    made = store.get("ModelArtifact-compress")
+    assert made.path == folder / "model" and {s.role for s in made.inputs} == {"model", "data"}
+    assert read_status(folder)["state"] == "done"
+    (folder / "report.html").unlink()
+    assert "What keeps which precision" in write_compression(folder).read_text()
 
 
 def test_what_goes_wrong_while_measuring_is_told_with_its_cause(place, run, tmp_path):
@@ -230,7 +275,7 @@ def test_what_is_wrong_is_said_before_there_is_a_folder(place, run, evaluated, m
 
 
 def test_a_tokenizer_that_is_not_the_models_is_refused(run, tmp_path):
-    from nemotron_nb.stages.evaluate import _tokenizer
+    from nemotron_nb.stages.evaluate import tokenizer_of
 
     config = resolved(eval_config("nano3", "tiny", [f"model={run}"]).settings)
     data = shutil.copytree(config.data.dir, tmp_path / "data")
@@ -239,7 +284,7 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(run, tmp_path):
     changed["added_tokens"][3]["content"] = "[OTHER]"
     path.write_text(json.dumps(changed))
     with pytest.raises(UserError, match="another tokenizer"):
-        _tokenizer(dataclasses.replace(config, data=dataclasses.replace(config.data, dir=str(data))))
+        tokenizer_of(dataclasses.replace(config, data=dataclasses.replace(config.data, dir=str(data))))
 
 
 # ---- the comparison, from findings that were invented

@@ -8,13 +8,14 @@ __all__ = ['KINDS', 'PERSONAL', 'Cleaning', 'Spoken', 'spoken', 'Cleaner', 'read
 
 # %% ../../nbs/data/29_clean.ipynb #d1ea6036
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core import UserError, file_digest, from_mapping, nearest, write_atomic, write_json
+from ..core import UserError, file_digest, from_mapping, nearest, publish, write_json
 from .contamination import GRAM, Exam
 from .duplicates import Seen
 from .files import Reject, open_chats, read_unit, units
@@ -225,23 +226,63 @@ def clean_rows(
                 yield kept
 
 # %% ../../nbs/data/29_clean.ipynb #31f37d47
-def _ledger(said: Sequence[Mapping[str, Any]], paths: Sequence[str | Path], cleaning: Cleaning) -> dict[str, Any]:
-    """What became of the rows."""
-    reasons = Counter(s["reason"] for s in said if "reason" in s)
-    shown = {
-        r: [{k: s[k] for k in ("source", "line", "detail")} for s in said if s.get("reason") == r][: cleaning.examples]
-        for r in reasons
-    }
-    files = {
-        str(path): {"rows": sum(s["source"] == str(path) for s in said), "digest": file_digest(path)} for path in paths
-    }
-    return {
-        "rows": len(said), "kept": len(said) - sum(reasons.values()), "dropped": dict(reasons.most_common()),
-        "masked": {"rows": sum(s.get("masked", 0) > 0 for s in said), "places": sum(s.get("masked", 0) for s in said)},
-        "examples": shown, "files": files, "settings": asdict(cleaning),
-    }  # fmt: skip
+class _Ledger:
+    """What became of the rows, counted as they come; of dropped rows the first few of each reason are kept."""
+
+    def __init__(self, examples: int):
+        self.examples, self.rows, self.masked_rows, self.masked_places = examples, 0, 0, 0
+        self.reasons: Counter[str] = Counter()
+        self.by_file: Counter[str] = Counter()
+        self.shown: dict[str, list[dict[str, Any]]] = {}
+
+    def add(self, said: Mapping[str, Any]) -> None:
+        """Count a row."""
+        self.rows += 1
+        self.by_file[said["source"]] += 1
+        self.masked_rows += said.get("masked", 0) > 0
+        self.masked_places += said.get("masked", 0)
+        if "reason" in said:
+            self.reasons[said["reason"]] += 1
+            shown = self.shown.setdefault(said["reason"], [])
+            if len(shown) < self.examples:
+                shown.append({k: said[k] for k in ("source", "line", "detail")})
+
+    def values(self, paths: Sequence[str | Path], cleaning: Cleaning) -> dict[str, Any]:
+        """What ledger.json holds."""
+        files = {str(path): {"rows": self.by_file[str(path)], "digest": file_digest(path)} for path in paths}
+        return {
+            "rows": self.rows, "kept": self.rows - sum(self.reasons.values()),
+            "dropped": dict(self.reasons.most_common()), "examples": self.shown, "files": files,
+            "masked": {"rows": self.masked_rows, "places": self.masked_places}, "settings": asdict(cleaning),
+        }  # fmt: skip
 
 # %% ../../nbs/data/29_clean.ipynb #a595c322
+def _json_line(value: Any) -> str:
+    """A value as a line."""
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+def _cleaned_into(
+    folder: Path, paths: Sequence[str | Path], cleaning: Cleaning, language: Callable[[str], tuple[str, float]]
+) -> dict[str, Any]:
+    """Write kept.jsonl and dropped.jsonl row by row; the ledger. No row stays in memory."""
+    ledger = _Ledger(cleaning.examples)
+    with (
+        open(folder / "kept.jsonl", "w", encoding="utf-8", errors="backslashreplace") as kept,
+        open(folder / "dropped.jsonl", "w", encoding="utf-8", errors="backslashreplace") as dropped,
+    ):
+
+        def told(said: dict[str, Any]) -> None:
+            """Count a row, and write it down if it is dropped."""
+            ledger.add(said)
+            if "reason" in said:
+                dropped.write(_json_line(said))
+
+        for row in clean_rows(paths, cleaning, told, language):
+            kept.write(_json_line(row))
+    return ledger.values(paths, cleaning)
+
+
 def clean(
     paths: Sequence[str | Path],  # files of rows, in any format that `nemotron_nb.data.files` knows
     cleaning: Cleaning,
@@ -249,26 +290,21 @@ def clean(
     language: Callable[[str], tuple[str, float]] = language_of,
 ) -> dict[str, Any]:
     """Write kept.jsonl, dropped.jsonl and ledger.json; the ledger. `UserError` where nothing would be left."""
+    fix = "give another one, results are never overwritten"
     if Path(output_dir).exists():
-        raise UserError(
-            "the folder exists already", where=str(output_dir), fix="give another one, results are never overwritten"
-        )
-    said: list[dict[str, Any]] = []
-    line = lambda value: json.dumps(value, ensure_ascii=False) + "\n"  # noqa: E731
-    kept = "".join(line(row) for row in clean_rows(paths, cleaning, said.append, language))
-    ledger = _ledger(said, paths, cleaning)
-    if not ledger["kept"]:
-        why = ", ".join(f"{n} {reason}" for reason, n in ledger["dropped"].items()) or "there are no rows"
-        raise UserError(
-            "no row would be left", where=str(paths[0]) if paths else "paths", why=why, fix="look at the settings"
-        )
+        raise UserError("the folder exists already", where=str(output_dir), fix=fix)
     Path(output_dir).parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(output_dir).with_name(f".{Path(output_dir).name}.partial")
-    partial.mkdir(exist_ok=True)
-    write_atomic(partial / "kept.jsonl", kept)
-    write_atomic(partial / "dropped.jsonl", "".join(line(s) for s in said if "reason" in s))
-    write_json(partial / "ledger.json", ledger)
-    partial.rename(output_dir)
+    with tempfile.TemporaryDirectory(prefix=f".{Path(output_dir).name}.", dir=Path(output_dir).parent) as name:
+        partial = Path(name) / "made"
+        partial.mkdir()
+        ledger = _cleaned_into(partial, paths, cleaning, language)
+        if not ledger["kept"]:
+            why = ", ".join(f"{n} {reason}" for reason, n in ledger["dropped"].items()) or "there are no rows"
+            where = str(paths[0]) if paths else "paths"
+            raise UserError("no row would be left", where=where, why=why, fix="look at the settings")
+        write_json(partial / "ledger.json", ledger)
+        if not publish(partial, Path(output_dir)):
+            raise UserError("the folder exists already", where=str(output_dir), fix=fix)
     return ledger
 
 # %% ../../nbs/data/29_clean.ipynb #84dce96a

@@ -7,10 +7,10 @@ __all__ = ['NULLS', 'SPELLINGS', 'SECTION_SPELLINGS', 'LAST_SPELLINGS', 'WORDS',
            'MEGATRON', 'POINTER', 'ENVIRONMENT', 'Layer', 'RIVALS', 'PATHS', 'CALL', 'FAMILIES', 'SYNTH', 'Read',
            'Parts', 'SLOTS', 'NEWEST', 'NAMES_DATA', 'PREPARED', 'PRETRAIN_SLOTS', 'flatten', 'nest', 'read_yaml',
            'read_override', 'known_names', 'canonical', 'InForce', 'shown_name', 'changed_names', 'Effective', 'merge',
-           'project_root', 'config_names', 'job_configs', 'config_label', 'config_file', 'EnvSection', 'RunSection',
-           'SftConfig', 'DataPrepConfig', 'file_layers', 'typed_layers', 'sft_config', 'data_prep_config',
-           'stage_files', 'stage_config', 'PretrainConfig', 'DocumentsPrepConfig', 'documents_prep_config',
-           'pretrain_config', 'derived', 'to_yaml']
+           'config_names', 'job_configs', 'config_label', 'config_file', 'EnvSection', 'RunSection', 'SftConfig',
+           'DataPrepConfig', 'file_layers', 'typed_layers', 'sft_config', 'data_prep_config', 'stage_files',
+           'stage_config', 'PretrainConfig', 'DocumentsPrepConfig', 'documents_prep_config', 'pretrain_config',
+           'derived', 'to_yaml']
 
 # %% ../../nbs/ops/06_config.ipynb #9b4b1e86
 import dataclasses
@@ -31,10 +31,10 @@ from .spellings import plainly_meant
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-import nemotron_nb
 from ..core import UserError, check_yaml, from_mapping, nearest, typed_value
 from ..data.prep import PrepConfig
 from ..loss.schedule import StageSchedule
+from .profiles import project_root
 from .spellings import unknown_setting
 from .stage import STAGES, command_words
 from .tracking import LoggerSection, WandbSection
@@ -569,18 +569,6 @@ def _followed(name: str, tree: Callable[[], Any], said: Any, origin: str) -> Any
 FAMILIES = ("nano3", "super3")
 SYNTH = "synth"  # the folder of pipelines that make rows, beside those of the families
 
-
-def project_root() -> Path:
-    """The checkout: the folder that holds `papermill_runs/` and `nbs/`."""
-    root = Path(nemotron_nb.__file__).resolve().parents[1]
-    if not (root / "papermill_runs").is_dir():
-        raise UserError(
-            "there is no papermill_runs folder beside the library",
-            where=str(root),
-            fix="work in a checkout, installed with `pip install -e .`",
-        )
-    return root
-
 # %% ../../nbs/ops/06_config.ipynb #e6d396a5
 def _origin(path: Path) -> str:
     """A file as people would name it: relative to the checkout where it lies inside."""
@@ -1109,7 +1097,8 @@ def stage_config(
         raise UserError(f"the settings class has no field {missing[0]!r}", where=where, fix=fix)
     known = known_names(cls)
     told = [(origin, {n: v for n, v in said.items() if n in known}) for origin, said in ([profile] if profile else [])]
-    effective = merge(cls, [(COMMAND, {"family": family}), *files, *told, *typed_layers(overrides, cls)])
+    layers, resolvers = _with_artifacts([*files, *told, *typed_layers(overrides, cls)], {slot: {} for slot in SLOTS})
+    effective = merge(cls, [(COMMAND, {"family": family}), *layers], **resolvers)
     if effective.settings.family != family:
         where, fix = effective.origins["family"], "use the command of that family"
         raise UserError(f"is for the family {effective.settings.family!r}", where=where, fix=fix)

@@ -9,6 +9,7 @@ __all__ = ['SILENT_GROUPS', 'Judge', 'GrpoSettings', 'Policy', 'freeze_routers',
 
 # %% ../../nbs/rl/20_grpo.ipynb #455fffdd
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -39,7 +40,7 @@ from nemotron_nb.rl.rollout import (
 from .sample_tasks import kind_of
 from .tasks import Task
 from .turns import ROOMS, TurnLimits, sample_episodes
-from ..train.batches import collate
+from ..train.batches import MicroBatch, collate
 from ..train.parallel import Ranks, passes, sum_gradients
 
 # %% ../../nbs/rl/20_grpo.ipynb #2c164594
@@ -108,16 +109,26 @@ class Policy:
     model: nn.Module  # a causal language model
     tokenizer: ChatTokenizer
     optimizer: torch.optim.Optimizer
-    reference: nn.Module | None = None  # the policy that kl_penalty keeps near
+    reference: nn.Module | None = None  # what kl_penalty keeps near; the model itself: what its LoRA pairs stand beside
     ranks: Ranks = Ranks()
 
-
+# %% ../../nbs/rl/20_grpo.ipynb #2e022571
 def freeze_routers(model: nn.Module) -> int:
     """No router is trained any more; the number of them."""
     routers = [m for m in model.modules() if isinstance(m, NemotronHTopkRouter)]
     for router in routers:
         router.requires_grad_(False)
     return len(routers)
+
+# %% ../../nbs/rl/20_grpo.ipynb #13dfb0d7
+def _check_reference(model: nn.Module, reference: nn.Module | None, penalty: float) -> None:
+    """`UserError` where a penalty has nothing to hold the model near."""
+    fix = "give the start model as reference, or set it to 0"
+    if penalty and reference is None:
+        raise UserError("kl_penalty without a reference policy", where="loss_fn.kl_penalty", fix=fix)
+    if reference is model and not hasattr(model, "disable_adapter"):
+        why = "it has no LoRA pairs, so it would be held near itself"
+        raise UserError("the model is its own reference", where="loss_fn.kl_penalty", why=why, fix=fix)
 
 
 def make_policy(
@@ -128,22 +139,12 @@ def make_policy(
     ranks: Ranks = Ranks(),
 ) -> Policy:
     """The policy with a fresh optimizer: AdamW without weight decay."""
-    if settings.loss_fn.kl_penalty and reference is None:
-        raise UserError(
-            "kl_penalty without a reference policy",
-            where="loss_fn.kl_penalty",
-            fix="give the start model as reference, or set it to 0",
-        )
+    _check_reference(model, reference, settings.loss_fn.kl_penalty)
     if settings.freeze_router:
         freeze_routers(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return Policy(
-        model,
-        tokenizer,
-        torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0),
-        reference,
-        ranks,
-    )
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0)
+    return Policy(model, tokenizer, optimizer, reference, ranks)
 
 # %% ../../nbs/rl/20_grpo.ipynb #5087bc61
 def prompt_ids(task: Task, tokenizer: ChatTokenizer) -> list[int]:
@@ -287,7 +288,7 @@ def _denominator(answers: Sequence[Answers], rules: PolicyRules) -> int:
     trained = [r for a in answers for r, on in zip(a.rollouts, a.group.trained, strict=True) if on]
     return sum(len(r.logp) for r in trained) if rules.level == "token" else len(trained)
 
-
+# %% ../../nbs/rl/20_grpo.ipynb #2fef616f
 def _trained(answers: Sequence[Answers], settings: GrpoSettings) -> list[tuple[Rollout, float]]:
     """(rollout, advantage) of all that has a gradient."""
     skips = settings.silent_groups == "skip" and settings.loss_fn.kl_penalty == 0
@@ -296,7 +297,42 @@ def _trained(answers: Sequence[Answers], settings: GrpoSettings) -> list[tuple[R
     ]
     return [(r, v) for r, v in pairs if v or not skips]
 
+# %% ../../nbs/rl/20_grpo.ipynb #58dda55c
+@torch.no_grad()
+def _reference_logp(policy: Policy, batch: MicroBatch, temperature: float) -> Tensor | None:
+    """[R,T] log-probability of each drawn label under the reference; with LoRA the model without its pairs."""
+    if policy.reference is None:
+        return None
+    with policy.model.disable_adapter() if policy.reference is policy.model else nullcontext():
+        return batch_logp(policy.reference, batch, temperature)
 
+
+def _share(
+    policy: Policy,
+    chosen: Sequence[tuple[Rollout, float]],
+    settings: GrpoSettings,
+    denominator: int,
+    device: torch.device,
+) -> tuple[Tensor, PolicyStats]:
+    """The share of the loss that a micro-batch has. An empty one gives 0, with a gradient of 0."""
+    batch = collate([rollout_row(r) for r, _ in chosen], device)
+    logp = batch_logp(policy.model, batch, settings.temperature)
+    if not chosen:
+        return logp.sum() * 0.0, PolicyStats()
+    reference = _reference_logp(policy, batch, settings.temperature)
+    values = torch.tensor([v for _, v in chosen], device=device, dtype=logp.dtype)
+    terms = policy_terms(
+        logp,
+        logp.detach(),
+        sampled_logp([r for r, _ in chosen], batch).to(logp),
+        values,
+        batch.mask,
+        settings.loss_fn,
+        reference,
+    )
+    return terms.total(denominator), PolicyStats.of(terms)
+
+# %% ../../nbs/rl/20_grpo.ipynb #ed1c96f7
 def policy_gradient(
     policy: Policy,
     answers: Sequence[Answers],  # of the whole step
@@ -315,33 +351,6 @@ def policy_gradient(
     sum_gradients(policy.model.parameters(), policy.ranks)
     both = policy.ranks.gathered((loss, stats))
     return sum(x for x, _ in both), sum((s for _, s in both), PolicyStats())
-
-
-def _share(
-    policy: Policy,
-    chosen: Sequence[tuple[Rollout, float]],
-    settings: GrpoSettings,
-    denominator: int,
-    device: torch.device,
-) -> tuple[Tensor, PolicyStats]:
-    """The share of the loss that a micro-batch has. An empty one gives 0, with a gradient of 0."""
-    batch = collate([rollout_row(r) for r, _ in chosen], device)
-    logp = batch_logp(policy.model, batch, settings.temperature)
-    if not chosen:
-        return logp.sum() * 0.0, PolicyStats()
-    with torch.no_grad():
-        reference = batch_logp(policy.reference, batch, settings.temperature) if policy.reference is not None else None
-    values = torch.tensor([v for _, v in chosen], device=device, dtype=logp.dtype)
-    terms = policy_terms(
-        logp,
-        logp.detach(),
-        sampled_logp([r for r, _ in chosen], batch).to(logp),
-        values,
-        batch.mask,
-        settings.loss_fn,
-        reference,
-    )
-    return terms.total(denominator), PolicyStats.of(terms)
 
 # %% ../../nbs/rl/20_grpo.ipynb #0567ec66
 def _mean(values: Sequence[float]) -> float:

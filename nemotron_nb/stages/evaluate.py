@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['START', 'SAMPLE_QUESTIONS', 'Tell', 'Measured', 'HARNESS_TASK', 'EvalData', 'GenerationSection', 'EvalSection',
-           'HarnessSection', 'EvalConfig', 'eval_config', 'model_run', 'model_of', 'from_register', 'resolved', 'Ask',
-           'asks', 'load_model', 'measure', 'evaluate_folder', 'main', 'start_measuring', 'loss_rows',
-           'loss_by_source_picture', 'form_rows', 'score_rows', 'score_picture', 'Changed', 'changes',
-           'changes_picture', 'beside_picture', 'harness_task', 'harness_command', 'write_harness', 'summary',
-           'headline', 'comparison_sections', 'open_evaluation', 'write_comparison', 'measured_pair', 'evaluate_run']
+           'HarnessSection', 'EvalConfig', 'eval_config', 'model_run', 'model_of', 'from_register', 'known_as',
+           'evaluated', 'resolved', 'Ask', 'asks', 'load_model', 'tokenizer_of', 'measured_inputs', 'measure',
+           'evaluate_folder', 'main', 'start_measuring', 'loss_rows', 'loss_by_source_picture', 'form_rows',
+           'score_rows', 'score_picture', 'Changed', 'changes', 'changes_picture', 'beside_picture', 'harness_task',
+           'harness_command', 'write_harness', 'summary', 'headline', 'comparison_sections', 'open_evaluation',
+           'write_comparison', 'measured_pair', 'evaluate_run']
 
 # %% ../../nbs/stages/02_evaluate.ipynb #5ee53134
 import importlib.util
@@ -24,13 +25,16 @@ from omegaconf import OmegaConf
 
 from ..core import UserError, from_mapping, write_atomic, write_json
 from ..data.manifest import Manifest
+from ..ops import artifacts as register
+from ..ops.artifacts import Artifact, Source, Store
 from nemotron_nb.ops.config import (
-    Effective, Layer, RunSection, config_label, file_layers, flatten, project_root, stage_config,
+    Effective, Layer, RunSection, config_label, file_layers, flatten, stage_config,
 )
+from ..ops.profiles import project_root
 from ..ops.report import BLUE, GREY, ORANGE, Section, clipped, environment_picture, form_in_words, html_page
 from ..ops.run_folder import Started, as_process, list_runs, run_state, start_process
 from nemotron_nb.stages.sft import (
-    Parameters, Plan, Show, cluster_layer, execute_into, launch, new_stage_folder, open_stage_folder,
+    Parameters, Plan, Show, cluster_layer, execute_into, launch, new_stage_folder, note_artifacts, open_stage_folder,
 )
 from ..ops.stage import EVAL, SFT
 from ..viz import Picture, joined, png, table
@@ -250,18 +254,38 @@ def _data_dir(name: str, model: str) -> str:
     return str(Path(name).absolute()) if name else ""
 
 # %% ../../nbs/stages/02_evaluate.ipynb #e1a0f2c7
-def _lying_in(store: Any, name: str) -> str:
+def _lying_in(store: Store, name: str) -> str:
     """The folder of art://NAME:VERSION, verified; any other name stays what it is."""
     return str(store.verify(name).path) if name.startswith("art://") else name
 
 # %% ../../nbs/stages/02_evaluate.ipynb #e1a0f2c5
 def from_register(config: EvalConfig) -> EvalConfig:
     """The settings with `art://NAME:VERSION` of models and data as their folders, their digests verified."""
-    from nemotron_nb.ops.artifacts import Store
-
     store = Store(config.run.store)
     data = replace(config.data, dir=_lying_in(store, config.data.dir))
     return replace(config, model=_lying_in(store, config.model), base=_lying_in(store, config.base), data=data)
+
+# %% ../../nbs/stages/02_evaluate.ipynb #e3b25451
+def known_as(
+    store: Store,
+    name: str,  # a folder, a hub name, or start:RUN
+    role: str,  # model, base model or data
+) -> Artifact | Source:
+    """What the register calls a folder; where it does not know it, a source."""
+    path = Path(name)
+    if name.startswith(START) or not path.exists():
+        return Source(name, role, name if name.startswith(START) else f"hf://{name}")
+    found = [artifact for artifact in store.list() if artifact.path == path.absolute()]
+    return found[-1] if found else register.source(path, role)
+
+
+def evaluated(
+    config: EvalConfig,  # resolved
+) -> list[Artifact | Source]:
+    """What goes into an evaluation: its models, its data, its questions."""
+    parts = ((config.model, "model"), (config.base, "base model"), (config.data.dir, "data"),
+             (config.data.questions, "questions"))  # fmt: skip
+    return [known_as(Store(config.run.store), name, role) for name, role in parts if name not in ("", "none")]
 
 # %% ../../nbs/stages/02_evaluate.ipynb #d3af336c
 SAMPLE_QUESTIONS = "papermill_runs/questions.jsonl"
@@ -343,7 +367,7 @@ def load_model(
     return build_model(config, vocab_size, seed).to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 # %% ../../nbs/stages/02_evaluate.ipynb #b879a4ec
-def _tokenizer(config: EvalConfig) -> "ChatTokenizer":
+def tokenizer_of(config: EvalConfig) -> "ChatTokenizer":
     """The tokenizer of the data, which must be that of the model."""
     from nemotron_nb.data.tokenizer import load_tokenizer
 
@@ -365,7 +389,7 @@ def _tokenizer(config: EvalConfig) -> "ChatTokenizer":
     return tokenizer
 
 # %% ../../nbs/stages/02_evaluate.ipynb #c20bf184
-def _inputs(config: EvalConfig) -> tuple[list["Pack"], list["Question"], list[Any]]:
+def measured_inputs(config: EvalConfig) -> tuple[list["Pack"], list["Question"], list[Any]]:
     """(held-out packs, questions, unusable lines of the question file)."""
     from nemotron_nb.data.shards import read_packs
     from nemotron_nb.generate.verify import read_questions
@@ -442,7 +466,7 @@ def evaluate_folder(
     config = from_mapping(
         EvalConfig, OmegaConf.to_container(OmegaConf.load(folder / "eval.yaml"), resolve=True), "eval.yaml"
     )
-    tokenizer, (packs, questions, rejects) = _tokenizer(config), _inputs(config)
+    tokenizer, (packs, questions, rejects) = tokenizer_of(config), measured_inputs(config)
     write_atomic(folder / "rejects.jsonl", "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rejects))
     path = folder / "metrics.jsonl"
     with MetricsFile(path, [] if path.exists() else None) as metrics:  # a second attempt begins again
@@ -995,7 +1019,9 @@ def open_evaluation(
     folder: str = "",  # a folder to use; empty makes one under <output_root>/<family>/eval
 ) -> Path:
     """A run folder with everything that is known before measuring, its status `running`."""
-    return open_stage_folder(effective, config, EVAL, _label(config, name), folder)
+    folder = open_stage_folder(effective, config, EVAL, _label(config, name), folder)
+    note_artifacts(folder, evaluated(config))
+    return folder
 
 # %% ../../nbs/stages/02_evaluate.ipynb #729fe2ad
 def write_comparison(
@@ -1060,7 +1086,7 @@ def evaluate_run(
     """
     effective = eval_config(family, config, overrides, profile=cluster_layer(profile))
     settled = resolved(effective.settings)
-    _inputs(settled)  # refuses unusable files before there is a run folder, here and for a cluster
+    measured_inputs(settled)  # refuses unusable files before there is a run folder, here and for a cluster
 
     def make() -> Path:
         """The run folder, with everything that was settled."""

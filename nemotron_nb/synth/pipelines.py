@@ -29,6 +29,14 @@ _ROWS = (
         judge="judge_sql",
     ),
     Pipeline(
+        name="search",
+        words="Riddles over four to eight facts, searched with tools that really answer, in a library of the row.",
+        domain="Search",
+        module="nemotron_nb.synth.search",
+        settings="SearchSettings",
+        judge="judge_search",
+    ),
+    Pipeline(
         name="infinity",
         words="Programming problems that need a concept of another field, with programs that were run.",
         domain="competition code",
