@@ -63,6 +63,15 @@ _ROWS = (
         judge="judge_science",
         teacher="rehearse_science",
     ),
+    Pipeline(
+        name="safety",
+        words="Refusals of several kinds, wrapped requests, and harmless look-alikes that are answered.",
+        domain="safety",
+        module="nemotron_nb.synth.safety",
+        settings="SafetySettings",
+        judge="judge_safety",
+        teacher="rehearse_safety",
+    ),
 )
 PIPELINES: Mapping[str, Pipeline] = MappingProxyType({pipeline.name: pipeline for pipeline in _ROWS})
 
