@@ -72,6 +72,15 @@ _ROWS = (
         judge="judge_safety",
         teacher="rehearse_safety",
     ),
+    Pipeline(
+        name="multi_turn",
+        words="Chats that go on: the same model plays the user, and each turn is judged.",
+        domain="general chat",
+        module="nemotron_nb.synth.multi_turn",
+        settings="MultiTurnSettings",
+        judge="judge_multi_turn",
+        teacher="rehearse_multi_turn",
+    ),
 )
 PIPELINES: Mapping[str, Pipeline] = MappingProxyType({pipeline.name: pipeline for pipeline in _ROWS})
 
