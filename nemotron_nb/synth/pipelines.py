@@ -81,6 +81,15 @@ _ROWS = (
         judge="judge_multi_turn",
         teacher="rehearse_multi_turn",
     ),
+    Pipeline(
+        name="instruction_following",
+        words="Chats whose every turn follows instructions that a program checks.",
+        domain="instruction following",
+        module="nemotron_nb.synth.instruction_following",
+        settings="InstructionSettings",
+        judge="judge_instruction_following",
+        teacher="rehearse_instruction_following",
+    ),
 )
 PIPELINES: Mapping[str, Pipeline] = MappingProxyType({pipeline.name: pipeline for pipeline in _ROWS})
 
