@@ -90,6 +90,15 @@ _ROWS = (
         judge="judge_instruction_following",
         teacher="rehearse_instruction_following",
     ),
+    Pipeline(
+        name="low_effort",
+        words="Questions answered with little thought, and the thought is short.",
+        domain="low effort",
+        module="nemotron_nb.synth.low_effort",
+        settings="LowEffortSettings",
+        judge="judge_low_effort",
+        teacher="rehearse_low_effort",
+    ),
 )
 PIPELINES: Mapping[str, Pipeline] = MappingProxyType({pipeline.name: pipeline for pipeline in _ROWS})
 
