@@ -99,6 +99,15 @@ _ROWS = (
         judge="judge_low_effort",
         teacher="rehearse_low_effort",
     ),
+    Pipeline(
+        name="paraphrase",
+        words="Questions of made rows in other words, with all that matters kept.",
+        domain="every domain of the rows",
+        module="nemotron_nb.synth.paraphrase",
+        settings="ParaphraseSettings",
+        judge="judge_paraphrase",
+        teacher="rehearse_paraphrase",
+    ),
 )
 PIPELINES: Mapping[str, Pipeline] = MappingProxyType({pipeline.name: pipeline for pipeline in _ROWS})
 
