@@ -77,7 +77,7 @@ class AdvantageRules:
     deviation_floor: float = DEVIATION_FLOOR
     overlong_filtering: bool = False  # leave answers out of the loss that were cut at the limit
 
-
+# %% ../../nbs/rl/19_advantage.ipynb #74a5a2b8
 @dataclass(frozen=True)
 class Group:
     """The answers to one task, valued."""
@@ -88,7 +88,7 @@ class Group:
     failed: int  # answers that could not be judged
     filtered: int  # judged answers that the overlong filter leaves out
 
-
+# %% ../../nbs/rl/19_advantage.ipynb #5ddb9e95
 def value_group(
     rewards: Sequence[float | None],  # [N]; None: could not be judged
     truncated: Sequence[bool],  # [N] the answer was cut at the limit

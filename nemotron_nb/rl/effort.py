@@ -83,7 +83,7 @@ def effort_reward(
     weight = min(1.0, settings.weight * (1 - length / settings.bound))
     return reward + reward * max(weight, 0.0) + settings.penalty * min(weight, 0.0)
 
-
+# %% ../../nbs/rl/18_effort.ipynb #6d146e1a
 def paid_for_effort(
     judgement: Judgement,
     length: int,  # drawn tokens

@@ -43,7 +43,27 @@ from .turns import ROOMS, TurnLimits, sample_episodes
 from ..train.batches import MicroBatch, collate
 from ..train.parallel import Ranks, passes, sum_gradients
 
-# %% ../../nbs/rl/20_grpo.ipynb #2c164594
+# %% ../../nbs/rl/20_grpo.ipynb #3b1d0530
+_AT_LEAST_1 = ("num_prompts_per_step", "max_num_steps", "max_new_tokens", "rows", "micro_batch_tokens", "max_silent_steps")
+
+
+def _check_grpo(settings: "GrpoSettings") -> None:
+    """`UserError` for settings with which nothing could be learned."""
+    for name in _AT_LEAST_1:
+        if getattr(settings, name) < 1:
+            raise UserError(f"{name} is {getattr(settings, name)}", where="grpo", fix="give at least 1")
+    if settings.num_generations_per_prompt < 2:
+        said = f"num_generations_per_prompt is {settings.num_generations_per_prompt}"
+        why = "an answer without siblings has nothing to be compared with"
+        raise UserError(said, where="grpo", why=why, fix="give at least 2; 16 is usual")
+    if settings.temperature <= 0:
+        said = f"temperature is {settings.temperature}"
+        raise UserError(said, where="grpo", why="the likeliest token is no draw", fix="give 1")
+    if settings.silent_groups not in SILENT_GROUPS:
+        fix = f"use {' or '.join(SILENT_GROUPS)}"
+        raise UserError(f"silent_groups is {settings.silent_groups!r}", where="grpo", fix=fix)
+
+# %% ../../nbs/rl/20_grpo.ipynb #32f3a227
 SILENT_GROUPS = ("keep", "skip")
 
 
@@ -71,31 +91,7 @@ class GrpoSettings:
     effort: EffortSettings = field(default_factory=EffortSettings)  # little effort and budgets of thought
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_prompts_per_step",
-            "max_num_steps",
-            "max_new_tokens",
-            "rows",
-            "micro_batch_tokens",
-            "max_silent_steps",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}", where="grpo", fix="give at least 1")
-        if self.num_generations_per_prompt < 2:
-            raise UserError(
-                f"num_generations_per_prompt is {self.num_generations_per_prompt}",
-                where="grpo",
-                why="an answer without siblings has nothing to be compared with",
-                fix="give at least 2; 16 is usual",
-            )
-        if self.temperature <= 0:
-            raise UserError(
-                f"temperature is {self.temperature}", where="grpo", why="the likeliest token is no draw", fix="give 1"
-            )
-        if self.silent_groups not in SILENT_GROUPS:
-            raise UserError(
-                f"silent_groups is {self.silent_groups!r}", where="grpo", fix=f"use {' or '.join(SILENT_GROUPS)}"
-            )
+        _check_grpo(self)
 
     def learning_rate(self, step: int) -> float:
         """Of a step; `step` optimizer steps are done."""
@@ -161,7 +157,7 @@ def named(tasks: Sequence[Task]) -> dict[str, Task]:
         found[f"{task.id}.{seen + 1}" if seen else task.id] = task
     return found
 
-
+# %% ../../nbs/rl/20_grpo.ipynb #53043e53
 def tasks_of_step(
     step: int,  # optimizer steps done
     tasks: Sequence[Task],
@@ -170,7 +166,7 @@ def tasks_of_step(
     """The tasks of a step, in the order of the file, which may be a curriculum; from the beginning again at its end."""
     return [tasks[(step * count + k) % len(tasks)] for k in range(count)]
 
-
+# %% ../../nbs/rl/20_grpo.ipynb #036f4480
 Judge = Callable[[Task, Reply], Judgement] | CircleJudge  # one answer by itself, or those of a group with each other
 
 
@@ -183,12 +179,12 @@ class Answers:
     judgements: tuple[Judgement, ...]
     group: Group
 
-
+# %% ../../nbs/rl/20_grpo.ipynb #a7465a98
 def _reply(rollout: Rollout, tokenizer: ChatTokenizer) -> Reply:
     """The last turn of a rollout as text."""
     return read_reply(tokenizer.decode(rollout.last_turn), rollout.info)
 
-
+# %% ../../nbs/rl/20_grpo.ipynb #26b53c3a
 def draw(
     policy: Policy,
     tasks: Mapping[str, Task],  # by name
@@ -196,43 +192,21 @@ def draw(
     settings: GrpoSettings,
 ) -> dict[str, list[Rollout]]:
     """The answers to each task: of several turns where its environment has a room for tools, else of one."""
-    prompts = {name: prompt_ids(task, policy.tokenizer) for name, task in tasks.items()}
+    tokenizer, members = policy.tokenizer, settings.num_generations_per_prompt
+    prompts = {name: prompt_ids(task, tokenizer) for name, task in tasks.items()}
     rooms = {name: ROOMS[task.environment] for name, task in tasks.items() if task.environment in ROOMS}
     budgets = {name: task.extra["budget"] for name, task in tasks.items() if task.extra.get("budget") and name not in rooms}
     of = lambda names: {n: p for n, p in prompts.items() if n in names}
     several, budgeted, single = of(rooms), of(budgets), of(prompts.keys() - rooms.keys() - budgets.keys())
-    how = {
-        "end_id": policy.tokenizer.im_end_id,
-        "max_new_tokens": settings.max_new_tokens,
-        "temperature": settings.temperature,
-        "rows": settings.rows,
-    }
-    found = sample_groups(
-        policy.model, single, settings.num_generations_per_prompt, step=step, seed=settings.seed, **how
-    )
-    found += sample_episodes(
-        partial(continue_all, policy.model, **how),
-        several,
-        settings.num_generations_per_prompt,
-        policy.tokenizer,
-        rooms,
-        settings.turns,
-        step=step,
-        seed=settings.seed,
-    )
-    found += sample_budgeted(
-        partial(continue_all, policy.model, **how),
-        budgeted,
-        budgets,
-        settings.num_generations_per_prompt,
-        policy.tokenizer,
-        settings.max_new_tokens,
-        step=step,
-        seed=settings.seed,
-    )
+    how = {"end_id": tokenizer.im_end_id, "temperature": settings.temperature, "rows": settings.rows}
+    go_on = partial(continue_all, policy.model, max_new_tokens=settings.max_new_tokens, **how)
+    named_draws, most = {"step": step, "seed": settings.seed}, settings.max_new_tokens
+    found = sample_groups(policy.model, single, members, max_new_tokens=most, **how, **named_draws)
+    found += sample_episodes(go_on, several, members, tokenizer, rooms, settings.turns, **named_draws)
+    found += sample_budgeted(go_on, budgeted, budgets, members, tokenizer, most, **named_draws)
     return dict(zip([*single, *several, *budgeted], found, strict=True))
 
-
+# %% ../../nbs/rl/20_grpo.ipynb #d7153096
 def judge_groups(
     groups: Sequence[tuple[Task, Sequence[Rollout]]],
     tokenizer: ChatTokenizer,
@@ -244,7 +218,7 @@ def judge_groups(
         return judge_one.judge_groups([(task, [there(r) for r in group]) for task, group in groups])
     return [[judge_one(task, _reply(r, tokenizer)) for r in group] for task, group in groups]
 
-
+# %% ../../nbs/rl/20_grpo.ipynb #65675841
 def draw_and_judge(
     policy: Policy,
     tasks: Sequence[Task],
@@ -264,7 +238,7 @@ def draw_and_judge(
     everything = {name: pair for part in ranks.gathered(judged) for name, pair in part.items()}
     return [_valued(by_name[name], *_paid(by_name[name], *everything[name], settings), settings) for name in by_name]
 
-
+# %% ../../nbs/rl/20_grpo.ipynb #4dfa27b7
 def _paid(
     task: Task, rollouts: tuple[Rollout, ...], judgements: tuple[Judgement, ...], settings: GrpoSettings
 ) -> tuple[tuple[Rollout, ...], tuple[Judgement, ...]]:
@@ -382,7 +356,7 @@ def step_record(answers: Sequence[Answers], step: int) -> dict[str, Any]:
         **_effort_record(answers),
     }
 
-
+# %% ../../nbs/rl/20_grpo.ipynb #b0019d1c
 def _effort_record(answers: Sequence[Answers]) -> dict[str, Any]:
     """Tasks asked for little effort and tasks with a budget, with the lengths that came of it; nothing without any."""
     low = [a for a in answers if a.task.extra.get("effort") == "low"]
@@ -395,7 +369,7 @@ def _effort_record(answers: Sequence[Answers]) -> dict[str, Any]:
         "budgets": {"answers": len(infos), "cut": sum(i["cut"] for i in infos)},
     }
 
-
+# %% ../../nbs/rl/20_grpo.ipynb #ff562807
 def grpo_step(
     policy: Policy,
     tasks: Sequence[Task],  # of this step
@@ -457,7 +431,7 @@ def grpo_steps(
                 fix="choose tasks with pass rates between the extremes, draw more answers, or look at the ledger of failed judgements",
             )
 
-
+# %% ../../nbs/rl/20_grpo.ipynb #66d99384
 def measure(
     policy: Policy,
     tasks: Sequence[Task],

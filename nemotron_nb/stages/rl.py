@@ -55,7 +55,7 @@ from ..rl.judges import GenrmSettings
 from ..rl.nemo_rl import BATCH, SCRIPT, NemoRlConfig, check_batch, nemo_rl_config, our_names
 from ..rl.prepare import SAMPLE, Prepared, TaskFiles
 from ..rl.preferences import DpoSettings
-from ..rl.sample_tasks import write_careless_chats
+from ..rl.sample_tasks import write_careless_chats, write_careless_verdicts
 from nemotron_nb.rl.training import (
     METHODS,
     KeepSection,
@@ -84,7 +84,8 @@ class StartSection:
     """The model to begin with, where none is named."""
 
     careless: bool = False  # fine-tune one on careless chats, once; False: the newest fine-tuning run that is done
-    chats: int = 4000  # of them, half answered wrongly
+    verdicts: bool = False  # with `careless`: verdicts of a judge in place of answers; what a judge's own training begins with
+    chats: int = 4000  # of them, about half answered wrongly
     sft: str = "tiny"  # configuration of the fine-tuning run
     sft_overrides: list[str] = field(
         default_factory=lambda: [
@@ -233,21 +234,22 @@ def careless_start(
     config: RlConfig,
 ) -> Path:
     """The run folder of the careless start model: found, or trained now. `UserError` if it does not come to its end."""
-    chats = Path(config.run.output_root).absolute() / config.family / "careless" / f"chats-{config.start.chats}.jsonl"
+    write, word = (write_careless_verdicts, "verdicts") if config.start.verdicts else (write_careless_chats, "chats")
+    chats = Path(config.run.output_root).absolute() / config.family / "careless" / f"{word}-{config.start.chats}.jsonl"
     if not chats.exists():
-        write_careless_chats(chats, config.start.chats)
+        write(chats, config.start.chats)
     told = {
         "data.path": chats,
         "run.output_root": config.run.output_root,
         "run.artifacts": str(config.run.store),
-        "run.label": "careless start",
+        "run.label": f"careless {word}",
     }
     run = sft_config(
         config.family, config.start.sft, [*(f"{n}={v}" for n, v in told.items()), *config.start.sft_overrides]
     )
     if found := _same_run(run):
         return found
-    print("start model: fine-tuned on careless chats first, which takes a minute or two", flush=True)
+    print(f"start model: fine-tuned on careless {word} first, which takes a minute or two", flush=True)
     manifest = prepare_data(run)
     folder = new_run(run, config.start.sft, manifest["key"])
     with passing_signals_on(folder):

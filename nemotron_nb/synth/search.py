@@ -102,7 +102,7 @@ _OF_PLACES: Mapping[str, Relation] = {
         "the mayor of {x}|the person who governs {x}", "the town governed by {x}"),
 }  # fmt: skip
 
-# %% ../../nbs/synth/41_search.ipynb #633c98e4
+# %% ../../nbs/synth/41_search.ipynb #563aaa61
 _OF_LANDS: Mapping[str, Relation] = {
     "namesake": _relation(
         "province", "person", "The province of {a} is named after {b}.|{b} gave a name to the province of {a}.",
@@ -122,7 +122,7 @@ _OF_LANDS: Mapping[str, Relation] = {
 }  # fmt: skip
 RELATIONS: Mapping[str, Relation] = {**_OF_PEOPLE, **_OF_TRADE, **_OF_PLACES, **_OF_LANDS}
 
-
+# %% ../../nbs/synth/41_search.ipynb #cd609ed7
 def relation_named(
     name: str,  # one of ours, or any other word
 ) -> Relation:
@@ -233,7 +233,7 @@ def draw_facts(
     rng.shuffle(facts)
     return facts
 
-# %% ../../nbs/synth/41_search.ipynb #e05ad62e
+# %% ../../nbs/synth/41_search.ipynb #c77b8c1e
 _Edges = Mapping[str, Mapping[str, Sequence[Fact]]]  # head -> relation -> facts
 
 
@@ -246,7 +246,7 @@ def edges_of(
         edges.setdefault(fact[0], {}).setdefault(fact[1], []).append(fact)
     return edges
 
-
+# %% ../../nbs/synth/41_search.ipynb #0c424fb9
 def draw_walk(
     rng: random.Random,
     edges: _Edges,
@@ -304,7 +304,7 @@ def without_shortcuts(
         nearest_one = min(far[f[0]] for f in short)
         left = [f for f in left if f not in short or far[f[0]] > nearest_one]
 
-# %% ../../nbs/synth/41_search.ipynb #a095841b
+# %% ../../nbs/synth/41_search.ipynb #456ea6cc
 def names_that_touch(
     name: str,
     names: Iterable[str],
@@ -323,7 +323,7 @@ def read_triples(
         raise UserError("there is no such file", where=str(path), fix="give a JSONL file of triples")
     return _triples(path, path.stat().st_mtime_ns)
 
-
+# %% ../../nbs/synth/41_search.ipynb #75861e52
 @lru_cache(maxsize=2)
 def _triples(path: Path, changed: int) -> tuple[Fact, ...]:
     """The same; the time is an argument so that an edited file is read again."""
@@ -340,13 +340,13 @@ def _triples(path: Path, changed: int) -> tuple[Fact, ...]:
         facts.setdefault((*triple, 0))
     return tuple(facts)
 
-# %% ../../nbs/synth/41_search.ipynb #d73ae642
+
 @lru_cache(maxsize=2)
 def _triple_edges(path: Path, changed: int) -> dict[str, dict[str, list[Fact]]]:
     """Facts of a file by head and relation."""
     return edges_of(_triples(path, changed))
 
-
+# %% ../../nbs/synth/41_search.ipynb #54054aa7
 def library_around(
     rng: random.Random,
     facts: Sequence[Fact],  # of a file
@@ -367,7 +367,7 @@ def library_around(
     rng.shuffle(found)
     return found
 
-# %% ../../nbs/synth/41_search.ipynb #80eb70c3
+# %% ../../nbs/synth/41_search.ipynb #dc324033
 @dataclass(frozen=True)
 class Riddle:
     """What is asked: a start, and the relations to follow."""
@@ -388,7 +388,7 @@ class Riddle:
         asked = [asks[wording % len(asks)] for asks, wording in zip(ways, self.wordings, strict=True)]
         return FORMS[self.form](told, asked).replace("the the ", "the ").replace("the that one", "that one")
 
-
+# %% ../../nbs/synth/41_search.ipynb #aadb2356
 def _nested(told: str, asked: Sequence[str]) -> str:
     """All in one phrase, from the end."""
     for asks in asked:
@@ -402,7 +402,7 @@ def _lettered(told: str, asked: Sequence[str]) -> str:
     said = [f"{letters[i % 26]} is {asks.format(x=letters[i % 26 - 1] if i else told)}" for i, asks in enumerate(asked)]
     return f"{'; '.join(said)}. I am looking for {letters[(len(asked) - 1) % 26]}."
 
-# %% ../../nbs/synth/41_search.ipynb #394320ea
+
 def _in_pairs(told: str, asked: Sequence[str]) -> str:
     """Two hops a sentence."""
     said = []
@@ -414,7 +414,7 @@ def _in_pairs(told: str, asked: Sequence[str]) -> str:
     first, *rest = said
     return f"Begin with {first}. " + " ".join(f"Go on to {words}." for words in rest)
 
-
+# %% ../../nbs/synth/41_search.ipynb #6c15749c
 FORMS = {"nested": _nested, "lettered": _lettered, "pairs": _in_pairs}
 
 
@@ -428,7 +428,7 @@ def starts_of(
     name, tail = riddle.described
     return [head for head, out in edges.items() if any(f[2] == tail for f in out.get(name, ()))]
 
-# %% ../../nbs/synth/41_search.ipynb #80078469
+
 def answers_of(
     riddle: Riddle,
     edges: _Edges,
@@ -439,7 +439,7 @@ def answers_of(
         places = dict.fromkeys(f[2] for at in places for f in edges.get(at, {}).get(name, ()))
     return list(places)
 
-
+# %% ../../nbs/synth/41_search.ipynb #9687655c
 def draw_riddle(rng: random.Random, facts: Sequence[Fact], walk: Sequence[Fact]) -> Riddle:
     """The riddle of a walk; its start is described in two of five, if a fact fits nobody else."""
     places = {walk[0][0], *(fact[2] for fact in walk)}
@@ -450,7 +450,7 @@ def draw_riddle(rng: random.Random, facts: Sequence[Fact], walk: Sequence[Fact])
     relations = tuple(fact[1] for fact in walk)
     return Riddle(walk[0][0], relations, wordings, described, rng.choice(sorted(FORMS)))
 
-# %% ../../nbs/synth/41_search.ipynb #aae5a7de
+# %% ../../nbs/synth/41_search.ipynb #4264af38
 _TEXT = {"type": "string"}
 TOOLS = [
     {"type": "function", "function": {
@@ -461,7 +461,7 @@ TOOLS = [
         "parameters": {"type": "object", "properties": {"title": _TEXT}, "required": ["title"]}}},
 ]  # fmt: skip
 
-
+# %% ../../nbs/synth/41_search.ipynb #d55132b6
 class SearchTrace:
     """A trajectory in the making."""
 
@@ -527,7 +527,7 @@ def _find(trace: SearchTrace, rng: random.Random, fact: Fact, wanted: str) -> No
     if not trace.has_read(sentence_of(fact)):
         trace.call("browse", rng.choice(_AGAIN).format(a=fact[0]), title=fact[0])
 
-# %% ../../nbs/synth/41_search.ipynb #12288f57
+# %% ../../nbs/synth/41_search.ipynb #0188da8d
 def solve(
     trace: SearchTrace,
     rng: random.Random,
@@ -555,7 +555,7 @@ def solve(
     }
     trace.messages.append(closing | {"content": f"{_closing(rng, walk)}\n\nAnswer: {walk[-1][2]}"})
 
-
+# %% ../../nbs/synth/41_search.ipynb #3c4c2ba7
 def _closing(rng: random.Random, walk: Sequence[Fact]) -> str:
     """The way in the words of its sources."""
     said = " ".join(sentence_of(fact) for fact in walk)
@@ -610,7 +610,7 @@ def _replayed(library: Library, messages: Sequence[Mapping[str, Any]]) -> tuple[
         calls += len(message.get("tool_calls") or [])
     return ("call_without_result" if waiting else ""), calls, "\n".join(read)
 
-# %% ../../nbs/synth/41_search.ipynb #3dbec717
+# %% ../../nbs/synth/41_search.ipynb #8aaeea91
 def _prove_chat(library: Library, riddle: Riddle, messages: Sequence[Mapping[str, Any]], most: int) -> Iterator[Proof]:
     """Every call again; every fact read; the right answer."""
     reason, calls, read = _replayed(library, messages)
@@ -625,7 +625,7 @@ def _prove_chat(library: Library, riddle: Riddle, messages: Sequence[Mapping[str
     said = last["content"].strip().splitlines()[-1:] if last["role"] == "assistant" else []
     yield _proof("right answer", "" if said == [f"Answer: {at}"] else "wrong_answer", answer=at)
 
-
+# %% ../../nbs/synth/41_search.ipynb #1bbe552c
 def prove_search(
     library: Library,
     riddle: Riddle,
@@ -675,7 +675,7 @@ class SearchSettings(SynthSettings):
             what = f"{self.most_calls} calls are too few for {self.fewest_hops} hops"
             raise UserError(what, where="most_calls", fix="give more calls, or fewer hops")
 
-# %% ../../nbs/synth/41_search.ipynb #d400c874
+# %% ../../nbs/synth/41_search.ipynb #40cd9470
 def draw(draft: RowDraft, workshop: Workshop) -> None:
     """A library, a walk, a riddle."""
     settings: SearchSettings = workshop.settings
@@ -696,7 +696,7 @@ def draw(draft: RowDraft, workshop: Workshop) -> None:
         "described": riddle.described, "form": riddle.form, "calls": settings.most_calls,
     }  # fmt: skip
 
-
+# %% ../../nbs/synth/41_search.ipynb #ee2a7809
 def _from_file(
     draft: RowDraft, settings: SearchSettings, rng: random.Random, hops: int
 ) -> tuple[list[Fact], list[Fact]]:
@@ -710,13 +710,13 @@ def _from_file(
     draft.parents = [parent | ({"licence": settings.triples_licence} if settings.triples_licence else {})]
     return facts, [by_triple[f[:3]] for f in walk]
 
-# %% ../../nbs/synth/41_search.ipynb #b57c0abe
+
 @lru_cache(maxsize=2)
 def _digest_of(path: Path, changed: int) -> str:
     """The digest of a file that may be asked for by every row."""
     return file_digest(path)
 
-# %% ../../nbs/synth/41_search.ipynb #abe3cd4c
+# %% ../../nbs/synth/41_search.ipynb #53b49a25
 _SYSTEM = (
     "You answer from a small library. Call search and browse, {n} times at most. Close with a line 'Answer: NAME'.",
     "A library can be searched and browsed. Use at most {n} calls. Trust what you read. Last line: 'Answer: NAME'.",
@@ -736,7 +736,7 @@ _CLOSE = (
     "",
 )
 
-
+# %% ../../nbs/synth/41_search.ipynb #65e3bb14
 def _known(rng: random.Random, library: Library, riddle: Riddle, places: set[str]) -> str:
     """What the one who asks knows about the start already: true, and no help."""
     told = riddle.described[1] if riddle.described else riddle.start
@@ -746,7 +746,7 @@ def _known(rng: random.Random, library: Library, riddle: Riddle, places: set[str
         rng.choice(("What I know: {x}", "{x}", "So much is certain. {x}")).format(x=" ".join(chosen)) if chosen else ""
     )
 
-# %% ../../nbs/synth/41_search.ipynb #c71a4667
+
 def search(draft: RowDraft, workshop: Workshop) -> None:
     """The chat: the question, then what the agent does about it."""
     rng, riddle = draft.rng("search"), draft.facts["riddle"]
@@ -760,7 +760,7 @@ def search(draft: RowDraft, workshop: Workshop) -> None:
     draft.messages = [system, {"role": "user", "content": question}, *trace.messages]
     draft.tools = TOOLS
 
-
+# %% ../../nbs/synth/41_search.ipynb #e4df9ac0
 def prove(draft: RowDraft, workshop: Workshop) -> None:
     """What the judge of finished rows says of this one."""
     facts = draft.facts
