@@ -64,31 +64,6 @@ _PROGRAMS2 = (
         "Agentic software engineering", "nemotron_nb.synth.trajectories", "TrajectorySettings",
         "judge_trajectories",
     ),
-    Pipeline(
-        "safety", "Refusals of several kinds, wrapped requests, and harmless look-alikes that are answered.",
-        "safety", "nemotron_nb.synth.safety", "SafetySettings",
-        "judge_safety", teacher="rehearse_safety",
-    ),
-    Pipeline(
-        "multi_turn", "Chats that go on: the same model plays the user, and each turn is judged.",
-        "general chat", "nemotron_nb.synth.multi_turn", "MultiTurnSettings",
-        "judge_multi_turn", teacher="rehearse_multi_turn",
-    ),
-    Pipeline(
-        "instruction_following", "Chats whose every turn follows instructions that a program checks.",
-        "instruction following", "nemotron_nb.synth.instruction_following", "InstructionSettings",
-        "judge_instruction_following", teacher="rehearse_instruction_following",
-    ),
-    Pipeline(
-        "low_effort", "Questions answered with little thought, and the thought is short.",
-        "low effort", "nemotron_nb.synth.low_effort", "LowEffortSettings",
-        "judge_low_effort", teacher="rehearse_low_effort",
-    ),
-    Pipeline(
-        "paraphrase", "Questions of made rows in other words, with all that matters kept.",
-        "every domain of the rows", "nemotron_nb.synth.paraphrase", "ParaphraseSettings",
-        "judge_paraphrase", teacher="rehearse_paraphrase",
-    ),
 )  # fmt: skip
 
 # %% ../../nbs/synth/90_pipelines.ipynb #6f4a9760
