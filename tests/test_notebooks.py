@@ -61,7 +61,7 @@ LESSONS = {
     "megatron/12_parameters": 23, "megatron/13_memory": 19, "megatron/14_measure": 20, "megatron/15_time": 23,
     "megatron/16_plan": 26, "megatron/17_scale": 16, "megatron/18_failures": 20, "stages/08_plan": 25,
     "stages/09_recipe": 24,
-    "stages/11_synth": 20, "ops/12_card": 14, "generate/05_served": 12, "stages/12_chat": 13, "stages/13_serve": 15,
+    "stages/11_synth": 20, "ops/12_card": 14, "generate/05_served": 12, "stages/12_chat": 13, "stages/13_serve": 15, "92_api": 11,
     "synth/01_row": 13, "synth/02_journal": 18, "synth/03_steps": 16, "synth/04_ask": 22, "synth/05_produce": 17,
     "synth/06_look": 22, "synth/20_verify_sql": 16, "synth/90_pipelines": 21,
     "synth/40_sql": 17,
