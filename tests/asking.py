@@ -43,7 +43,8 @@ def reworded(script, change):
 
     def changed(body, before):
         reply = script(body, before, honest=True)
-        return change(body["messages"][0]["content"], reply) or reply
+        first = next(m["content"] for m in body["messages"] if m["role"] == "user")
+        return change(first, reply) or reply
 
     return changed
 

@@ -45,6 +45,25 @@ _PROGRAMS = (
         "Instruction following", "nemotron_nb.synth.instructions", "InstructionSettings",
         "judge_instructions",
     ),
+    Pipeline(
+        "tool_world", "Talks with customers in worlds with tools, a state and a policy, graded by what was done.",
+        "Conversational tool use", "nemotron_nb.synth.tool_world", "ToolWorldSettings",
+        "judge_tool_world",
+    ),
+    Pipeline(
+        "terminal", "Tasks with files, text, search and archives; every command is executed in a sandbox.",
+        "Terminal", "nemotron_nb.synth.terminal", "TerminalSettings",
+        "judge_terminal",
+    ),
+)  # fmt: skip
+
+# %% ../../nbs/synth/90_pipelines.ipynb #81eddd9e
+_PROGRAMS2 = (
+    Pipeline(
+        "trajectories", "Logs of coding agents as chats, with what was lost by its reason.",
+        "Agentic software engineering", "nemotron_nb.synth.trajectories", "TrajectorySettings",
+        "judge_trajectories",
+    ),
 )  # fmt: skip
 
 # %% ../../nbs/synth/90_pipelines.ipynb #b96c7cb3
@@ -64,10 +83,39 @@ _MODELS = (
         "science", "nemotron_nb.synth.science", "ScienceSettings",
         "judge_science", teacher="rehearse_science",
     ),
+    Pipeline(
+        "safety", "Refusals of several kinds, wrapped requests, and harmless look-alikes that are answered.",
+        "safety", "nemotron_nb.synth.safety", "SafetySettings",
+        "judge_safety", teacher="rehearse_safety",
+    ),
+    Pipeline(
+        "multi_turn", "Chats that go on: the same model plays the user, and each turn is judged.",
+        "general chat", "nemotron_nb.synth.multi_turn", "MultiTurnSettings",
+        "judge_multi_turn", teacher="rehearse_multi_turn",
+    ),
+    Pipeline(
+        "instruction_following", "Chats whose every turn follows instructions that a program checks.",
+        "instruction following", "nemotron_nb.synth.instruction_following", "InstructionSettings",
+        "judge_instruction_following", teacher="rehearse_instruction_following",
+    ),
+    Pipeline(
+        "low_effort", "Questions answered with little thought, and the thought is short.",
+        "low effort", "nemotron_nb.synth.low_effort", "LowEffortSettings",
+        "judge_low_effort", teacher="rehearse_low_effort",
+    ),
+)  # fmt: skip
+
+# %% ../../nbs/synth/90_pipelines.ipynb #e418003e
+_MODELS2 = (
+    Pipeline(
+        "paraphrase", "Questions of made rows in other words, with all that matters kept.",
+        "every domain of the rows", "nemotron_nb.synth.paraphrase", "ParaphraseSettings",
+        "judge_paraphrase", teacher="rehearse_paraphrase",
+    ),
 )  # fmt: skip
 
 # %% ../../nbs/synth/90_pipelines.ipynb #6f4a9760
-_ROWS = (*_PROGRAMS, *_MODELS)
+_ROWS = (*_PROGRAMS, *_PROGRAMS2, *_MODELS, *_MODELS2, )
 PIPELINES: Mapping[str, Pipeline] = MappingProxyType({pipeline.name: pipeline for pipeline in _ROWS})
 
 

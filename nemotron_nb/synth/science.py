@@ -185,7 +185,7 @@ def _physics(key: Any) -> dict[str, Any]:
         (a * (b + c), "A mass of {a} kg carries {b} J and then {c} J for each kilogram. What is the energy?"),
     )[int(3 * chance(key, "form"))]
     unit = "m" if "far" in form else "V" if "voltage" in form else "J"
-    wrong = [f"{right + d} {unit}" for d in (a, -1, b + c + 1)]
+    wrong = [f"{right + d} {unit}" for d in (a, -1, a + b + c)]
     said = {"question": form.format(a=a, b=b, c=c), "right": f"{right} {unit}", "wrong": wrong}
     return said | {"explanation": f"Put the numbers in: the result is {right} {unit}."}
 

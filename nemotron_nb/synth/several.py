@@ -7,6 +7,7 @@ __all__ = ['OWN_LICENCE', 'ASK_SHORT', 'Seed', 'own_seeds', 'read_seeds', 'cross
            'plain_answer', 'short_answer', 'check_agreement', 'chance']
 
 # %% ../../nbs/synth/59_several.ipynb #e8f8046d
+import json
 import math
 import os
 import random
@@ -57,6 +58,7 @@ def own_seeds(
 def _text_at(value: Any, name: str) -> str | None:
     """The text of a field of a row; None where there is none."""
     text = value.get(name) if isinstance(value, Mapping) else None
+    text = json.dumps(text, ensure_ascii=False) if isinstance(text, list) and text else text  # the messages of a chat
     return text if isinstance(text, str) and text.strip() else None
 
 
