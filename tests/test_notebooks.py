@@ -70,7 +70,7 @@ LESSONS = {
     "synth/26_verify_json": 22, "synth/40_sql": 17, "synth/41_search": 25, "synth/42_long_context": 25,
     "synth/43_finance": 25, "synth/44_instructions": 25, "synth/45_tool_world": 25, "synth/90_pipelines": 21,
     "synth/43_finance": 25, "synth/44_instructions": 25, "synth/45_tool_world": 25, "synth/46_terminal": 25,
-    "synth/47_trajectories": 25, "synth/90_pipelines": 21,
+    "synth/47_trajectories": 25, "synth/69_cuda": 26, "synth/70_proofs": 16, "synth/90_pipelines": 21,
     "ops/01_profiles": 18, "ops/02_spellings": 20, "ops/03_run_folder": 12, "ops/04_artifacts": 12,
     "ops/05_tracking": 15, "ops/06_config": 11, "ops/07_report": 12, "ops/08_stage": 11, "ops/09_slurm": 11,
     "ops/12_card": 14,
