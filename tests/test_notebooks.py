@@ -50,7 +50,7 @@ LESSONS = {
     "train/17_evaluate": 13, "train/18_lr": 19, "train/24_command": 20,
     "megatron/01_versions": 10, "megatron/02_names": 10, "megatron/03_data": 17, "megatron/04_step": 18,
     "megatron/05_recorder": 19, "megatron/06_lifecycle": 11, "megatron/07_kernels": 22,
-    "stages/01_sft": 13, "stages/02_evaluate": 13, "stages/03_budget": 12,
+    "stages/01_sft": 13, "stages/02_evaluate": 14, "stages/03_budget": 12,
     "ops/01_profiles": 18, "ops/02_spellings": 20, "ops/03_run_folder": 12, "ops/04_artifacts": 12,
     "ops/05_tracking": 15, "ops/06_config": 11, "ops/07_report": 12, "ops/08_stage": 12, "ops/09_slurm": 11,
     "megatron/12_parameters": 23, "megatron/13_memory": 19, "megatron/14_measure": 20, "megatron/15_time": 23,

@@ -902,13 +902,14 @@ def _write_held_out(config: EvalConfig, target: Path) -> str:
     return shlex.join(word for word in words if word != "--apply_chat_template")
 
 # %% ../../nbs/stages/02_evaluate.ipynb #704cc70f
-_NANO = """MMLU-Pro 78.30 78.10; AIME25 89.06 87.71; AIME25, tools 99.17 98.80; GPQA 73.04 72.47; GPQA, tools 75.00 73.40
-LiveCodeBench 68.25 67.62; SciCode 33.28 31.88; HLE 10.57 10.33; HLE, tools 15.48 14.27; BFCL v4 53.76 53.15
-IFBench 71.51 72.19; AA-LCR 35.85 36.06; MMLU-ProX 59.50 59.63; SWE-Bench (OpenHands) 38.76; Multi-Challenge 38.45
-RULER-100 256k 92.92; RULER-100 512k 91.25; RULER-100 1M 86.34; WMT24++ 86.20"""
+_NANO = """MMLU-Pro 78.30 78.10; AIME25 89.06 87.71; AIME25, tools 99.17 98.80; GPQA 73.04 72.47
+GPQA, tools 75.00 73.40; LiveCodeBench 68.25 67.62; SciCode 33.28 31.88; HLE 10.57 10.33; HLE, tools 15.48 14.27; BFCL v4 53.76 53.15
+IFBench 71.51 72.19; AA-LCR 35.85 36.06; MMLU-ProX 59.50 59.63; SWE-Bench (OpenHands) 38.76
+Multi-Challenge 38.45; RULER-100 256k 92.92; RULER-100 512k 91.25; RULER-100 1M 86.34; WMT24++ 86.20"""
 _SUPER = """MMLU-Pro 83.57 83.78 83.41; GPQA 79.29 79.67 79.23; LiveCodeBench v6 78.25 78.80 78.57
 SciCode 40.64 39.87 39.94; HLE 18.02 17.70 17.33; Terminal Bench, hard 25.78 26.82 25.78; IFBench 72.91 71.25 72.79
-Multi-Challenge 52.31 54.55 51.70; Arena-Hard-V2 75.19 74.83 75.50; AA-LCR 57.63 58.13 59.25; MMLU-ProX 80.00 78.97 79.36"""
+Multi-Challenge 52.31 54.55 51.70; Arena-Hard-V2 75.19 74.83 75.50
+AA-LCR 57.63 58.13 59.25; MMLU-ProX 80.00 78.97 79.36"""
 REFERENCES = {  # model -> (source, text: benchmark, then its scores in BF16, FP8, NVFP4 as far as published)
     "Nano": ("Nemotron 3 Nano technical report; NVIDIA-NeMo/Nemotron, skills/nemotron-nano3", _NANO),
     "Super": ("NVIDIA-NeMo/Nemotron, docs/nemotron/super3/quantization.md", _SUPER),
@@ -923,7 +924,8 @@ def reference_scores(
     rows = []
     for part in text.replace("\n", ";").split(";"):
         name, scores = re.fullmatch(r"\s*(.+?)((?: \d+\.\d+)+)", part).groups()
-        rows.append({"benchmark": name, **dict(zip(("BF16", "FP8", "NVFP4"), map(float, scores.split()), strict=False))})
+        found = zip(("BF16", "FP8", "NVFP4"), map(float, scores.split()), strict=False)
+        rows.append({"benchmark": name, **dict(found)})
     return table(rows, title=f"Nemotron 3 {model}, published: {source}")
 
 # %% ../../nbs/stages/02_evaluate.ipynb #80bd0334
