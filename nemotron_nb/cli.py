@@ -7,7 +7,7 @@ __all__ = ['app', 'Config', 'Overrides', 'Run', 'Batch', 'DryRun', 'All', 'AsJso
            'Exact', 'Name', 'Project', 'Entity', 'OPTIONS', 'Groups', 'GROUPS', 'IMPORTS', 'RECIPE', 'RECIPES',
            'FAMILIES', 'Artifacts', 'rl_app', 'Switched', 'data_prep', 'data_prep_pretrain', 'sft', 'pretrain',
            'evaluation', 'rl', 'budget', 'import_artifact', 'Option', 'importable', 'report', 'runs', 'artifacts',
-           'lineage', 'compare', 'inspect', 'clean_data', 'rl_judge', 'rl_profile', 'main']
+           'lineage', 'compare', 'inspect', 'clean_data', 'rl_judge', 'rl_profile', 'chat', 'serve', 'main']
 
 # %% ../nbs/90_cli.ipynb #bcdf1490
 import dataclasses
@@ -929,6 +929,75 @@ def clean_data(
     else:
         print(f"{ledger_table(ledger)}\n\nkept: {out}/kept.jsonl\ndropped, with reasons: {out}/dropped.jsonl\nledger: {out}/ledger.json")
 
+# %% ../nbs/90_cli.ipynb #5f0a1c22
+_PREVIEW = _option(int, "--preview", metavar="N", min=0, help="Make N rows, show them, and forget them.")
+_SYNTH_HELP = "Make rows, with a verifier for every domain; list pipelines; judge a file again; show a run."
+
+
+def _synth_command(name: str) -> Callable[..., None]:
+    """The command of a pipeline, for typer."""
+
+    def do(overrides: list[str] | None, config: list[str], preview: int, run: str, batch: str, **given: Any) -> None:
+        """Say where and how, and hand over to the stage."""
+        from nemotron_nb.stages.synth import synth_run
+
+        profile, mode = _place(run, batch)
+        show = partial(_show_plan, whole=given["whole"], as_json=given["as_json"])
+        said = {"profile": profile, "mode": mode, "command": _typed(), "dry_run": given["dry_run"], "show": show}
+        synth_run(name, config, overrides or [], rows=preview, **said)
+
+    return _with_parameters(do, [*_FIRST, ("preview", _PREVIEW, 0), *_PLACE, *_SHOWN])
+
+# %% ../nbs/90_cli.ipynb #5f0a1c23
+_ROWS_FILE = Annotated[Path, typer.Argument(metavar="FILE", help="A file of made rows.")]
+_ROWS_PLACE = Annotated[Path, typer.Argument(metavar="FOLDER|FILE", help="The folder of a run, or a file of made rows.")]
+_HTML = Annotated[str, typer.Option("--html", help="Write a page to this file as well.")]
+
+
+def _list_pipelines() -> None:
+    """All pipelines."""
+    print(load_named("nemotron_nb.synth.pipelines:pipelines_table", "synth list")().text)
+
+
+def _check_rows(file: _ROWS_FILE, html: _HTML = "") -> None:
+    """Judge every row of a file again. The exit code is 1 unless all pass."""
+    found = load_named("nemotron_nb.synth.pipelines:check_file", "synth check")(file)
+    _show_picture(found.picture(), html)
+    if not found.all_passed:
+        raise typer.Exit(1)
+
+
+def _show_rows(place: _ROWS_PLACE, html: _HTML = "") -> None:
+    """What there is to see of a run, or of a file of rows."""
+    _show_picture(load_named("nemotron_nb.stages.synth:show_rows", "synth show")(place), html)
+
+# %% ../nbs/90_cli.ipynb #5f0a1c24
+def _synth_app() -> typer.Typer:
+    """The commands of `nemotron synth`."""
+    from nemotron_nb.synth.pipelines import PIPELINES
+
+    made = typer.Typer(no_args_is_help=True, help=_SYNTH_HELP, rich_markup_mode=None)
+    made.command("list", help="All pipelines, and what they make.")(_list_pipelines)
+    made.command("check", help="Judge every row of a file again, from what it carries.")(_check_rows)
+    made.command("show", help="Funnel, diversity, difficulty and cost of a run.")(_show_rows)
+    for pipeline in PIPELINES.values():
+        example = f"Examples:\n\n  nemotron synth {pipeline.name} -c tiny\n\n  nemotron synth {pipeline.name} --preview 3"
+        made.command(pipeline.name, help=pipeline.words, epilog=example)(_synth_command(pipeline.name))
+    return made
+
+
+class _Synth(_Family):
+    """The commands of pipelines, made when they are asked for."""
+
+    def _made(self) -> Mapping[str, Any]:
+        """The commands by name."""
+        if not self.commands:
+            self.commands.update(typer.main.get_group(_synth_app()).commands)
+        return self.commands
+
+
+app.add_typer(typer.Typer(cls=_Synth, no_args_is_help=True, help=_SYNTH_HELP, rich_markup_mode=None), name="synth")
+
 # %% ../nbs/90_cli.ipynb #c6797a90
 rl_app = typer.Typer(no_args_is_help=True, help="Rollouts judged again, and pass rates of tasks.", rich_markup_mode=None)
 app.add_typer(rl_app, name="rl")
@@ -964,6 +1033,40 @@ def rl_profile(
 
     found = profile_tasks(tasks, model, out, generations, max_new_tokens, seed, environment or ())
     print(f"{rates_table(found)}\n\npass rates: {out}\ntrain by them: nemotron nano3 rl curriculum.on=true curriculum.profile={out}")
+
+# %% ../nbs/90_cli.ipynb #c4a70001
+@app.command("chat", help="Talk to a model: a run folder, a folder in Hugging Face form, or art://NAME:VERSION. /help lists what can be typed.", epilog="Example:\n\n  nemotron chat output/nano3/sft/RUN --tools tools.json --think 200")
+def chat(
+    model: Annotated[str, typer.Argument(help="A run folder, a folder in Hugging Face form, or art://NAME:VERSION.")],
+    system: Annotated[str, typer.Option("--system", help="Text of the system turn.")] = "",
+    tools: Annotated[str, typer.Option("--tools", metavar="FILE.json", help="Tools to declare; you give their results.")] = "",
+    think: Annotated[str, typer.Option("--think", metavar="on|off|TOKENS", help="Thoughts: on, off, or at most this many tokens.")] = "on",
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0: always the likeliest token.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of a turn.")] = 512,
+    root: Artifacts = "",
+) -> None:
+    """Talk to a model."""
+    from nemotron_nb.generate.sampling import Sampling
+    from nemotron_nb.stages.chat import chat_loop, obey, open_talk, read_tools
+
+    declared = read_tools(tools) if tools else ()
+    how = {"sampling": Sampling(temperature), "max_new_tokens": max_new_tokens, "store_root": str(_store(root).root)}
+    talk = open_talk(model, declared, system, **how)
+    print(obey(talk, f"/think {think}"), "(/help lists the commands)")
+    chat_loop(talk, input, print)
+
+# %% ../nbs/90_cli.ipynb #c4a70002
+@app.command("serve", help="Serve a model with OpenAI's protocol: by vLLM where it is installed, else by transformers.", epilog="Example:\n\n  nemotron serve output/nano3/sft/RUN --dry-run")
+def serve(
+    model: Annotated[str, typer.Argument(help="A run folder, a folder in Hugging Face form, or art://NAME:VERSION.")],
+    engine: Annotated[str, typer.Option("--engine", help="auto, vllm or transformers.")] = "auto",
+    host: Annotated[str, typer.Option("--host", help="Address to listen at.")] = "localhost",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen at.")] = 8000,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "-d", help="Print the command; start nothing.")] = False,
+    root: Artifacts = "",
+) -> None:
+    """Serve a model."""
+    load_named("nemotron_nb.stages.serve:start_server", "serve")(model, engine, host, port, dry_run, str(_store(root).root))
 
 # %% ../nbs/90_cli.ipynb #2d027fa3
 class _Listener:

@@ -26,7 +26,7 @@ trap on_term TERM
 root=${NEMOTRON_ROOT:-$SLURM_SUBMIT_DIR}
 export PATH="${NEMOTRON_BIN:-$root/.venv/bin}:$PATH" PYTHONUNBUFFERED=1 TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 case $notebook in '' | /*) ;; *) notebook=$root/$notebook ;; esac
-[ -f "${notebook:-$root/pyproject.toml}" ] || { say "$root is no checkout; submit from the checkout, or set NEMOTRON_ROOT"; exit 2; }
+[ -f "${notebook:-$root/slurm/body.sh}" ] || { say "$root is no checkout; submit from the checkout, or set NEMOTRON_ROOT"; exit 2; }
 [ $# -ge 2 ] || { say "usage: sbatch slurm/$stage.sbatch FAMILY CONFIG [KEY=VALUE ...]"; exit 2; }
 family=$1 config=$2
 shift 2

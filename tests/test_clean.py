@@ -2,6 +2,7 @@
 
 import json
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -167,6 +168,44 @@ def test_the_command_cleans_and_says_what_it_did(tmp_path, monkeypatch):
     assert [json.loads(x)["body"] for x in (tmp_path / "out/kept.jsonl").read_text().splitlines()] == texts
     said = json.loads(ask("data", "clean", "pretrain", "docs.jsonl", "--out", "again", "text_field=body", "--json").output)
     assert said["kept"] == 5 and (tmp_path / "again/kept.jsonl").read_bytes() == (tmp_path / "out/kept.jsonl").read_bytes()
+
+
+def test_what_is_kept_is_masked_wherever_it_stands(tmp_path):
+    """Content, thought, arguments at any depth; names of fields stay."""
+    call = {"type": "function", "function": {"name": "mail", "arguments": {"to": ["maria.lopez@posteo.de"], "maria.lopez@posteo.de": 1}}}
+    chat = [
+        {"role": "user", "content": "Write to maria.lopez@posteo.de"},
+        {"role": "assistant", "reasoning_content": "Or call +49 30 901820 44.", "content": "", "tool_calls": [call]},
+    ]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n" + json.dumps({"messages": CHAT}) + "\n")
+    ledger = clean([tmp_path / "chats.jsonl"], Cleaning("sft", quality=False), tmp_path / "out")
+    row, other = map(json.loads, (tmp_path / "out/kept.jsonl").read_text().splitlines())
+    user, assistant = row["messages"]
+    assert user["content"] == "Write to <EMAIL>" and assistant["reasoning_content"] == "Or call <TELEPHONE>."
+    assert assistant["tool_calls"][0]["function"]["arguments"] == {"to": ["<EMAIL>"], "maria.lopez@posteo.de": 1}
+    assert ledger["masked"] == {"rows": 1, "places": 3} and other == {"messages": CHAT}
+    kept = clean([tmp_path / "chats.jsonl"], Cleaning("sft", quality=False, personal="keep"), tmp_path / "kept")
+    assert kept["masked"] == {"rows": 0, "places": 0} and "maria" in (tmp_path / "kept/kept.jsonl").read_text()
+
+
+def test_rows_do_not_stay_in_memory(tmp_path):
+    """Three times the rows need no more memory than the digests of the new ones."""
+    rng, found = random.Random(0), []
+    words = [f"word{rng.randrange(10**6)}" for _ in range(30_000)]
+    for count in (40, 120):
+        with open(tmp_path / f"{count}.jsonl", "w") as file:
+            for _ in range(count):
+                file.write(json.dumps({"text": " ".join(rng.sample(words, 2_000))}) + "\n")
+        settings = Cleaning(near=False, quality=False, personal="keep")
+        tracemalloc.start()
+        try:
+            ledger = clean([tmp_path / f"{count}.jsonl"], settings, tmp_path / f"out{count}")
+            found.append(((tmp_path / f"{count}.jsonl").stat().st_size, tracemalloc.get_traced_memory()[1]))
+        finally:
+            tracemalloc.stop()
+        assert ledger["kept"] == count
+    (small, few), (large, many) = found
+    assert many - few < (large - small) / 8
 
 
 @pytest.mark.parametrize("typed, said", [

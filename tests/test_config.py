@@ -26,13 +26,13 @@ from nemotron_nb.ops.config import (
     known_names,
     merge,
     nest,
-    project_root,
     read_override,
     read_yaml,
     sft_config,
     to_yaml,
     typed_layers,
 )
+from nemotron_nb.ops.profiles import project_root
 from nemotron_nb.stages.evaluate import eval_config
 
 LEAVES = st.sampled_from([0, -1.5, True, None, "", "text", [], [1, 2]])

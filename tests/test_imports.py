@@ -10,8 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(p for p in (ROOT / "nemotron_nb").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
 LAYERS = {
-    **{"core": 0, "viz": 0, "endpoint": 1, "data": 2, "loss": 2, "generate": 3, "pretrain": 3, "train": 4},
-    **{"megatron": 5, "rl": 5, "compress": 5, "ops": 6, "stages": 7, "cli": 8, "__main__": 9},
+    **{"core": -1, "viz": 0, "rehearsal": 0, "connection": 0, "usage": 0, "endpoint": 1, "data": 2, "loss": 2},
+    **{"generate": 3, "pretrain": 3, "train": 4, "megatron": 5, "rl": 5, "compress": 5, "synth": 6, "ops": 7, "stages": 8, "cli": 9},
+    **{"__main__": 10},
 }
 CHOOSES_ITS_ENGINE = ("train/__main__.py", "megatron")  # the one arrow that points up: it imports the engine it was asked for
 HEAVY = ("torch", "triton", "transformers", "wandb", "ray", "megatron", "papermill", "matplotlib", "mistral_common", "modelopt")
@@ -65,7 +66,8 @@ def test_the_cache_of_tokens_is_named_by_every_module_that_decides_them():
     """A module that can change a token and is not in the list would leave old tokens in the cache."""
     from nemotron_nb.data import tokenized
 
-    decides_nothing = {"viz", "data/sample", "data/blend"}  # pictures, a path, and weights of whole datasets
+    # pictures, a path, weights of whole datasets, and how a question travels and what it costs
+    decides_nothing = {"viz", "data/sample", "data/blend", "rehearsal", "connection", "usage"}
     loaded = {name.removeprefix("nemotron_nb/") for name in closure("nemotron_nb/data/tokenized")}
     assert set(tokenized._MODULES) == loaded - decides_nothing
 

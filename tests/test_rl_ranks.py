@@ -1,4 +1,4 @@
-"""GRPO on several ranks against one: draws, judgements, loss, gradient, a whole run. Run as a program, this file is one of the ranks."""
+"""GRPO and DPO on several ranks against one: draws, judgements, pairs, loss, gradient, whole runs. Run as a program, this file is one of the ranks."""
 
 import dataclasses
 import json
@@ -12,15 +12,15 @@ import pytest
 import torch
 
 import nemotron_nb
-from nemotron_nb.core import UserError
 from nemotron_nb.data.tokenizer import load_tokenizer
 from nemotron_nb.loss.policy import PolicyRules
 from nemotron_nb.rl.grpo import GrpoSettings, draw_and_judge, grpo_step, make_policy, policy_gradient
 from nemotron_nb.rl.judgement import said
 from nemotron_nb.rl.judges import CircleJudge, rule_judge
+from nemotron_nb.rl.preferences import DpoSettings, dpo_gradient, dpo_step, own_pairs, reference_logp
 from nemotron_nb.rl.prepare import TaskFiles, prepare_tasks
 from nemotron_nb.rl.sample_tasks import sample_tasks
-from nemotron_nb.rl.training import KeepSection, RlTraining, read_training, set_up, train
+from nemotron_nb.rl.training import KeepSection, RlTraining, read_training, train
 from nemotron_nb.train.checkpoint import export_hf
 from nemotron_nb.train.metrics import metric_lines
 from nemotron_nb.train.model import build_model
@@ -60,10 +60,28 @@ def some_step(settings, ranks):
     return {"answers": said_of, "loss": loss, "kept": stats.record(), "gradient": gradient, "line": line, "after": after}
 
 
+DPO = DpoSettings(solutions=8, pairs_per_task=4, min_pairs=4, pairs_per_step=5, max_num_steps=3)
+
+
+def some_pairs(ranks):
+    """The same of DPO, with the routers in training: pairs, reference, loss, gradient, and the weights after a step."""
+    settings = dataclasses.replace(BASE, num_generations_per_prompt=DPO.solutions, freeze_router=False)
+    policy = make_policy(small_model().double(), TOKENIZER, settings, ranks=ranks)
+    pairs = own_pairs(draw_and_judge(policy, sample_tasks(4), 0, settings, odd), TOKENIZER, DPO.pairs_per_task)
+    reference = reference_logp(policy.model, pairs, max_tokens=120, ranks=ranks)
+    shifted = [(good - 1.0, bad + 0.5) for good, bad in reference]  # away from the start, where every margin is 0
+    loss, stats = dpo_gradient(policy, pairs, shifted, DPO, max_tokens=120)
+    gradient = torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
+    line = dpo_step(policy, pairs, shifted, 0, DPO, max_tokens=120)
+    after = torch.cat([p.detach().flatten() for p in policy.model.parameters()])
+    return {"pairs": pairs, "reference": reference, "loss": loss, "kept": stats.record(), "gradient": gradient, "line": line, "after": after}
+
+
 def everything(folder, ranks):
-    """All cases, and the training of a folder."""
-    found = {name: some_step(settings, ranks) for name, settings in CASES.items()}
-    train(read_training(folder / "train.yaml"), judge_one=odd, ranks=ranks)
+    """All cases, and the trainings of a folder."""
+    found = {name: some_step(settings, ranks) for name, settings in CASES.items()} | {"dpo": some_pairs(ranks)}
+    for part in (folder, folder.with_name(f"{folder.name}-dpo")):
+        train(read_training(part / "train.yaml"), judge_one=odd, ranks=ranks)
     return found
 
 
@@ -73,8 +91,9 @@ def both(tmp_path_factory):
     work = tmp_path_factory.mktemp("ranks")
     export_hf(small_model(), Path(nemotron_nb.__file__).parent / "data" / "assets" / "tokenizer", work / "start")
     prepared = prepare_tasks(TaskFiles("sample", val_rows=3, sample_tasks=6), work / "tasks")
-    for name in ("one", "several"):
-        config = RlTraining(str(work / "start"), prepared.train, str(work / name), prepared.val, grpo=BASE, checkpoint=KeepSection(save_interval=1))
+    for name in ("one", "several", "one-dpo", "several-dpo"):
+        told = {"method": "dpo", "dpo": DPO} if name.endswith("-dpo") else {"checkpoint": KeepSection(save_interval=1)}
+        config = RlTraining(str(work / "start"), prepared.train, str(work / name), prepared.val, grpo=BASE, **told)
         (work / name).mkdir()
         (work / name / "train.yaml").write_text(json.dumps(dataclasses.asdict(config)))
     with socket.socket() as probe:
@@ -113,11 +132,31 @@ def test_a_run_on_two_ranks_writes_once_and_what_one_writes(both):
     assert (work / "several/model/model.safetensors").is_file() and (work / "several/parity.json").is_file()
 
 
-def test_dpo_stays_on_one_rank(both):
-    work = both[2]
-    config = dataclasses.replace(read_training(work / "one" / "train.yaml"), method="dpo")
-    with pytest.raises(UserError, match="DPO on 2 ranks"):
-        set_up(config, Ranks(0, 2))
+def test_a_step_of_dpo_is_that_of_one_rank(both):
+    one, several, _ = both
+    mine = one["dpo"]
+    assert len(mine["pairs"]) > DPO.pairs_per_step and len({round(good - bad, 9) for good, bad in mine["reference"]}) > 1
+    for theirs in (other["dpo"] for other in several):
+        assert theirs["pairs"] == mine["pairs"]
+        close = lambda a, b: abs(a - b) <= 4 * ROUNDED * (1 + abs(a))
+        assert all(close(a, b) for x, y in zip(mine["reference"], theirs["reference"], strict=True) for a, b in zip(x, y, strict=True))
+        assert close(mine["loss"], theirs["loss"]) and all(close(mine["kept"][k], theirs["kept"][k]) for k in mine["kept"])
+        size = float(mine["gradient"].norm())
+        assert size > 0 and float((mine["gradient"] - theirs["gradient"]).norm()) <= 4 * ROUNDED * size
+        assert float((mine["after"] - theirs["after"]).norm()) <= 4 * ROUNDED * float(mine["after"].norm())
+    assert torch.equal(several[0]["dpo"]["after"], several[1]["dpo"]["after"]), "ranks part ways"
+
+
+def test_a_run_of_dpo_on_two_ranks_writes_once_and_what_one_writes(both):
+    _, _, work = both
+    lines = {n: [line for _, line in metric_lines(work / n / "metrics.jsonl")] for n in ("one-dpo", "several-dpo")}
+    assert [line["kind"] for line in lines["one-dpo"]] == [line["kind"] for line in lines["several-dpo"]]
+    steps = {n: [line for line in some if line["kind"] == "dpo"] for n, some in lines.items()}
+    assert len(steps["one-dpo"]) == DPO.max_num_steps
+    for mine, theirs in zip(*steps.values(), strict=True):
+        assert abs(mine["loss"] - theirs["loss"]) < 1e-4 and mine["preferred"] == theirs["preferred"]
+    one, several = ((work / n / "pairs.jsonl").read_bytes() for n in ("one-dpo", "several-dpo"))
+    assert one == several and (work / "several-dpo/model/model.safetensors").is_file()
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ __all__ = ['KINDS', 'PERSONAL', 'Cleaning', 'Spoken', 'spoken', 'Cleaner', 'read
 
 # %% ../../nbs/data/29_clean.ipynb #d1ea6036
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core import UserError, file_digest, from_mapping, nearest, write_atomic, write_json
+from ..core import UserError, file_digest, from_mapping, nearest, publish, write_json
 from .contamination import GRAM, Exam
 from .duplicates import Seen
 from .files import Reject, open_chats, read_unit, units
@@ -50,28 +51,33 @@ class Cleaning:
     examples: int = 3  # rows of each reason that the ledger shows
 
     def __post_init__(self) -> None:
-        for name, known in (("kind", KINDS), ("personal", PERSONAL)):
-            if getattr(self, name) not in known:
-                raise UserError(
-                    f"unknown value {getattr(self, name)!r}", where=name, fix=nearest(getattr(self, name), known)
-                )
-        for name in self.languages:
-            if name not in LANGUAGES:
-                raise UserError(f"unknown language {name!r}", where="languages", fix=nearest(name, LANGUAGES))
-        for name, bounds in self.thresholds.items():
-            if name not in QUALITY_RULES:
-                raise UserError(f"unknown rule {name!r}", where="thresholds", fix=nearest(name, QUALITY_RULES))
-            if not isinstance(bounds, Sequence) or len(bounds) != 2:
-                raise UserError(
-                    f"{name}: {bounds}", where="thresholds", fix="give [least, most], null for an open side"
-                )
-        Seen(self.near_threshold)
-        Exam([], self.gram, self.fold_numbers, self.min_share)
+        _check_cleaning(self)
 
     @property
     def bounds(self) -> dict[str, Bounds]:
         """Thresholds in place of the usual ones."""
         return {name: (least, most) for name, (least, most) in self.thresholds.items()}
+
+# %% ../../nbs/data/29_clean.ipynb #67ffda96
+def _check_cleaning(c: Cleaning) -> None:
+    """`UserError` for a value that cannot be meant."""
+    for name, known in (("kind", KINDS), ("personal", PERSONAL)):
+        if getattr(c, name) not in known:
+            raise UserError(
+                f"unknown value {getattr(c, name)!r}", where=name, fix=nearest(getattr(c, name), known)
+            )
+    for name in c.languages:
+        if name not in LANGUAGES:
+            raise UserError(f"unknown language {name!r}", where="languages", fix=nearest(name, LANGUAGES))
+    for name, bounds in c.thresholds.items():
+        if name not in QUALITY_RULES:
+            raise UserError(f"unknown rule {name!r}", where="thresholds", fix=nearest(name, QUALITY_RULES))
+        if not isinstance(bounds, Sequence) or len(bounds) != 2:
+            raise UserError(
+                f"{name}: {bounds}", where="thresholds", fix="give [least, most], null for an open side"
+            )
+    Seen(c.near_threshold)
+    Exam([], c.gram, c.fold_numbers, c.min_share)
 
 # %% ../../nbs/data/29_clean.ipynb #5ff1535a
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ def _text(message: Mapping[str, Any]) -> str:
     ]
     return "\n".join(filter(None, [message.get("reasoning_content") or "", message.get("content") or "", *calls]))
 
-
+# %% ../../nbs/data/29_clean.ipynb #e1c2c77c
 def spoken(
     row: Any,  # a value of a file
     cleaning: Cleaning,
@@ -115,12 +121,36 @@ def spoken(
 
 # %% ../../nbs/data/29_clean.ipynb #a09cbe0e
 @dataclass
-class Cleaner:
-    """Asks one row after the other; what it has kept counts for later ones."""
+class _Alone:
+    """What is asked of a row by itself."""
 
     cleaning: Cleaning
     exam: Exam
     language: Callable[[str], tuple[str, float]] = language_of  # another one knows more languages
+
+    def _worth(self, said: Spoken) -> tuple[str, str] | None:
+        """Is it in a language that is kept, and worth reading?"""
+        c = self.cleaning
+        for text in said.judged:
+            code, sure = self.language(text) if c.languages else ("und", 0.0)
+            if code != "und" and code not in c.languages:
+                return "language", f"{code}, sure to {sure:.2f}"
+            broken = (
+                broken_rule(text, "documents" if c.kind == "pretrain" else "chats", c.bounds) if c.quality else None
+            )
+            if broken:
+                return broken[0], f"{broken[1]:.3g}: {QUALITY_RULES[broken[0]].says}"
+        return None
+
+    def _exposes(self, said: Spoken) -> tuple[str, str] | None:
+        """Does it expose somebody, where that is a reason?"""
+        found = personal_data(said.whole) if self.cleaning.personal == "drop" else []
+        return ("personal", ", ".join(sorted({p.kind for p in found}))) if found else None
+
+# %% ../../nbs/data/29_clean.ipynb #8215e205
+@dataclass
+class Cleaner(_Alone):
+    """Asks one row after the other; what it has kept counts for later ones."""
 
     def __post_init__(self) -> None:
         self.seen = Seen(self.cleaning.near_threshold)
@@ -147,25 +177,6 @@ class Cleaner:
             if hit is None
             else ("contaminated", f"{hit[1]:.0%} of the question {self.exam.questions[hit[0]][:120]!r}")
         )
-
-    def _worth(self, said: Spoken) -> tuple[str, str] | None:
-        """Is it in a language that is kept, and worth reading?"""
-        c = self.cleaning
-        for text in said.judged:
-            code, sure = self.language(text) if c.languages else ("und", 0.0)
-            if code != "und" and code not in c.languages:
-                return "language", f"{code}, sure to {sure:.2f}"
-            broken = (
-                broken_rule(text, "documents" if c.kind == "pretrain" else "chats", c.bounds) if c.quality else None
-            )
-            if broken:
-                return broken[0], f"{broken[1]:.3g}: {QUALITY_RULES[broken[0]].says}"
-        return None
-
-    def _exposes(self, said: Spoken) -> tuple[str, str] | None:
-        """Does it expose somebody, where that is a reason?"""
-        found = personal_data(said.whole) if self.cleaning.personal == "drop" else []
-        return ("personal", ", ".join(sorted({p.kind for p in found}))) if found else None
 
 # %% ../../nbs/data/29_clean.ipynb #0dd62ade
 def read_questions(
@@ -201,7 +212,7 @@ def _masked(value: Any) -> tuple[Any, int]:
         return [part for part, _ in found], sum(n for _, n in found)
     return value, 0
 
-
+# %% ../../nbs/data/29_clean.ipynb #b77ad8c3
 def clean_rows(
     paths: Sequence[str | Path],
     cleaning: Cleaning,
@@ -225,23 +236,63 @@ def clean_rows(
                 yield kept
 
 # %% ../../nbs/data/29_clean.ipynb #31f37d47
-def _ledger(said: Sequence[Mapping[str, Any]], paths: Sequence[str | Path], cleaning: Cleaning) -> dict[str, Any]:
-    """What became of the rows."""
-    reasons = Counter(s["reason"] for s in said if "reason" in s)
-    shown = {
-        r: [{k: s[k] for k in ("source", "line", "detail")} for s in said if s.get("reason") == r][: cleaning.examples]
-        for r in reasons
-    }
-    files = {
-        str(path): {"rows": sum(s["source"] == str(path) for s in said), "digest": file_digest(path)} for path in paths
-    }
-    return {
-        "rows": len(said), "kept": len(said) - sum(reasons.values()), "dropped": dict(reasons.most_common()),
-        "masked": {"rows": sum(s.get("masked", 0) > 0 for s in said), "places": sum(s.get("masked", 0) for s in said)},
-        "examples": shown, "files": files, "settings": asdict(cleaning),
-    }  # fmt: skip
+class _Ledger:
+    """What became of the rows, counted as they come; of dropped rows the first few of each reason are kept."""
+
+    def __init__(self, examples: int):
+        self.examples, self.rows, self.masked_rows, self.masked_places = examples, 0, 0, 0
+        self.reasons: Counter[str] = Counter()
+        self.by_file: Counter[str] = Counter()
+        self.shown: dict[str, list[dict[str, Any]]] = {}
+
+    def add(self, said: Mapping[str, Any]) -> None:
+        """Count a row."""
+        self.rows += 1
+        self.by_file[said["source"]] += 1
+        self.masked_rows += said.get("masked", 0) > 0
+        self.masked_places += said.get("masked", 0)
+        if "reason" in said:
+            self.reasons[said["reason"]] += 1
+            shown = self.shown.setdefault(said["reason"], [])
+            if len(shown) < self.examples:
+                shown.append({k: said[k] for k in ("source", "line", "detail")})
+
+    def values(self, paths: Sequence[str | Path], cleaning: Cleaning) -> dict[str, Any]:
+        """What ledger.json holds."""
+        files = {str(path): {"rows": self.by_file[str(path)], "digest": file_digest(path)} for path in paths}
+        return {
+            "rows": self.rows, "kept": self.rows - sum(self.reasons.values()),
+            "dropped": dict(self.reasons.most_common()), "examples": self.shown, "files": files,
+            "masked": {"rows": self.masked_rows, "places": self.masked_places}, "settings": asdict(cleaning),
+        }  # fmt: skip
 
 # %% ../../nbs/data/29_clean.ipynb #a595c322
+def _json_line(value: Any) -> str:
+    """A value as a line."""
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+def _cleaned_into(
+    folder: Path, paths: Sequence[str | Path], cleaning: Cleaning, language: Callable[[str], tuple[str, float]]
+) -> dict[str, Any]:
+    """Write kept.jsonl and dropped.jsonl row by row; the ledger. No row stays in memory."""
+    ledger = _Ledger(cleaning.examples)
+    with (
+        open(folder / "kept.jsonl", "w", encoding="utf-8", errors="backslashreplace") as kept,
+        open(folder / "dropped.jsonl", "w", encoding="utf-8", errors="backslashreplace") as dropped,
+    ):
+
+        def told(said: dict[str, Any]) -> None:
+            """Count a row, and write it down if it is dropped."""
+            ledger.add(said)
+            if "reason" in said:
+                dropped.write(_json_line(said))
+
+        for row in clean_rows(paths, cleaning, told, language):
+            kept.write(_json_line(row))
+    return ledger.values(paths, cleaning)
+
+# %% ../../nbs/data/29_clean.ipynb #97d78996
 def clean(
     paths: Sequence[str | Path],  # files of rows, in any format that `nemotron_nb.data.files` knows
     cleaning: Cleaning,
@@ -249,26 +300,21 @@ def clean(
     language: Callable[[str], tuple[str, float]] = language_of,
 ) -> dict[str, Any]:
     """Write kept.jsonl, dropped.jsonl and ledger.json; the ledger. `UserError` where nothing would be left."""
+    fix = "give another one, results are never overwritten"
     if Path(output_dir).exists():
-        raise UserError(
-            "the folder exists already", where=str(output_dir), fix="give another one, results are never overwritten"
-        )
-    said: list[dict[str, Any]] = []
-    line = lambda value: json.dumps(value, ensure_ascii=False) + "\n"  # noqa: E731
-    kept = "".join(line(row) for row in clean_rows(paths, cleaning, said.append, language))
-    ledger = _ledger(said, paths, cleaning)
-    if not ledger["kept"]:
-        why = ", ".join(f"{n} {reason}" for reason, n in ledger["dropped"].items()) or "there are no rows"
-        raise UserError(
-            "no row would be left", where=str(paths[0]) if paths else "paths", why=why, fix="look at the settings"
-        )
+        raise UserError("the folder exists already", where=str(output_dir), fix=fix)
     Path(output_dir).parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(output_dir).with_name(f".{Path(output_dir).name}.partial")
-    partial.mkdir(exist_ok=True)
-    write_atomic(partial / "kept.jsonl", kept)
-    write_atomic(partial / "dropped.jsonl", "".join(line(s) for s in said if "reason" in s))
-    write_json(partial / "ledger.json", ledger)
-    partial.rename(output_dir)
+    with tempfile.TemporaryDirectory(prefix=f".{Path(output_dir).name}.", dir=Path(output_dir).parent) as name:
+        partial = Path(name) / "made"
+        partial.mkdir()
+        ledger = _cleaned_into(partial, paths, cleaning, language)
+        if not ledger["kept"]:
+            why = ", ".join(f"{n} {reason}" for reason, n in ledger["dropped"].items()) or "there are no rows"
+            where = str(paths[0]) if paths else "paths"
+            raise UserError("no row would be left", where=where, why=why, fix="look at the settings")
+        write_json(partial / "ledger.json", ledger)
+        if not publish(partial, Path(output_dir)):
+            raise UserError("the folder exists already", where=str(output_dir), fix=fix)
     return ledger
 
 # %% ../../nbs/data/29_clean.ipynb #84dce96a
@@ -291,7 +337,7 @@ def cleaning_of(
         ) from error
     return from_mapping(Cleaning, {"kind": kind} | values, "command line")
 
-
+# %% ../../nbs/data/29_clean.ipynb #964587e1
 def ledger_table(
     ledger: Mapping[str, Any],  # of clean
 ) -> Picture:

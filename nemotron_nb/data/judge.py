@@ -101,7 +101,7 @@ def endpoint_judge(
         for answer in ask_all(endpoint, (_judge_request(c, rubric) for c in conversations)):
             if isinstance(answer, Answer):
                 yield Verdict(**answer.value)
-            elif answer.kind == "invalid" and unusable == "reject":
+            elif answer.kind in ("invalid", "cut") and unusable == "reject":
                 yield Verdict(False, f"no usable verdict: {answer.what}")
             else:
                 raise answer

@@ -316,6 +316,7 @@ ABOUT_ROWS = (
         "timestamp", "date",
     ),
     *("used_in", "metadata", "meta", "extra_info", "checks", "reward", "score", "rating", "quality", "num_turns"),
+    "synth",  # what a made row knows of itself
 )
 _CALLS = {"tool_calls": ("tool_call", "function_calls"), "function_call": ()}
 _ABOUT_MESSAGES = (

@@ -853,6 +853,7 @@ def _identity(plan: Plan, pack_size: int) -> dict[str, Any]:
             "files": len(s.files),
             "digest": digest([u.digest for u in s.units]),
         }
+        | ({"license": s.dataset.license} if s.dataset.license else {})
         for s in plan.sources
     ]
     return {

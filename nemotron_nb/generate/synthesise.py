@@ -16,7 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..core import UserError
 from ..data.records import Reject
-from ..endpoint import Answer, Endpoint, EndpointError, Request, Validator, ask_all, schema_validator
+from ..endpoint import Answer, Endpoint, EndpointError, Request, Usage, Validator, ask_all, schema_validator
 
 # %% ../../nbs/generate/04_synthesise.ipynb #c76a27c5
 def _template(prompt_template: str) -> Any:
@@ -52,6 +52,7 @@ def synthesise(
     validators: Sequence[Validator] = (),  # further conditions; each gives a complaint or None
     max_retries: int | None = None,  # further attempts for a row; None takes those of the endpoint
     source: str = "synthesis",  # named in rejects
+    usage: Usage | None = None,  # where each request is noted, with the source as its stage and the line as its row
 ) -> Iterator[dict[str, Any] | Reject]:
     """For each row, in order, what the model made of it, or a `Reject` (`bad_prompt`, `invalid_answer`, `refused`).
 
@@ -65,25 +66,23 @@ def synthesise(
 
     def requests() -> Iterator[Request]:
         """A question for each row that has a prompt."""
-        for row in rows:
+        for number, row in enumerate(rows, 1):
             try:
                 prompts.append(_rendered(template, row))
             except ValueError as error:
                 prompts.append(error)
                 continue
-            yield Request([{"role": "user", "content": prompts[-1]}], schema, validators)
+            yield Request([{"role": "user", "content": prompts[-1]}], schema, validators, stage=source, row=str(number))
 
     line, asked = 0, requests()
-    for answer in ask_all(endpoint, asked):
+    for answer in ask_all(endpoint, asked, usage):
         while isinstance(prompts[0], ValueError):
             line += 1
             yield Reject(source, line, "bad_prompt", str(prompts.popleft()))
         line += 1
         prompts.popleft()
         yield _made(answer, source, line)
-    for error in prompts:
-        line += 1
-        yield Reject(source, line, "bad_prompt", str(error))
+    yield from (Reject(source, line + n, "bad_prompt", str(error)) for n, error in enumerate(prompts, 1))
 
 # %% ../../nbs/generate/04_synthesise.ipynb #dfef7aee
 def _made(answer: Answer | EndpointError, source: str, line: int) -> dict[str, Any] | Reject:
@@ -92,4 +91,4 @@ def _made(answer: Answer | EndpointError, source: str, line: int) -> dict[str, A
         return answer.value
     if answer.kind == "unavailable":
         raise answer
-    return Reject(source, line, "invalid_answer" if answer.kind == "invalid" else "refused", answer.what)
+    return Reject(source, line, "refused" if answer.kind == "refused" else "invalid_answer", answer.what)

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['NULLS', 'SPELLINGS', 'SECTION_SPELLINGS', 'LAST_SPELLINGS', 'WORDS', 'BUILT_IN', 'COMMAND', 'COMMAND_LINE',
-           'MEGATRON', 'POINTER', 'ENVIRONMENT', 'Layer', 'RIVALS', 'PATHS', 'CALL', 'FAMILIES', 'Read', 'Parts',
-           'SLOTS', 'NEWEST', 'NAMES_DATA', 'PREPARED', 'PRETRAIN_SLOTS', 'flatten', 'nest', 'read_yaml',
+           'MEGATRON', 'POINTER', 'ENVIRONMENT', 'Layer', 'RIVALS', 'PATHS', 'CALL', 'FAMILIES', 'SYNTH', 'Read',
+           'Parts', 'SLOTS', 'NEWEST', 'NAMES_DATA', 'PREPARED', 'PRETRAIN_SLOTS', 'flatten', 'nest', 'read_yaml',
            'read_override', 'known_names', 'canonical', 'InForce', 'shown_name', 'changed_names', 'Effective', 'merge',
-           'project_root', 'config_names', 'job_configs', 'config_label', 'config_file', 'EnvSection', 'RunSection',
-           'SftConfig', 'DataPrepConfig', 'file_layers', 'typed_layers', 'sft_config', 'data_prep_config',
-           'stage_files', 'stage_config', 'PretrainConfig', 'DocumentsPrepConfig', 'documents_prep_config',
-           'pretrain_config', 'derived', 'to_yaml']
+           'config_names', 'job_configs', 'config_label', 'config_file', 'EnvSection', 'RunSection', 'SftConfig',
+           'DataPrepConfig', 'file_layers', 'typed_layers', 'sft_config', 'data_prep_config', 'stage_files',
+           'stage_config', 'PretrainConfig', 'DocumentsPrepConfig', 'documents_prep_config', 'pretrain_config',
+           'derived', 'to_yaml']
 
 # %% ../../nbs/ops/06_config.ipynb #9b4b1e86
 import dataclasses
@@ -31,10 +31,10 @@ from .spellings import plainly_meant
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-import nemotron_nb
 from ..core import UserError, check_yaml, from_mapping, nearest, typed_value
 from ..data.prep import PrepConfig
 from ..loss.schedule import StageSchedule
+from .profiles import project_root
 from .spellings import unknown_setting
 from .stage import STAGES, command_words
 from .tracking import LoggerSection, WandbSection
@@ -567,18 +567,7 @@ def _followed(name: str, tree: Callable[[], Any], said: Any, origin: str) -> Any
 
 # %% ../../nbs/ops/06_config.ipynb #ea2b7e0c
 FAMILIES = ("nano3", "super3")
-
-
-def project_root() -> Path:
-    """The checkout: the folder that holds `papermill_runs/` and `nbs/`."""
-    root = Path(nemotron_nb.__file__).resolve().parents[1]
-    if not (root / "papermill_runs").is_dir():
-        raise UserError(
-            "there is no papermill_runs folder beside the library",
-            where=str(root),
-            fix="work in a checkout, installed with `pip install -e .`",
-        )
-    return root
+SYNTH = "synth"  # the folder of pipelines that make rows, beside those of the families
 
 # %% ../../nbs/ops/06_config.ipynb #e6d396a5
 def _origin(path: Path) -> str:
@@ -738,7 +727,7 @@ def _file_layer(path: Path, section: str = "", read: Read = read_yaml) -> Layer:
 # %% ../../nbs/ops/06_config.ipynb #17d40540
 def _check_family(family: str) -> None:
     """Refuse a family nobody knows."""
-    if family not in FAMILIES:
+    if family not in (*FAMILIES, SYNTH):
         raise UserError(f"unknown family {family!r}", where="command line", fix=nearest(family, FAMILIES))
 
 

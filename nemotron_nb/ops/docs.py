@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import UserError, write_atomic
-from .config import project_root
+from .profiles import project_root
 
 # %% ../../nbs/ops/11_docs.ipynb #d4230778
 CHAPTERS: Mapping[str, str] = {

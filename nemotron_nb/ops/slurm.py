@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core import UserError, nearest
-from .profiles import Profile, checkout
+from .profiles import Profile, library_folder, project_root
 from .run_folder import put_back, read_metrics, read_status, set_status, wait_for_training
 from .stage import SIZES, STAGES, Stage, command_words, stage_named
 
@@ -113,7 +113,7 @@ def _body(text: str, stage: Stage | None) -> str:
     """
     if stage is not None:
         text = re.sub(r"^stage=.*$", lambda _: shell_line(stage), text, count=1, flags=re.MULTILINE)
-    shared = (checkout() / BODY).read_text().strip("\n").splitlines()
+    shared = (project_root() / BODY).read_text().strip("\n").splitlines()
     lines = [line for line in text.splitlines()[1:] if not line.startswith("#SBATCH")]
     return "\n".join(
         inner for line in lines for inner in (shared if line.startswith(". ") and BODY in line else [line])
@@ -123,7 +123,7 @@ def _body(text: str, stage: Stage | None) -> str:
 def _environment(profile: Profile, run_dir: str, image: str, mounts: Sequence[str]) -> dict[str, str]:
     """What the script is told by variables."""
     told = {
-        "NEMOTRON_ROOT": str(checkout()),
+        "NEMOTRON_ROOT": str(project_root()),
         "NEMOTRON_BIN": str(Path(sys.executable).parent),
         "NEMOTRON_RANKS_PER_NODE": str(profile.ranks_per_node),
     }
@@ -156,7 +156,7 @@ def _head(script: str | Stage) -> tuple[str, Stage | None, Options]:
     if not isinstance(script, Stage) and script not in TAKES:
         raise UserError(f"there is no job script {script!r}", fix=nearest(script, TAKES))
     stage = script if isinstance(script, Stage) else STAGES.get(script)
-    own = checkout() / "slurm" / f"{stage.name if stage else script}.sbatch"
+    own = project_root() / "slurm" / f"{stage.name if stage else script}.sbatch"
     text = (own if own.is_file() else own.with_name(f"{ANY}.sbatch")).read_text()
     return text, stage, read_options(text) | (_own_options(stage) if stage and not own.is_file() else {})
 
@@ -473,8 +473,9 @@ def container_options(
     image: str,  # as pyxis takes it: a registry's image or a .sqsh file
     mounts: str,  # "host:container,host:container"
 ) -> list[str]:
-    """Options of srun for a container. The checkout and the present folder are the same paths inside."""
-    own = [f"{folder}:{folder}" for folder in dict.fromkeys((str(checkout()), os.getcwd()))]
+    """Options of srun for a container. The library, its checkout and the present folder are the same paths inside."""
+    whole = project_root() if library_folder().is_relative_to(project_root()) else library_folder()
+    own = [f"{folder}:{folder}" for folder in dict.fromkeys((str(whole), os.getcwd()))]
     return [
         f"--container-image={image}",
         f"--container-mounts={','.join([*filter(None, mounts.split(',')), *own])}",
@@ -521,7 +522,7 @@ def launch_command(
         _check_containers()
     training = ["-m", "nemotron_nb.train", "--config", str(config_path)]
     torchrun = _torchrun(nodes, ranks) if nodes * ranks > 1 else []
-    python = ["env", f"PYTHONPATH={checkout()}", "python"] if image else [sys.executable]
+    python = ["env", f"PYTHONPATH={library_folder().parent}", "python"] if image else [sys.executable]
     if nodes == 1 and not image:
         return [*python, *torchrun, *training]
     tasks = [

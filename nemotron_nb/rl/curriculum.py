@@ -41,7 +41,7 @@ class CurriculumSettings:
         """The middle of the bell at a step; it falls in a straight line."""
         return self.mean_start + (self.mean_end - self.mean_start) * (step / (steps - 1) if steps > 1 else 0.0)
 
-
+# %% ../../nbs/rl/21_curriculum.ipynb #d55256b7
 def check_rates(tasks: Sequence[Task]) -> None:
     """`UserError` for tasks without a measured pass rate."""
     missing = [t.id for t in tasks if t.pass_rate is None]
@@ -79,7 +79,31 @@ def shares_of(
         whole[name] += 1
     return whole
 
+# %% ../../nbs/rl/21_curriculum.ipynb #212e4b1a
+def _supply(
+    tasks: Sequence[Task], steps: int, wanted: Mapping[str, int], settings: CurriculumSettings
+) -> dict[str, list[Task]]:
+    """The tasks of each environment. `UserError` where they would not last to the end."""
+    kept = [t for t in tasks if not (settings.drop_solved and t.pass_rate == 1.0)]
+    left = {name: [t for t in kept if t.environment == name] for name in wanted}
+    for name, n in wanted.items():
+        if len(left[name]) < n * steps:
+            said = f"{len(left[name])} tasks of {name!r} for {steps} steps that want {n * steps}"
+            why = "the supply would run out, and the end of training would be something else"
+            raise UserError(said, where="curriculum", why=why, fix="give more tasks, fewer steps, or a smaller share")
+    return left
 
+
+def _picked(
+    left: Sequence[Task], n: int, mean: float, settings: CurriculumSettings, rng: np.random.Generator
+) -> set[int]:
+    """Places of n tasks, drawn without replacement."""
+    if not n:
+        return set()
+    rates = np.array([t.pass_rate for t in left])
+    return set(rng.choice(len(rates), n, replace=False, p=_weights(rates, mean, settings)).tolist())
+
+# %% ../../nbs/rl/21_curriculum.ipynb #14964ac2
 def curriculum(
     tasks: Sequence[Task],  # with pass rates
     steps: int,
@@ -89,34 +113,12 @@ def curriculum(
 ) -> list[Task]:
     """steps * count tasks in the order they are asked. The same settings give the same order."""
     check_rates(tasks)
-    wanted = shares_of(count, shares)
-    left = {
-        name: [t for t in tasks if t.environment == name and not (settings.drop_solved and t.pass_rate == 1.0)]
-        for name in wanted
-    }
-    if short := {name: (len(left[name]), n * steps) for name, n in wanted.items() if len(left[name]) < n * steps}:
-        name, (have, need) = next(iter(short.items()))
-        raise UserError(
-            f"{have} tasks of {name!r} for {steps} steps that want {need}",
-            where="curriculum",
-            why="the supply would run out, and the end of training would be something else",
-            fix="give more tasks, fewer steps, or a smaller share",
-        )
-    order = []
+    wanted, order = shares_of(count, shares), []
+    left = _supply(tasks, steps, wanted, settings)
     for step in range(steps):
-        rng = np.random.default_rng([settings.seed, step])
-        chosen = []
+        rng, chosen = np.random.default_rng([settings.seed, step]), []
         for name, n in wanted.items():
-            rates = np.array([t.pass_rate for t in left[name]])
-            picks = (
-                set(
-                    rng.choice(
-                        len(rates), n, replace=False, p=_weights(rates, settings.mean(step, steps), settings)
-                    ).tolist()
-                )
-                if n
-                else set()
-            )
+            picks = _picked(left[name], n, settings.mean(step, steps), settings, rng)
             chosen += [left[name][i] for i in sorted(picks)]
             left[name] = [t for i, t in enumerate(left[name]) if i not in picks]
         order += [chosen[i] for i in rng.permutation(len(chosen))]

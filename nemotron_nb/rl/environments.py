@@ -54,7 +54,7 @@ class Environment:
     def __post_init__(self) -> None:
         assert self.name in FAMILIES, f"no family {self.name}"
 
-
+# %% ../../nbs/rl/11_environments.ipynb #a94f8527
 ENVIRONMENTS: Mapping[str, Environment] = {
     e.name: e
     for e in (
@@ -89,7 +89,7 @@ def environment(
         )
     return found
 
-
+# %% ../../nbs/rl/11_environments.ipynb #76039b4a
 def judge(
     task: Task,
     reply: Reply,
@@ -100,7 +100,7 @@ def judge(
     found = environment(task.environment, switched_on)
     return guarded(found.verifier, task, reply, deadline or found.deadline)
 
-
+# %% ../../nbs/rl/11_environments.ipynb #f5ebe25f
 def judge_all(
     pairs: Sequence[tuple[Task, Reply]],
     switched_on: Sequence[str] = (),
@@ -133,7 +133,7 @@ def hack_table(
         for task, right in samples
     }
 
-
+# %% ../../nbs/rl/11_environments.ipynb #f6aefde8
 def hack_picture(found: Mapping[str, Mapping[str, float | None]]) -> Picture:
     """The rewards of right answers and hacks."""
     columns = ["right", *HACKS]

@@ -53,7 +53,7 @@ class Verdict:
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, and goes from 1 to {most}")
 
-
+# %% ../../nbs/rl/09_genrm.ipynb #d2f2398c
 def no_verdict(why: str) -> Verdict:
     """A comparison that did not come to an end."""
     return Verdict(status=FAILED, detail=clipped(why, 300))
@@ -117,7 +117,7 @@ class Standing:
         """Was it on the left as often as on the right? Only then does the bias of a judge for a side cancel."""
         return self.as_first == self.as_second
 
-
+# %% ../../nbs/rl/09_genrm.ipynb #e6c00d73
 def standings(
     count: int,  # answers
     pairs: Sequence[tuple[int, int]],

@@ -9,6 +9,7 @@ __all__ = ['SILENT_GROUPS', 'Judge', 'GrpoSettings', 'Policy', 'freeze_routers',
 
 # %% ../../nbs/rl/20_grpo.ipynb #455fffdd
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -39,10 +40,30 @@ from nemotron_nb.rl.rollout import (
 from .sample_tasks import kind_of
 from .tasks import Task
 from .turns import ROOMS, TurnLimits, sample_episodes
-from ..train.batches import collate
+from ..train.batches import MicroBatch, collate
 from ..train.parallel import Ranks, passes, sum_gradients
 
-# %% ../../nbs/rl/20_grpo.ipynb #2c164594
+# %% ../../nbs/rl/20_grpo.ipynb #3b1d0530
+_SIZES = ("num_prompts_per_step", "max_num_steps", "max_new_tokens", "rows", "micro_batch_tokens", "max_silent_steps")
+
+
+def _check_grpo(settings: "GrpoSettings") -> None:
+    """`UserError` for settings with which nothing could be learned."""
+    for name in _SIZES:
+        if getattr(settings, name) < 1:
+            raise UserError(f"{name} is {getattr(settings, name)}", where="grpo", fix="give at least 1")
+    if settings.num_generations_per_prompt < 2:
+        said = f"num_generations_per_prompt is {settings.num_generations_per_prompt}"
+        why = "an answer without siblings has nothing to be compared with"
+        raise UserError(said, where="grpo", why=why, fix="give at least 2; 16 is usual")
+    if settings.temperature <= 0:
+        said = f"temperature is {settings.temperature}"
+        raise UserError(said, where="grpo", why="the likeliest token is no draw", fix="give 1")
+    if settings.silent_groups not in SILENT_GROUPS:
+        fix = f"use {' or '.join(SILENT_GROUPS)}"
+        raise UserError(f"silent_groups is {settings.silent_groups!r}", where="grpo", fix=fix)
+
+# %% ../../nbs/rl/20_grpo.ipynb #32f3a227
 SILENT_GROUPS = ("keep", "skip")
 
 
@@ -70,31 +91,7 @@ class GrpoSettings:
     effort: EffortSettings = field(default_factory=EffortSettings)  # little effort and budgets of thought
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_prompts_per_step",
-            "max_num_steps",
-            "max_new_tokens",
-            "rows",
-            "micro_batch_tokens",
-            "max_silent_steps",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}", where="grpo", fix="give at least 1")
-        if self.num_generations_per_prompt < 2:
-            raise UserError(
-                f"num_generations_per_prompt is {self.num_generations_per_prompt}",
-                where="grpo",
-                why="an answer without siblings has nothing to be compared with",
-                fix="give at least 2; 16 is usual",
-            )
-        if self.temperature <= 0:
-            raise UserError(
-                f"temperature is {self.temperature}", where="grpo", why="the likeliest token is no draw", fix="give 1"
-            )
-        if self.silent_groups not in SILENT_GROUPS:
-            raise UserError(
-                f"silent_groups is {self.silent_groups!r}", where="grpo", fix=f"use {' or '.join(SILENT_GROUPS)}"
-            )
+        _check_grpo(self)
 
     def learning_rate(self, step: int) -> float:
         """Of a step; `step` optimizer steps are done."""
@@ -108,16 +105,26 @@ class Policy:
     model: nn.Module  # a causal language model
     tokenizer: ChatTokenizer
     optimizer: torch.optim.Optimizer
-    reference: nn.Module | None = None  # the policy that kl_penalty keeps near
+    reference: nn.Module | None = None  # what kl_penalty keeps near; the model itself: what its LoRA pairs stand beside
     ranks: Ranks = Ranks()
 
-
+# %% ../../nbs/rl/20_grpo.ipynb #2e022571
 def freeze_routers(model: nn.Module) -> int:
     """No router is trained any more; the number of them."""
     routers = [m for m in model.modules() if isinstance(m, NemotronHTopkRouter)]
     for router in routers:
         router.requires_grad_(False)
     return len(routers)
+
+# %% ../../nbs/rl/20_grpo.ipynb #13dfb0d7
+def _check_reference(model: nn.Module, reference: nn.Module | None, penalty: float) -> None:
+    """`UserError` where a penalty has nothing to hold the model near."""
+    fix = "give the start model as reference, or set it to 0"
+    if penalty and reference is None:
+        raise UserError("kl_penalty without a reference policy", where="loss_fn.kl_penalty", fix=fix)
+    if reference is model and not hasattr(model, "disable_adapter"):
+        why = "it has no LoRA pairs, so it would be held near itself"
+        raise UserError("the model is its own reference", where="loss_fn.kl_penalty", why=why, fix=fix)
 
 
 def make_policy(
@@ -128,22 +135,12 @@ def make_policy(
     ranks: Ranks = Ranks(),
 ) -> Policy:
     """The policy with a fresh optimizer: AdamW without weight decay."""
-    if settings.loss_fn.kl_penalty and reference is None:
-        raise UserError(
-            "kl_penalty without a reference policy",
-            where="loss_fn.kl_penalty",
-            fix="give the start model as reference, or set it to 0",
-        )
+    _check_reference(model, reference, settings.loss_fn.kl_penalty)
     if settings.freeze_router:
         freeze_routers(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return Policy(
-        model,
-        tokenizer,
-        torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0),
-        reference,
-        ranks,
-    )
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0)
+    return Policy(model, tokenizer, optimizer, reference, ranks)
 
 # %% ../../nbs/rl/20_grpo.ipynb #5087bc61
 def prompt_ids(task: Task, tokenizer: ChatTokenizer) -> list[int]:
@@ -160,7 +157,7 @@ def named(tasks: Sequence[Task]) -> dict[str, Task]:
         found[f"{task.id}.{seen + 1}" if seen else task.id] = task
     return found
 
-
+# %% ../../nbs/rl/20_grpo.ipynb #53043e53
 def tasks_of_step(
     step: int,  # optimizer steps done
     tasks: Sequence[Task],
@@ -169,7 +166,7 @@ def tasks_of_step(
     """The tasks of a step, in the order of the file, which may be a curriculum; from the beginning again at its end."""
     return [tasks[(step * count + k) % len(tasks)] for k in range(count)]
 
-
+# %% ../../nbs/rl/20_grpo.ipynb #036f4480
 Judge = Callable[[Task, Reply], Judgement] | CircleJudge  # one answer by itself, or those of a group with each other
 
 
@@ -182,12 +179,12 @@ class Answers:
     judgements: tuple[Judgement, ...]
     group: Group
 
-
+# %% ../../nbs/rl/20_grpo.ipynb #a7465a98
 def _reply(rollout: Rollout, tokenizer: ChatTokenizer) -> Reply:
     """The last turn of a rollout as text."""
     return read_reply(tokenizer.decode(rollout.last_turn), rollout.info)
 
-
+# %% ../../nbs/rl/20_grpo.ipynb #26b53c3a
 def draw(
     policy: Policy,
     tasks: Mapping[str, Task],  # by name
@@ -195,43 +192,22 @@ def draw(
     settings: GrpoSettings,
 ) -> dict[str, list[Rollout]]:
     """The answers to each task: of several turns where its environment has a room for tools, else of one."""
-    prompts = {name: prompt_ids(task, policy.tokenizer) for name, task in tasks.items()}
+    tokenizer, members = policy.tokenizer, settings.num_generations_per_prompt
+    prompts = {name: prompt_ids(task, tokenizer) for name, task in tasks.items()}
     rooms = {name: ROOMS[task.environment] for name, task in tasks.items() if task.environment in ROOMS}
-    budgets = {name: task.extra["budget"] for name, task in tasks.items() if task.extra.get("budget") and name not in rooms}
+    limited = {name: task for name, task in tasks.items() if task.extra.get("budget") and name not in rooms}
+    budgets = {name: task.extra["budget"] for name, task in limited.items()}
     of = lambda names: {n: p for n, p in prompts.items() if n in names}
     several, budgeted, single = of(rooms), of(budgets), of(prompts.keys() - rooms.keys() - budgets.keys())
-    how = {
-        "end_id": policy.tokenizer.im_end_id,
-        "max_new_tokens": settings.max_new_tokens,
-        "temperature": settings.temperature,
-        "rows": settings.rows,
-    }
-    found = sample_groups(
-        policy.model, single, settings.num_generations_per_prompt, step=step, seed=settings.seed, **how
-    )
-    found += sample_episodes(
-        partial(continue_all, policy.model, **how),
-        several,
-        settings.num_generations_per_prompt,
-        policy.tokenizer,
-        rooms,
-        settings.turns,
-        step=step,
-        seed=settings.seed,
-    )
-    found += sample_budgeted(
-        partial(continue_all, policy.model, **how),
-        budgeted,
-        budgets,
-        settings.num_generations_per_prompt,
-        policy.tokenizer,
-        settings.max_new_tokens,
-        step=step,
-        seed=settings.seed,
-    )
+    how = {"end_id": tokenizer.im_end_id, "temperature": settings.temperature, "rows": settings.rows}
+    go_on = partial(continue_all, policy.model, max_new_tokens=settings.max_new_tokens, **how)
+    named_draws, most = {"step": step, "seed": settings.seed}, settings.max_new_tokens
+    found = sample_groups(policy.model, single, members, max_new_tokens=most, **how, **named_draws)
+    found += sample_episodes(go_on, several, members, tokenizer, rooms, settings.turns, **named_draws)
+    found += sample_budgeted(go_on, budgeted, budgets, members, tokenizer, most, **named_draws)
     return dict(zip([*single, *several, *budgeted], found, strict=True))
 
-
+# %% ../../nbs/rl/20_grpo.ipynb #d7153096
 def judge_groups(
     groups: Sequence[tuple[Task, Sequence[Rollout]]],
     tokenizer: ChatTokenizer,
@@ -243,7 +219,7 @@ def judge_groups(
         return judge_one.judge_groups([(task, [there(r) for r in group]) for task, group in groups])
     return [[judge_one(task, _reply(r, tokenizer)) for r in group] for task, group in groups]
 
-
+# %% ../../nbs/rl/20_grpo.ipynb #65675841
 def draw_and_judge(
     policy: Policy,
     tasks: Sequence[Task],
@@ -251,7 +227,7 @@ def draw_and_judge(
     settings: GrpoSettings,
     judge_one: Judge = judge,
 ) -> list[Answers]:
-    """The answers of a step, judged and valued; every rank draws a part of the tasks and gets all. Every rank must call it."""
+    """The answers of a step, judged and valued. Every rank must call it: each draws a part, and gets all."""
     by_name, ranks = named(tasks), policy.ranks
     if step >= 0 and settings.effort.on:  # measurements ask the tasks as they are
         how = (step, settings.max_num_steps, settings.effort, settings.seed)
@@ -263,7 +239,7 @@ def draw_and_judge(
     everything = {name: pair for part in ranks.gathered(judged) for name, pair in part.items()}
     return [_valued(by_name[name], *_paid(by_name[name], *everything[name], settings), settings) for name in by_name]
 
-
+# %% ../../nbs/rl/20_grpo.ipynb #4dfa27b7
 def _paid(
     task: Task, rollouts: tuple[Rollout, ...], judgements: tuple[Judgement, ...], settings: GrpoSettings
 ) -> tuple[tuple[Rollout, ...], tuple[Judgement, ...]]:
@@ -279,7 +255,8 @@ def _valued(
 ) -> Answers:
     """A group with its advantages. A rollout that failed is not judged, whatever a verifier says of it."""
     rewards = [None if r.status == FAILED else j.reward for r, j in zip(rollouts, judgements, strict=True)]
-    return Answers(task, rollouts, judgements, value_group(rewards, [r.status == TRUNCATED for r in rollouts], settings.advantage))
+    group = value_group(rewards, [r.status == TRUNCATED for r in rollouts], settings.advantage)
+    return Answers(task, rollouts, judgements, group)
 
 # %% ../../nbs/rl/20_grpo.ipynb #9f016ab0
 def _denominator(answers: Sequence[Answers], rules: PolicyRules) -> int:
@@ -287,7 +264,7 @@ def _denominator(answers: Sequence[Answers], rules: PolicyRules) -> int:
     trained = [r for a in answers for r, on in zip(a.rollouts, a.group.trained, strict=True) if on]
     return sum(len(r.logp) for r in trained) if rules.level == "token" else len(trained)
 
-
+# %% ../../nbs/rl/20_grpo.ipynb #2fef616f
 def _trained(answers: Sequence[Answers], settings: GrpoSettings) -> list[tuple[Rollout, float]]:
     """(rollout, advantage) of all that has a gradient."""
     skips = settings.silent_groups == "skip" and settings.loss_fn.kl_penalty == 0
@@ -296,7 +273,42 @@ def _trained(answers: Sequence[Answers], settings: GrpoSettings) -> list[tuple[R
     ]
     return [(r, v) for r, v in pairs if v or not skips]
 
+# %% ../../nbs/rl/20_grpo.ipynb #58dda55c
+@torch.no_grad()
+def _reference_logp(policy: Policy, batch: MicroBatch, temperature: float) -> Tensor | None:
+    """[R,T] log-probability of each drawn label under the reference; with LoRA the model without its pairs."""
+    if policy.reference is None:
+        return None
+    with policy.model.disable_adapter() if policy.reference is policy.model else nullcontext():
+        return batch_logp(policy.reference, batch, temperature)
 
+
+def _share(
+    policy: Policy,
+    chosen: Sequence[tuple[Rollout, float]],
+    settings: GrpoSettings,
+    denominator: int,
+    device: torch.device,
+) -> tuple[Tensor, PolicyStats]:
+    """The share of the loss that a micro-batch has. An empty one gives 0, with a gradient of 0."""
+    batch = collate([rollout_row(r) for r, _ in chosen], device)
+    logp = batch_logp(policy.model, batch, settings.temperature)
+    if not chosen:
+        return logp.sum() * 0.0, PolicyStats()
+    reference = _reference_logp(policy, batch, settings.temperature)
+    values = torch.tensor([v for _, v in chosen], device=device, dtype=logp.dtype)
+    terms = policy_terms(
+        logp,
+        logp.detach(),
+        sampled_logp([r for r, _ in chosen], batch).to(logp),
+        values,
+        batch.mask,
+        settings.loss_fn,
+        reference,
+    )
+    return terms.total(denominator), PolicyStats.of(terms)
+
+# %% ../../nbs/rl/20_grpo.ipynb #ed1c96f7
 def policy_gradient(
     policy: Policy,
     answers: Sequence[Answers],  # of the whole step
@@ -315,33 +327,6 @@ def policy_gradient(
     sum_gradients(policy.model.parameters(), policy.ranks)
     both = policy.ranks.gathered((loss, stats))
     return sum(x for x, _ in both), sum((s for _, s in both), PolicyStats())
-
-
-def _share(
-    policy: Policy,
-    chosen: Sequence[tuple[Rollout, float]],
-    settings: GrpoSettings,
-    denominator: int,
-    device: torch.device,
-) -> tuple[Tensor, PolicyStats]:
-    """The share of the loss that a micro-batch has. An empty one gives 0, with a gradient of 0."""
-    batch = collate([rollout_row(r) for r, _ in chosen], device)
-    logp = batch_logp(policy.model, batch, settings.temperature)
-    if not chosen:
-        return logp.sum() * 0.0, PolicyStats()
-    with torch.no_grad():
-        reference = batch_logp(policy.reference, batch, settings.temperature) if policy.reference is not None else None
-    values = torch.tensor([v for _, v in chosen], device=device, dtype=logp.dtype)
-    terms = policy_terms(
-        logp,
-        logp.detach(),
-        sampled_logp([r for r, _ in chosen], batch).to(logp),
-        values,
-        batch.mask,
-        settings.loss_fn,
-        reference,
-    )
-    return terms.total(denominator), PolicyStats.of(terms)
 
 # %% ../../nbs/rl/20_grpo.ipynb #0567ec66
 def _mean(values: Sequence[float]) -> float:
@@ -373,7 +358,7 @@ def step_record(answers: Sequence[Answers], step: int) -> dict[str, Any]:
         **_effort_record(answers),
     }
 
-
+# %% ../../nbs/rl/20_grpo.ipynb #b0019d1c
 def _effort_record(answers: Sequence[Answers]) -> dict[str, Any]:
     """Tasks asked for little effort and tasks with a budget, with the lengths that came of it; nothing without any."""
     low = [a for a in answers if a.task.extra.get("effort") == "low"]
@@ -386,7 +371,7 @@ def _effort_record(answers: Sequence[Answers]) -> dict[str, Any]:
         "budgets": {"answers": len(infos), "cut": sum(i["cut"] for i in infos)},
     }
 
-
+# %% ../../nbs/rl/20_grpo.ipynb #ff562807
 def grpo_step(
     policy: Policy,
     tasks: Sequence[Task],  # of this step
@@ -394,7 +379,7 @@ def grpo_step(
     settings: GrpoSettings,
     judge_one: Judge = judge,
 ) -> tuple[dict[str, Any], list[Answers]]:
-    """(line of the metrics file, answers) of one optimizer step. Without any live group the weights stay, and the line says so."""
+    """(line of the metrics file, answers) of one optimizer step. Without a live group the weights stay: the line says so."""
     answers = draw_and_judge(policy, tasks, step, settings, judge_one)
     line = step_record(answers, step)
     if not _trained(answers, settings):
@@ -444,11 +429,13 @@ def grpo_steps(
             raise UserError(
                 f"{still} steps without a group that says anything",
                 where=f"grpo, step {step + 1}",
-                why=f"the last mean reward is {line['reward']:.2f}, and where all answers earn the same nothing is learned",
-                fix="choose tasks with pass rates between the extremes, draw more answers, or look at the ledger of failed judgements",
+                why=f"the last mean reward is {line['reward']:.2f}, and where all answers earn the same nothing is "
+                "learned",
+                fix="choose tasks with pass rates between the extremes, draw more answers, or look at the ledger of "
+                "failed judgements",
             )
 
-
+# %% ../../nbs/rl/20_grpo.ipynb #66d99384
 def measure(
     policy: Policy,
     tasks: Sequence[Task],

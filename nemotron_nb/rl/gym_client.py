@@ -39,7 +39,7 @@ def response_items(reply: Reply) -> list[dict[str, Any]]:
         items.append({"type": "function_call", "call_id": f"c{k}", "name": call.name, "arguments": arguments})
     return items
 
-
+# %% ../../nbs/rl/12_gym.ipynb #207e91a7
 def _message(text: str) -> dict[str, Any]:
     """A message of the assistant."""
     content = [{"type": "output_text", "text": text, "annotations": []}]
@@ -68,7 +68,7 @@ class _Failed(Exception):
         super().__init__(why)
         self.again = again  # may another attempt help?
 
-
+# %% ../../nbs/rl/12_gym.ipynb #8cbf10e5
 class _Stay(urllib.request.HTTPRedirectHandler):
     """Follows no redirection: a row would be sent to whoever is named there."""
 
@@ -127,6 +127,32 @@ class GymServer:
             raise UserError("a limit below what makes sense", where="gym", fix="deadline above 0, strikes at least 1")
 
 # %% ../../nbs/rl/12_gym.ipynb #4985b6e2
+def _judgement_of(found: Any) -> Judgement:
+    """The judgement in what a server answered; `_Failed` if there is none in it."""
+    reward = found.get("reward") if isinstance(found, Mapping) else None
+    if isinstance(reward, bool) or not isinstance(reward, int | float) or not 0 <= reward <= 1:
+        raise _Failed(f"a reward of {reward!r}", again=False)
+    shown = {k: found[k] for k in ("extracted_answer", "library_reward") if found.get(k) is not None}
+    return said(float(reward), "gym", ", ".join(f"{k} {v}" for k, v in shown.items()))
+
+
+def _asked(
+    server: GymServer, body: bytes, sleep: Callable[[float], None]
+) -> tuple[Judgement | None, str, int]:
+    """(the judgement or None, why there is none, attempts). The deadline is for all attempts together."""
+    deadline = time.monotonic() + server.deadline
+    for attempt in range(1, server.retries + 2):
+        try:
+            return _judgement_of(_posted(f"{server.url.rstrip('/')}/verify", body, deadline)), "", attempt
+        except _Failed as error:
+            why, again = str(error), error.again
+        wait = server.backoff * 2.0 ** (attempt - 1)
+        if not again or attempt > server.retries or time.monotonic() + wait >= deadline:
+            break
+        sleep(wait)
+    return None, why, attempt
+
+# %% ../../nbs/rl/12_gym.ipynb #b486aad7
 @dataclass
 class GymClient:
     """Judges answers by a server. May be used from several threads."""
@@ -156,29 +182,12 @@ class GymClient:
             self._note("spared")
             return failed("gym", f"in quarantine: {self.server.strikes} judgements in a row failed")
         body = json.dumps(verify_body(task, reply), ensure_ascii=True).encode()
-        deadline, why, again, attempt = time.monotonic() + self.server.deadline, "", True, 0
-        while again and attempt <= self.server.retries:
-            attempt += 1
-            try:
-                found = self._judged(_posted(f"{self.server.url.rstrip('/')}/verify", body, deadline))
-                self._note("judged", attempt, strike=False)
-                return found
-            except _Failed as error:
-                why, again = str(error), error.again
-            wait = self.server.backoff * 2.0 ** (attempt - 1)
-            again = again and time.monotonic() + wait < deadline
-            if again and attempt <= self.server.retries:
-                self.sleep(wait)
-        self._note("failed", attempt, strike=None if why.startswith("HTTP 4") else True)
-        return failed("gym", f"{why} ({attempt} attempts)")
-
-    def _judged(self, found: Any) -> Judgement:
-        """The judgement in what a server answered; `_Failed` if there is none in it."""
-        reward = found.get("reward") if isinstance(found, Mapping) else None
-        if isinstance(reward, bool) or not isinstance(reward, int | float) or not 0 <= reward <= 1:
-            raise _Failed(f"a reward of {reward!r}", again=False)
-        shown = {k: found[k] for k in ("extracted_answer", "library_reward") if found.get(k) is not None}
-        return said(float(reward), "gym", ", ".join(f"{k} {v}" for k, v in shown.items()))
+        found, why, attempts = _asked(self.server, body, self.sleep)
+        if found is not None:
+            self._note("judged", attempts, strike=False)
+            return found
+        self._note("failed", attempts, strike=None if why.startswith("HTTP 4") else True)
+        return failed("gym", f"{why} ({attempts} attempts)")
 
 # %% ../../nbs/rl/12_gym.ipynb #859f6577
 Script = Callable[[dict[str, Any], int], tuple[int, bytes, float]]  # (body, requests before) -> (status, body, seconds)
@@ -211,7 +220,7 @@ def _handler(script: Script, log: list[dict[str, Any]]) -> type:
 
     return Handler
 
-
+# %% ../../nbs/rl/12_gym.ipynb #ba0ea5c2
 class PracticeServer:
     """A resources server on this machine that answers by a script: `with PracticeServer(script) as server`."""
 
@@ -242,7 +251,7 @@ def gym_servers(
         found[name] = GymServer(url)
     return found
 
-
+# %% ../../nbs/rl/12_gym.ipynb #c3dd4186
 def judged_elsewhere(
     servers: Mapping[str, GymServer],  # environment -> server
     here: Callable[[Task, Reply], Judgement],  # judges all others

@@ -46,7 +46,7 @@ def rule_score(
     found = judge(task, reply, switched_on)
     return 3.0 if found.reward is None else 2.0 + 3.0 * found.reward
 
-
+# %% ../../nbs/rl/14_judges.ipynb #0cbbacba
 def rule_judge(
     switched_on: Sequence[str] = (),
 ) -> Compare:
@@ -234,7 +234,7 @@ def _judgements(replies: Sequence[Reply], placed: Sequence[Standing], rules: Len
 # %% ../../nbs/rl/14_judges.ipynb #42aeffa0
 JUDGES = ("", "rule", "endpoint", "model")
 
-
+# %% ../../nbs/rl/14_judges.ipynb #33873890
 @dataclass(frozen=True)
 class GenrmSettings:
     """Who compares the answers of a group, and how patiently."""

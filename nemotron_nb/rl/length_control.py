@@ -79,7 +79,7 @@ class LengthControl:
             if not (math.isfinite(value) and value >= 0 and (name != "top_share" or value <= 1)):
                 raise UserError(f"{name} is {value}", where="genrm.length", fix="give 0 or more; top_share at most 1")
 
-
+# %% ../../nbs/rl/13_length.ipynb #cf1ef60b
 SUPER_LENGTH = LengthControl(0.3, 0.35, 0.05, 0.5, 0.5)
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NO_TOOLS', 'WITH_TOOLS', 'HALLUCINATION', 'GIVEN', 'PAIR_REJECTS', 'DpoSettings', 'Side', 'Pair', 'own_pairs',
            'BadPair', 'sides_of_row', 'pair_of_row', 'read_pair_rows', 'write_pairs', 'read_pairs', 'reference_logp',
-           'DpoStats', 'dpo_gradient', 'dpo_step', 'margins_picture', 'pairs_picture']
+           'DpoStats', 'dpo_gradient', 'dpo_step', 'share_pushed_down', 'margins_picture', 'pairs_picture']
 
 # %% ../../nbs/rl/24_preferences.ipynb #ff64e95d
 import json
@@ -31,6 +31,7 @@ from .grpo import Answers, Policy
 from .judgement import read_reply
 from .rollout import Rollout, batch_logp
 from ..train.batches import Row, collate, packs_of_step
+from ..train.parallel import Ranks, sum_gradients
 from ..viz import Picture, clipped, png, table
 
 # %% ../../nbs/rl/24_preferences.ipynb #911b950b
@@ -152,7 +153,7 @@ class BadPair(Exception):
         super().__init__(detail)
         self.reason, self.detail = reason, detail
 
-
+# %% ../../nbs/rl/24_preferences.ipynb #5234f27f
 def _messages(value: Any, role: str) -> list[Any]:
     """A text as one message; a list as it is."""
     if isinstance(value, str):
@@ -193,7 +194,7 @@ def sides_of_row(
     same = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
     return chosen[:same], chosen[same:], rejected[same:]
 
-
+# %% ../../nbs/rl/24_preferences.ipynb #759c78a7
 def _encoded(context: list[Any], answer: list[Any], tools: Any, tokenizer: ChatTokenizer) -> Side:
     """A side as tokens: up to the end of the last turn, which alone is trained."""
     try:
@@ -242,7 +243,7 @@ def read_pair_rows(
             rejects.append(Reject(str(path), line, error.reason, error.detail))
     return found, rejects
 
-
+# %% ../../nbs/rl/24_preferences.ipynb #93a8dce4
 def write_pairs(
     path: str | os.PathLike,
     pairs: Sequence[Pair],
@@ -287,6 +288,12 @@ def _answer_logp(model: nn.Module, pairs: Sequence[Pair], average: bool) -> tupl
     total = total / batch.mask.sum(1) if average else total
     return total[: len(pairs)], total[len(pairs) :]
 
+# %% ../../nbs/rl/24_preferences.ipynb #83cb6694
+def _hand(pairs: Sequence[Pair], ranks: Ranks) -> list[int]:
+    """Places of the pairs of this rank: the longest first, dealt in turn, so that ranks have about equally many tokens."""
+    length = [len(p.chosen.ids) + len(p.rejected.ids) for p in pairs]
+    return sorted(range(len(pairs)), key=lambda k: (-length[k], k))[ranks.rank :: ranks.world]
+
 
 @torch.no_grad()
 def reference_logp(
@@ -294,14 +301,15 @@ def reference_logp(
     pairs: Sequence[Pair],
     average: bool = False,
     max_tokens: int = 8192,  # padded tokens that pass through the model at once
+    ranks: Ranks = Ranks(),
 ) -> list[tuple[float, float]]:
-    """(chosen, rejected) log-probability of each pair under the reference."""
-    found: list[tuple[float, float]] = [(0.0, 0.0)] * len(pairs)
-    for places in _cuts(pairs, max_tokens):
+    """(chosen, rejected) log-probability of each pair under the reference. Every rank must call it, and gets all."""
+    mine, found = _hand(pairs, ranks), {}
+    for places in ([mine[k] for k in cut] for cut in _cuts([pairs[k] for k in mine], max_tokens)):
         good, bad = _answer_logp(model, [pairs[k] for k in places], average)
-        for k, one, other in zip(places, good.tolist(), bad.tolist(), strict=True):
-            found[k] = one, other
-    return found
+        found |= dict(zip(places, zip(good.tolist(), bad.tolist(), strict=True), strict=True))
+    everything = {place: both for part in ranks.gathered(found) for place, both in part.items()}
+    return [everything[place] for place in range(len(pairs))]
 
 # %% ../../nbs/rl/24_preferences.ipynb #90697a7f
 @dataclass(frozen=True)
@@ -324,6 +332,24 @@ class DpoStats:
         return {name: getattr(self, name) / n for name in ("preferred", "margin", "chosen", "rejected", "nll")}
 
 # %% ../../nbs/rl/24_preferences.ipynb #8977fe6b
+def _share(
+    policy: Policy,
+    pairs: Sequence[Pair],
+    reference: Sequence[tuple[float, float]],
+    settings: DpoSettings,
+    denominator: int,  # pairs of the whole step
+) -> tuple[Tensor, DpoStats]:
+    """The share of the loss that a micro-batch has, and its sums."""
+    good, bad = _answer_logp(policy.model, pairs, settings.average)
+    was_good, was_bad = torch.tensor(reference, device=good.device, dtype=good.dtype).unbind(1)
+    weights = {name: getattr(settings, name) for name in ("beta", "preference_weight", "sft_weight")}
+    share = dpo_loss(good, bad, was_good, was_bad, **weights, denominator=denominator)
+    up, down = (good - was_good).detach(), (bad - was_bad).detach()
+    margin = settings.beta * (up - down).sum()
+    sums = (len(pairs), (up > down).sum(), margin, up.sum(), down.sum(), -good.detach().sum())
+    return share, DpoStats(*map(float, sums))
+
+# %% ../../nbs/rl/24_preferences.ipynb #a61f998a
 def dpo_gradient(
     policy: Policy,
     pairs: Sequence[Pair],  # of the whole step
@@ -331,25 +357,16 @@ def dpo_gradient(
     settings: DpoSettings,
     max_tokens: int = 8192,
 ) -> tuple[float, DpoStats]:
-    """(loss, sums) of a step; gradients are added to those of the parameters."""
-    loss, stats = 0.0, DpoStats()
-    for places in _cuts(pairs, max_tokens):
-        good, bad = _answer_logp(policy.model, [pairs[k] for k in places], settings.average)
-        was_good, was_bad = torch.tensor([reference[k] for k in places], device=good.device, dtype=good.dtype).unbind(1)
-        weights = {name: getattr(settings, name) for name in ("beta", "preference_weight", "sft_weight")}
-        share = dpo_loss(good, bad, was_good, was_bad, **weights, denominator=len(pairs))
+    """(loss, sums) of a step; every parameter's gradient becomes that of the whole step. Every rank must call it."""
+    loss, stats, mine = 0.0, DpoStats(), _hand(pairs, policy.ranks)
+    for places in ([mine[k] for k in cut] for cut in _cuts([pairs[k] for k in mine], max_tokens)):
+        chosen = [pairs[k] for k in places]
+        share, part = _share(policy, chosen, [reference[k] for k in places], settings, len(pairs))
         share.backward()
-        up, down = (good - was_good).detach(), (bad - was_bad).detach()
-        sums = [
-            len(places),
-            (up > down).sum(),
-            settings.beta * (up - down).sum(),
-            up.sum(),
-            down.sum(),
-            -good.detach().sum(),
-        ]
-        loss, stats = loss + float(share.detach()), stats + DpoStats(*map(float, sums))
-    return loss, stats
+        loss, stats = loss + float(share.detach()), stats + part
+    sum_gradients(policy.model.parameters(), policy.ranks)
+    both = policy.ranks.gathered((loss, stats))
+    return sum(x for x, _ in both), sum((s for _, s in both), DpoStats())
 
 # %% ../../nbs/rl/24_preferences.ipynb #99555f57
 def dpo_step(
@@ -380,10 +397,18 @@ def dpo_step(
     return line | stats.record()
 
 # %% ../../nbs/rl/24_preferences.ipynb #a9568f5f
+def share_pushed_down(
+    line: Mapping[str, float],  # of the metrics file, kind "dpo"
+) -> float:
+    """How much of the margin is the fall of the rejected answers; above 1 where the chosen ones fall too, 0 without one."""
+    margin = line["chosen"] - line["rejected"]
+    return -line["rejected"] / margin if margin > 0 else 0.0
+
+
 def margins_picture(
     lines: Sequence[Mapping[str, Any]],  # of a metrics file; those of kind "dpo" count
 ) -> Picture:
-    """Chosen and rejected answers against the reference, over the steps."""
+    """Chosen and rejected answers against the reference, over the steps, and which of the two made the margin."""
     import matplotlib.pyplot as plt
 
     lines = [line for line in lines if line.get("kind") == "dpo"]
@@ -395,11 +420,11 @@ def margins_picture(
     axis.legend(fontsize=8)
     last = lines[-1] if lines else {"chosen": 0.0, "rejected": 0.0, "preferred": 0.0}
     words = f"after {len(lines)} steps chosen {last['chosen']:+.2f}, rejected {last['rejected']:+.2f}"
-    return png(
-        figure, f"Log-probability of answers against the reference; {words}; {last['preferred']:.0%} of pairs preferred"
-    )
+    down = f"{share_pushed_down(last):.0%} of the margin is pushing the rejected ones down"
+    words = f"{words}; {down}; {last['preferred']:.0%} of pairs preferred"
+    return png(figure, f"Log-probability of answers against the reference; {words}")
 
-
+# %% ../../nbs/rl/24_preferences.ipynb #de057b88
 def pairs_picture(
     pairs: Sequence[Pair],
     tokenizer: ChatTokenizer,

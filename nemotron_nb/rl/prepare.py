@@ -10,6 +10,7 @@ __all__ = ['LOST', 'SAMPLE', 'TaskFiles', 'origin_files', 'fetching', 'Funnel', 
 import itertools
 import json
 import os
+import random
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from ..data.files import Reason, Reject, read_unit, units
 from .judge_tasks import USES, preference_rows
 from .placeholders import COMPAT, ORIGINS, Fetch, LostRow, Origin
 from .placeholders import resolve as resolve_row
-from .sample_tasks import KINDS, sample_tasks
+from .sample_tasks import KINDS, sample_preference, sample_tasks
 from .tasks import PLACEHOLDER, ROW_REJECTS, BadTask, Task, parse_task, task_row
 from ..viz import Picture, joined, table
 
@@ -39,6 +40,36 @@ LOST: Mapping[str, Reason] = {
     "missing_field": Reason("the source's row has no question or no answer", "fetch the source again"),
     "in_validation": Reason("the same task is measured on", "nothing: what is measured on is not trained on"),
 }
+
+# %% ../../nbs/rl/23_prepare.ipynb #f8fc1350
+def _check_numbers(files: "TaskFiles") -> None:
+    """`UserError` for a number that leaves nothing."""
+    for name, least in (("val_rows", 0), ("sample_tasks", 1), ("sample", 1)):
+        value = getattr(files, name)
+        if value is not None and value < least:
+            raise UserError(f"{name} is {value}", where=f"data.{name}", fix=f"give at least {least}")
+    for name in ("val_rows", "sample_tasks") if files.preferences == "judge" else ():
+        if getattr(files, name) % 2:
+            why = "each pair is two tasks, one for each order, and one of them would be trained on"
+            said, fix = f"{name} is {getattr(files, name)}", "give an even number"
+            raise UserError(said, where=f"data.{name}", why=why, fix=fix)
+
+
+def _check_files(files: "TaskFiles") -> None:
+    """`UserError` for settings that cannot be meant."""
+    if files.compat not in COMPAT:
+        raise UserError(f"unknown compat {files.compat!r}", where="data.compat", fix="give nvidia, or nothing")
+    if files.preferences not in USES:
+        fix = nearest(files.preferences, USES)
+        raise UserError(f"unknown use {files.preferences!r}", where="data.preferences", fix=fix)
+    if files.preferences == "chat" and files.path == SAMPLE:
+        why = "the project's own tasks can be checked, and need no judge"
+        fix = "leave one of them out"
+        raise UserError("preferences=chat with path=sample", where="data.preferences", why=why, fix=fix)
+    _check_numbers(files)
+    if files.val_path and files.val_path == files.path:
+        why, fix = "what is trained on would be measured on", "leave it out: the last val_rows tasks are kept apart"
+        raise UserError("val_path is the file that is trained on", where="data.val_path", why=why, fix=fix)
 
 # %% ../../nbs/rl/23_prepare.ipynb #8c7fdfa9
 SAMPLE = "sample"
@@ -60,26 +91,7 @@ class TaskFiles:
     output_dir: str = "auto"  # auto: a folder that is named after its content
 
     def __post_init__(self) -> None:
-        if self.compat not in COMPAT:
-            raise UserError(f"unknown compat {self.compat!r}", where="data.compat", fix="give nvidia, or nothing")
-        if self.preferences not in USES:
-            fix = nearest(self.preferences, USES)
-            raise UserError(f"unknown use {self.preferences!r}", where="data.preferences", fix=fix)
-        if self.preferences == "judge" and self.val_rows % 2:
-            why = "each pair is two tasks, one for each order, and one of them would be trained on"
-            raise UserError(f"val_rows is {self.val_rows}", where="data.val_rows", why=why, fix="give an even number")
-        for name, least in (("val_rows", 0), ("sample_tasks", 1), ("sample", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name} is {value}", where=f"data.{name}", fix=f"give at least {least}")
-        if self.val_path and self.val_path == self.path:
-            why = "what is trained on would be measured on"
-            raise UserError(
-                "val_path is the file that is trained on",
-                where="data.val_path",
-                why=why,
-                fix="leave it out: the last val_rows tasks are kept apart",
-            )
+        _check_files(self)
 
 # %% ../../nbs/rl/23_prepare.ipynb #4c5b77d7
 def origin_files(
@@ -206,13 +218,44 @@ def distinct_tasks(
         f"there are no {count} different tasks", where="data.sample_tasks", fix=f"give at most {len(found)}"
     )
 
+# %% ../../nbs/rl/23_prepare.ipynb #e1d45e12
+def _sampled_pairs(settings: TaskFiles) -> tuple[Funnel, Funnel]:
+    """(to train on, to measure on) of the project's own preferences; a pair is two tasks, one for each order."""
+    train, val = Funnel(), Funnel()
+    for name, funnel, count in (("held-out", val, settings.val_rows), ("train", train, settings.sample_tasks)):
+        for line, seed in enumerate(range(20 * count), 1):
+            if len(funnel.tasks) >= count:
+                break
+            row = sample_preference(random.Random(f"{name}/{seed}"))
+            funnel.add_all(f"{SAMPLE}/{name}", line, row, fetching({}), settings)
+            funnel.tasks = _without(funnel, [t.id for t, _ in val.tasks] if funnel is train else ())
+        funnel.rejects, funnel.rows = [], len(funnel.tasks)  # what comes twice by chance is no loss
+    return train, val
+
 
 def _sampled(settings: TaskFiles) -> tuple[Funnel, Funnel]:
     """(to train on, to measure on) of the project's own tasks."""
+    if settings.preferences == "judge":
+        return _sampled_pairs(settings)
     held = distinct_tasks(settings.val_rows, "held-out") if settings.val_rows else []
     tasks = distinct_tasks(settings.sample_tasks, "train", [t.id for t in held])[: settings.sample]
     train, val = (Funnel(len(some), [(t, task_row(t)) for t in some]) for some in (tasks, held))
     return train, val
+
+# %% ../../nbs/rl/23_prepare.ipynb #a51bd1cb
+def _told(values: Mapping[str, Any]) -> Picture:
+    """What a manifest says: rows, tasks, and what was lost."""
+    counts = [
+        ("rows read", values["rows"]),
+        ("placeholders resolved", values["resolved"]),
+        ("tasks to train on", values["tasks"]["train"]),
+        ("tasks to measure on", values["tasks"]["val"]),
+    ]
+    lost = [("left out", reason, n, LOST[reason].meaning) for reason, n in values["rejects"].items()]
+    lost += [("repaired", word, n, "") for word, n in values["repairs"].items()]
+    environments = table(list(values["environments"].items()), header=["environment", "tasks to train on"])
+    parts = [table(counts, header=["", "number"]), environments]
+    return joined([*parts, *([table(lost, header=["", "reason", "rows", "what it means"])] if lost else [])])
 
 # %% ../../nbs/rl/23_prepare.ipynb #e0ead834
 @dataclass(frozen=True)
@@ -227,11 +270,8 @@ class Prepared:
         """Those of a folder; `UserError` if it holds none."""
         path = Path(folder) / "manifest.json"
         if not path.is_file():
-            raise UserError(
-                "no manifest.json: these are no prepared tasks",
-                where=str(folder),
-                fix="run nemotron FAMILY data prep rl",
-            )
+            said, fix = "no manifest.json: these are no prepared tasks", "run nemotron FAMILY data prep rl"
+            raise UserError(said, where=str(folder), fix=fix)
         return cls(Path(folder), json.loads(path.read_text()))
 
     @property
@@ -246,20 +286,7 @@ class Prepared:
 
     def picture(self) -> Picture:
         """Rows, tasks, and what was lost."""
-        v = self.values
-        counts = [
-            ("rows read", v["rows"]),
-            ("placeholders resolved", v["resolved"]),
-            ("tasks to train on", v["tasks"]["train"]),
-            ("tasks to measure on", v["tasks"]["val"]),
-        ]
-        lost = [("left out", reason, n, LOST[reason].meaning) for reason, n in v["rejects"].items()]
-        lost += [("repaired", word, n, "") for word, n in v["repairs"].items()]
-        parts = [
-            table(counts, header=["", "number"]),
-            table([(n, c) for n, c in v["environments"].items()], header=["environment", "tasks to train on"]),
-        ]
-        return joined([*parts, *([table(lost, header=["", "reason", "rows", "what it means"])] if lost else [])])
+        return _told(self.values)
 
     def __repr__(self) -> str:
         return self.picture().text

@@ -48,7 +48,7 @@ class PassRate:
         low, high = self.interval
         return json.dumps(asdict(self) | {"rate": self.rate, "low": round(low, 4), "high": round(high, 4)})
 
-
+# %% ../../nbs/rl/22_profile.ipynb #ba609edc
 def pass_rate(answers: Answers) -> PassRate:
     """The rate of a task from its judged answers."""
     rewards = [j.reward for j in answers.judgements if j.reward is not None]
@@ -131,7 +131,7 @@ def with_rates(
     known: Mapping[str, float | None] = {r.task: r.rate for r in rates}
     return [replace(task, pass_rate=known.get(task.id)) for task in tasks]
 
-
+# %% ../../nbs/rl/22_profile.ipynb #da4eb2d9
 def rates_table(rates: Sequence[PassRate]) -> Picture:
     """Tasks by environment: how many are never, sometimes and always solved."""
     rows: dict[str, list[Any]] = {}

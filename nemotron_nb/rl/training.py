@@ -52,10 +52,11 @@ from .rollout import Ask, Draw, continue_all, parity, write_rollouts
 from .tasks import Task, read_tasks
 from ..train.checkpoint import Checkpoints, export_hf
 from ..train.ending import StopSignals, locked_folder
+from ..train.lora import apply_lora, export_merged, save_adapter
 from ..train.metrics import MetricsFile, lines_to_keep, metric_lines
 from ..train.model import build_model, checkpoint_folder
 from ..train.parallel import Ranks, ranks_of_process
-from ..train.settings import ERROR_FILE, ModelConfig
+from ..train.settings import ERROR_FILE, ModelConfig, PeftSection
 from ..viz import visible
 
 # %% ../../nbs/rl/25_training.ipynb #95c6d192
@@ -67,15 +68,15 @@ class ValidationSection:
     """What is measured on held-out tasks, before, in between and after."""
 
     tasks: int = 0  # the first N; 0 = all there are
-    generations: int = 4  # answers to each
+    generations: int = 4  # answers to each; the PyTorch engine wants 2 or more
     interval: int = 0  # steps between measurements; 0 = before and after only
 
     def __post_init__(self) -> None:
-        if self.tasks < 0 or self.interval < 0 or self.generations < 2:
+        if self.tasks < 0 or self.interval < 0 or self.generations < 1:
             said = f"tasks {self.tasks}, generations {self.generations}, interval {self.interval}"
-            raise UserError(said, where="validation", fix="let generations be at least 2, the others at least 0")
+            raise UserError(said, where="validation", fix="let generations be at least 1, the others at least 0")
 
-
+# %% ../../nbs/rl/25_training.ipynb #d2b3feb7
 @dataclass(frozen=True)
 class KeepSection:
     """What stays on disk."""
@@ -88,7 +89,7 @@ class KeepSection:
         if min(self.save_interval, self.keep_top_k, self.rollouts) < 0:
             raise UserError("a number below 0", where="checkpoint", fix="give 0 or more")
 
-
+# %% ../../nbs/rl/25_training.ipynb #63a97d7e
 @dataclass(frozen=True)
 class TaskOrder:
     """Which tasks come when."""
@@ -110,6 +111,7 @@ class RlTraining:
     method: str = "grpo"  # one of METHODS
     grpo: GrpoSettings = field(default_factory=GrpoSettings)
     dpo: DpoSettings = field(default_factory=DpoSettings)
+    peft: PeftSection = PeftSection()  # LoRA: what the pairs are put beside is the reference
     curriculum: TaskOrder = field(default_factory=TaskOrder)
     genrm: GenrmSettings = field(default_factory=GenrmSettings)
     environments: list[str] = field(default_factory=list)  # that are off unless they are named here
@@ -120,6 +122,10 @@ class RlTraining:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UserError(f"unknown method {self.method!r}", where="method", fix=nearest(self.method, METHODS))
+        if self.validation.generations < 2:
+            why = "an answer is measured among others to the same task"
+            said, fix = "one answer to each held-out task", "give 2 or more"
+            raise UserError(said, where="validation.generations", why=why, fix=fix)
         for name in self.environments:
             environment(name, self.environments)
         gym_servers(self.gym)  # refuses what is none
@@ -132,22 +138,26 @@ class RlTraining:
     @property
     def deciding(self) -> dict[str, Any]:
         """What decides the result: a checkpoint is gone on from under the same values alone."""
-        values = asdict(self)
-        for name in ("output_dir", "model", "train", "val", "checkpoint", "validation"):
+        return _deciding(self)
+
+# %% ../../nbs/rl/25_training.ipynb #3e62f2ca
+def _deciding(config: RlTraining) -> dict[str, Any]:
+    """The settings without those that leave the result as it is, and without what older checkpoints do not know."""
+    values = asdict(config)
+    for name in ("output_dir", "model", "train", "val", "checkpoint", "validation"):
+        values.pop(name)
+    values["grpo"].pop("rows")  # draws do not depend on how many lie side by side
+    for name, usual in (("genrm", GenrmSettings()), ("gym", []), ("peft", PeftSection())):
+        if getattr(config, name) == usual:
             values.pop(name)
-        values["grpo"].pop("rows")  # draws do not depend on how many lie side by side
-        if self.genrm == GenrmSettings():
-            values.pop("genrm")  # older checkpoints do not know it
-        if not self.gym:
-            values.pop("gym")
-        if self.grpo.effort == EffortSettings():
-            values["grpo"].pop("effort")
-        profile = values["curriculum"].pop("profile")
-        if profile:  # what it holds decides, not where it lies
-            values["curriculum"]["profile"] = digest([asdict(r) for r in read_rates(profile)])
-        for section in ("grpo", "dpo"):
-            values[section].pop("max_num_steps")  # a run may go on longer
-        return values
+    if config.grpo.effort == EffortSettings():
+        values["grpo"].pop("effort")
+    profile = values["curriculum"].pop("profile")
+    if profile:  # what it holds decides, not where it lies
+        values["curriculum"]["profile"] = digest([asdict(r) for r in read_rates(profile)])
+    for section in ("grpo", "dpo"):
+        values[section].pop("max_num_steps")  # a run may go on longer
+    return values
 
 # %% ../../nbs/rl/25_training.ipynb #3bf1e992
 def read_training(
@@ -177,7 +187,7 @@ def usable_tasks(
         environment(name, switched_on)
     return found.tasks
 
-
+# %% ../../nbs/rl/25_training.ipynb #d7a361cb
 def ordered(
     tasks: Sequence[Task],
     config: RlTraining,
@@ -239,31 +249,38 @@ def judge_writer(
 
     return write
 
+# %% ../../nbs/rl/25_training.ipynb #cfd340d8
+def _models(config: RlTraining, vocab_size: int, ranks: Ranks) -> tuple[Any, Any]:
+    """(the model that is trained, what it is held near or None). With LoRA the base is in the model already."""
+    build = partial(build_model, ModelConfig(name=config.model), vocab_size)
+    device = ranks.device if ranks.world > 1 else "cuda" if torch.cuda.is_available() else "cpu"
+    model, held = build().to(device), config.method == "grpo" and config.grpo.loss_fn.kl_penalty > 0
+    if config.peft.enabled:
+        model = apply_lora(model, config.peft, config.grpo.seed)
+        return model, model if held else None
+    return model, build().to(device).requires_grad_(False) if held else None
 
+
+def _tasks(config: RlTraining) -> tuple[list[Task], list[Task]]:
+    """(tasks to train on, tasks to measure on). `UserError` where they have some in common."""
+    tasks = usable_tasks(config.train, config.environments)
+    held_out = usable_tasks(config.val, config.environments) if config.val else ()
+    if same := {t.id for t in tasks} & {t.id for t in held_out}:
+        said = f"{len(same)} tasks are measured on and trained on"
+        fix = "prepare them together: nemotron FAMILY data prep rl"
+        raise UserError(said, where=config.val, why="the result would be too good", fix=fix)
+    return list(tasks), list(held_out)
+
+# %% ../../nbs/rl/25_training.ipynb #6215868e
 def set_up(
     config: RlTraining,
     ranks: Ranks = Ranks(),
 ) -> Work:
     """Model, tasks and judge of a run; every rank has all of them. `UserError` for what cannot end well."""
-    if config.method == "dpo" and ranks.world > 1:
-        raise UserError(f"DPO on {ranks.world} ranks", where="run.nproc_per_node", fix="leave it at 1, or method=grpo")
     start = Path(checkpoint_folder(config.model))
     tokenizer = load_tokenizer(start)
-    build = partial(build_model, ModelConfig(name=config.model), tokenizer.vocab_size)
-    device = ranks.device if ranks.world > 1 else "cuda" if torch.cuda.is_available() else "cpu"
-    model = build().to(device)
-    with_reference = config.method == "grpo" and config.grpo.loss_fn.kl_penalty > 0
-    reference = build().to(device).requires_grad_(False) if with_reference else None
-    tasks = usable_tasks(config.train, config.environments)
-    held_out = list(usable_tasks(config.val, config.environments)) if config.val else []
-    if same := {t.id for t in tasks} & {t.id for t in held_out}:
-        fix = "prepare them together: nemotron FAMILY data prep rl"
-        raise UserError(
-            f"{len(same)} tasks are measured on and trained on",
-            where=config.val,
-            why="the result would be too good",
-            fix=fix,
-        )
+    model, reference = _models(config, tokenizer.vocab_size, ranks)
+    tasks, held_out = _tasks(config)
     made_for = {"tasks": digest([t.id for t in tasks]), "tokenizer": file_digest(start / "tokenizer.json")}
     store = Checkpoints(Path(config.output_dir) / "checkpoints", config.checkpoint.keep_top_k, made_for)
     policy = make_policy(model, tokenizer, config.grpo, reference, ranks)
@@ -282,7 +299,7 @@ def step_file(
     """The file with the rollouts, or the judgements, of a step."""
     return Path(folder) / kind / f"{'valid' if held_out else 'step'}_{step:06d}.jsonl"
 
-
+# %% ../../nbs/rl/25_training.ipynb #351308e7
 def write_answers(
     folder: str | os.PathLike,  # the run folder
     answers: Sequence[Answers],
@@ -322,7 +339,7 @@ def examine(
         print(f"held-out tasks after step {step}: {rewards}", flush=True)
     return line["reward"]
 
-
+# %% ../../nbs/rl/25_training.ipynb #ff281dc0
 def write_parity(
     work: Work,
     most: int = 8,  # tasks
@@ -376,32 +393,38 @@ def _made_pairs(work: Work) -> list[Pair]:
     if d.pairs:
         pairs, rejects = read_pair_rows(d.pairs, work.policy.tokenizer)
         lines = "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rejects)
-        write_atomic(work.folder / "pairs_left_out.jsonl", lines)
+        if work.writes:
+            write_atomic(work.folder / "pairs_left_out.jsonl", lines)
         return pairs
     drawing = replace(g, num_generations_per_prompt=d.solutions)
     answers = draw_and_judge(work.policy, work.tasks, 0, drawing, work.judge)
-    write_answers(work.folder, answers, 0)
+    if work.writes:
+        write_answers(work.folder, answers, 0)
     return own_pairs(answers, work.policy.tokenizer, d.pairs_per_task, d.seed)
+
+# %% ../../nbs/rl/25_training.ipynb #706c8995
+def _keep_pairs(work: Work, path: Path, kept: Path) -> None:
+    """Make pairs and their reference, and write them. `UserError` where they are too few."""
+    d, pairs = work.config.dpo, _made_pairs(work)
+    if len(pairs) < d.min_pairs:
+        why = "a pair needs one answer that is right and one that is not"
+        fix = "give more tasks or more solutions, or a start model whose answers differ"
+        raise UserError(f"{len(pairs)} pairs, {d.min_pairs} are needed", where="dpo.min_pairs", why=why, fix=fix)
+    ranks, limit = work.policy.ranks, work.config.grpo.micro_batch_tokens
+    reference = reference_logp(work.policy.model, pairs, d.average, limit, ranks)
+    if work.writes:
+        write_pairs(path, pairs)
+        write_json(kept, reference)
+    ranks.told(None)  # nobody reads before all is written
 
 
 def prepare_pairs(
     work: Work,
 ) -> None:
-    """The pairs of a run and their reference: made and written, or read back."""
-    d, path, kept = work.config.dpo, work.folder / "pairs.jsonl", work.folder / "reference.json"
-    if not kept.exists():  # written last
-        pairs = _made_pairs(work)
-        if len(pairs) < d.min_pairs:
-            why = "a pair needs one answer that is right and one that is not"
-            raise UserError(
-                f"{len(pairs)} pairs, {d.min_pairs} are needed",
-                where="dpo.min_pairs",
-                why=why,
-                fix="give more tasks or more solutions, or a start model whose answers differ",
-            )
-        write_pairs(path, pairs)
-        limit = work.config.grpo.micro_batch_tokens
-        write_json(kept, reference_logp(work.policy.model, pairs, d.average, limit))
+    """The pairs of a run and their reference: made and written, or read back. Every rank must call it."""
+    path, kept = work.folder / "pairs.jsonl", work.folder / "reference.json"
+    if not work.policy.ranks.told(kept.exists()):  # written last
+        _keep_pairs(work, path, kept)
     work.pairs = read_pairs(path)
     work.reference = [(good, bad) for good, bad in json.loads(kept.read_text())]
 
@@ -482,21 +505,26 @@ def _first_lines(work: Work, done: int, again: bool) -> None:
     if done == 0:
         examine(work, 0)
 
-
-_NOT_TOKENIZER = ("config.json", "generation_config.json", "model.safetensors.index.json")
+# %% ../../nbs/rl/25_training.ipynb #ba4875ff
+_NOT_TOKENIZER = ("config.json", "generation_config.json", "model.safetensors.index.json", "README.md")
 
 
 def _export(work: Work) -> None:
-    """Write the model with the tokenizer of its start; what a killed attempt may have left is written again."""
-    beside, folder = work.folder / "tokenizer", work.folder / "model"
+    """Write the model with the tokenizer of its start, with LoRA the adapter too; again what a killed attempt left."""
+    beside, folder, adapter = (work.folder / name for name in ("tokenizer", "model", "adapter"))
     if work.writes:
         beside.mkdir(exist_ok=True)
         for file in sorted(work.start.iterdir()):
             if file.is_file() and file.suffix != ".safetensors" and file.name not in _NOT_TOKENIZER:
                 shutil.copy(file, beside / file.name)
-        shutil.rmtree(folder, ignore_errors=True)
+        for made in (folder, adapter):
+            shutil.rmtree(made, ignore_errors=True)
     work.policy.ranks.told(None)
-    export_hf(work.policy.model, beside, folder)
+    if work.config.peft.enabled:
+        save_adapter(work.policy.model, adapter, str(work.start.absolute()))
+        export_merged(work.policy.model, beside, folder)
+    else:
+        export_hf(work.policy.model, beside, folder)
 
 # %% ../../nbs/rl/25_training.ipynb #22379796
 def train(

@@ -30,8 +30,9 @@ from ..data.manifest import Manifest
 from ..ops import artifacts as register
 from ..ops.artifacts import Artifact, Source, Store
 from nemotron_nb.ops.config import (
-    Effective, Layer, RunSection, config_label, file_layers, flatten, project_root, stage_config,
+    Effective, Layer, RunSection, config_label, file_layers, flatten, stage_config,
 )
+from ..ops.profiles import project_root
 from ..ops.report import BLUE, GREY, ORANGE, Section, clipped, environment_picture, form_in_words, html_page
 from ..ops.run_folder import Started, as_process, list_runs, run_state, start_process
 from nemotron_nb.stages.sft import (

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'OPEN', 'NOT_RUN', 'StartSection', 'RlConfig', 'with_blend', 'rl_config', 'cluster_config',
-           'cluster_script', 'careless_start', 'start_model', 'run_tasks', 'known_model', 'training_of', 'start_rl',
-           'run_label', 'rl_folder', 'before_after_picture', 'headline', 'ledger_of_step', 'strips_of_step',
-           'parity_of_run', 'answers_picture', 'rl_sections', 'write_rl_report', 'follows', 'rl_plan', 'refuse_cluster',
-           'rl_launch']
+           'cluster_script', 'careless_start', 'start_model', 'run_tasks', 'known_model', 'run_label', 'rl_folder',
+           'training_of', 'start_rl', 'before_after_picture', 'held_out_picture', 'headline', 'ledger_of_step',
+           'strips_of_step', 'parity_of_run', 'answers_picture', 'rl_sections', 'write_rl_report', 'follows', 'rl_plan',
+           'refuse_cluster', 'rl_launch']
 
 # %% ../../nbs/stages/06_rl.ipynb #3cb7c4e0
 import json
@@ -30,7 +30,8 @@ from nemotron_nb.ops.config import (
     flatten,
     known_names,
 )
-from ..ops.config import merge, project_root, sft_config, to_yaml, typed_layers
+from ..ops.profiles import project_root
+from ..ops.config import merge, sft_config, to_yaml, typed_layers
 from nemotron_nb.ops.report import (
     Section,
     artifacts_picture,
@@ -54,7 +55,7 @@ from ..rl.judges import GenrmSettings
 from ..rl.nemo_rl import BATCH, SCRIPT, NemoRlConfig, check_batch, nemo_rl_config, our_names
 from ..rl.prepare import SAMPLE, Prepared, TaskFiles
 from ..rl.preferences import DpoSettings
-from ..rl.sample_tasks import write_careless_chats
+from ..rl.sample_tasks import write_careless_chats, write_careless_verdicts
 from nemotron_nb.rl.training import (
     METHODS,
     KeepSection,
@@ -68,7 +69,8 @@ from .evaluate import model_of
 from .rl_data import log_tasks, prepared_tasks
 from .sft import Parameters, Plan, Show, cluster_layer, launch, new_run
 from .sft import new_stage_folder, on_cluster, prepare_data, resumed_settings, run_notebook
-from ..viz import Picture, clipped, joined, table
+from ..train.settings import PeftSection
+from ..viz import Picture, clipped, joined, png, table
 
 if TYPE_CHECKING:
     from nemotron_nb.ops.profiles import Profile
@@ -82,7 +84,8 @@ class StartSection:
     """The model to begin with, where none is named."""
 
     careless: bool = False  # fine-tune one on careless chats, once; False: the newest fine-tuning run that is done
-    chats: int = 4000  # of them, half answered wrongly
+    verdicts: bool = False  # with `careless`: verdicts in place of answers, for a judge's own training
+    chats: int = 4000  # of them, about half answered wrongly
     sft: str = "tiny"  # configuration of the fine-tuning run
     sft_overrides: list[str] = field(
         default_factory=lambda: [
@@ -106,6 +109,7 @@ class RlConfig:
     start: StartSection = StartSection()
     grpo: GrpoSettings = field(default_factory=GrpoSettings)
     dpo: DpoSettings = field(default_factory=DpoSettings)
+    peft: PeftSection = PeftSection()  # LoRA: small matrices are trained beside the start, which is the reference
     curriculum: TaskOrder = field(default_factory=TaskOrder)
     genrm: GenrmSettings = field(default_factory=GenrmSettings)  # who compares the answers of a group; off by default
     environments: list[str] = field(default_factory=list)  # that are off unless they are named here: code
@@ -124,10 +128,9 @@ class RlConfig:
         if self.engine == "torch" and (self.run.nodes or 1) > 1:
             fix = "leave run.nodes at 1, or engine=nemo_rl for a cluster"
             raise UserError(f"{self.run.nodes} nodes, and the PyTorch engine has one", where="run.nodes", fix=fix)
-        if self.method == "dpo" and self.run.ranks > 1:
-            raise UserError(f"DPO on {self.run.ranks} processes", where="run", fix="leave run.nproc_per_node at 1")
-        if self.engine == "nemo_rl" and self.method == "dpo":
-            raise UserError("DPO runs with engine=torch", where="engine", fix="leave engine out, or method=grpo")
+        if self.engine == "nemo_rl" and (self.method == "dpo" or self.peft.enabled):
+            what = "DPO" if self.method == "dpo" else "LoRA"
+            raise UserError(f"{what} runs with engine=torch", where="engine", fix="give engine=torch")
         if self.start.chats < 1:
             raise UserError(f"{self.start.chats} chats", where="start.chats", fix="give at least 1")
 
@@ -141,7 +144,7 @@ def _gathered(layers: Sequence[Layer], section: str) -> Layer:
     origin = next((o for o, said in reversed(layers) if any(n.startswith(section) for n in said)), "")
     return origin, {section.removesuffix("."): own} if own else {}
 
-
+# %% ../../nbs/stages/06_rl.ipynb #a1cc5823
 def with_blend(
     family: str,
     config: str | Sequence[str],  # what -c was given
@@ -156,7 +159,7 @@ def with_blend(
     rest = [text for text in overrides if "=" in text]
     return [*(given if given != ["default"] else []), *words], rest
 
-
+# %% ../../nbs/stages/06_rl.ipynb #416735fa
 def rl_config(
     family: str,
     name: str | Sequence[str] = "default",  # what -c was given
@@ -231,21 +234,22 @@ def careless_start(
     config: RlConfig,
 ) -> Path:
     """The run folder of the careless start model: found, or trained now. `UserError` if it does not come to its end."""
-    chats = Path(config.run.output_root).absolute() / config.family / "careless" / f"chats-{config.start.chats}.jsonl"
+    write, word = (write_careless_verdicts, "verdicts") if config.start.verdicts else (write_careless_chats, "chats")
+    chats = Path(config.run.output_root).absolute() / config.family / "careless" / f"{word}-{config.start.chats}.jsonl"
     if not chats.exists():
-        write_careless_chats(chats, config.start.chats)
+        write(chats, config.start.chats)
     told = {
         "data.path": chats,
         "run.output_root": config.run.output_root,
         "run.artifacts": str(config.run.store),
-        "run.label": "careless start",
+        "run.label": f"careless {word}",
     }
     run = sft_config(
         config.family, config.start.sft, [*(f"{n}={v}" for n, v in told.items()), *config.start.sft_overrides]
     )
     if found := _same_run(run):
         return found
-    print("start model: fine-tuned on careless chats first, which takes a minute or two", flush=True)
+    print(f"start model: fine-tuned on careless {word} first, which takes a minute or two", flush=True)
     manifest = prepare_data(run)
     folder = new_run(run, config.start.sft, manifest["key"])
     with passing_signals_on(folder):
@@ -284,7 +288,7 @@ def run_tasks(
     prepared = prepared_tasks(config.data, config.family, config.run.output_root)
     return prepared, log_tasks(store, config.family, prepared, command)
 
-
+# %% ../../nbs/stages/06_rl.ipynb #7ff7f000
 def known_model(
     store: Store,
     folder: str | os.PathLike,  # of a model
@@ -301,28 +305,6 @@ def known_model(
     )
 
 # %% ../../nbs/stages/06_rl.ipynb #c1a69f1f
-def training_of(
-    config: RlConfig,  # model settled
-    prepared: Prepared,
-    folder: Path,  # the run folder
-) -> RlTraining:
-    """What the training process is told."""
-    same = ("method", "grpo", "dpo", "curriculum", "genrm", "environments", "gym", "validation", "checkpoint")
-    shared = {name: getattr(config, name) for name in same}
-    return RlTraining(config.model, prepared.train, str(folder.absolute()), prepared.val, **shared)
-
-
-def start_rl(
-    folder: str | os.PathLike,  # a run folder with train.yaml
-    ranks: int = 1,  # processes on this machine
-) -> Started:
-    """Start the training, on as many processes as are asked for; `ops.run_folder.follow` follows it."""
-    file = str(Path(folder).absolute() / "train.yaml")
-    alone = [sys.executable, "-c", "from nemotron_nb.rl.training import main; main()", file]
-    torchrun = ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={ranks}", "--standalone", "--no-python"]
-    return start_training(folder, [sys.executable, *torchrun, *alone] if ranks > 1 else alone)
-
-
 def run_label(config: RlConfig, name: str | Sequence[str]) -> str:
     """What people call the run: what they said, or the configuration and the tasks."""
     tasks = config.run.data.partition(":")[0] or Path(config.data.path).stem
@@ -337,6 +319,28 @@ def rl_folder(
 ) -> Path:
     """A new run folder, its status `queued`."""
     return new_stage_folder(effective, config, RL, run_label(config, name), command=command)
+
+# %% ../../nbs/stages/06_rl.ipynb #23a6649b
+def training_of(
+    config: RlConfig,  # model settled
+    prepared: Prepared,
+    folder: Path,  # the run folder
+) -> RlTraining:
+    """What the training process is told."""
+    same = ("method", "grpo", "dpo", "peft", "curriculum", "genrm", "environments", "gym", "validation", "checkpoint")
+    shared = {name: getattr(config, name) for name in same}
+    return RlTraining(config.model, prepared.train, str(folder.absolute()), prepared.val, **shared)
+
+# %% ../../nbs/stages/06_rl.ipynb #b61b117c
+def start_rl(
+    folder: str | os.PathLike,  # a run folder with train.yaml
+    ranks: int = 1,  # processes on this machine
+) -> Started:
+    """Start the training, on as many processes as are asked for; `ops.run_folder.follow` follows it."""
+    file = str(Path(folder).absolute() / "train.yaml")
+    alone = [sys.executable, "-c", "from nemotron_nb.rl.training import main; main()", file]
+    torchrun = ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={ranks}", "--standalone", "--no-python"]
+    return start_training(folder, [sys.executable, *torchrun, *alone] if ranks > 1 else alone)
 
 # %% ../../nbs/stages/06_rl.ipynb #7ba1f91c
 def _kinds(lines: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:
@@ -358,6 +362,25 @@ def before_after_picture(
     ]
     head = ["mean reward", "before", f"after step {last['step']}"]
     return table([[name, f"{a:.2f}", f"{b:.2f}"] for name, a, b in rows], header=head)
+
+# %% ../../nbs/stages/06_rl.ipynb #30691e7e
+def held_out_picture(
+    lines: Sequence[Mapping[str, Any]],  # of a metrics file
+) -> Picture:
+    """Mean reward on held-out tasks by kind, each time it was measured; dotted where it began."""
+    import matplotlib.pyplot as plt
+
+    measured = _kinds(lines, "rl_valid")
+    figure, axis = plt.subplots(figsize=(7.2, 3.0))
+    steps, words = [line["step"] for line in measured], []
+    for place, name in enumerate(measured[0]["rewards"] if measured else ()):
+        values = [line["rewards"].get(name, float("nan")) for line in measured]
+        axis.plot(steps, values, marker=".", color=f"C{place}", label=clipped(name, 40))
+        axis.axhline(values[0], color=f"C{place}", linestyle=":", linewidth=1)
+        words.append(f"{clipped(name, 40)} {values[0]:.2f}, lowest {min(values):.2f}, at the end {values[-1]:.2f}")
+    axis.set(xlabel="step", ylabel="mean reward, held out", ylim=(-0.02, 1.02))
+    axis.legend(fontsize=8)
+    return png(figure, f"Held-out tasks, measured {len(measured)} times: " + "; ".join(words))
 
 # %% ../../nbs/stages/06_rl.ipynb #0e9471b3
 def headline(
@@ -407,7 +430,7 @@ def _step_answers(folder: Path, step: int, held_out: bool = False) -> list[tuple
     named = [{k: v for k, v in row.items() if k not in ("task", "step", "member")} for row in rows]
     return list(zip(read_rollouts(paths[0]), [Judgement(**row) for row in named], strict=True))
 
-
+# %% ../../nbs/stages/06_rl.ipynb #4d5ffec0
 def ledger_of_step(
     folder: str | os.PathLike,
     step: int,
@@ -472,7 +495,7 @@ def parity_of_run(
     columns = (torch.tensor(found[name], dtype=torch.float64) for name in ("sampled", "trained"))
     return parity_picture(Parity(*columns, tuple(found["names"])))
 
-
+# %% ../../nbs/stages/06_rl.ipynb #1eeb1943
 def answers_picture(
     folder: str | os.PathLike,
     count: int = 6,
@@ -504,17 +527,19 @@ def _numbers(lines: Sequence[Mapping[str, Any]]) -> list[tuple[bool, str, str, C
 
     grpo, dpo, measured = (_kinds(lines, kind) for kind in ("rl", "dpo", "rl_valid"))
     held = "Held-out tasks, always with the same draws; the reward is what the verifiers gave."
+    way = "Dotted is where each kind of task began: a line below it was harmed on the way."
     groups = (
         "Above, the mean reward of each step. Below, grey groups are silent: all answers earned the same, no gradient."
     )
-    margin = "Log-probability against the start model. A margin may grow because the rejected ones fall."
+    margin = "Log-probability against the start model. A margin mostly grows because the rejected ones are pushed down."
     return [
         (len(measured) > 1, "Before and after", held, lambda: before_after_picture(lines)),
+        (len(measured) > 2, "Held-out tasks on the way", way, lambda: held_out_picture(lines)),
         (bool(grpo), "Reward by environment, and silent groups", groups, lambda: reward_picture(grpo)),
         (bool(dpo), "Chosen and rejected answers", margin, lambda: margins_picture(dpo)),
     ]
 
-
+# %% ../../nbs/stages/06_rl.ipynb #1367335d
 def _answers(folder: Path, lines: Sequence[Mapping[str, Any]]) -> list[tuple[bool, str, str, Callable[[], Picture]]]:
     """The same of what the rollouts show."""
     from nemotron_nb.rl.preferences import pairs_picture, read_pairs
@@ -646,7 +671,7 @@ def refuse_cluster(
             fix=fix,
         )
 
-
+# %% ../../nbs/stages/06_rl.ipynb #73e02a39
 def rl_launch(
     plan: Plan,
     profile: "Profile | None" = None,

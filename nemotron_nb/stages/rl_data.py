@@ -33,7 +33,7 @@ class RlDataConfig:
     data: TaskFiles = TaskFiles()
     run: RunSection = RunSection()
 
-
+# %% ../../nbs/stages/05_rl_data.ipynb #23c4ec2d
 def _in_data(name: str) -> str:
     """A setting with its section."""
     return name if name in ("family", "force") or name.startswith(("data.", "run.")) else f"data.{name}"
@@ -65,7 +65,7 @@ def prepared_tasks(
     """The prepared tasks of these settings: found, or made now."""
     return prepare_tasks(settings, RL_DATA.root(output_root, family), force)
 
-
+# %% ../../nbs/stages/05_rl_data.ipynb #9f866506
 def log_tasks(
     store: Store,
     family: str,

@@ -43,7 +43,7 @@ class RolloutFile:
             raise UserError(f"no task {rollout.task!r}", where=str(self.path), fix=fix)
         return self.tasks[name]
 
-
+# %% ../../nbs/stages/07_rl_tools.ipynb #2b7526d4
 def read_rollout_file(path: str | Path) -> RolloutFile:
     """Rollouts with tasks and ledger. `UserError` where the file does not lie in a run folder."""
     from nemotron_nb.rl.rollout import read_rollouts
@@ -133,7 +133,7 @@ class Rejudged:
         rows = [*((f"{self.names[k]} now", self.now[k]) for k in places), *before]
         return joined([table(counts, header=["", "number"]), ledger_picture(sorted(rows, key=lambda r: r[0]))])
 
-
+# %% ../../nbs/stages/07_rl_tools.ipynb #a322f349
 def _plain(judgement: Judgement) -> float | None:
     """The reward without what effort added."""
     return judgement.parts.get("before_effort", judgement.reward)

@@ -43,7 +43,6 @@ from nemotron_nb.ops.config import (
     SftConfig,
     config_label,
     config_names,
-    project_root,
     sft_config,
     stage_config,
     stage_files,
@@ -55,6 +54,7 @@ from nemotron_nb.ops.run_folder import (
     begin_attempt, found_training, keep_notebook, make_run_folder, note_failures, put_back, read_status, run_name,
     set_status, slurm_job,
 )
+from ..ops.profiles import project_root, work_folder
 from ..ops.stage import SFT, Stage, command_words
 from ..train.settings import TINY
 
@@ -478,11 +478,14 @@ def model_artifact(
 ) -> "Artifact":
     """Enter the model of a run: the whole one where there is one, else the adapter."""
     from nemotron_nb.ops.artifacts import Store, log_model
+    from nemotron_nb.ops.card import write_card
 
     settings = effective.settings
     made = "model" if (folder / "model").exists() else "adapter"
     command = read_status(folder).get("command", "")
-    artifact = log_model(Store(settings.run.store), settings.family, folder, inputs, command, stage.name, made)
+    store = Store(settings.run.store)
+    write_card(folder, folder / made, stage, inputs, store)
+    artifact = log_model(store, settings.family, folder, inputs, command, stage.name, made)
     note_artifacts(folder, inputs, [artifact])
     return artifact
 
@@ -914,7 +917,7 @@ def begin_stage(
     shell: Any = None,  # the IPython shell, in a notebook: a failing cell is then noted in the status
 ) -> tuple[Effective, Path]:
     """(settings, run folder) of a run notebook, the folder's status `running`. Works from `work_dir` from then on."""
-    os.chdir(parameters.work_dir or project_root())
+    os.chdir(parameters.work_dir or work_folder())
     layer = notebook_layer(parameters)
     effective = _stage_settings(stage, parameters.family, parameters.config, parameters.overrides, layer)
     label = _stage_label(stage, effective.settings, parameters.config)
@@ -934,6 +937,7 @@ def enter_made(
 ) -> "Artifact":
     """Enter what a stage made in the register, and write it into the run folder."""
     from nemotron_nb.ops.artifacts import Store, producer
+    from nemotron_nb.ops.card import write_card
 
     name = name or next(iter(stage.makes), "")
     if name not in stage.makes:
@@ -942,6 +946,8 @@ def enter_made(
     kind = "model" if name.startswith("ModelArtifact") else "data"
     fields = {"family": family, "stage": stage.name}
     store = Store(effective.settings.run.store)
+    if kind == "model" and Path(path).is_dir():
+        write_card(folder, path, stage, inputs, store)
     artifact = store.log(name, kind, path, fields, inputs, ("latest", family), made_by)
     note_artifacts(folder, inputs, [artifact])
     return artifact

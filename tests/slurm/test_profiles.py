@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from nemotron_nb.core import UserError
 from nemotron_nb.ops import profiles
-from nemotron_nb.ops.profiles import PLANNED, SECTIONS, Profile, checkout, env_section, find_env_toml, load_profile
+from nemotron_nb.ops.profiles import PLANNED, SECTIONS, Profile, env_section, find_env_toml, load_profile, project_root
 
-EXAMPLE = checkout() / "papermill_runs" / "env.toml.example"
+EXAMPLE = project_root() / "papermill_runs" / "env.toml.example"
 
 
 def test_a_profile_of_the_published_form_is_read(tmp_path):
@@ -46,7 +46,7 @@ def test_the_first_place_wins_and_none_is_no_error(tmp_path, monkeypatch):
     here, root, named = tmp_path / "here", tmp_path / "checkout", tmp_path / "named.toml"
     here.mkdir(), root.mkdir()
     monkeypatch.chdir(here)
-    monkeypatch.setattr(profiles, "checkout", lambda: root)
+    monkeypatch.setattr(profiles, "library_folder", lambda: root / "nemotron_nb")
     monkeypatch.setenv("NEMOTRON_ENV_TOML", str(named))
     assert find_env_toml() is None and env_section("wandb") == {}
     with pytest.raises(UserError, match="there is no env.toml, so no profile 'x'"):

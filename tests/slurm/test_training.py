@@ -176,3 +176,11 @@ def test_data_is_prepared_in_a_job(place):
     done = nemotron("nano3", "data", "prep", "sft", "-c", "tiny", "--run", "local-slurm", "sample=40", cwd=place)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "prepared data: " in done.stdout and "COMPLETED, exit code 0" in done.stdout
+
+
+def test_rows_are_made_in_a_job(place):
+    done = nemotron("synth", "sql", "-c", "tiny", "--run", "local-slurm", "rows=12", "max_drop_share=1", cwd=place)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = list((place / "output/synth/sql").glob("*/rows.jsonl"))
+    assert len(rows) == 1 and rows[0].read_text()
+    assert "registered: art://SynthArtifact-sql:v1" in done.stdout
