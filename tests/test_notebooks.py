@@ -55,10 +55,6 @@ LESSONS = {
     "train/20_sequences": 17, "train/21_needle": 21, "train/22_base_model": 16, "train/23_averaging": 17,
     "train/24_command": 20,
     "megatron/01_versions": 10, "megatron/02_names": 10, "megatron/03_data": 17, "megatron/04_step": 18,
-    "megatron/05_recorder": 19, "megatron/06_lifecycle": 11, "megatron/07_kernels": 22,
-    "stages/01_sft": 13, "stages/02_evaluate": 14, "stages/03_budget": 12,
-    "ops/01_profiles": 18, "ops/02_spellings": 20, "ops/03_run_folder": 12, "ops/04_artifacts": 12,
-    "ops/05_tracking": 15, "ops/06_config": 11, "ops/07_report": 12, "ops/08_stage": 12, "ops/09_slurm": 11,
     "megatron/05_recorder": 19, "megatron/06_lifecycle": 11, "megatron/07_kernels": 22, "megatron/10_compare": 15,
     "megatron/12_parameters": 23, "megatron/13_memory": 19, "megatron/14_measure": 20, "megatron/15_time": 23,
     "megatron/16_plan": 26, "megatron/17_scale": 16, "megatron/18_failures": 20,
@@ -74,11 +70,11 @@ LESSONS = {
     "synth/26_verify_json": 22, "synth/40_sql": 17, "synth/41_search": 25, "synth/42_long_context": 25,
     "synth/43_finance": 25, "synth/44_instructions": 25, "synth/45_tool_world": 25, "synth/90_pipelines": 21,
     "ops/01_profiles": 18, "ops/02_spellings": 20, "ops/03_run_folder": 12, "ops/04_artifacts": 12,
-    "ops/05_tracking": 15, "ops/06_config": 11, "ops/07_report": 12, "ops/08_stage": 11, "ops/09_slurm": 11,
+    "ops/05_tracking": 15, "ops/06_config": 11, "ops/07_report": 12, "ops/08_stage": 12, "ops/09_slurm": 11,
     "ops/12_card": 14,
-    "stages/01_sft": 13, "stages/02_evaluate": 13, "stages/03_budget": 12, "stages/05_rl_data": 20, "stages/06_rl": 18,
+    "stages/01_sft": 13, "stages/02_evaluate": 14, "stages/03_budget": 12, "stages/05_rl_data": 20, "stages/06_rl": 18,
     "stages/07_rl_tools": 25, "stages/08_plan": 25, "stages/09_recipe": 24, "stages/10_compress": 22,
-    "stages/11_compare": 22, "stages/11_synth": 20, "stages/12_chat": 13, "stages/13_serve": 15,
+    "stages/11_synth": 20, "stages/12_chat": 13, "stages/13_serve": 15, "stages/14_compare": 22,
 }  # fmt: skip
 LONGEST_CELL, LONGEST_LINE = 40, 120
 

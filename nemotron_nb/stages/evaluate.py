@@ -904,7 +904,8 @@ def _write_held_out(config: EvalConfig, target: Path) -> str:
 
 # %% ../../nbs/stages/02_evaluate.ipynb #704cc70f
 _NANO = """MMLU-Pro 78.30 78.10; AIME25 89.06 87.71; AIME25, tools 99.17 98.80; GPQA 73.04 72.47
-GPQA, tools 75.00 73.40; LiveCodeBench 68.25 67.62; SciCode 33.28 31.88; HLE 10.57 10.33; HLE, tools 15.48 14.27; BFCL v4 53.76 53.15
+GPQA, tools 75.00 73.40; LiveCodeBench 68.25 67.62
+SciCode 33.28 31.88; HLE 10.57 10.33; HLE, tools 15.48 14.27; BFCL v4 53.76 53.15
 IFBench 71.51 72.19; AA-LCR 35.85 36.06; MMLU-ProX 59.50 59.63; SWE-Bench (OpenHands) 38.76
 Multi-Challenge 38.45; RULER-100 256k 92.92; RULER-100 512k 91.25; RULER-100 1M 86.34; WMT24++ 86.20"""
 _SUPER = """MMLU-Pro 83.57 83.78 83.41; GPQA 79.29 79.67 79.23; LiveCodeBench v6 78.25 78.80 78.57
