@@ -2,6 +2,7 @@
 
 Run by hand: python benchmarks/endpoint.py. The server is another process and answers as many at once as it is asked. The
 client `openai` is measured where it can be imported, with as many threads and nothing around it: no schema, no cache, no ledger.
+The time of the processor is that of the client's process; on a machine that is shared it says more than the clock.
 """
 
 import asyncio
@@ -54,12 +55,17 @@ def questions(delays):
     return [Request([{"role": "user", "content": f"{delay} {i}"}]) for i, delay in enumerate(delays)]
 
 
+def seconds_of(act):
+    """(seconds of the clock, of the processor)."""
+    begun = time.perf_counter(), time.process_time()
+    act()
+    return time.perf_counter() - begun[0], time.process_time() - begun[1]
+
+
 def ours(url, at_once, asked, usage=None, act=ask_all):
     """Seconds for all answers."""
-    endpoint = Endpoint(url, "m", concurrency=at_once, options={})
-    begun = time.perf_counter()
-    found = list(act(endpoint, asked, usage))
-    seconds = time.perf_counter() - begun
+    endpoint, found = Endpoint(url, "m", concurrency=at_once, options={}), []
+    seconds = seconds_of(lambda: found.extend(act(endpoint, asked, usage)))
     assert len(found) == len(asked) and all(isinstance(a, Answer) for a in found if not isinstance(a, tuple))
     return seconds
 
@@ -71,30 +77,38 @@ def theirs(url, at_once, asked):
     except ImportError:
         return None
     with OpenAI(base_url=url, api_key="x") as client, ThreadPoolExecutor(at_once) as pool:
-        begun = time.perf_counter()
-        list(pool.map(lambda r: client.chat.completions.create(model="m", messages=r.messages), asked))
-        return time.perf_counter() - begun
+        ask = lambda r: client.chat.completions.create(model="m", messages=r.messages)  # noqa: E731
+        return seconds_of(lambda: list(pool.map(ask, asked)))
 
 
 def median(act):
-    """Median of the repeats; None where nothing is measured."""
+    """Medians of the repeats, clock and processor; None where nothing is measured."""
     found = [act() for _ in range(REPEATS)]
-    return None if None in found else statistics.median(found)
+    return None if None in found else tuple(statistics.median(column) for column in zip(*found, strict=True))
+
+
+def shown(name, count, seconds):
+    """Answers per second and what each takes of the processor, in words."""
+    return f"{name} {count / seconds[0]:6,.0f}/s, {1e6 * seconds[1] / count:4.0f} us each" if seconds else f"{name} is not installed"
 
 
 def throughput(url):
     """Answers per second, side by side."""
     for at_once in AT_ONCE:
         asked = questions([DELAY] * min(QUESTIONS, 40 * at_once))
-        ideal = at_once / DELAY
+        count = len(asked)
         with tempfile.TemporaryDirectory() as folder:
-            mine = len(asked) / median(lambda at_once=at_once, asked=asked: ours(url, at_once, asked))
-            noted = len(asked) / median(
+            plain = median(lambda at_once=at_once, asked=asked: ours(url, at_once, asked))
+            noted = median(
                 lambda at_once=at_once, asked=asked: ours(url, at_once, asked, Usage(Path(folder) / "ledger.jsonl"))
             )
         other = median(lambda at_once=at_once, asked=asked: theirs(url, at_once, asked))
-        beside = f"openai {len(asked) / other:6,.0f}, ratio {mine * other / len(asked):.1f}" if other else "openai is not installed"
-        print(f"{at_once:4} at once: {mine:6,.0f} answers/s, with a ledger {noted:6,.0f} (no more than {ideal:6,.0f}); {beside}", flush=True)
+        print(
+            f"{at_once:4} at once, no more than {at_once / DELAY:6,.0f}/s: {shown('ask_all', count, plain)}; "
+            f"{shown('with a ledger', count, noted)}; {shown('openai', count, other)}"
+            + (f"; ratio {other[0] / plain[0]:.1f}, of the processor {other[1] / plain[1]:.1f}" if other else ""),
+            flush=True,
+        )
 
 
 def straggler(url):
@@ -102,7 +116,7 @@ def straggler(url):
     asked = questions([2.0] + [0.01] * 399)
     ideal = max(2.0, (2.0 + 399 * 0.01) / 8)
     for name, act in (("in order", ask_all), ("as they come", ask_each)):
-        seconds = median(lambda act=act: ours(url, 8, asked, None, act))
+        seconds, _ = median(lambda act=act: ours(url, 8, asked, None, act))
         print(f"one of 400 takes 2 s, 8 at once, {name}: {seconds:.2f} s, {100 * (seconds / ideal - 1):.1f} % over the ideal {ideal:.2f} s")
 
 

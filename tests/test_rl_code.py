@@ -26,6 +26,8 @@ ATTACKS = {
     "memory": "x = bytearray(4 << 30); print('ESCAPED')",
     "memory by degrees": "x = []\nwhile True: x.append(bytearray(1 << 20))",
     "starts processes": "import os, time\nfor _ in range(60):\n  if os.fork() == 0: time.sleep(50)\ntime.sleep(1)\nprint('ESCAPED')",
+    "starts processes without end": "import os\nwhile True: os.fork()",
+    "starts processes faster and faster": "import os\nfor _ in range(9): os.fork()\nimport time; time.sleep(30)",
     "threads": "import threading, time\nfor i in range(1000): threading.Thread(target=time.sleep, args=(5,)).start()\nprint('ESCAPED')",
     "prints without end": "while True: print('x' * 10000)",
     "prints ten gigabytes at once": "import os\nos.truncate(1, 10 << 30); print('ESCAPED')",

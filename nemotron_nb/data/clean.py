@@ -51,28 +51,33 @@ class Cleaning:
     examples: int = 3  # rows of each reason that the ledger shows
 
     def __post_init__(self) -> None:
-        for name, known in (("kind", KINDS), ("personal", PERSONAL)):
-            if getattr(self, name) not in known:
-                raise UserError(
-                    f"unknown value {getattr(self, name)!r}", where=name, fix=nearest(getattr(self, name), known)
-                )
-        for name in self.languages:
-            if name not in LANGUAGES:
-                raise UserError(f"unknown language {name!r}", where="languages", fix=nearest(name, LANGUAGES))
-        for name, bounds in self.thresholds.items():
-            if name not in QUALITY_RULES:
-                raise UserError(f"unknown rule {name!r}", where="thresholds", fix=nearest(name, QUALITY_RULES))
-            if not isinstance(bounds, Sequence) or len(bounds) != 2:
-                raise UserError(
-                    f"{name}: {bounds}", where="thresholds", fix="give [least, most], null for an open side"
-                )
-        Seen(self.near_threshold)
-        Exam([], self.gram, self.fold_numbers, self.min_share)
+        _check_cleaning(self)
 
     @property
     def bounds(self) -> dict[str, Bounds]:
         """Thresholds in place of the usual ones."""
         return {name: (least, most) for name, (least, most) in self.thresholds.items()}
+
+# %% ../../nbs/data/29_clean.ipynb #67ffda96
+def _check_cleaning(c: Cleaning) -> None:
+    """`UserError` for a value that cannot be meant."""
+    for name, known in (("kind", KINDS), ("personal", PERSONAL)):
+        if getattr(c, name) not in known:
+            raise UserError(
+                f"unknown value {getattr(c, name)!r}", where=name, fix=nearest(getattr(c, name), known)
+            )
+    for name in c.languages:
+        if name not in LANGUAGES:
+            raise UserError(f"unknown language {name!r}", where="languages", fix=nearest(name, LANGUAGES))
+    for name, bounds in c.thresholds.items():
+        if name not in QUALITY_RULES:
+            raise UserError(f"unknown rule {name!r}", where="thresholds", fix=nearest(name, QUALITY_RULES))
+        if not isinstance(bounds, Sequence) or len(bounds) != 2:
+            raise UserError(
+                f"{name}: {bounds}", where="thresholds", fix="give [least, most], null for an open side"
+            )
+    Seen(c.near_threshold)
+    Exam([], c.gram, c.fold_numbers, c.min_share)
 
 # %% ../../nbs/data/29_clean.ipynb #5ff1535a
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ def _text(message: Mapping[str, Any]) -> str:
     ]
     return "\n".join(filter(None, [message.get("reasoning_content") or "", message.get("content") or "", *calls]))
 
-
+# %% ../../nbs/data/29_clean.ipynb #e1c2c77c
 def spoken(
     row: Any,  # a value of a file
     cleaning: Cleaning,
@@ -116,12 +121,36 @@ def spoken(
 
 # %% ../../nbs/data/29_clean.ipynb #a09cbe0e
 @dataclass
-class Cleaner:
-    """Asks one row after the other; what it has kept counts for later ones."""
+class _Alone:
+    """What is asked of a row by itself."""
 
     cleaning: Cleaning
     exam: Exam
     language: Callable[[str], tuple[str, float]] = language_of  # another one knows more languages
+
+    def _worth(self, said: Spoken) -> tuple[str, str] | None:
+        """Is it in a language that is kept, and worth reading?"""
+        c = self.cleaning
+        for text in said.judged:
+            code, sure = self.language(text) if c.languages else ("und", 0.0)
+            if code != "und" and code not in c.languages:
+                return "language", f"{code}, sure to {sure:.2f}"
+            broken = (
+                broken_rule(text, "documents" if c.kind == "pretrain" else "chats", c.bounds) if c.quality else None
+            )
+            if broken:
+                return broken[0], f"{broken[1]:.3g}: {QUALITY_RULES[broken[0]].says}"
+        return None
+
+    def _exposes(self, said: Spoken) -> tuple[str, str] | None:
+        """Does it expose somebody, where that is a reason?"""
+        found = personal_data(said.whole) if self.cleaning.personal == "drop" else []
+        return ("personal", ", ".join(sorted({p.kind for p in found}))) if found else None
+
+# %% ../../nbs/data/29_clean.ipynb #8215e205
+@dataclass
+class Cleaner(_Alone):
+    """Asks one row after the other; what it has kept counts for later ones."""
 
     def __post_init__(self) -> None:
         self.seen = Seen(self.cleaning.near_threshold)
@@ -148,25 +177,6 @@ class Cleaner:
             if hit is None
             else ("contaminated", f"{hit[1]:.0%} of the question {self.exam.questions[hit[0]][:120]!r}")
         )
-
-    def _worth(self, said: Spoken) -> tuple[str, str] | None:
-        """Is it in a language that is kept, and worth reading?"""
-        c = self.cleaning
-        for text in said.judged:
-            code, sure = self.language(text) if c.languages else ("und", 0.0)
-            if code != "und" and code not in c.languages:
-                return "language", f"{code}, sure to {sure:.2f}"
-            broken = (
-                broken_rule(text, "documents" if c.kind == "pretrain" else "chats", c.bounds) if c.quality else None
-            )
-            if broken:
-                return broken[0], f"{broken[1]:.3g}: {QUALITY_RULES[broken[0]].says}"
-        return None
-
-    def _exposes(self, said: Spoken) -> tuple[str, str] | None:
-        """Does it expose somebody, where that is a reason?"""
-        found = personal_data(said.whole) if self.cleaning.personal == "drop" else []
-        return ("personal", ", ".join(sorted({p.kind for p in found}))) if found else None
 
 # %% ../../nbs/data/29_clean.ipynb #0dd62ade
 def read_questions(
@@ -202,7 +212,7 @@ def _masked(value: Any) -> tuple[Any, int]:
         return [part for part, _ in found], sum(n for _, n in found)
     return value, 0
 
-
+# %% ../../nbs/data/29_clean.ipynb #b77ad8c3
 def clean_rows(
     paths: Sequence[str | Path],
     cleaning: Cleaning,
@@ -282,7 +292,7 @@ def _cleaned_into(
             kept.write(_json_line(row))
     return ledger.values(paths, cleaning)
 
-
+# %% ../../nbs/data/29_clean.ipynb #97d78996
 def clean(
     paths: Sequence[str | Path],  # files of rows, in any format that `nemotron_nb.data.files` knows
     cleaning: Cleaning,
@@ -327,7 +337,7 @@ def cleaning_of(
         ) from error
     return from_mapping(Cleaning, {"kind": kind} | values, "command line")
 
-
+# %% ../../nbs/data/29_clean.ipynb #964587e1
 def ledger_table(
     ledger: Mapping[str, Any],  # of clean
 ) -> Picture:

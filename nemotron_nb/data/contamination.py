@@ -33,7 +33,7 @@ def folded_words(
     """The words of a text as they are compared."""
     return words(fold_numbers_of(text) if fold_numbers else text)
 
-
+# %% ../../nbs/data/25_contamination.ipynb #51f302c0
 def shared_by_hand(
     question: str,
     text: str,
@@ -53,6 +53,27 @@ def shared_by_hand(
 # %% ../../nbs/data/25_contamination.ipynb #8aef5f70
 SHORTEST = 5  # words of a question that is looked for
 
+# %% ../../nbs/data/25_contamination.ipynb #c08cb549
+def _numbered(
+    questions: Sequence[Sequence[str]],  # words
+    gram: int,
+) -> tuple[dict[int, tuple[np.ndarray, np.ndarray]], list[int]]:
+    """(size of a stretch -> sorted numbers and whose they are, stretches of each question); short ones have none."""
+    found: dict[int, list[tuple[np.ndarray, int]]] = {}
+    sizes = [0] * len(questions)
+    for i, tokens in enumerate(questions):
+        if len(tokens) >= SHORTEST:
+            numbers = stretch_numbers(tokens, gram)
+            sizes[i] = len(numbers)
+            found.setdefault(min(gram, len(tokens)), []).append((numbers, i))
+    sorted_numbers = {}
+    for size, parts in found.items():
+        numbers = np.concatenate([n for n, _ in parts])
+        owners = np.repeat([i for _, i in parts], [len(n) for n, _ in parts])
+        order = np.argsort(numbers, kind="stable")
+        sorted_numbers[size] = numbers[order], owners[order]
+    return sorted_numbers, sizes
+
 # %% ../../nbs/data/25_contamination.ipynb #1f65c2ea
 @dataclass
 class Exam:
@@ -70,22 +91,9 @@ class Exam:
         if not 0 <= self.min_share <= 1 or self.gram < SHORTEST:
             what = f"gram {self.gram}, min_share {self.min_share}"
             raise UserError(what, where="decontaminate", fix=f"give at least {SHORTEST} words, and a share from 0 to 1")
-        found: dict[int, list[tuple[np.ndarray, int]]] = {}
-        self._sizes = [0] * len(self.questions)
-        for i, question in enumerate(self.questions):
-            tokens = folded_words(question, self.fold_numbers)
-            self.left_out += len(tokens) < SHORTEST
-            if len(tokens) >= SHORTEST:
-                numbers = stretch_numbers(tokens, self.gram)
-                self._sizes[i] = len(numbers)
-                found.setdefault(min(self.gram, len(tokens)), []).append((numbers, i))
-        for size, parts in found.items():
-            numbers, owners = (
-                np.concatenate([n for n, _ in parts]),
-                np.repeat([i for _, i in parts], [len(n) for n, _ in parts]),
-            )
-            order = np.argsort(numbers, kind="stable")
-            self._numbers[size] = numbers[order], owners[order]
+        tokens = [folded_words(question, self.fold_numbers) for question in self.questions]
+        self.left_out += sum(len(t) < SHORTEST for t in tokens)
+        self._numbers, self._sizes = _numbered(tokens, self.gram)
 
     def hit(self, text: str) -> tuple[int, float] | None:
         """(the question of which most is in the text, the share); None: there is none."""

@@ -50,7 +50,7 @@ _FACTORS = _RNG.integers(1, 1 << 63, PLACES, dtype=np.uint64) | np.uint64(1)
 _OFFSETS = _RNG.integers(0, 1 << 63, PLACES, dtype=np.uint64)
 _POWERS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)
 
-
+# %% ../../nbs/data/24_duplicates.ipynb #e2260a29
 def stretch_numbers(
     tokens: Sequence[str],  # words
     size: int = SHINGLE,
@@ -65,7 +65,7 @@ def stretch_numbers(
             numbers ^= numbers >> np.uint64(29)
     return np.unique(numbers)
 
-
+# %% ../../nbs/data/24_duplicates.ipynb #53f6f142
 def signature(
     text: str,
     size: int = SHINGLE,

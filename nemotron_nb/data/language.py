@@ -47,7 +47,7 @@ SMALL_WORDS = {code: frozenset(text.split()) for code, text in _SMALL.items()}
 LANGUAGES = tuple(sorted({*SMALL_WORDS, *_SCRIPTS.values()} - {"latin"}))
 _LEAST, _CLEAR, _SHORT = 1 / 12, 1.25, 6  # share of small words, lead over the next language, words that are needed
 
-
+# %% ../../nbs/data/26_language.ipynb #ed75649b
 def language_of(
     text: str,
 ) -> tuple[str, float]:

@@ -56,7 +56,9 @@ _KINDS: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
     ),
     "iban": (re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)"), passes_iban),
     "key": (
-        re.compile(r"(?<!\w)(?:sk-[\w-]{20,100}|ghp_\w{30,60}|AKIA[A-Z0-9]{16}|hf_\w{30,60}|xox[abp]-[\w-]{20,80})(?!\w)"),
+        re.compile(
+            r"(?<!\w)(?:sk-[\w-]{20,100}|ghp_\w{30,60}|AKIA[A-Z0-9]{16}|hf_\w{30,60}|xox[abp]-[\w-]{20,80})(?!\w)"
+        ),
         lambda s: len(set(s)) > 8,
     ),
     "social_security": (re.compile(r"(?<![\d-])(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\d-])"), lambda s: True),
@@ -92,7 +94,7 @@ def personal_data(
                 taken.append(span)
     return sorted(taken, key=lambda t: t.begin)
 
-
+# %% ../../nbs/data/27_personal.ipynb #3bc4ea00
 def without_personal_data(
     text: str,
 ) -> tuple[str, int]:

@@ -68,7 +68,7 @@ def looped_share(text: str) -> float:
 
 _RUN = re.compile(r"(.{1,8}?)\1{15,}", re.DOTALL)
 
-
+# %% ../../nbs/data/28_quality.ipynb #fe2e5bda
 def run_share(text: str) -> float:
     """Share of the characters in runs of one to eight that come sixteen times and more; lines and white space do
     not count.

@@ -22,7 +22,7 @@ def _number(text: str) -> int:
     unit = _UNITS.get(text[-1:].upper(), 1)
     return int(float(text[:-1] if unit > 1 else text) * unit)
 
-
+# %% ../../nbs/pretrain/07_batch_size.ipynb #b0e276c4
 def read_batch_schedule(
     text: str,  # e.g. "0:768 250B:1536 500B:3072", thresholds in tokens
     sequence_length: int,  # tokens of a sample
@@ -70,7 +70,7 @@ def samples_after(
         read, steps = read + size * count, steps - count
     return read
 
-
+# %% ../../nbs/pretrain/07_batch_size.ipynb #97119b6d
 def steps_for_samples(
     schedule: Sequence[tuple[int, int]],
     samples: float,  # to be read

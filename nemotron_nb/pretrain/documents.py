@@ -107,7 +107,7 @@ class DocumentsConfig:
 # %% ../../nbs/pretrain/05_documents.ipynb #a2e5d255
 _CHOICES = {"on_bad": ON_BAD, "executor": EXECUTORS, "encoder": ("auto", *TIERS)}
 
-
+# %% ../../nbs/pretrain/05_documents.ipynb #114c6477
 def _check_config(config: DocumentsConfig) -> None:
     """`UserError` for the first setting that makes no sense."""
     for name, known in _CHOICES.items():
@@ -157,7 +157,7 @@ def _units(path: str, size: int, changed: int) -> tuple[Unit, ...]:
     """The units of a file. Size and time are arguments so that an edited file is planned again."""
     return tuple(document_units(path, UNIT_BYTES))
 
-
+# %% ../../nbs/pretrain/05_documents.ipynb #fee2ff50
 def _source(part: str, dataset: Dataset, downloads: Path) -> DocumentSource:
     """The files of a dataset and their units."""
     files = [str(p) for p in document_files(dataset, downloads)]
@@ -179,7 +179,7 @@ _WAYS = (
 )
 _OWN_CODE = ("pretrain/documents", "pretrain/world", "data/blend")
 
-
+# %% ../../nbs/pretrain/05_documents.ipynb #fc700451
 @dataclass(frozen=True)
 class DocumentsPlan:
     """What is going to be done."""
@@ -227,7 +227,7 @@ def _blend(config: DocumentsConfig, runs: Path) -> Blend:
     name = folder_name(Path(config.path.rstrip("/")).name.split(".")[0].replace("*", "")) or "documents"
     return Blend({"all": (Dataset(name, config.path),)})
 
-
+# %% ../../nbs/pretrain/05_documents.ipynb #916f7716
 def plan_documents(
     config: DocumentsConfig,
 ) -> DocumentsPlan:
@@ -266,7 +266,7 @@ class Shard:
     weight: float  # of the dataset in the blend
     takes: tuple[Take, ...]
 
-
+# %% ../../nbs/pretrain/05_documents.ipynb #c5d937f0
 def deal(
     folders: Sequence[str],  # of a dataset's units, in order
     counts: Sequence[int],  # documents of each
@@ -286,7 +286,7 @@ def _chosen(take: Take, unit: TokenizedUnit) -> np.ndarray:
     numbers = take.first + (unit.rows if take.by_row else np.arange(count))
     return np.flatnonzero(numbers % take.modulus == take.remainder)
 
-
+# %% ../../nbs/pretrain/05_documents.ipynb #315fec5c
 def write_shard(
     folder: str | Path,  # of the output
     shard: Shard,
@@ -312,7 +312,7 @@ def _portions(chosen: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
     groups = np.cumsum(lengths, dtype=np.int64) // _WRITTEN_TOGETHER
     yield from (part for part in np.split(chosen, np.flatnonzero(np.diff(groups)) + 1) if len(part))
 
-
+# %% ../../nbs/pretrain/05_documents.ipynb #3e5ed08a
 def _facts(facts: IndexedFacts, text_bytes: int) -> dict[str, int | str]:
     """What the manifest says about a shard."""
     return dataclasses.asdict(facts) | {"text_bytes": text_bytes}
@@ -454,7 +454,7 @@ def documents_picture(values: Mapping[str, Any]) -> Picture:
         pictures.append(table(examples, header=["reason", "the first case"]))
     return joined(pictures)
 
-
+# %% ../../nbs/pretrain/05_documents.ipynb #af0f3bd7
 def _by_dataset(shards: Sequence[tuple[Shard, dict[str, Any]]]) -> dict[str, dict[str, int]]:
     """Documents, tokens and bytes of text of each dataset in some shards."""
     sums: dict[str, Counter[str]] = {}
@@ -480,7 +480,7 @@ def _split_values(split: str, shards: Sequence[tuple[Shard, dict[str, Any]]], co
     totals = {n: sum(d[n] for d in datasets.values()) for n in ("documents", "tokens", "text_bytes")}
     return {**totals, "datasets": datasets, "shards": listed}
 
-
+# %% ../../nbs/pretrain/05_documents.ipynb #f20655de
 def _identity(plan: DocumentsPlan) -> dict[str, Any]:
     """What went in, by name and by digest."""
     config = plan.config
@@ -524,7 +524,7 @@ def _ledger(tasks: Sequence[Sequence[DocumentTask]]) -> dict[str, Any]:
         "examples": dict(sorted(examples.items())),
     }
 
-
+# %% ../../nbs/pretrain/05_documents.ipynb #e619cfa0
 def _check_ledger(ledger: Mapping[str, Any], config: DocumentsConfig) -> None:
     """`UserError` if there was nothing, or if too many rows are no document."""
     where = config.blend_path or config.path
@@ -666,7 +666,7 @@ def _write_listed(path: Path, tasks: Sequence[Sequence[DocumentTask]]) -> None:
             with open(Path(task.folder) / "listed.jsonl", "rb") as listed:
                 shutil.copyfileobj(listed, file)
 
-
+# %% ../../nbs/pretrain/05_documents.ipynb #c6218ecd
 def _write(
     plan: DocumentsPlan, tasks: Sequence[Sequence[DocumentTask]], ledger: Mapping[str, Any], new: Path, folder: Path
 ) -> dict[str, Any]:
@@ -705,7 +705,7 @@ def _sampled(plan: DocumentsPlan, rows: int) -> tuple[list[list[DocumentTask]], 
                 break
     return tasks, f"the first {rows:,} rows of each dataset"
 
-
+# %% ../../nbs/pretrain/05_documents.ipynb #5e8ad7d3
 def _prepare(
     plan: DocumentsPlan, folder: Path, progress: Progress, secrets: Mapping[str, str]
 ) -> DocumentsManifest:
@@ -754,7 +754,7 @@ _DISK = {
     errno.ENOTDIR: "a part of the path is a file",
 }
 
-
+# %% ../../nbs/pretrain/05_documents.ipynb #38ebd88a
 def prepare_documents(
     config: DocumentsConfig,
     force: bool = False,  # prepare again, in place of what is there

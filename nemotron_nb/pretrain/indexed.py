@@ -67,7 +67,7 @@ def _check_lengths(lengths: np.ndarray, itemsize: int, first: int, where: str) -
             fix="cut it into several documents, or set max_doc_tokens",
         )
 
-
+# %% ../../nbs/pretrain/02_indexed.ipynb #485f05e8
 def _check_ids(ids: np.ndarray, lengths: np.ndarray, limit: int, first: int, where: str) -> None:
     """`UserError` for the first id that is negative or not below `limit`, with the number of its document."""
     if not ids.size or ids.min() >= 0 and ids.max() < limit:
@@ -119,7 +119,7 @@ def _write_index(path: Path, lengths: Path, count: int, dtype: np.dtype) -> None
         file.flush()
         os.fsync(file.fileno())
 
-
+# %% ../../nbs/pretrain/02_indexed.ipynb #18f29792
 @dataclass(frozen=True)
 class IndexedFacts:
     """What a pair of files holds."""
@@ -187,7 +187,7 @@ def _add(writer: IndexedWriter, ids: np.ndarray, lengths: np.ndarray) -> None:
     longest = max(facts.longest, int(lengths.max()))
     writer.facts = IndexedFacts(facts.documents + len(lengths), facts.tokens + ids.size, shortest, longest, "")
 
-
+# %% ../../nbs/pretrain/02_indexed.ipynb #ee6ca2df
 def _close(writer: IndexedWriter) -> IndexedFacts:
     """`IndexedWriter.close`."""
     facts, parts = writer.facts, writer._parts
@@ -213,7 +213,7 @@ def _prefix(path: str | os.PathLike) -> str:
     """The path without .bin or .idx."""
     return str(path).removesuffix(".bin").removesuffix(".idx")
 
-
+# %% ../../nbs/pretrain/02_indexed.ipynb #a87d149e
 def _read_header(path: Path) -> tuple[np.dtype, int, int]:
     """(dtype, sequences, entries of the last table) of an index; `UserError` if it is none."""
     try:
@@ -322,7 +322,7 @@ def _check_tables(path: Path, lengths: np.ndarray, starts: np.ndarray, documents
         )
     return tokens
 
-
+# %% ../../nbs/pretrain/02_indexed.ipynb #344bbb3d
 def _map_ids(path: Path, dtype: np.dtype, tokens: int) -> np.ndarray:
     """The ids of a .bin; `UserError` if it has another size than the index says."""
     found = path.stat().st_size if path.is_file() else None

@@ -98,7 +98,7 @@ def _shuffled(values: np.ndarray, state: np.random.RandomState) -> np.ndarray:
     state.shuffle(values)
     return values
 
-
+# %% ../../nbs/pretrain/06_order.ipynb #9cd1da42
 def draw_order(
     lengths: np.ndarray,  # int32 [D], tokens of each document
     num_samples: int | None,  # asked for; None: what one pass gives
@@ -175,7 +175,7 @@ def _deal_into(which: np.ndarray, weights: np.ndarray, given: np.ndarray) -> Non
 
 _COMPILE_FROM = 1 << 20  # comparisons; below, compiling takes longer than the loop
 
-
+# %% ../../nbs/pretrain/06_order.ipynb #1bb80ce9
 @cache
 def _compiled() -> Callable[[np.ndarray, np.ndarray, np.ndarray], None] | None:
     """The compiled loop; None where numba is not installed."""
@@ -222,7 +222,7 @@ def draw_blend(
         which = deal_samples(shares.tolist(), size)
     return BlendOrder(which, _count_within(which, len(shares)))
 
-
+# %% ../../nbs/pretrain/06_order.ipynb #ccfd17e6
 def _count_within(which: np.ndarray, datasets: int) -> np.ndarray:
     """int64 [N]: how many samples of the same dataset came before each."""
     counts = np.bincount(which, minlength=datasets)
@@ -255,7 +255,7 @@ def _stretch(reader: IndexedReader, order: SampleOrder, sample: int) -> tuple[np
     ends = np.minimum(np.cumsum([0, *map(len, parts)]), order.sequence_length)
     return np.concatenate(parts).astype(np.int64), np.unique(ends).astype(np.int32)
 
-
+# %% ../../nbs/pretrain/06_order.ipynb #2974c421
 def read_sample(
     reader: IndexedReader,
     order: SampleOrder,
@@ -279,7 +279,7 @@ def blend_sizes(weights: Sequence[float], num_samples: int) -> tuple[list[int], 
     asked = [math.ceil(num_samples * w) for w in normalise(weights).tolist()]  # once: rounding counts here
     return [math.ceil(n * (1 + SURPLUS)) for n in asked], sum(asked)
 
-
+# %% ../../nbs/pretrain/06_order.ipynb #1aca1497
 class Mixture:
     """The samples of a run, in order: `mixture[i]` is a `Sample`. The same arguments give the same samples."""
 
@@ -339,7 +339,7 @@ class SampleBatch:
     boundaries: list[np.ndarray]  # [B], int32 [K+1] of each row
     datasets: np.ndarray  # int64 [B]
 
-
+# %% ../../nbs/pretrain/06_order.ipynb #8d38d390
 def read_batch(mixture: Mixture, samples: Sequence[int]) -> SampleBatch:
     """The samples of these numbers, one a row."""
     rows = [mixture[i] for i in samples]

@@ -111,7 +111,7 @@ def _slow(data: bytes, twice: bool) -> Any:
             raise
         return json.loads(data)
 
-
+# %% ../../nbs/pretrain/03_text.ipynb #a022febb
 def row_parser(
     field: str,  # that holds the text
 ) -> Callable[[bytes], Any]:
@@ -148,7 +148,7 @@ def _values(column: pa.Array) -> Iterator[Any]:
         else:
             yield from (value for i in range(len(column)) for value in _values(column.slice(i, 1)))
 
-
+# %% ../../nbs/pretrain/03_text.ipynb #fcfb92d0
 def _parquet_rows(unit: Unit, field: str) -> Iterator[tuple[int, Any]]:
     """(row, {field: value}) of each row of a Parquet unit; a `Reject` where the file is damaged."""
     row = unit.first_line
@@ -181,7 +181,7 @@ def _opened(unit: Unit, file: BinaryIO) -> BinaryIO:
         raise UserError("reading .zst needs the package zstandard", where=unit.path, fix=fix) from None
     return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
 
-
+# %% ../../nbs/pretrain/03_text.ipynb #da8ab1f7
 def _plain_text(unit: Unit, limit: int) -> str | BadJson:
     """The content of a plain text, or why it is no document."""
     with open(unit.path, "rb") as file:
@@ -214,7 +214,7 @@ def _rows(unit: Unit, field: str, limit: int, parse: Callable[[bytes], Any] | No
     else:
         yield from read_unit(unit, limit, parse or row_parser(field))
 
-
+# %% ../../nbs/pretrain/03_text.ipynb #6ba175ba
 def read_texts(
     unit: Unit,
     field: str = "text",  # that holds the text

@@ -42,7 +42,7 @@ class DocumentTokenizer:
     add_eos: bool = True  # the end token behind each document
     eos_token: str | None = None  # which token ends a document; null: the one of the tokenizer's own configuration
 
-
+# %% ../../nbs/pretrain/04_tokens.ipynb #7088be9a
 @dataclass(frozen=True)
 class DocumentSettings:
     """What decides the tokens of a row."""
@@ -83,7 +83,7 @@ def _configured(model: str) -> Any:
     token = json.loads(path.read_bytes()).get("eos_token") if path.is_file() else None
     return token.get("content") if isinstance(token, Mapping) else token
 
-
+# %% ../../nbs/pretrain/04_tokens.ipynb #7276c62e
 def end_token(
     tokenizer: ChatTokenizer,
     section: DocumentTokenizer,
@@ -133,7 +133,7 @@ def keep_first(
     within = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     return ids[within < most], np.minimum(lengths, most)
 
-
+# %% ../../nbs/pretrain/04_tokens.ipynb #44849017
 def frame(
     ids: np.ndarray,  # [N] documents end to end
     lengths: np.ndarray,  # [D]
@@ -274,7 +274,7 @@ def _admitted(task: DocumentTask, book: DocumentBook) -> Iterator[_Row]:
         else:
             yield _Row(book.rows - 1, line, found)
 
-
+# %% ../../nbs/pretrain/04_tokens.ipynb #aa2739ac
 def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
     """Rows by the batch, limited in number and in characters."""
     batch, size = [], 0
@@ -350,7 +350,7 @@ def tokenize_documents_of(
         write_json(folder / "record.json", book.to_json())
     return tools.encoder.tier
 
-
+# %% ../../nbs/pretrain/04_tokens.ipynb #e337cf77
 @dataclass(frozen=True)
 class TokenizedUnit:
     """The documents of a unit on disk."""

@@ -79,7 +79,7 @@ def _pair_line(book: Mapping[str, Any], rng: random.Random) -> str:
     asked = rng.choice(questions).format(lamp=lamp, other=other)
     return f"{asked} {book[worked].format(p=p, q=q, x=x)} {answer.format(x=x)}"
 
-
+# %% ../../nbs/pretrain/01_world.ipynb #e59b3693
 def tell_catalogue(rng: random.Random) -> str:
     """Some facts of the shop, in one language."""
     book = _book(rng)
@@ -100,7 +100,7 @@ def tell_sums(rng: random.Random) -> str:
     """Tables of sums: one to three of them."""
     return "\n\n".join("\n".join(_sum_lines(rng)) for _ in range(rng.randrange(1, 4)))
 
-
+# %% ../../nbs/pretrain/01_world.ipynb #72afd3d3
 def tell_units(rng: random.Random) -> str:
     """Units and conversions, in one language."""
     book, lines = _book(rng), []
@@ -161,7 +161,7 @@ _WEIGHTS = (
     "There were {s} of them in stock, each {w} grams.",
 )
 
-
+# %% ../../nbs/pretrain/01_world.ipynb #95fb5483
 def tell_story(rng: random.Random) -> str:
     """Somebody buys lamps until the money is gone."""
     name, money = rng.choice(PHRASEBOOKS["en"]["names"]), rng.randrange(60, 240)
@@ -241,7 +241,7 @@ SOURCES: Mapping[str, Callable[[random.Random], str]] = {
 SHARES = {"catalogue": 0.2, "sums": 0.1, "units": 0.1, "dialogues": 0.35, "stories": 0.15, "code": 0.1}
 SPLIT_SHARES = {"train": 0.94, "valid": 0.03, "test": 0.03}
 
-
+# %% ../../nbs/pretrain/01_world.ipynb #16717a34
 def documents(
     source: str,  # one of SOURCES
     split: str,  # one of SPLIT_SHARES
@@ -334,7 +334,7 @@ def shop_facts() -> list[Fact]:
                     facts.append(Fact(field, language, prompt, str(LAMPS[lamp][field])))
     return facts
 
-
+# %% ../../nbs/pretrain/01_world.ipynb #4485f0cd
 def sum_facts() -> list[Fact]:
     """Sums of small numbers, as the tables write them: those that are shown, and those that are held out."""
     return [

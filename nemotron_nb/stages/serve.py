@@ -135,7 +135,7 @@ def _loading(base: type, folder: str) -> type:
 
     return Manager
 
-# %% ../../nbs/stages/13_serve.ipynb #13fccade
+# %% ../../nbs/stages/13_serve.ipynb #da107fbf
 def _answering(base: type) -> type:
     """The handler of chats, which hands messages on whole and takes the line breaks of the format off answers."""
 
@@ -161,7 +161,18 @@ def _answering(base: type) -> type:
             """The answer, tidy."""
             thought, calls = parts.pop("reasoning_content", None), parts.get("tool_calls")
             content, thought = tidy_message(content, thought, calls)
-            return super()._build_completion(request_id, content, *args, reasoning_content=thought, **parts)
+            told = super()._build_completion(request_id, content, *args, **parts)
+            told["choices"][0]["message"] |= {} if thought is None else {"reasoning_content": thought}
+            return told
+
+        def _build_chunk_sse(self, *args: Any, reasoning_content: str | None = None, **parts: Any) -> str:
+            """A piece of a stream; one of the thought is named as such."""
+            sent = super()._build_chunk_sse(*args, **parts)
+            if reasoning_content is None:
+                return sent
+            told = json.loads(sent.removeprefix("data: "))
+            told["choices"][0]["delta"]["reasoning_content"] = str(reasoning_content)
+            return f"data: {json.dumps(told)}\n\n"
 
     return Handler
 

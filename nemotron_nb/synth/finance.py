@@ -10,13 +10,12 @@ __all__ = ['LINES', 'Year', 'MEASURES', 'Asked', 'STEPS', 'Company', 'draw_compa
 # %% ../../nbs/synth/43_finance.ipynb #df55080c
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from fractions import Fraction
 from typing import Any
 
-from ..core import UserError
 from .row import PASSED, REFUSED, Drop, Proof, RowDraft
 from .steps import SynthSettings, Workshop
 

@@ -18,49 +18,104 @@ from .produce import Pipeline
 from .row import PASSED, UNVERIFIED
 from ..viz import Picture, joined, table
 
+# %% ../../nbs/synth/90_pipelines.ipynb #5088a02c
+_PROGRAMS = (
+    Pipeline(
+        "sql", "Questions about small databases, each with a query that was run in eight of them.",
+        "SQL", "nemotron_nb.synth.sql", "SqlSettings",
+        "judge_sql",
+    ),
+    Pipeline(
+        "search", "Riddles over four to eight facts, searched with tools that really answer, in a library of the row.",
+        "Search", "nemotron_nb.synth.search", "SearchSettings",
+        "judge_search",
+    ),
+    Pipeline(
+        "long_context", "Seven tasks over long texts, each chat exact to the token of the model's tokenizer.",
+        "Long context", "nemotron_nb.synth.long_context", "LongSettings",
+        "judge_long_context",
+    ),
+    Pipeline(
+        "finance", "Ratio, growth and comparison questions about invented statements that add up, answered exactly.",
+        "Financial", "nemotron_nb.synth.finance", "FinanceSettings",
+        "judge_finance",
+    ),
+    Pipeline(
+        "instructions", "Chats whose every answer keeps two to five instructions that can be checked by counting.",
+        "Instruction following", "nemotron_nb.synth.instructions", "InstructionSettings",
+        "judge_instructions",
+    ),
+    Pipeline(
+        "tool_world", "Talks with customers in worlds with tools, a state and a policy, graded by what was done.",
+        "Conversational tool use", "nemotron_nb.synth.tool_world", "ToolWorldSettings",
+        "judge_tool_world",
+    ),
+    Pipeline(
+        "terminal", "Tasks with files, text, search and archives; every command is executed in a sandbox.",
+        "Terminal", "nemotron_nb.synth.terminal", "TerminalSettings",
+        "judge_terminal",
+    ),
+)  # fmt: skip
+
+# %% ../../nbs/synth/90_pipelines.ipynb #81eddd9e
+_PROGRAMS2 = (
+    Pipeline(
+        "trajectories", "Logs of coding agents as chats, with what was lost by its reason.",
+        "Agentic software engineering", "nemotron_nb.synth.trajectories", "TrajectorySettings",
+        "judge_trajectories",
+    ),
+)  # fmt: skip
+
+# %% ../../nbs/synth/90_pipelines.ipynb #b96c7cb3
+_MODELS = (
+    Pipeline(
+        "infinity", "Programming problems that need a concept of another field, with programs that were run.",
+        "competition code", "nemotron_nb.synth.infinity", "InfinitySettings",
+        "judge_infinity", teacher="rehearse_infinity",
+    ),
+    Pipeline(
+        "rqa", "Questions inspired by passages that do not need them, answered by who has not seen them.",
+        "RQA", "nemotron_nb.synth.rqa", "RqaSettings",
+        "judge_rqa", teacher="rehearse_rqa",
+    ),
+    Pipeline(
+        "science", "Multiple-choice questions whose keys hold when others answer; letters in balance.",
+        "science", "nemotron_nb.synth.science", "ScienceSettings",
+        "judge_science", teacher="rehearse_science",
+    ),
+    Pipeline(
+        "safety", "Refusals of several kinds, wrapped requests, and harmless look-alikes that are answered.",
+        "safety", "nemotron_nb.synth.safety", "SafetySettings",
+        "judge_safety", teacher="rehearse_safety",
+    ),
+    Pipeline(
+        "multi_turn", "Chats that go on: the same model plays the user, and each turn is judged.",
+        "general chat", "nemotron_nb.synth.multi_turn", "MultiTurnSettings",
+        "judge_multi_turn", teacher="rehearse_multi_turn",
+    ),
+    Pipeline(
+        "instruction_following", "Chats whose every turn follows instructions that a program checks.",
+        "instruction following", "nemotron_nb.synth.instruction_following", "InstructionSettings",
+        "judge_instruction_following", teacher="rehearse_instruction_following",
+    ),
+    Pipeline(
+        "low_effort", "Questions answered with little thought, and the thought is short.",
+        "low effort", "nemotron_nb.synth.low_effort", "LowEffortSettings",
+        "judge_low_effort", teacher="rehearse_low_effort",
+    ),
+)  # fmt: skip
+
+# %% ../../nbs/synth/90_pipelines.ipynb #e418003e
+_MODELS2 = (
+    Pipeline(
+        "paraphrase", "Questions of made rows in other words, with all that matters kept.",
+        "every domain of the rows", "nemotron_nb.synth.paraphrase", "ParaphraseSettings",
+        "judge_paraphrase", teacher="rehearse_paraphrase",
+    ),
+)  # fmt: skip
+
 # %% ../../nbs/synth/90_pipelines.ipynb #6f4a9760
-_ROWS = (
-    Pipeline(
-        name="sql",
-        words="Questions about small databases, each with a query that was run in eight of them.",
-        domain="SQL",
-        module="nemotron_nb.synth.sql",
-        settings="SqlSettings",
-        judge="judge_sql",
-    ),
-    Pipeline(
-        name="search",
-        words="Riddles over four to eight facts, searched with tools that really answer, in a library of the row.",
-        domain="Search",
-        module="nemotron_nb.synth.search",
-        settings="SearchSettings",
-        judge="judge_search",
-    ),
-    Pipeline(
-        name="long_context",
-        words="Seven tasks over long texts, each chat exact to the token of the model's tokenizer.",
-        domain="Long context",
-        module="nemotron_nb.synth.long_context",
-        settings="LongSettings",
-        judge="judge_long_context",
-    ),
-    Pipeline(
-        name="finance",
-        words="Ratio, growth and comparison questions about invented statements that add up, answered exactly.",
-        domain="Financial",
-        module="nemotron_nb.synth.finance",
-        settings="FinanceSettings",
-        judge="judge_finance",
-    ),
-    Pipeline(
-        name="instructions",
-        words="Chats whose every answer keeps two to five instructions that can be checked by counting.",
-        domain="Instruction following",
-        module="nemotron_nb.synth.instructions",
-        settings="InstructionSettings",
-        judge="judge_instructions",
-    ),
-)
+_ROWS = (*_PROGRAMS, *_PROGRAMS2, *_MODELS, *_MODELS2, )
 PIPELINES: Mapping[str, Pipeline] = MappingProxyType({pipeline.name: pipeline for pipeline in _ROWS})
 
 

@@ -86,10 +86,12 @@ def recipe_of(
     pipeline: Pipeline,
     settings: SynthSettings,
 ) -> str:
-    """16 digits: code and settings. What does not change a row is not part of it."""
+    """16 digits: code, settings, and the files that they name. What does not change a row is not part of it."""
     said = _without(asdict(settings), _NOT_A_ROW)
     code = [file_digest(path) for path in code_files(pipeline.module)]
-    return digest([pipeline.name, code, said])
+    paths = {name: said.pop(name) for name in settings.reads if said.get(name)}
+    read = {name: file_digest(path) if os.path.isfile(path) else "" for name, path in paths.items()}
+    return digest([pipeline.name, code, said, *([read] if read else [])])
 
 # %% ../../nbs/synth/05_produce.ipynb #3faa8421
 Entry = dict[str, Any]  # of the journal: {"row": ...} or {"fallen": ...}

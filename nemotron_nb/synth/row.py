@@ -74,6 +74,7 @@ class RowDraft:
     check: dict[str, Any] = field(default_factory=dict)  # what a verifier needs to judge it again
     answer: str = ""  # what is right, in short: rows with the same one say the same thing
     pass_rate: float | None = None  # of several answers, the share that was right
+    low_effort: bool = False  # was it asked for with little thought? The chat template says so to the model
 
     def rng(self, step: str) -> random.Random:
         """The generator of a step."""
@@ -96,6 +97,7 @@ def finished(
     body = {"messages": draft.messages} | ({"tools": draft.tools} if draft.tools else {})
     licences = {p["licence"] for p in draft.parents if p.get("licence")}
     licence = {"license": licences.pop()} if len(licences) == 1 else {}
+    effort = {"low_effort": True} if draft.low_effort else {}
     proofs = [asdict(p) for p in draft.proofs]
     synth = {"pipeline": draft.pipeline, "recipe": recipe, **known, "proofs": proofs}
-    return {"id": digest([draft.pipeline, body]), **body, **licence, "synth": synth}
+    return {"id": digest([draft.pipeline, body]), **body, **licence, **effort, "synth": synth}

@@ -100,7 +100,7 @@ class Continuation:
     generated: str
     right_tokens: int  # generated tokens before the first that differs
 
-
+# %% ../../nbs/train/22_base_model.ipynb #2b552304
 def beginnings(
     manifest: DocumentsManifest,
     count: int,
@@ -159,8 +159,8 @@ def examine_base(
     }
 
 # %% ../../nbs/train/22_base_model.ipynb #34606277
-class DocumentSource:
-    """Documents in .bin and .idx files, as data preparation writes them."""
+class _Documents:
+    """Documents, sample by sample."""
 
     nothing_held_out = "no held-out documents: no held-out loss is measured (prepare the data with valid_shards=1)"
 
@@ -187,11 +187,18 @@ class DocumentSource:
         t, self.config = config.train, config
         how, grows = (config.dataset, t.train_iters, t.global_batch_size, t.seed), t.step_batch_size_schedule
         self.reader = SequenceReader(self.manifest, *how, self.tokenizer.vocab_size, grows)
-        self.place, self.held_out = place_of(self.manifest, *how, grows), held_out_samples(self.manifest, config.dataset)
+        self.place, self.held_out = (
+            place_of(self.manifest, *how, grows),
+            held_out_samples(self.manifest, config.dataset),
+        )
 
     def batch(self, step: int) -> GlobalBatch:
         """The samples of a step."""
         return self.reader.batch(step)
+
+# %% ../../nbs/train/22_base_model.ipynb #37da0044
+class DocumentSource(_Documents):
+    """Documents in .bin and .idx files, as data preparation writes them."""
 
     def examine(self, model: nn.Module, step: int) -> dict[str, Any]:
         """Losses by source and position, continuations, needles where they are asked for."""

@@ -35,7 +35,7 @@ class Needle:
     control: tuple[int, ...]  # the same length, another needle
     answer: tuple[int, ...]
 
-
+# %% ../../nbs/train/21_needle.ipynb #53dae08f
 def make_needle(
     tokenizer: ChatTokenizer,
     hay: Sequence[int],  # token ids of other text
@@ -75,7 +75,7 @@ def answer_loss(
     nll = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
     return nll, bool((logits.argmax(-1) == wanted).all())
 
-
+# %% ../../nbs/train/21_needle.ipynb #2fed3d65
 def needle_trials(
     model: nn.Module,
     tokenizer: ChatTokenizer,
@@ -94,11 +94,11 @@ def needle_trials(
             made = [n for _ in range(trials) if (n := make_needle(tokenizer, hay, tokens, depth, rng))]
             if not made:
                 continue
-            asked = [(answer_loss(model, n.prompt, n.answer), answer_loss(model, n.control, n.answer)[0]) for n in made]
-            found.append({
-                "tokens": tokens, "depth": depth, "trials": len(made), "right": sum(ok for (_, ok), _ in asked),
-                "loss": float(np.mean([loss for (loss, _), _ in asked])), "loss_without": float(np.mean([other for _, other in asked])),
-            })  # fmt: skip
+            asked = [answer_loss(model, n.prompt, n.answer) for n in made]
+            without = [answer_loss(model, n.control, n.answer)[0] for n in made]
+            losses = {"loss": float(np.mean([loss for loss, _ in asked])), "loss_without": float(np.mean(without))}
+            right = {"trials": len(made), "right": sum(ok for _, ok in asked)}
+            found.append({"tokens": tokens, "depth": depth, **right, **losses})
     return found
 
 # %% ../../nbs/train/21_needle.ipynb #a4c10b93

@@ -71,8 +71,8 @@ def _shares_of(manifest: DocumentsManifest) -> dict[str, float]:
     return found
 
 # %% ../../nbs/train/20_sequences.ipynb #fa218670
-class SequenceReader:
-    """The samples of each step of a training, in Megatron's order."""
+class _Places:
+    """What each step reads."""
 
     def __init__(
         self,
@@ -95,8 +95,7 @@ class SequenceReader:
             curriculum = Curriculum(list(dataset.phases), steps, batch_size, length, batch_schedule)
             self.curriculum = CurriculumReader(curriculum, files_of(manifest), seed, vocab_size=vocab_size)
         else:
-            shape = int(self.begins[-1]), length, seed, False, vocab_size
-            self.mixture = Mixture(manifest.prefixes("train"), *shape)
+            self.mixture = Mixture(manifest.prefixes("train"), int(self.begins[-1]), length, seed, False, vocab_size)
 
     def place(self, step: int) -> tuple[Mixture, list[str], range]:
         """What a step reads: the mixture, the source of each of its files, the numbers of the samples."""
@@ -104,15 +103,18 @@ class SequenceReader:
             own, number = self.lengths.readers[self.length_of(step)], int(self.lengths.numbers[step])
             size = own.curriculum.batch_size
             return own.mixtures[0], own.names[0], range(number * size, (number + 1) * size)
-        numbers = range(int(self.begins[step]), int(self.begins[step + 1]))
-        if not self.curriculum:
+        numbers, mixed = range(int(self.begins[step]), int(self.begins[step + 1])), self.curriculum
+        if not mixed:
             return self.mixture, self.names, numbers
-        phase = self.curriculum.phase_of(step)
-        return self.curriculum.mixtures[phase], self.curriculum.names[phase], numbers
+        return mixed.mixtures[mixed.phase_of(step)], mixed.names[mixed.phase_of(step)], numbers
 
     def length_of(self, step: int) -> int:
         """Tokens of a sample of a step."""
         return int(self.lengths.lengths[step]) if self.lengths else self.dataset.sequence_length
+
+# %% ../../nbs/train/20_sequences.ipynb #c3303b9c
+class SequenceReader(_Places):
+    """The samples of each step of a training, in Megatron's order."""
 
     def samples(self, step: int, part: slice = slice(None)) -> tuple[SampleBatch, list[str]]:
         """The samples of a step, or a part of them, and the source of each."""
@@ -150,7 +152,7 @@ def passes_table(
     ]
     return table(rows, title="what is read of each source")
 
-
+# %% ../../nbs/train/20_sequences.ipynb #52003e0f
 def _read_of(reader: SequenceReader) -> Iterator[tuple[Mixture, list[str], np.ndarray]]:
     """(mixture, source of each of its files, tokens read of each) of every mixture that is read from its beginning."""
     parts = (
@@ -185,7 +187,7 @@ def _cut(ids: np.ndarray, starts: np.ndarray, length: int) -> Iterator[SampleBat
         borders = np.array([0, *inside, len(tokens)], np.int32)
         yield SampleBatch(tokens[None], labels[None], np.arange(len(tokens))[None], [borders], np.zeros(1, np.int64))
 
-
+# %% ../../nbs/train/20_sequences.ipynb #04e176a1
 def held_out_samples(
     manifest: DocumentsManifest,
     dataset: DatasetSection,
