@@ -89,6 +89,11 @@ _MODELS = (
         "every domain of the rows", "nemotron_nb.synth.paraphrase", "ParaphraseSettings",
         "judge_paraphrase", teacher="rehearse_paraphrase",
     ),
+    Pipeline(
+        "multilingual", "Chats in other languages, translated line by line, with code, numbers and boxes kept.",
+        "multilingual", "nemotron_nb.synth.multilingual", "MultilingualSettings",
+        "judge_multilingual", teacher="rehearse_multilingual",
+    ),
 )  # fmt: skip
 
 # %% ../../nbs/synth/90_pipelines.ipynb #6f4a9760
