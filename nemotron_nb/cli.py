@@ -7,7 +7,7 @@ __all__ = ['app', 'Config', 'Overrides', 'Run', 'Batch', 'DryRun', 'All', 'AsJso
            'Exact', 'Name', 'Project', 'Entity', 'OPTIONS', 'Groups', 'GROUPS', 'IMPORTS', 'RECIPE', 'RECIPES',
            'FAMILIES', 'Artifacts', 'rl_app', 'Switched', 'data_prep', 'data_prep_pretrain', 'sft', 'pretrain',
            'evaluation', 'rl', 'budget', 'import_artifact', 'Option', 'importable', 'report', 'runs', 'artifacts',
-           'lineage', 'inspect', 'clean_data', 'rl_judge', 'rl_profile', 'chat', 'serve', 'main']
+           'lineage', 'compare', 'inspect', 'clean_data', 'rl_judge', 'rl_profile', 'chat', 'serve', 'main']
 
 # %% ../nbs/90_cli.ipynb #bcdf1490
 import dataclasses
@@ -689,11 +689,12 @@ def _add_imports(groups: Groups, rows: Sequence[Stage], family: str) -> None:
             _group(groups, (kind, "import")).command(stage, **about)(_import_command(family, kind, stage))
 
 # %% ../nbs/90_cli.ipynb #0c5e7d11
-RECIPE, RECIPES = "recipe", ("nano3",)  # the word, and the families that have files in papermill_runs/<family>/recipe
+RECIPE, RECIPES = "recipe", ("nano3", "super3")  # the word, and the families that have files in papermill_runs/<family>/recipe
 _RECIPE_HELP = "The whole recipe: every step a run of its own, resumable, with a report card at the end."
-_RECIPE_EXAMPLES = ("recipe -c tiny", "recipe -c tiny --dry-run", "recipe -c tiny sft.train.train_iters=500 --name longer")
+_RECIPE_EXAMPLES = ("recipe -c tiny", "recipe -c tiny --dry-run", "recipe -c tiny sft.train.train_iters=500 --name longer", "recipe -c tiny --batch CLUSTER")
 _NAMED = _option(str, "--name", metavar="NAME", help="Name of the recipe's folder; empty: that of the configuration.")
 _OUTPUT = _option(str, "--output", metavar="DIR", help="The folder that everything is written to.")
+_ONLY = _option(str, "--only", metavar="STEP", help="Do this step alone; those it takes from must be done.")
 _STEPS = Annotated[list[str] | None, typer.Argument(metavar="[STEP.KEY=VALUE]...", help="Settings of a step, e.g. sft.optimizer.lr=1e-3")]
 _ONE_CONFIG = _option(str, "--config", "-c", metavar="NAME|FILE", help="A recipe's name, such as tiny, or a path to a YAML file.")
 
@@ -701,14 +702,20 @@ _ONE_CONFIG = _option(str, "--config", "-c", metavar="NAME|FILE", help="A recipe
 def _recipe_command(family: str) -> Callable[..., None]:
     """The command that does the steps of a recipe, for typer."""
 
-    def do(typed: list[str] | None, config: str, name: str, output: str, dry_run: bool) -> None:
-        """Do the steps that are not done, and draw the report card."""
+    def do(typed: list[str] | None, config: str, name: str, output: str, dry_run: bool, only: str, batch: str) -> None:
+        """Do the steps that are not done, here or in jobs, and draw the report card."""
         from nemotron_nb.stages.recipe import recipe_run
 
-        recipe_run(family, config, typed or (), name, output, dry_run)
+        profile, _ = _place("", batch)
+        if profile is not None and profile.executor != "slurm":
+            raise UserError(f"the profile {batch!r} is no cluster", where="--batch", fix="leave --batch out: the steps are then done here")
+        if profile is not None and only:
+            raise UserError("--only and --batch together", where="command line", fix="give one: each job does one step")
+        recipe_run(family, config, typed or (), name, output, dry_run, only=only, profile=profile)
 
     steps = [("typed", _STEPS, None), ("config", _ONE_CONFIG, "default")]
-    return _with_parameters(do, [*steps, ("name", _NAMED, ""), ("output", _OUTPUT, "output"), ("dry_run", DryRun, False)])
+    more = [("name", _NAMED, ""), ("output", _OUTPUT, "output"), ("dry_run", DryRun, False), ("only", _ONLY, "")]
+    return _with_parameters(do, [*steps, *more, ("batch", Batch, "")])
 
 # %% ../nbs/90_cli.ipynb #a95e1c02
 FAMILIES = {"nano3": "Nemotron 3 Nano (30B-A3B)", "super3": "Nemotron 3 Super (120B-A12B)"}
@@ -843,6 +850,30 @@ def lineage(
     if png:
         drawn = write_atomic(png, tree.picture().png)
         print(f"\ndrawn: {drawn}", file=sys.stderr if as_json else sys.stdout)
+
+# %% ../nbs/90_cli.ipynb #0f5ed923
+@app.command("compare", help="Runs beside each other: curves, results, the settings that differ; or the checkpoints of a lineage.", epilog="Examples:\n\n  nemotron compare output/nano3/sft/RUN output/nano3/sft/OTHER\n\n  nemotron compare output/nano3/recipe/tiny --html compared.html\n\n  nemotron compare --lineage ModelArtifact-rl:v1 --data output/nano3/data_prep/KEY")
+def compare(
+    runs: Annotated[list[Path] | None, typer.Argument(metavar="RUN...", help="Run folders, or that of a recipe.")] = None,
+    html: Annotated[str, typer.Option("--html", help="Write a page to this file as well.")] = "",
+    of: Annotated[str, typer.Option("--lineage", metavar="NAME:VERSION", help="Measure every checkpoint that led to this model.")] = "",
+    data: Annotated[str, typer.Option("--data", metavar="DIR", help="With --lineage: prepared data to measure on.")] = "",
+    prompts: Annotated[int, typer.Option("--prompts", min=0, help="With --lineage: held-out turns that are continued; 0 = all.")] = 12,
+    root: Artifacts = "",
+) -> None:
+    """Compare runs, or checkpoints."""
+    from nemotron_nb.stages.compare import comparison_picture, lineage_table, measure_lineage
+    from nemotron_nb.stages.evaluate import eval_config
+
+    if bool(runs) == bool(of):
+        raise UserError("runs and --lineage together" if of else "nothing to compare", where="command line", fix="name run folders, or give --lineage NAME")
+    if not of:
+        return _show_picture(comparison_picture(runs), html)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    asked = [f"data.dir={data}", f"data.num_prompts={prompts}", "data.questions=", "eval.thinking_budget=0"]
+    _show_picture(lineage_table(measure_lineage(_store(root), of, eval_config("nano3", "tiny", asked).settings)), html)
 
 # %% ../nbs/90_cli.ipynb #4855b3df
 def _show_picture(picture: Any, html: str) -> None:

@@ -34,7 +34,7 @@ from nemotron_nb.stages.recipe import (
     write_card,
 )
 
-STEPS = ("pretrain", "sft", "rl", "dpo", "eval")
+STEPS = ("pretrain", "sft", "dpo", "rl", "eval")
 
 
 def stand_in(asked, resume="", die=lambda where: None):
@@ -148,7 +148,7 @@ def test_other_steps_in_the_same_folder_are_refused(tmp_path):
     before = (folder / "journal.json").read_bytes()
     for other, said in (
         (load_recipe("nano3", "tiny", ["rl.grpo.seed=1"]), r"settings of the step rl was \[\], and asked for is \['grpo.seed=1'\]"),
-        (Recipe("nano3", tiny.steps[:3]), "it was begun with nano3 pretrain, sft, rl, dpo, eval"),
+        (Recipe("nano3", tiny.steps[:3]), "it was begun with nano3 pretrain, sft, dpo, rl, eval"),
         (Recipe("super3", tiny.steps), "asked for is super3"),
     ):
         with pytest.raises(UserError, match=said):
@@ -303,7 +303,7 @@ def test_the_whole_way_for_real(tmp_path):
     card = json.loads((folder / "card.json").read_text())
     assert [step["state"] for step in card["steps"]] == ["done"] * 5
     assert all(step["measures"] for step in card["steps"] if step["step"] != "dpo")
-    for name in ("ModelArtifact-rl:v2", "ModelArtifact-rl:v1", "ModelArtifact-sft:v1", "ModelArtifact-pretrain:v1"):
+    for name in ("ModelArtifact-rl:v2", "ModelArtifact-sft:v1", "ModelArtifact-pretrain:v1"):
         assert name in card["lineage"], card["lineage"]
     settings = OmegaConf.load(Path(card["steps"][-1]["run"]) / "eval.yaml")
     assert settings.model == str(Path(card["steps"][3]["run"]) / "model")

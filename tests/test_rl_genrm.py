@@ -8,24 +8,29 @@ import random
 import time
 
 import pytest
+import torch
 from precision import FACTOR
-from test_rl_stage import ASSETS, rows_file, small_model
+from test_rl_stage import ASSETS, TOKENIZER, rows_file, small_model
 
 from nemotron_nb.core import UserError
+from nemotron_nb.data.template import chunks
 from nemotron_nb.endpoint import Endpoint, rehearsal
 from nemotron_nb.endpoint import Reply as Served
 from nemotron_nb.ops.run_folder import read_metrics
 from nemotron_nb.rl.genrm import Verdict, circular_pairs, no_verdict, points, read_verdict, standings
 from nemotron_nb.rl.grpo import GrpoSettings
+from nemotron_nb.rl.judge_tasks import agreement, judge_messages, verify_preference
 from nemotron_nb.rl.judgement import read_reply
 from nemotron_nb.rl.judges import CircleJudge, Duel, GenrmSettings, circle_judge, endpoint_judge, rule_judge, verdicts_within
 from nemotron_nb.rl.length_control import SUPER_LENGTH, LengthControl, adjust, bonus_place, centred_weights
 from nemotron_nb.rl.prepare import TaskFiles, prepare_tasks
-from nemotron_nb.rl.sample_tasks import sample_tasks
+from nemotron_nb.rl.sample_tasks import VERDICT_SLIPS, sample_tasks, write_careless_verdicts
 from nemotron_nb.rl.tasks import read_tasks
-from nemotron_nb.rl.training import KeepSection, RlTraining, train
+from nemotron_nb.rl.training import KeepSection, RlTraining, judge_writer, train
 from nemotron_nb.stages.rl import rl_config
 from nemotron_nb.train.checkpoint import export_hf
+from nemotron_nb.train.model import build_model
+from nemotron_nb.train.settings import ModelConfig
 
 EPS = 2.0**-52
 TASK = sample_tasks(1, ["sum"], "tests")[0]
@@ -209,3 +214,62 @@ def test_older_checkpoints_are_gone_on_with_and_the_command_line_reaches_every_s
     assert "genrm" in dataclasses.replace(plain, genrm=GenrmSettings("rule")).deciding
     told = rl_config("nano3", "rlhf", ["genrm.length.answer=0.1", "genrm.judge=endpoint", "genrm.base_url=http://localhost/v1", "genrm.model=g"]).settings.genrm
     assert (told.judge, told.length.answer, told.length.thought) == ("endpoint", 0.1, 0.3)
+
+
+# ---- a model that judges, and a judge that is trained
+
+
+def always_the_first(folder):
+    """A small model that writes the same verdict whatever it is shown: overfitted in seconds."""
+    model = build_model(ModelConfig(hidden_size=64, pattern="ME*M", experts=2), TOKENIZER.vocab_size, seed=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    verdict = {"role": "assistant", "reasoning_content": "Hm.", "content": '{"score_1": 4, "score_2": 2, "ranking": 2}'}
+    chats = [[*judge_messages([{"role": "user", "content": "?" * n}], "It is 7.", "abc" * n), verdict] for n in (1, 2, 3)]
+    encoded = lambda chat, **how: [i for c in chunks(chat, **how) for i in TOKENIZER.encode_pieces(c.pieces)]
+    rows = [(encoded(chat), len(encoded(chat[:-1], add_generation_prompt=True))) for chat in chats]
+    for _ in range(25):
+        for ids, begin in rows:
+            logits = model(torch.tensor([ids]), use_cache=False).logits[0, begin - 1 : -1]
+            torch.nn.functional.cross_entropy(logits, torch.tensor(ids[begin:])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    export_hf(model, ASSETS, folder)
+    return str(folder)
+
+
+def test_a_model_of_this_house_judges_a_run_and_its_liking_for_a_side_cancels(tmp_path):
+    """judge=model: every answer is once first (4) and once second (2), so all earn 3, and nothing moves."""
+    export_hf(small_model(), ASSETS, tmp_path / "start")
+    judging = GenrmSettings("model", model=always_the_first(tmp_path / "judge"), max_new_tokens=60)
+    write = judge_writer(judging)
+    said_twice = write([judge_messages([{"role": "user", "content": "2 + 2?"}], "It is 5.", "It is 4.")] * 2)
+    assert [read_verdict(text) for text in said_twice] == [Verdict(4, 2, 2)] * 2
+    prepared = prepare_tasks(TaskFiles("sample", val_rows=3, sample_tasks=3), tmp_path / "tasks")
+    grpo = GrpoSettings(num_prompts_per_step=2, num_generations_per_prompt=3, max_num_steps=1, max_new_tokens=8)
+    train(RlTraining(str(tmp_path / "start"), prepared.train, str(tmp_path / "run"), prepared.val, grpo=grpo, genrm=judging))
+    ledger = [json.loads(line) for line in (tmp_path / "run/ledger/step_000001.jsonl").read_text().splitlines()]
+    assert [(row["rule"], row["status"], row["reward"]) for row in ledger] == [("circle", "judged", 3.0)] * 6
+    (line,) = [m for m in read_metrics(tmp_path / "run/metrics.jsonl") if m["kind"] == "rl"]
+    assert line["groups"] == {"live": 0, "silent": 2, "unjudged": 0} and not line["moved"]
+
+
+def test_a_judge_has_tasks_of_its_own_whose_truth_is_the_rule_judges(tmp_path):
+    told = rl_config("nano3", "genrm", ["data.sample_tasks=20", "data.val_rows=6"]).settings
+    assert told.start.verdicts and told.data.preferences == "judge" and not told.genrm.on
+    prepared = prepare_tasks(told.data, tmp_path / "tasks")
+    train_tasks, val_tasks = (read_tasks(path).tasks for path in (prepared.train, prepared.val))
+    assert (len(train_tasks), len(val_tasks)) == (20, 6) and not {t.id for t in train_tasks} & {t.id for t in val_tasks}
+    assert sorted({t.truth["human_ranking"] for t in train_tasks}) == [2.0, 5.0], "each pair in both orders"
+    for task in train_tasks:
+        first, second = task.messages[1]["content"].split("<answer 2 ")
+        assert ("I do not know." in first.split("<answer 1 ")[1]) == (task.truth["human_ranking"] == 2.0)
+        right = {2.0: '{"score_1": 5, "score_2": 2, "ranking": 2}', 5.0: '{"score_1": 2, "score_2": 5, "ranking": 5}'}[task.truth["human_ranking"]]
+        verdicts = [verify_preference(task, turn(v)) for v in (right, '{"score_1": 3, "score_2": 3, "ranking": 3.5}')]
+        assert verdicts[0].reward == 1.0 and agreement(verdicts[:1]) == 1.0
+
+
+def test_careless_verdicts_are_right_as_often_as_was_designed(tmp_path):
+    lines = write_careless_verdicts(tmp_path / "v.jsonl", 300).read_text().splitlines()
+    chats = [json.loads(line)["messages"] for line in lines]
+    right = sum(("I do not know." in c[1]["content"].split("<answer 2 ")[0]) == (json.loads(c[2]["content"])["ranking"] == 2) for c in chats)
+    assert abs(right / 300 - (1 - VERDICT_SLIPS)) < 0.1

@@ -28,15 +28,17 @@ from nemotron_nb.rl.grpo import GrpoSettings, draw_and_judge, make_policy, polic
 from nemotron_nb.rl.judgement import said
 from nemotron_nb.rl.nemo_rl import MAPPED, ONLY_THERE, nemo_rl_config, our_names
 from nemotron_nb.rl.prepare import TaskFiles, prepare_tasks
-from nemotron_nb.rl.preferences import BadPair, DpoSettings, dpo_gradient, own_pairs, pair_of_row, reference_logp
+from nemotron_nb.loss.policy import PolicyRules
+from nemotron_nb.rl.preferences import BadPair, DpoSettings, dpo_gradient, own_pairs, pair_of_row, read_pairs, reference_logp
 from nemotron_nb.rl.sample_tasks import sample_tasks
 from nemotron_nb.rl.tasks import read_tasks, task_row
-from nemotron_nb.rl.training import KeepSection, RlTraining, train
+from nemotron_nb.rl.training import KeepSection, RlTraining, set_up, train
 from nemotron_nb.stages.rl import rl_config, write_rl_report
 from nemotron_nb.train.checkpoint import export_hf
 from nemotron_nb.train.metrics import MetricsFile
 from nemotron_nb.train.model import build_model
-from nemotron_nb.train.settings import ModelConfig
+from nemotron_nb.train.lora import load_adapter
+from nemotron_nb.train.settings import ModelConfig, PeftSection
 
 TOKENIZER = load_tokenizer("tiny")
 ASSETS = Path(nemotron_nb.__file__).parent / "data" / "assets" / "tokenizer"
@@ -407,6 +409,44 @@ def test_a_run_that_dies_anywhere_ends_with_the_same_bytes(start, tmp_path, monk
     assert left_behind(tmp_path / "broken") == left_behind(tmp_path / "whole")
 
 
+LORA = PeftSection(enabled=True, dim=4)
+
+
+def test_lora_is_trained_beside_the_base_which_is_the_reference_of_preferences(start, tmp_path):
+    told = training(start, tmp_path / "run", method="dpo", peft=LORA, dpo=DpoSettings(solutions=6, min_pairs=4, pairs_per_step=4, max_num_steps=3))
+    train(told, judge_one=odd)
+    lines = [m for m in read_metrics(tmp_path / "run" / "metrics.jsonl") if m["kind"] == "dpo"]
+    assert (lines[0]["chosen"], lines[0]["rejected"]) == (0.0, 0.0) and lines[-1]["chosen"] != 0.0, "the model begins as its base"
+    base, whole = (build_model(ModelConfig(name=str(p)), TOKENIZER.vocab_size) for p in (start, tmp_path / "run" / "model"))
+    kept, found = json.loads((tmp_path / "run" / "reference.json").read_text()), reference_logp(base, read_pairs(tmp_path / "run" / "pairs.jsonl"))
+    assert all(abs(a - b) < 1e-3 for one, other in zip(found, kept, strict=True) for a, b in zip(one, other, strict=True))
+    adapted = load_adapter(build_model(ModelConfig(name=str(start)), TOKENIZER.vocab_size), tmp_path / "run" / "adapter")
+    moved = {n for n, p in whole.named_parameters() if not torch.equal(p, dict(base.named_parameters())[n])}
+    assert moved and not any(".experts." in n or "embeddings" in n for n in moved), "what has no pair stands still"
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert float((adapted(ids).logits - whole(ids).logits).abs().max()) < 1e-4, "model/ is the sum of base and adapter"
+
+
+def test_with_lora_a_penalty_holds_the_model_near_its_base_without_a_second_model(start, tmp_path):
+    settings = dataclasses.replace(RUN, max_num_steps=3, lr=0.05, loss_fn=PolicyRules(kl_penalty=0.1))
+    config = training(start, tmp_path / "run", peft=LORA, grpo=settings)
+    under_way = set_up(config)
+    assert under_way.policy.reference is under_way.policy.model
+    train(config, judge_one=odd)
+    steps = [m for m in read_metrics(tmp_path / "run" / "metrics.jsonl") if m["kind"] == "rl"]
+    assert steps[0]["kl_reference"] == 0.0 and steps[-1]["kl_reference"] > 0.0
+    again = training(start, tmp_path / "again", peft=LORA, grpo=settings)
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "STOP").touch()
+    for _ in range(2):
+        train(again, judge_one=odd)
+    name = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), "a checkpoint keeps the pairs"
+    with pytest.raises(UserError, match="other settings: peft"):
+        train(dataclasses.replace(again, peft=dataclasses.replace(LORA, dim=2)), judge_one=odd)
+
+
 @pytest.mark.long
 def test_a_process_that_is_killed_goes_on_to_the_same_bytes(start, tmp_path):
     """SIGKILL in the middle of a step, for real."""
@@ -546,6 +586,30 @@ def test_sigterm_leaves_a_run_that_is_preempted_and_goes_on(done, start):
     assert isinstance(error, UserError) and "together with --resume" in str(error)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["grpo", "dpo"])
+def test_two_ranks_by_the_command_line_are_stopped_and_go_on_to_the_same_bytes(start, tmp_path, method):
+    """`--nproc-per-node 2`, in one go and with a SIGTERM on the way."""
+    more = {"grpo": ["grpo.max_num_steps=6", "genrm.judge=rule"], "dpo": ["method=dpo", "dpo.max_num_steps=6", "dpo.min_pairs=2", "dpo.solutions=6", f"dpo.pairs={tmp_path}/pairs.jsonl"]}[method]
+    rows_file(tmp_path / "pairs.jsonl", [{"prompt": f"{n} + 1?", "chosen": f"It is {n + 1}.", "rejected": "I do not know."} for n in range(12)])
+    words = ["nano3", "rl", *SMALL, f"model={start}", *more, "--nproc-per-node", "2"]
+    whole = nemotron(*words, "run.label=whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    command = [str(Path(sys.executable).with_name("nemotron")), *words, "run.label=broken"]
+    dying = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ONE_THREAD)
+    deadline = time.monotonic() + 240
+    while not (found := list(tmp_path.glob("output/nano3/rl/*-broken-*/metrics.jsonl"))) or not any(m["kind"] in ("rl", "dpo") for m in read_metrics(found[0])):
+        assert time.monotonic() < deadline and dying.poll() is None
+        time.sleep(0.05)
+    dying.send_signal(signal.SIGTERM)
+    said_aloud, run = dying.communicate(timeout=240)[0], found[0].parent
+    assert dying.returncode == 128 + signal.SIGTERM and read_metrics(run / "metrics.jsonl")[-1]["kind"] == "paused", said_aloud
+    again = nemotron("nano3", "rl", "--resume", str(run), cwd=tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    (straight,) = tmp_path.glob("output/nano3/rl/*-whole-*/")
+    assert left_behind(run) == left_behind(straight) and "--nproc-per-node=2" in (straight / "train.json").read_text()
+
+
 def test_the_plan_for_a_cluster_shows_nemo_rls_configuration_and_starts_nothing(tmp_path, monkeypatch):
     (tmp_path / "env.toml").write_text(ENV_TOML)
     monkeypatch.chdir(tmp_path)
@@ -557,6 +621,25 @@ def test_the_plan_for_a_cluster_shows_nemo_rls_configuration_and_starts_nothing(
         error = CliRunner().invoke(app, ["nano3", "rl", *more]).exception
         assert isinstance(error, UserError) and "does not start" in str(error) and "--dry-run" in str(error)
     assert [p.name for p in tmp_path.iterdir()] == ["env.toml"]
+
+
+@pytest.mark.parametrize("stage, words", [
+    ("rlvr", ["num_prompts_per_step: 256", "tensor_model_parallel_size: 4"]),
+    ("swe1", ["num_prompts_per_step: 64", "train_global_batch_size: 1024", "max_total_sequence_length: 131072", "num_val_generations_per_prompt: 1", "swe_pivot_single_step_tool_use", "invalid_tool_call_advantage: -5.0", "context_parallel_size: 16"]),
+    ("swe2", ["num_prompts_per_step: 16", "num_generations_per_prompt: 32", "max_total_sequence_length: 196608", "swebench_openhands_training.yaml", "agent_max_turns: 200", "concurrency: 768", "swebench_agent_timeout: 3600"]),
+    ("rlhf", ["comparison_strategy: circular", "reference_policy_kl_penalty: 0.0001"]),
+])  # fmt: skip
+def test_every_stage_of_super_has_a_configuration_that_is_shown_and_not_started(tmp_path, monkeypatch, stage, words):
+    monkeypatch.chdir(tmp_path)
+    for asked in (["super3", "rl", stage], ["super3", "rl", "-c", stage]):
+        shown = CliRunner().invoke(app, [*asked, "--dry-run"])
+        assert shown.exit_code == 0, shown.exception
+        assert all(word in shown.output for word in ["NeMo RL was not run", "tool_parser: qwen3_coder", *words]), [w for w in words if w not in shown.output]
+    assert isinstance(CliRunner().invoke(app, ["super3", "rl", stage]).exception, UserError) and not list(tmp_path.iterdir())
+    source = (Path(nemotron_nb.__file__).parents[1] / "papermill_runs/super3/rl" / f"{stage}.yaml").read_text()
+    assert "Source" in source or stage == "rlvr"
+    with pytest.raises(UserError, match="did you mean 'policy.megatron_cfg.mtp_num_layers'"):
+        rl_config("super3", stage, ["nemo_rl.policy.megatron_cfg.mtp_num_layer=1"])
 
 
 def test_a_small_run_has_a_plan_with_a_job_script(tmp_path, monkeypatch, start):

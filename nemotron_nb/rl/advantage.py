@@ -130,18 +130,17 @@ def advantage_strip(
     top: float = 1.0,  # the size that is darkest
 ) -> Picture:
     """Tokens coloured by the advantage that pushes them. Safe for untrusted notebooks."""
+    told = lambda a: "given" if a is None else f"advantage {a:+.3f}"
     spans = [
-        (
-            1,
-            f'<span style="{_tint(a, top)};padding:0 1px" title="{"given" if a is None else f"advantage {a:+.3f}"}">{escape(clipped(p, 400))}</span>',
-        )
+        (1, f'<span style="{_tint(a, top)};padding:0 1px" title="{told(a)}">{escape(clipped(p, 400))}</span>')
         for p, a in zip(pieces, advantages, strict=True)
     ]
     drawn, body = fitting(spans)
     more = f" ... and {len(spans) - drawn} more tokens" if drawn < len(spans) else ""
     pushed = sum(a is not None for a in advantages)
     head = f"{title}: {pushed} of {len(pieces)} tokens drawn" if title else f"{pushed} of {len(pieces)} tokens drawn"
-    page = f'<div style="font-family:monospace;font-size:13px;line-height:1.7;{PAGE};padding:4px"><b>{escape(clipped(head, 300))}</b><br>{body}{more}</div>'
+    style = f"font-family:monospace;font-size:13px;line-height:1.7;{PAGE};padding:4px"
+    page = f'<div style="{style}"><b>{escape(clipped(head, 300))}</b><br>{body}{more}</div>'
     text = "".join(p if a is None else f"[{p}]" for p, a in zip(pieces, advantages, strict=True))
     values = sorted({round(a, 3) for a in advantages if a is not None})
     return Picture(page, f"{head}; advantage {', '.join(f'{v:+.3f}' for v in values)}\n{text}")

@@ -48,9 +48,8 @@ class EffortSettings:
         shares = (self.low_start, self.low_end, self.budget_share)
         if not all(0 <= s <= 1 for s in shares) or self.weight < 0 or self.penalty < 0 or self.bound < 1:
             said = f"shares {shares}, weight {self.weight}, penalty {self.penalty}, bound {self.bound}"
-            raise UserError(
-                said, where="grpo.effort", fix="let shares be in 0 to 1, weights at least 0, the bound at least 1"
-            )
+            fix = "let shares be in 0 to 1, weights at least 0, the bound at least 1"
+            raise UserError(said, where="grpo.effort", fix=fix)
         _ = self.policy  # refuses budgets that are none
 
     @property
@@ -61,13 +60,9 @@ class EffortSettings:
     @property
     def policy(self) -> ReasoningPolicy:
         """The same as data preparation knows it: its marker, its budgets."""
-        return ReasoningPolicy(
-            low_effort_fraction=self.low_start,
-            truncate_fraction=self.budget_share,
-            min_budget=self.min_budget,
-            max_budget=self.max_budget,
-            budget_scale=self.budget_scale,
-        )
+        shares = {"low_effort_fraction": self.low_start, "truncate_fraction": self.budget_share}
+        budgets = {name: getattr(self, name) for name in ("min_budget", "max_budget", "budget_scale")}
+        return ReasoningPolicy(**shares, **budgets)
 
     def low_share(self, step: int, steps: int) -> float:
         """The share of tasks that are asked for little effort; it moves in a straight line."""
@@ -187,7 +182,7 @@ def sample_budgeted(
     step: int = 0,
     seed: int = 0,
 ) -> list[list[Rollout]]:
-    """For each task `group` answers whose thought has at most its budget of tokens, exactly as many where it was cut."""
+    """For each task `group` answers whose thought has at most its budget of tokens; where it was cut, as many."""
     close = tokenizer.special_ids["</think>"]
     names = [name for name in prompts for _ in range(group)]
     asks = [

@@ -44,12 +44,12 @@ from ..train.batches import MicroBatch, collate
 from ..train.parallel import Ranks, passes, sum_gradients
 
 # %% ../../nbs/rl/20_grpo.ipynb #3b1d0530
-_AT_LEAST_1 = ("num_prompts_per_step", "max_num_steps", "max_new_tokens", "rows", "micro_batch_tokens", "max_silent_steps")
+_SIZES = ("num_prompts_per_step", "max_num_steps", "max_new_tokens", "rows", "micro_batch_tokens", "max_silent_steps")
 
 
 def _check_grpo(settings: "GrpoSettings") -> None:
     """`UserError` for settings with which nothing could be learned."""
-    for name in _AT_LEAST_1:
+    for name in _SIZES:
         if getattr(settings, name) < 1:
             raise UserError(f"{name} is {getattr(settings, name)}", where="grpo", fix="give at least 1")
     if settings.num_generations_per_prompt < 2:
@@ -195,7 +195,8 @@ def draw(
     tokenizer, members = policy.tokenizer, settings.num_generations_per_prompt
     prompts = {name: prompt_ids(task, tokenizer) for name, task in tasks.items()}
     rooms = {name: ROOMS[task.environment] for name, task in tasks.items() if task.environment in ROOMS}
-    budgets = {name: task.extra["budget"] for name, task in tasks.items() if task.extra.get("budget") and name not in rooms}
+    limited = {name: task for name, task in tasks.items() if task.extra.get("budget") and name not in rooms}
+    budgets = {name: task.extra["budget"] for name, task in limited.items()}
     of = lambda names: {n: p for n, p in prompts.items() if n in names}
     several, budgeted, single = of(rooms), of(budgets), of(prompts.keys() - rooms.keys() - budgets.keys())
     how = {"end_id": tokenizer.im_end_id, "temperature": settings.temperature, "rows": settings.rows}
@@ -226,7 +227,7 @@ def draw_and_judge(
     settings: GrpoSettings,
     judge_one: Judge = judge,
 ) -> list[Answers]:
-    """The answers of a step, judged and valued; every rank draws a part of the tasks and gets all. Every rank must call it."""
+    """The answers of a step, judged and valued. Every rank must call it: each draws a part, and gets all."""
     by_name, ranks = named(tasks), policy.ranks
     if step >= 0 and settings.effort.on:  # measurements ask the tasks as they are
         how = (step, settings.max_num_steps, settings.effort, settings.seed)
@@ -254,7 +255,8 @@ def _valued(
 ) -> Answers:
     """A group with its advantages. A rollout that failed is not judged, whatever a verifier says of it."""
     rewards = [None if r.status == FAILED else j.reward for r, j in zip(rollouts, judgements, strict=True)]
-    return Answers(task, rollouts, judgements, value_group(rewards, [r.status == TRUNCATED for r in rollouts], settings.advantage))
+    group = value_group(rewards, [r.status == TRUNCATED for r in rollouts], settings.advantage)
+    return Answers(task, rollouts, judgements, group)
 
 # %% ../../nbs/rl/20_grpo.ipynb #9f016ab0
 def _denominator(answers: Sequence[Answers], rules: PolicyRules) -> int:
@@ -377,7 +379,7 @@ def grpo_step(
     settings: GrpoSettings,
     judge_one: Judge = judge,
 ) -> tuple[dict[str, Any], list[Answers]]:
-    """(line of the metrics file, answers) of one optimizer step. Without any live group the weights stay, and the line says so."""
+    """(line of the metrics file, answers) of one optimizer step. Without a live group the weights stay: the line says so."""
     answers = draw_and_judge(policy, tasks, step, settings, judge_one)
     line = step_record(answers, step)
     if not _trained(answers, settings):
@@ -427,8 +429,10 @@ def grpo_steps(
             raise UserError(
                 f"{still} steps without a group that says anything",
                 where=f"grpo, step {step + 1}",
-                why=f"the last mean reward is {line['reward']:.2f}, and where all answers earn the same nothing is learned",
-                fix="choose tasks with pass rates between the extremes, draw more answers, or look at the ledger of failed judgements",
+                why=f"the last mean reward is {line['reward']:.2f}, and where all answers earn the same nothing is "
+                "learned",
+                fix="choose tasks with pass rates between the extremes, draw more answers, or look at the ledger of "
+                "failed judgements",
             )
 
 # %% ../../nbs/rl/20_grpo.ipynb #66d99384

@@ -24,7 +24,7 @@ SOURCES: Mapping[str, str] = {
     "TRAIN": "NVIDIA-NeMo/Nemotron e27b3713, src/nemotron/recipes/nano3/stage2_rl/train.py",
     "LOSS": "NVIDIA-NeMo/RL 7ea279ab, nemo_rl/algorithms/loss/loss_functions.py; left out where it is null",
     "OURS": "computed from our settings",
-    "SUPER": "NVIDIA-NeMo/RL 7ea279ab, examples/nemo_gym/nemotron-3-super/stage1_rlvr.yaml, stage2_swe1.yaml, stage2_swe2.yaml",
+    "SUPER": "NVIDIA-NeMo/RL 7ea279ab, examples/nemo_gym/nemotron-3-super/stage1_rlvr.yaml, stage2_swe{1,2}.yaml",
     "RLHF": "NVIDIA-NeMo/RL 15ca9805, examples/nemo_gym/nemotron-3-super/stage3_rlhf.yaml",
 }
 SCRIPT = "examples/nemo_gym/run_grpo_nemo_gym.py"  # of a NeMo RL checkout; starts a run from a configuration
@@ -137,13 +137,17 @@ ONLY_THERE: Mapping[str, Any] = {f"policy.megatron_cfg.{name}": value for name, 
 
 # %% ../../nbs/rl/26_nemo_rl.ipynb #49f77369
 _ASYNC = ("max_generation_failures", "in_flight_weight_updates", "recompute_kv_cache_after_weight_updates")
-_PENALTIES = ("penalize_invalid_tool_call", "invalid_tool_call_advantage", "penalize_malformed_thinking", "malformed_thinking_advantage")
-_GRPO = ("advantage_clip_low", "advantage_clip_high", "seq_logprob_error_threshold", *_PENALTIES, *(f"async_grpo.{n}" for n in _ASYNC))
+_FORM = ("invalid_tool_call", "malformed_thinking")
+_PENALTIES = (*(f"penalize_{n}" for n in _FORM), *(f"{n}_advantage" for n in _FORM))
+_BOUNDS = ("advantage_clip_low", "advantage_clip_high", "seq_logprob_error_threshold")
+_GRPO = (*_BOUNDS, *_PENALTIES, *(f"async_grpo.{n}" for n in _ASYNC))
 _MTP = ("mtp_num_layers", "mtp_use_repeated_layer", "mtp_detach_heads", "mtp_loss_scaling_factor")
 _VLLM = ("enable_prefix_caching", "async_engine", "max_model_len", "reasoning_parser_plugin")
 _CHAT = ("enable_auto_tools", "default_chat_template_kwargs.enable_thinking")
 _APART = ("enabled", "resources.gpus_per_node", "resources.num_nodes")
-_AGENT = ("agent_max_turns", "concurrency", "swebench_agent_timeout", "run_with_mixed_prompts", "dataset_path", "container_formatter")
+_LIMITS = ("agent_max_turns", "concurrency", "swebench_agent_timeout", "run_with_mixed_prompts")
+_AGENT = (*_LIMITS, "dataset_path", "container_formatter")
+_AGENTS = tuple(f"swe_agents_{part}.responses_api_agents.swe_agents" for part in ("train", "val"))
 _GYM = ("config_paths", "invalid_tool_call_patterns", "thinking_tags", "use_absolute_ip")
 OF_STAGES = (  # keys of a stage, left out where nothing is said about them
     *(f"grpo.{name}" for name in _GRPO),
@@ -156,7 +160,7 @@ OF_STAGES = (  # keys of a stage, left out where nothing is said about them
     *(f"policy.generation.colocated.{name}" for name in _APART),
     *(f"env.{name}" for name in ("should_mask_flagged_samples", "should_log_nemo_gym_responses")),
     *(f"env.nemo_gym.{name}" for name in _GYM),
-    *(f"env.nemo_gym.swe_agents_{part}.responses_api_agents.swe_agents.{n}" for part in ("train", "val") for n in _AGENT),
+    *(f"env.nemo_gym.{agent}.{name}" for agent in _AGENTS for name in _AGENT),
 )
 
 # %% ../../nbs/rl/26_nemo_rl.ipynb #4afbceb4
@@ -264,7 +268,7 @@ def _check_own(own: Mapping[str, Any]) -> None:
 
 def nemo_rl_config(
     ours: Mapping[str, Any],  # our settings by dotted name
-    only_there: Mapping[str, Any] | None = None,  # values for ONLY_THERE in place of the published ones, and for OF_STAGES
+    only_there: Mapping[str, Any] | None = None,  # values for ONLY_THERE and OF_STAGES
     train: str = "",  # the prepared files
     val: str = "",
 ) -> NemoRlConfig:

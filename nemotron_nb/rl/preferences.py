@@ -290,7 +290,7 @@ def _answer_logp(model: nn.Module, pairs: Sequence[Pair], average: bool) -> tupl
 
 # %% ../../nbs/rl/24_preferences.ipynb #83cb6694
 def _hand(pairs: Sequence[Pair], ranks: Ranks) -> list[int]:
-    """Places of the pairs of this rank: the longest first, dealt in turn, so that all ranks have about equally many tokens."""
+    """Places of the pairs of this rank: the longest first, dealt in turn, so that ranks have about equally many tokens."""
     length = [len(p.chosen.ids) + len(p.rejected.ids) for p in pairs]
     return sorted(range(len(pairs)), key=lambda k: (-length[k], k))[ranks.rank :: ranks.world]
 
@@ -333,7 +333,11 @@ class DpoStats:
 
 # %% ../../nbs/rl/24_preferences.ipynb #8977fe6b
 def _share(
-    policy: Policy, pairs: Sequence[Pair], reference: Sequence[tuple[float, float]], settings: DpoSettings, denominator: int
+    policy: Policy,
+    pairs: Sequence[Pair],
+    reference: Sequence[tuple[float, float]],
+    settings: DpoSettings,
+    denominator: int,  # pairs of the whole step
 ) -> tuple[Tensor, DpoStats]:
     """The share of the loss that a micro-batch has, and its sums."""
     good, bad = _answer_logp(policy.model, pairs, settings.average)
@@ -396,7 +400,7 @@ def dpo_step(
 def share_pushed_down(
     line: Mapping[str, float],  # of the metrics file, kind "dpo"
 ) -> float:
-    """How much of the margin is the fall of the rejected answers, 0 to 1; above 1 where the chosen ones fall too. 0 without a margin."""
+    """How much of the margin is the fall of the rejected answers; above 1 where the chosen ones fall too, 0 without one."""
     margin = line["chosen"] - line["rejected"]
     return -line["rejected"] / margin if margin > 0 else 0.0
 

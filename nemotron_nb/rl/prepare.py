@@ -64,7 +64,8 @@ def _check_files(files: "TaskFiles") -> None:
         raise UserError(f"unknown use {files.preferences!r}", where="data.preferences", fix=fix)
     if files.preferences == "chat" and files.path == SAMPLE:
         why = "the project's own tasks can be checked, and need no judge"
-        raise UserError("preferences=chat with path=sample", where="data.preferences", why=why, fix="leave one of them out")
+        fix = "leave one of them out"
+        raise UserError("preferences=chat with path=sample", where="data.preferences", why=why, fix=fix)
     _check_numbers(files)
     if files.val_path and files.val_path == files.path:
         why, fix = "what is trained on would be measured on", "leave it out: the last val_rows tasks are kept apart"
@@ -217,7 +218,7 @@ def distinct_tasks(
         f"there are no {count} different tasks", where="data.sample_tasks", fix=f"give at most {len(found)}"
     )
 
-
+# %% ../../nbs/rl/23_prepare.ipynb #e1d45e12
 def _sampled_pairs(settings: TaskFiles) -> tuple[Funnel, Funnel]:
     """(to train on, to measure on) of the project's own preferences; a pair is two tasks, one for each order."""
     train, val = Funnel(), Funnel()

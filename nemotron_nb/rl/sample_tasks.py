@@ -46,7 +46,7 @@ _SUMS = ("What is {} + {}?", "How much is {} + {}?", "Add {} and {}.")
 
 
 def _sum(rng: random.Random) -> SampleTask:
-    """A sum of two numbers from 2 to 5, in one of three wordings: 16 sums, which a model of a million parameters can know by heart."""
+    """A sum of two numbers from 2 to 5 in one of three wordings: 16 sums can be known by heart by a small model."""
     a, b, asked = rng.randrange(2, 6), rng.randrange(2, 6), rng.choice(_SUMS)
     truth = {"expected_answer": str(a + b), "grading_mode": "one_number"}
     return SampleTask("sum", asked.format(a, b), truth, f"{a} + {b} = {a + b}.")
@@ -82,7 +82,7 @@ def sample_tasks(
     kinds: Sequence[str] = KINDS,  # in turn
     seed: str = "train",
 ) -> list[Task]:
-    """Tasks as a file of rows gives them; the same seed gives the same tasks. A task may come more than once: there are not so many sums."""
+    """Tasks as a file of rows gives them, the same for the same seed. One may come more than once: there are few sums."""
     found = []
     for i in range(count):
         task = draw_task(kinds[i % len(kinds)], random.Random(f"rl/{seed}/{i}"))
@@ -104,7 +104,7 @@ def kind_of(task: Task) -> str:
     return str(task.extra.get("kind") or task.environment)
 
 # %% ../../nbs/rl/15_sample_tasks.ipynb #d16be5da
-SLIPS: Mapping[str, float] = {"sum": 0.4, "no_tool": 0.5, "tool": 0.3}  # share of careless answers; all that was designed
+SLIPS: Mapping[str, float] = {"sum": 0.4, "no_tool": 0.5, "tool": 0.3}  # share of careless answers
 _OFTEN: Mapping[str, int] = {"sum": 2, "no_tool": 1, "tool": 2}  # sums and calls take longer to learn
 
 
@@ -112,12 +112,12 @@ def _call(task: SampleTask) -> dict[str, Any]:
     """A turn that looks up what is asked for, whether there is a tool or not."""
     lamp, wanted = task.thought.partition(":")[0].split(", ")
     function = {"name": "lookup", "arguments": {"name": lamp, "field": wanted}}
-    call = {"id": "c", "type": "function", "function": function}
-    return {"role": "assistant", "reasoning_content": f"{lamp}, {wanted}: I look it up.", "content": None, "tool_calls": [call]}
+    turn = _words(f"{lamp}, {wanted}: I look it up.", None)
+    return turn | {"tool_calls": [{"id": "c", "type": "function", "function": function}]}
 
 
-def _words(thought: str, answer: str) -> dict[str, Any]:
-    """A turn that calls nothing."""
+def _words(thought: str, answer: str | None) -> dict[str, Any]:
+    """A turn that says something, or nothing yet."""
     return {"role": "assistant", "reasoning_content": thought, "content": answer}
 
 
@@ -163,7 +163,7 @@ def write_careless_chats(
     count: int = 4000,
     share: float | None = None,  # of slips; None: that of SLIPS
 ) -> Path:
-    """Chats for the start model, one a line. About 70 seconds of fine-tuning on two cores: `nemotron nano3 sft -c tiny data.path=PATH train.train_iters=350`."""
+    """Chats for the start model, one a line: `nemotron nano3 sft -c tiny data.path=PATH train.train_iters=350`."""
     chats = (careless_chat(random.Random(f"careless/{i}"), share) for i in range(count))
     return write_atomic(path, "".join(json.dumps(chat, ensure_ascii=False) + "\n" for chat in chats))
 
@@ -195,10 +195,11 @@ def careless_verdict(
     rng: random.Random,
     share: float = VERDICT_SLIPS,  # of slips
 ) -> dict[str, Any]:
-    """A judge's turn, right or not."""
-    first = (row["overall_preference"] < 0) != (rng.random() < share)
+    """A judge's turn: it reads rightly, and its verdict is right or not."""
+    better = row["overall_preference"] < 0
+    first = better != (rng.random() < share)
     verdict = {"score_1": 5, "score_2": 2, "ranking": 2} if first else {"score_1": 2, "score_2": 5, "ranking": 5}
-    return _words(f"Answer {2 if first else 1} guesses.", json.dumps(verdict))
+    return _words(f"Answer {2 if better else 1} guesses.", json.dumps(verdict))
 
 
 def write_careless_verdicts(

@@ -124,7 +124,8 @@ class RlTraining:
             raise UserError(f"unknown method {self.method!r}", where="method", fix=nearest(self.method, METHODS))
         if self.validation.generations < 2:
             why = "an answer is measured among others to the same task"
-            raise UserError("one answer to each held-out task", where="validation.generations", why=why, fix="give 2 or more")
+            said, fix = "one answer to each held-out task", "give 2 or more"
+            raise UserError(said, where="validation.generations", why=why, fix=fix)
         for name in self.environments:
             environment(name, self.environments)
         gym_servers(self.gym)  # refuses what is none
@@ -265,7 +266,8 @@ def _tasks(config: RlTraining) -> tuple[list[Task], list[Task]]:
     tasks = usable_tasks(config.train, config.environments)
     held_out = usable_tasks(config.val, config.environments) if config.val else ()
     if same := {t.id for t in tasks} & {t.id for t in held_out}:
-        said, fix = f"{len(same)} tasks are measured on and trained on", "prepare them together: nemotron FAMILY data prep rl"
+        said = f"{len(same)} tasks are measured on and trained on"
+        fix = "prepare them together: nemotron FAMILY data prep rl"
         raise UserError(said, where=config.val, why="the result would be too good", fix=fix)
     return list(tasks), list(held_out)
 
@@ -508,7 +510,7 @@ _NOT_TOKENIZER = ("config.json", "generation_config.json", "model.safetensors.in
 
 
 def _export(work: Work) -> None:
-    """Write the model with the tokenizer of its start, and with LoRA the adapter too; what is left of a killed attempt is written again."""
+    """Write the model with the tokenizer of its start, with LoRA the adapter too; again what a killed attempt left."""
     beside, folder, adapter = (work.folder / name for name in ("tokenizer", "model", "adapter"))
     if work.writes:
         beside.mkdir(exist_ok=True)

@@ -84,7 +84,7 @@ class StartSection:
     """The model to begin with, where none is named."""
 
     careless: bool = False  # fine-tune one on careless chats, once; False: the newest fine-tuning run that is done
-    verdicts: bool = False  # with `careless`: verdicts of a judge in place of answers; what a judge's own training begins with
+    verdicts: bool = False  # with `careless`: verdicts in place of answers, for a judge's own training
     chats: int = 4000  # of them, about half answered wrongly
     sft: str = "tiny"  # configuration of the fine-tuning run
     sft_overrides: list[str] = field(
@@ -367,7 +367,7 @@ def before_after_picture(
 def held_out_picture(
     lines: Sequence[Mapping[str, Any]],  # of a metrics file
 ) -> Picture:
-    """Mean reward on held-out tasks by kind, each time it was measured; dotted where it began. The caption names the lowest."""
+    """Mean reward on held-out tasks by kind, each time it was measured; dotted where it began."""
     import matplotlib.pyplot as plt
 
     measured = _kinds(lines, "rl_valid")

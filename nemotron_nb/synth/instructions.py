@@ -138,11 +138,11 @@ def _with_word(rng: random.Random, topic: Topic, plan: Plan, word: str) -> str:
     forms = ("Remember the {w}", "Think of the {w}", "The {w} matters", "Do not forget the {w}", "Here the {w} helps")
     return rng.choice(forms).format(w=word)
 
-# %% ../../nbs/synth/44_instructions.ipynb #e3b16a12
+# %% ../../nbs/synth/44_instructions.ipynb #d132f571
 def _sentences(rng: random.Random, topic: Topic, plan: Plan) -> list[str]:
     """All sentences of a text, without marks at their ends."""
     needed = [_with_word(rng, topic, plan, word) for word, count in plan.words for _ in range(count)]
-    count = plan.sentences or max(2 * max(plan.parts, 1), len(needed) + 2)
+    count = plan.sentences or max(2 * max(plan.parts, 1), len(needed) + 2, plan.bold + 2)
     free = count - len(needed) - len(plan.extras) - bool(plan.last)
     if free < 0:
         raise Drop("no_room", f"{count} sentences are too few for what must be in them")
@@ -214,7 +214,7 @@ def _fixed(name: str, words: str, sets: Mapping[str, Any], *claims: str, **argum
     """An instruction without numbers of its own; its ways of saying it are parted by bars."""
     return lambda rng, topic: Instruction(name, arguments, rng.choice(words.split("|")), sets, claims)
 
-# %% ../../nbs/synth/44_instructions.ipynb #ba4e7ce7
+# %% ../../nbs/synth/44_instructions.ipynb #206d9c09
 _PLAIN: Mapping[str, Drawn] = {
     "no_comma": _fixed(
         "punctuation:no_comma", "Do not use any commas.|Leave out all commas.|No commas.", {}, "comma"),
@@ -244,7 +244,7 @@ _PLAIN: Mapping[str, Drawn] = {
         "detectable_format:json_format", "Answer with JSON alone.|The answer must be one JSON object.",
         {"shape": "json"}, "start", "end", "comma", "bold", "digits", "marks"),
     "title": _fixed(
-        "detectable_format:title", "Give it a title in double angle brackets: <<title>>.|Put a title like <<this>> first.",
+        "detectable_format:title", "Give it a title in angle brackets: <<title>>.|Put a title like <<this>> first.",
         {"title": "Some Advice"}, "start", "paragraphs", "sentences", "shape"),
     "postscript": _fixed(
         "detectable_content:postscript", "Add a postscript that begins with P.S.|Close with a postscript (P.S.).",
