@@ -87,7 +87,7 @@ def _text_lines(text: str) -> tuple[list[str], Rebuild]:
 
     return [lines[place] for place in places], rebuild
 
-
+# %% ../../nbs/synth/63_multilingual.ipynb #b71ded4c
 def lines_of(
     text: str,
 ) -> tuple[list[str], Rebuild]:
@@ -107,7 +107,7 @@ def lines_of(
 
     return found, rebuild
 
-# %% ../../nbs/synth/63_multilingual.ipynb #f88adaef
+# %% ../../nbs/synth/63_multilingual.ipynb #4b2f9eff
 _MARK = re.compile(r"\s*(?:#{1,6}|[-*+>|]|\d+[.)])(?=\s)")
 
 
@@ -127,15 +127,16 @@ def what_is_lost(
         return "the line begins with the same mark, and is one line"
     return ""
 
-
+# %% ../../nbs/synth/63_multilingual.ipynb #3e83adc8
 def losses(lines: Sequence[str], said: Sequence[str]) -> str | None:
     """What is lost in several lines, in words for the model."""
     if len(lines) != len(said):
         return f"{len(lines)} lines were given and {len(said)} came back; give one for each"
-    found = [f"line {i}: {lost}" for i, (a, b) in enumerate(zip(lines, said, strict=True), 1) if (lost := what_is_lost(a, b))]
+    lost = [what_is_lost(a, b) for a, b in zip(lines, said, strict=True)]
+    found = [f"line {number}: {what}" for number, what in enumerate(lost, 1) if what]
     return "Keep your translation and mend this: " + "; ".join(found[:8]) if found else None
 
-# %% ../../nbs/synth/63_multilingual.ipynb #0d25096f
+# %% ../../nbs/synth/63_multilingual.ipynb #fe1fab82
 def take(draft: RowDraft, workshop: Workshop) -> None:
     """A chat and a language: each chat goes into each of the languages."""
     settings = workshop.settings
@@ -152,9 +153,9 @@ def take(draft: RowDraft, workshop: Workshop) -> None:
     draft.tools = list(seed.fields.get("tools") or [])
     draft.parents, draft.about = [seed.parent], {"language": languages[place]}
 
-# %% ../../nbs/synth/63_multilingual.ipynb #860f7326
-_TRANSLATE = """Translate these lines of a chat into {name}, one for one. Keep as they are: code, formulas, addresses, what is
-boxed, names in backticks, the mark that a line begins with. Numbers keep their value. Translate all other words.
+# %% ../../nbs/synth/63_multilingual.ipynb #d47d69d7
+_TRANSLATE = """Translate these lines of a chat into {name}, one for one. Keep as they are: code, formulas, addresses,
+what is boxed, names in backticks, the mark that a line begins with. Numbers keep their value. Translate all else.
 Answer with a JSON object: lines (a list of {count} texts).
 
 {lines}"""
@@ -166,18 +167,19 @@ def lines_schema(count: int) -> dict[str, Any]:
     known = {"lines": {"type": "array", "items": {"type": "string"}, "minItems": count, "maxItems": count}}
     return {"type": "object", "properties": known, "required": ["lines"], "additionalProperties": False}
 
-
+# %% ../../nbs/synth/63_multilingual.ipynb #c3d0f26b
 def _translated(text: str, draft: RowDraft, workshop: Workshop) -> str:
     """One text in the language of the row."""
     lines, rebuild = lines_of(text)
     if not lines:
         return text
-    told = _TRANSLATE.format(name=NAMES[draft.about["language"]], count=len(lines), lines=json.dumps(lines, ensure_ascii=False))
+    name, shown = NAMES[draft.about["language"]], json.dumps(lines, ensure_ascii=False)
+    told = _TRANSLATE.format(name=name, count=len(lines), lines=shown)
     said = workshop.models.ask(draft, "teacher", "translate", told, lines_schema(len(lines)),
                                [lambda value: losses(lines, value["lines"])])  # fmt: skip
     return rebuild(said.value["lines"])
 
-
+# %% ../../nbs/synth/63_multilingual.ipynb #3d2c5633
 def translate(draft: RowDraft, workshop: Workshop) -> None:
     """All texts of the chat; calls of tools and their results stay."""
     for message in draft.facts["source"]:
@@ -186,11 +188,11 @@ def translate(draft: RowDraft, workshop: Workshop) -> None:
         draft.messages.append(message | new)
     draft.check = {"language": draft.about["language"], "source": draft.facts["source"]}
 
-# %% ../../nbs/synth/63_multilingual.ipynb #fe1fab82
+# %% ../../nbs/synth/63_multilingual.ipynb #2896ec8a
 SCORE = {"type": "object", "properties": {"meaning": {"type": "integer", "minimum": 1, "maximum": 4}},
          "required": ["meaning"], "additionalProperties": False}  # fmt: skip
-_MEANING = """Does the second chat say in {name} what the first one says, nothing more and nothing less, as somebody would say it
-whose language it is? meaning: 1 no, 2 hardly, 3 mostly, 4 yes. Answer with a JSON object: meaning.
+_MEANING = """Does the second chat say in {name} what the first one says, nothing more and nothing less, as somebody
+would say it whose language it is? meaning: 1 no, 2 hardly, 3 mostly, 4 yes. Answer with a JSON object: meaning.
 
 {source}
 
@@ -198,7 +200,7 @@ whose language it is? meaning: 1 no, 2 hardly, 3 mostly, 4 yes. Answer with a JS
 
 {said}"""
 
-
+# %% ../../nbs/synth/63_multilingual.ipynb #7696c317
 def compare(draft: RowDraft, workshop: Workshop) -> None:
     """A judge on the meaning; then all proofs."""
     chats = ("\n\n".join(m.get("content") or "" for m in chat) for chat in (draft.facts["source"], draft.messages))
@@ -215,7 +217,7 @@ def _proofs(messages: Sequence[Mapping[str, Any]], check: Mapping[str, Any]) -> 
     meaning = Proof("meaning: judge", REFUSED if low else PASSED, low, {"meaning": check["meaning"]})
     return [*verify_translated_chat(check["source"], messages, check["language"]), meaning]
 
-
+# %% ../../nbs/synth/63_multilingual.ipynb #bef2beb4
 def judge_multilingual(row: Mapping[str, Any]) -> list[Proof]:
     """A finished row again: against the chat that it was translated from."""
     return _proofs(row["messages"], row["synth"]["check"])
@@ -223,8 +225,8 @@ def judge_multilingual(row: Mapping[str, Any]) -> list[Proof]:
 
 STEPS = (("take", take), ("translate", translate), ("compare", compare))
 
-# %% ../../nbs/synth/63_multilingual.ipynb #c3d0f26b
-_PHRASES: tuple[dict[str, str], ...] = (
+# %% ../../nbs/synth/63_multilingual.ipynb #562c91fe
+_ASKED: tuple[dict[str, str], ...] = (
     {"en": "The {a} boxes are in the cellar, and each of them costs {b} euros.",
      "de": "Die {a} Kisten sind im Keller, und jede von ihnen kostet {b} Euro.",
      "es": "Las {a} cajas están en el sótano, y cada una de ellas cuesta {b} euros.",
@@ -239,6 +241,10 @@ _PHRASES: tuple[dict[str, str], ...] = (
      "it": "Quanto costano tutte le casse, e come fai a sapere che è così?",
      "ja": "全部の箱の値段はいくらですか。どうしてそうだとわかりますか。",
      "zh": "所有的箱子一共多少钱，你怎么知道是这样的？"},
+)  # fmt: skip
+
+# %% ../../nbs/synth/63_multilingual.ipynb #588844a4
+_SAID: tuple[dict[str, str], ...] = (
     {"en": "- The price of all of them is ${a} \\cdot {b}$, since each of the boxes costs the same.",
      "de": "- Der Preis für alle ist ${a} \\cdot {b}$, da jede von den Kisten das gleiche kostet.",
      "es": "- El precio de todas es ${a} \\cdot {b}$, porque cada una de las cajas cuesta lo mismo.",
@@ -249,7 +255,7 @@ _PHRASES: tuple[dict[str, str], ...] = (
     {"en": "- With `total(boxes)` you can see it on your own, and there is more at https://boxes.example/{a} for you.",
      "de": "- Mit `total(boxes)` kannst du es selbst sehen, und mehr gibt es auf https://boxes.example/{a} für dich.",
      "es": "- Con `total(boxes)` lo puedes ver por tu cuenta, y hay más en https://boxes.example/{a} para ti.",
-     "fr": "- Avec `total(boxes)` tu peux le voir de tes yeux, et il y en a plus sur https://boxes.example/{a} pour toi.",
+     "fr": "- Avec `total(boxes)` tu peux le voir de tes yeux, et plus sur https://boxes.example/{a} pour toi.",
      "it": "- Con `total(boxes)` lo puoi vedere da solo, e c'è di più su https://boxes.example/{a} per te.",
      "ja": "- `total(boxes)` を使えば自分で見ることができ、 https://boxes.example/{a} にもっとあります。",
      "zh": "- 用 `total(boxes)` 你可以自己看到， https://boxes.example/{a} 上还有更多的内容。"},
@@ -261,8 +267,9 @@ _PHRASES: tuple[dict[str, str], ...] = (
      "ja": "ですから答えは \\boxed{c} ユーロで、これが全部の値段です。",
      "zh": "所以答案是 \\boxed{c} 欧元，这就是全部的价格。"},
 )  # fmt: skip
+_PHRASES = (*_ASKED, *_SAID)
 
-
+# %% ../../nbs/synth/63_multilingual.ipynb #0ab82cbb
 def _filled(form: str, values: Mapping[str, Any]) -> str:
     """A sentence with its numbers; a box keeps its braces."""
     for name, value in values.items():
@@ -279,12 +286,12 @@ def own_chat(
     a, b = rng.randint(12, 99), rng.randint(11, 90)
     said = [_filled(phrase["en"], {"a": a, "b": b, "c": a * b}) for phrase in _PHRASES]
     code = f"```python\nboxes = [{b}] * {a}\nprint(sum(boxes))  # the sum\n```"
-    middle = rng.choice((said[2:4], said[2:4][::-1]))
+    text = "\n".join([*rng.choice((said[2:4], said[2:4][::-1])), "", code, "", said[4]])
     chat = [{"role": "user", "content": f"{said[0]} {said[1]}" if rng.random() < 0.5 else f"{said[0]}\n\n{said[1]}"},
-            {"role": "assistant", "reasoning_content": said[0], "content": "\n".join([*middle, "", code, "", said[4]])}]  # fmt: skip
+            {"role": "assistant", "reasoning_content": said[0], "content": text}]  # fmt: skip
     return Seed(json.dumps(chat), {"messages": chat}, "nemotron_nb: small chats", "", OWN_LICENCE)
 
-# %% ../../nbs/synth/63_multilingual.ipynb #3d2c5633
+# %% ../../nbs/synth/63_multilingual.ipynb #12edf60e
 def _in(line: str, code: str) -> str:
     """A line of our chats in another language; what is not known stays."""
     for phrase in _PHRASES:

@@ -66,14 +66,14 @@ _PROGRAMS2 = (
     ),
 )  # fmt: skip
 
-# %% ../../nbs/synth/90_pipelines.ipynb #b96c7cb3
+# %% ../../nbs/synth/90_pipelines.ipynb #b96c7cb4
 def _asking(name: str, words: str, domain: str, settings: str) -> Pipeline:
     """A pipeline that asks a model; its parts are named after it."""
     return Pipeline(
         name, words, domain, f"nemotron_nb.synth.{name}", settings, f"judge_{name}", teacher=f"rehearse_{name}"
     )
 
-
+# %% ../../nbs/synth/90_pipelines.ipynb #b96c7cb3
 _MODELS = (
     _asking(
         "infinity", "Programming problems that need a concept of another field, with programs that were run.",
@@ -113,17 +113,8 @@ _MODELS = (
     ),
 )  # fmt: skip
 
-# %% ../../nbs/synth/90_pipelines.ipynb #e418003e
-_MODELS2 = (
-    Pipeline(
-        "paraphrase", "Questions of made rows in other words, with all that matters kept.",
-        "every domain of the rows", "nemotron_nb.synth.paraphrase", "ParaphraseSettings",
-        "judge_paraphrase", teacher="rehearse_paraphrase",
-    ),
-)  # fmt: skip
-
 # %% ../../nbs/synth/90_pipelines.ipynb #6f4a9760
-_ROWS = (*_PROGRAMS, *_PROGRAMS2, *_MODELS, *_MODELS2, )
+_ROWS = (*_PROGRAMS, *_PROGRAMS2, *_MODELS)
 PIPELINES: Mapping[str, Pipeline] = MappingProxyType({pipeline.name: pipeline for pipeline in _ROWS})
 
 
