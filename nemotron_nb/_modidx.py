@@ -6398,8 +6398,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'nemotron_nb/synth/pipelines.py'),
                                              'nemotron_nb.synth.pipelines.Rejudged.picture': ( 'synth/pipelines.html#rejudged.picture',
                                                                                                'nemotron_nb/synth/pipelines.py'),
-                                             'nemotron_nb.synth.pipelines._asking': ( 'synth/pipelines.html#_asking',
-                                                                                      'nemotron_nb/synth/pipelines.py'),
                                              'nemotron_nb.synth.pipelines._judged': ( 'synth/pipelines.html#_judged',
                                                                                       'nemotron_nb/synth/pipelines.py'),
                                              'nemotron_nb.synth.pipelines.check_file': ( 'synth/pipelines.html#check_file',
