@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from ..core import UserError
 from ..rehearsal import Reply
@@ -47,7 +47,7 @@ class KeepSection:
 class InfinitySettings(AskingSettings):
     """Of the pipeline `infinity`."""
 
-    reads: ClassVar[tuple[str, ...]] = ("seeds",)
+    reads = ("seeds",)
     seeds: str = ""  # file of problems; empty: our own families
     seed_field: str = "text"
     candidates: int = 4
