@@ -66,12 +66,76 @@ _PROGRAMS2 = (
     ),
 )  # fmt: skip
 
-# %% ../../nbs/synth/90_pipelines.ipynb #b96c7cb4
-def _asking(name: str, words: str, domain: str, settings: str) -> Pipeline:
-    """A pipeline that asks a model; its parts are named after it."""
-    return Pipeline(
-        name, words, domain, f"nemotron_nb.synth.{name}", settings, f"judge_{name}", teacher=f"rehearse_{name}"
-    )
+# %% ../../nbs/synth/90_pipelines.ipynb #b96c7cb3
+_MODELS = (
+    Pipeline(
+        "paraphrase", "Questions of made rows in other words, with all that matters kept.",
+        "every domain of the rows", "nemotron_nb.synth.paraphrase", "ParaphraseSettings",
+        "judge_paraphrase", teacher="rehearse_paraphrase",
+    ),
+    Pipeline(
+        "cuda", "Kernels that compile, and repairs of those that did not, with what the compiler said.",
+        "CUDA", "nemotron_nb.synth.cuda", "CudaSettings",
+        "judge_cuda", teacher="rehearse_cuda",
+    ),
+    Pipeline(
+        "proofs", "Theorems of Lean that mean a sentence, with proofs that were compiled.",
+        "Formal proofs", "nemotron_nb.synth.proofs", "ProofSettings",
+        "judge_proofs", teacher="rehearse_proofs",
+    ),
+    Pipeline(
+        "infinity", "Programming problems that need a concept of another field, with programs that were run.",
+        "competition code", "nemotron_nb.synth.infinity", "InfinitySettings",
+        "judge_infinity", teacher="rehearse_infinity",
+    ),
+    Pipeline(
+        "rqa", "Questions inspired by passages that do not need them, answered by who has not seen them.",
+        "RQA", "nemotron_nb.synth.rqa", "RqaSettings",
+        "judge_rqa", teacher="rehearse_rqa",
+    ),
+    Pipeline(
+        "science", "Multiple-choice questions whose keys hold when others answer; letters in balance.",
+        "science", "nemotron_nb.synth.science", "ScienceSettings",
+        "judge_science", teacher="rehearse_science",
+    ),
+    Pipeline(
+        "safety", "Refusals of several kinds, wrapped requests, and harmless look-alikes that are answered.",
+        "safety", "nemotron_nb.synth.safety", "SafetySettings",
+        "judge_safety", teacher="rehearse_safety",
+    ),
+)  # fmt: skip
+
+# %% ../../nbs/synth/90_pipelines.ipynb #e418003e
+_MODELS2 = (
+    Pipeline(
+        "multi_turn", "Chats that go on: the same model plays the user, and each turn is judged.",
+        "general chat", "nemotron_nb.synth.multi_turn", "MultiTurnSettings",
+        "judge_multi_turn", teacher="rehearse_multi_turn",
+    ),
+    Pipeline(
+        "instruction_following", "Chats whose every turn follows instructions that a program checks.",
+        "instruction following", "nemotron_nb.synth.instruction_following", "InstructionSettings",
+        "judge_instruction_following", teacher="rehearse_instruction_following",
+    ),
+    Pipeline(
+        "low_effort", "Questions answered with little thought, and the thought is short.",
+        "low effort", "nemotron_nb.synth.low_effort", "LowEffortSettings",
+        "judge_low_effort", teacher="rehearse_low_effort",
+    ),
+)  # fmt: skip
+
+# %% ../../nbs/synth/90_pipelines.ipynb #6f4a9760
+_ROWS = (*_PROGRAMS, *_PROGRAMS2, *_MODELS, *_MODELS2, )
+PIPELINES: Mapping[str, Pipeline] = MappingProxyType({pipeline.name: pipeline for pipeline in _ROWS})
+
+
+def pipeline_named(
+    name: str,
+) -> Pipeline:
+    """A pipeline by its name. `UserError` with the nearest one otherwise."""
+    if name not in PIPELINES:
+        raise UserError(f"there is no pipeline {name!r}", where="synth", fix=nearest(name, PIPELINES))
+    return PIPELINES[name]
 
 # %% ../../nbs/synth/90_pipelines.ipynb #b96c7cb3
 _MODELS = (
@@ -112,19 +176,6 @@ _MODELS = (
         "All of these", "ParaphraseSettings",
     ),
 )  # fmt: skip
-
-# %% ../../nbs/synth/90_pipelines.ipynb #6f4a9760
-_ROWS = (*_PROGRAMS, *_PROGRAMS2, *_MODELS)
-PIPELINES: Mapping[str, Pipeline] = MappingProxyType({pipeline.name: pipeline for pipeline in _ROWS})
-
-
-def pipeline_named(
-    name: str,
-) -> Pipeline:
-    """A pipeline by its name. `UserError` with the nearest one otherwise."""
-    if name not in PIPELINES:
-        raise UserError(f"there is no pipeline {name!r}", where="synth", fix=nearest(name, PIPELINES))
-    return PIPELINES[name]
 
 # %% ../../nbs/synth/90_pipelines.ipynb #bfe46817
 def pipelines_table() -> Picture:
