@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
 from ..core import UserError, file_digest
 from ..data.filters import words
@@ -40,7 +40,7 @@ from .steps import SynthSettings, Workshop
 class RqaSettings(AskingSettings):
     """Of the pipeline `rqa`."""
 
-    reads: ClassVar[tuple[str, ...]] = ("documents",)
+    reads = ("documents",)
     documents: str = ""  # a file of rows, or one plain text; empty: documents of our own
     text_field: str = "text"
     domain_field: str = "domain"  # of a row, if it has one

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from ..core import UserError
 from ..rehearsal import Reply
@@ -35,7 +35,7 @@ from .steps import SynthSettings, Workshop
 class ScienceSettings(AskingSettings):
     """Of the pipeline `science`."""
 
-    reads: ClassVar[tuple[str, ...]] = ("seeds",)
+    reads = ("seeds",)
     seeds: str = ""  # file of topics; empty: our own
     seed_field: str = "text"
     options: int = 4
