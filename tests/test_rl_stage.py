@@ -444,7 +444,7 @@ def test_with_lora_a_penalty_holds_the_model_near_its_base_without_a_second_mode
     name = "adapter/adapter_model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), "a checkpoint keeps the pairs"
     with pytest.raises(UserError, match="other settings: peft"):
-        train(dataclasses.replace(again, peft=dataclasses.replace(LORA, dim=2)), judge_one=odd)
+        train(dataclasses.replace(again, peft=dataclasses.replace(LORA, alpha=8.0)), judge_one=odd)
 
 
 @pytest.mark.long
@@ -589,10 +589,10 @@ def test_sigterm_leaves_a_run_that_is_preempted_and_goes_on(done, start):
 @pytest.mark.long
 @pytest.mark.parametrize("method", ["grpo", "dpo"])
 def test_two_ranks_by_the_command_line_are_stopped_and_go_on_to_the_same_bytes(start, tmp_path, method):
-    """`--nproc-per-node 2`, in one go and with a SIGTERM on the way."""
+    """`run.nproc_per_node=2`, in one go and with a SIGTERM on the way."""
     more = {"grpo": ["grpo.max_num_steps=6", "genrm.judge=rule"], "dpo": ["method=dpo", "dpo.max_num_steps=6", "dpo.min_pairs=2", "dpo.solutions=6", f"dpo.pairs={tmp_path}/pairs.jsonl"]}[method]
     rows_file(tmp_path / "pairs.jsonl", [{"prompt": f"{n} + 1?", "chosen": f"It is {n + 1}.", "rejected": "I do not know."} for n in range(12)])
-    words = ["nano3", "rl", *SMALL, f"model={start}", *more, "--nproc-per-node", "2"]
+    words = ["nano3", "rl", *SMALL, f"model={start}", *more, "run.nproc_per_node=2"]
     whole = nemotron(*words, "run.label=whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stdout + whole.stderr
     command = [str(Path(sys.executable).with_name("nemotron")), *words, "run.label=broken"]

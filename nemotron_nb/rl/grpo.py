@@ -379,7 +379,7 @@ def grpo_step(
     settings: GrpoSettings,
     judge_one: Judge = judge,
 ) -> tuple[dict[str, Any], list[Answers]]:
-    """(line of the metrics file, answers) of one optimizer step. Without a live group the weights stay: the line says so."""
+    """(line of the metrics file, answers) of one optimizer step. Without a live group the weights stay."""
     answers = draw_and_judge(policy, tasks, step, settings, judge_one)
     line = step_record(answers, step)
     if not _trained(answers, settings):

@@ -116,7 +116,7 @@ def verify_preference(task: Task, reply: Reply) -> Judgement:
 
 # %% ../../nbs/rl/10_judge_tasks.ipynb #335738e7
 def agreement(judgements: Iterable[Judgement]) -> float:
-    """Share of verdicts on the side that people were on, 0 to 1; one that cannot be read is on neither. 0 of nothing."""
+    """Share of verdicts on the side that people were on, 0 to 1; an unreadable one is on neither. 0 of nothing."""
     sides = [j.rule == RIGHT_SIDE for j in judgements]
     return sum(sides) / max(1, len(sides))
 

@@ -290,7 +290,7 @@ def _answer_logp(model: nn.Module, pairs: Sequence[Pair], average: bool) -> tupl
 
 # %% ../../nbs/rl/24_preferences.ipynb #83cb6694
 def _hand(pairs: Sequence[Pair], ranks: Ranks) -> list[int]:
-    """Places of the pairs of this rank: the longest first, dealt in turn, so that ranks have about equally many tokens."""
+    """Places of the pairs of this rank: the longest first, dealt in turn, so that all have as much to do."""
     length = [len(p.chosen.ids) + len(p.rejected.ids) for p in pairs]
     return sorted(range(len(pairs)), key=lambda k: (-length[k], k))[ranks.rank :: ranks.world]
 
@@ -400,7 +400,7 @@ def dpo_step(
 def share_pushed_down(
     line: Mapping[str, float],  # of the metrics file, kind "dpo"
 ) -> float:
-    """How much of the margin is the fall of the rejected answers; above 1 where the chosen ones fall too, 0 without one."""
+    """Share of the margin that is the fall of the rejected answers; above 1 where the chosen ones fall too."""
     margin = line["chosen"] - line["rejected"]
     return -line["rejected"] / margin if margin > 0 else 0.0
 

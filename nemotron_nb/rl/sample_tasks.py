@@ -82,7 +82,7 @@ def sample_tasks(
     kinds: Sequence[str] = KINDS,  # in turn
     seed: str = "train",
 ) -> list[Task]:
-    """Tasks as a file of rows gives them, the same for the same seed. One may come more than once: there are few sums."""
+    """Tasks as a file of rows gives them, the same for the same seed. One may come twice: sums are few."""
     found = []
     for i in range(count):
         task = draw_task(kinds[i % len(kinds)], random.Random(f"rl/{seed}/{i}"))

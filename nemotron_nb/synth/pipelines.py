@@ -112,6 +112,16 @@ _MODELS2 = (
         "every domain of the rows", "nemotron_nb.synth.paraphrase", "ParaphraseSettings",
         "judge_paraphrase", teacher="rehearse_paraphrase",
     ),
+    Pipeline(
+        "cuda", "Kernels that compile, and repairs of those that did not, with what the compiler said.",
+        "CUDA", "nemotron_nb.synth.cuda", "CudaSettings",
+        "judge_cuda", teacher="rehearse_cuda",
+    ),
+    Pipeline(
+        "proofs", "Theorems of Lean that mean a sentence, with proofs that were compiled.",
+        "Formal proofs", "nemotron_nb.synth.proofs", "ProofSettings",
+        "judge_proofs", teacher="rehearse_proofs",
+    ),
 )  # fmt: skip
 
 # %% ../../nbs/synth/90_pipelines.ipynb #6f4a9760
