@@ -377,7 +377,7 @@ def sft(
     command: str = "",  # as typed
     show: "Show",  # how a plan is shown
     resume: str = "",  # a run folder
-) -> None:
+) -> Path | None:
     """Train, here or in a job, and say where the report is."""
     from nemotron_nb.ops.config import derived, sft_config
     from nemotron_nb.ops.report import headline, read_run
@@ -401,6 +401,7 @@ def sft(
     folder = launch(plan, profile, mode, dry_run, show)
     if folder and mode == "run" and on_cluster(profile):  # the job was followed to its end
         _say_result(folder, headline(read_run(folder)))
+    return folder
 
 # %% ../nbs/90_cli.ipynb #9b269839
 def _sft_here(effective: "Effective", config: list[str], resume: str, command: str) -> Path:
@@ -433,7 +434,7 @@ def pretrain(
     command: str = "",  # as typed
     show: "Show",  # how a plan is shown
     resume: str = "",  # a run folder
-) -> None:
+) -> Path | None:
     """Train a base model, here or in a job, and say where the report is."""
     from nemotron_nb.ops.config import pretrain_config
     from nemotron_nb.ops.report import read_run
@@ -456,6 +457,7 @@ def pretrain(
     folder = launch(plan, profile, mode, dry_run, show)
     if folder and mode == "run" and on_cluster(profile):  # the job was followed to its end
         _say_result(folder, headline(read_run(folder)))
+    return folder
 
 # %% ../nbs/90_cli.ipynb #677a60a4
 def _pretrain_here(effective: "Effective", config: list[str], resume: str, command: str) -> Path:
@@ -503,7 +505,7 @@ def rl(
     command: str = "",  # as typed
     show: "Show",  # how a plan is shown
     resume: str = "",  # a run folder
-) -> None:
+) -> Path | None:
     """Reinforcement learning, here or in a job, and say where the report is."""
     from nemotron_nb.stages.rl import headline, rl_launch, rl_plan
 
@@ -513,6 +515,7 @@ def rl(
     folder = rl_launch(plan, profile, mode, dry_run, show)
     if folder and (folder / "slurm.log").exists() and mode == "run":  # the job was followed to its end
         _say_result(folder, headline(folder))
+    return folder
 
 
 def _rl_here(effective: "Effective", folder: Path) -> Path:

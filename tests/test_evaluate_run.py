@@ -6,13 +6,18 @@ import html.parser
 import importlib.util
 import io
 import json
+import math
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import AutoTokenizer
 
 from precision import mean_loss_gap
 
@@ -23,6 +28,7 @@ from nemotron_nb.data.template import chunks
 from nemotron_nb.ops.config import sft_config, to_yaml
 from nemotron_nb.stages.evaluate import (
     HARNESS_TASK,
+    HELD_OUT_TASK,
     EvalSection,
     asks,
     changes,
@@ -128,6 +134,47 @@ def test_an_artifact_is_named_in_the_settings_of_an_evaluation(run, tmp_path):
     assert [line["address"] for line in consumed if line["what"] == "model"] == [entered.address]
     with pytest.raises(UserError, match="nothing fills the slot 'model'"):
         eval_config("nano3", "tiny", ["model=${art:model,path}"])
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="lm-evaluation-harness is not installed")
+def test_the_harness_finds_the_same_loss(run, tmp_path):
+    """lm-evaluation-harness on the exported model, offline, with the files that an evaluation leaves; and the questions for real."""
+    told = [f"model={run}", "data.questions=", "data.split=train", "harness.held_out=6", "harness.dtype=float32", "harness.batch_size=2", "eval.modes=[off]"]
+    config = resolved(eval_config("nano3", "tiny", told).settings)
+    write_harness(config, tmp_path)
+    done = subprocess.run(["sh", str(tmp_path / "harness" / "command.sh")], capture_output=True, text=True, timeout=600, env=os.environ | {"HF_DATASETS_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(next((tmp_path / "harness" / "results").rglob("results*.json")).read_text())["results"][HELD_OUT_TASK]["perplexity,none"]
+    rows = [json.loads(line) for line in (tmp_path / "harness" / "held_out.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    model, sums = build_model(ModelConfig(name=str(run / "model")), 4096).eval(), []
+    for row in rows:
+        ids, begin = (tokenizer.encode(text, add_special_tokens=False) for text in (row["prompt"] + row["target"], row["prompt"]))
+        with torch.no_grad():
+            logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        sums.append(-sum(logp[i - 1, ids[i]].item() for i in range(len(begin), len(ids))))
+    assert len(rows) == 6 and math.log(found) == pytest.approx(sum(sums) / len(sums), rel=5e-3), "the scan of transformers sums in another order"
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not importlib.util.find_spec("nemo_evaluator"), reason="NeMo Evaluator is not installed")
+def test_nemo_evaluators_own_parser_takes_the_configuration(run, tmp_path):
+    """Its models refuse unknown keys; the interceptors are read by its adapter, and a key that is misspelt is refused."""
+    from nemo_evaluator.adapters.adapter_config import AdapterConfig
+    from nemo_evaluator.api.api_dataclasses import EvaluationConfig, EvaluationTarget
+    from nemo_evaluator.core.input import load_run_config
+
+    told = [f"model={run}", "data.questions=", "harness.tasks=[simple_evals.gpqa_diamond]", "harness.url=http://localhost:8000/v1/chat/completions"]
+    write_harness(resolved(eval_config("nano3", "tiny", told).settings), tmp_path)
+    for mode in ("on", "off"):
+        said = load_run_config(str(tmp_path / "harness" / f"nemo_evaluator_simple_evals.gpqa_diamond_{mode}.yaml"))
+        config, target = EvaluationConfig(**said["config"]), EvaluationTarget(**said["target"])
+        assert (config.type, config.params.parallelism, target.api_endpoint.model_id) == ("simple_evals.gpqa_diamond", 4, "model")
+        adapter = AdapterConfig.get_validated_config(said)
+        assert [i.name for i in adapter.interceptors] == ["reasoning", "endpoint"] if mode == "on" else True
+        with pytest.raises(ValueError, match="paralelism"):
+            EvaluationConfig(**said["config"] | {"params": {"paralelism": 4}})
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("modelopt"), reason="ModelOpt is not installed")

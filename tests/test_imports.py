@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(p for p in (ROOT / "nemotron_nb").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
 LAYERS = {
     **{"core": -1, "viz": 0, "rehearsal": 0, "connection": 0, "usage": 0, "endpoint": 1, "data": 2, "loss": 2},
-    **{"generate": 3, "pretrain": 3, "train": 4, "megatron": 5, "rl": 5, "compress": 5, "synth": 6, "ops": 7, "stages": 8, "cli": 9},
+    **{"generate": 3, "pretrain": 3, "train": 4, "megatron": 5, "rl": 5, "compress": 5, "synth": 6, "ops": 7, "stages": 8, "cli": 9, "api": 9},
     **{"__main__": 10},
 }
 CHOOSES_ITS_ENGINE = ("train/__main__.py", "megatron")  # the one arrow that points up: it imports the engine it was asked for

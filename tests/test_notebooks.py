@@ -35,6 +35,7 @@ def test_stored_pictures_have_words(path):
 # A notebook whose cells are a lesson -> the lines of an export cell in the median. A new one is added, none is taken out.
 LESSONS = {
     "00_core": 12, "01_viz": 11, "02_rehearsal": 21, "03_connection": 15, "04_usage": 19, "05_endpoint": 15,
+    "92_api": 11,
     "data/01_files": 11, "data/02_levels": 13, "data/03_records": 10, "data/04_sample": 14, "data/05_tokenizer": 13,
     "data/06_encoder": 9, "data/07_template": 13, "data/08_mask": 12, "data/09_sandbox": 12,
     "data/10_jinja_template": 12, "data/11_nvidia_prep": 14, "data/12_reasoning": 12, "data/13_filters": 12,
@@ -69,13 +70,16 @@ LESSONS = {
     "synth/23_verify_translation": 19, "synth/24_verify_lean": 24, "synth/25_verify_cuda": 21,
     "synth/26_verify_json": 22, "synth/40_sql": 17, "synth/41_search": 25, "synth/42_long_context": 25,
     "synth/43_finance": 25, "synth/44_instructions": 25, "synth/45_tool_world": 25, "synth/46_terminal": 25,
-    "synth/47_trajectories": 25, "synth/90_pipelines": 21,
+    "synth/47_trajectories": 25, "synth/59_several": 25, "synth/60_infinity": 25, "synth/61_rqa": 25,
+    "synth/62_science": 25, "synth/63_multilingual": 25, "synth/64_safety": 25, "synth/65_multi_turn": 25,
+    "synth/66_instruction_following": 25, "synth/67_low_effort": 25, "synth/68_paraphrase": 25, "synth/69_cuda": 26,
+    "synth/70_proofs": 16, "synth/90_pipelines": 21,
     "ops/01_profiles": 18, "ops/02_spellings": 20, "ops/03_run_folder": 12, "ops/04_artifacts": 12,
-    "ops/05_tracking": 15, "ops/06_config": 11, "ops/07_report": 12, "ops/08_stage": 11, "ops/09_slurm": 11,
+    "ops/05_tracking": 15, "ops/06_config": 11, "ops/07_report": 12, "ops/08_stage": 12, "ops/09_slurm": 11,
     "ops/12_card": 14,
-    "stages/01_sft": 13, "stages/02_evaluate": 13, "stages/03_budget": 12, "stages/05_rl_data": 20, "stages/06_rl": 18,
+    "stages/01_sft": 13, "stages/02_evaluate": 14, "stages/03_budget": 12, "stages/05_rl_data": 20, "stages/06_rl": 18,
     "stages/07_rl_tools": 25, "stages/08_plan": 25, "stages/09_recipe": 24, "stages/10_compress": 22,
-    "stages/11_compare": 22, "stages/11_synth": 20, "stages/12_chat": 13, "stages/13_serve": 15,
+    "stages/11_synth": 20, "stages/12_chat": 13, "stages/13_serve": 15, "stages/14_compare": 22,
 }  # fmt: skip
 LONGEST_CELL, LONGEST_LINE = 40, 120
 

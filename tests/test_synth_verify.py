@@ -1,10 +1,13 @@
 """Verifiers that judge by doing: every planted wrong is caught, no right row is refused, and who could not judge says so."""
 
+import contextlib
 import copy
+import io
 import json
 import random
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,13 +57,21 @@ def program(rng):
 
 
 def gives(source, given):
-    """What a program prints, here; the programs are those above."""
-    import contextlib
-    import io
+    """What a program prints, here; the programs are those above. `TimeoutError` where it does not end soon."""
+    out, steps = io.StringIO(), iter(range(20_000))
 
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        exec(source, {"input": lambda: given, "__name__": "__main__"})
+    def count(*_):
+        if next(steps, None) is None:
+            raise TimeoutError
+        return count
+
+    before = sys.gettrace()
+    try:
+        with contextlib.redirect_stdout(out):
+            sys.settrace(count)
+            exec(source, {"input": lambda: given, "__name__": "__main__"})
+    finally:
+        sys.settrace(before)
     return out.getvalue().strip()
 
 
@@ -72,7 +83,7 @@ def judged_programs(count):
         right += last(verify_python(source, tests, QUICK, runs=1, **TRUST)) == (PASSED, "")
         spoilt = rng.choice(wrong)
         try:
-            differs = "while" in spoilt and "n -= 1" in spoilt or any(gives(spoilt, g) != w for g, w in zip(tests.inputs, tests.outputs))
+            differs = any(gives(spoilt, g) != w for g, w in zip(tests.inputs, tests.outputs))
         except Exception:
             differs = True
         planted += differs

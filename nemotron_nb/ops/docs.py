@@ -34,8 +34,8 @@ CHAPTERS: Mapping[str, str] = {
         "pretrain": "Text to a base model",
     },
     **{
-        "train": "Training", "megatron": "Megatron-Bridge", "rl": "Reinforcement learning", "ops": "Runs",
-        "stages": "The stages",
+        "train": "Training", "megatron": "Megatron-Bridge", "rl": "Reinforcement learning",
+        "compress": "Smaller models", "synth": "Synthetic data", "ops": "Runs", "stages": "The stages",
     },
     **{"runs": "Run notebooks", "help": "Help"},
 }

@@ -9,10 +9,11 @@ __all__ = ['SANDBOXES', 'FAMILIES', 'CONCEPTS', 'TWISTS', 'PROBLEM', 'VERIFIER',
 
 # %% ../../nbs/synth/60_infinity.ipynb #d76c2aa7
 import json
+import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -133,7 +134,7 @@ case. Give 4 to 20 different inputs that try small, large and odd cases, and one
 them: work it out by hand, step by step, before you write its output down.
 Answer with a JSON object: title, statement, inputs, example with input and output."""
 
-
+# %% ../../nbs/synth/60_infinity.ipynb #647f813d
 def _differ(problem: Mapping[str, Any]) -> str | None:
     """What is wrong with the inputs of a problem."""
     inputs = [" ".join(text.split()) for text in problem["inputs"]]
@@ -146,7 +147,7 @@ def _squeezed(text: str) -> str:
     """A text with one blank for any white space."""
     return " ".join(text.split())
 
-# %% ../../nbs/synth/60_infinity.ipynb #647f813d
+# %% ../../nbs/synth/60_infinity.ipynb #877c1f85
 def breed(draft: RowDraft, workshop: Workshop) -> None:
     """Several problems. Equal ones are one."""
     told = _BREED.format(**draft.facts)
@@ -154,7 +155,7 @@ def breed(draft: RowDraft, workshop: Workshop) -> None:
     found = {_squeezed(a.value["statement"]): a.value for a in answers}
     draft.facts["candidates"] = list(found.values())
 
-# %% ../../nbs/synth/60_infinity.ipynb #877c1f85
+# %% ../../nbs/synth/60_infinity.ipynb #56c4727f
 _CHOOSE = """Below are {count} programming problems. Which one is best? Clear: two careful readers would write programs
 that print the same. Demanding: the obvious program is wrong or slow. Whole: {concept} is needed to solve it.
 If none of them is clear, say -1.
@@ -170,7 +171,7 @@ def _choice_of(count: int) -> dict[str, Any]:
     known = {"best": best, "why": {"type": "string"}}
     return {"type": "object", "properties": known, "required": ["best", "why"], "additionalProperties": False}
 
-
+# %% ../../nbs/synth/60_infinity.ipynb #96df6c4f
 def choose(draft: RowDraft, workshop: Workshop) -> None:
     """The critic takes one. `Drop` if it takes none, or one that is not there."""
     found = draft.facts["candidates"]
@@ -181,8 +182,8 @@ def choose(draft: RowDraft, workshop: Workshop) -> None:
         raise Drop("critic_takes_none", f"of {len(found)}")
     draft.facts["problem"] = found[best]
 
-# %% ../../nbs/synth/60_infinity.ipynb #96df6c4f
-_DRIVER = '''
+# %% ../../nbs/synth/60_infinity.ipynb #787edb1f
+_DRIVER = """
 import json, os, signal, sys, time
 given = json.load(sys.stdin)
 try:
@@ -213,9 +214,9 @@ for number, text in enumerate(given["inputs"]):
     good = code is not None and os.waitpid(child, 0)[1] == 0
     found.append(open(names[1], errors="replace").read(100_000) if good else None)
 print(json.dumps(found))
-'''
+"""
 
-# %% ../../nbs/synth/60_infinity.ipynb #2cac66e4
+# %% ../../nbs/synth/60_infinity.ipynb #138fbe5e
 def run_inputs(
     source: str,  # Python
     inputs: Sequence[str],
@@ -231,7 +232,7 @@ def run_inputs(
     good = isinstance(found, list) and len(found) == len(inputs)
     return [_squeezed(x) or None if isinstance(x, str) else None for x in found] if good else [None] * len(inputs)
 
-# %% ../../nbs/synth/60_infinity.ipynb #138fbe5e
+# %% ../../nbs/synth/60_infinity.ipynb #4f87fbc8
 _BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 _SOLVE = """{statement}
 
@@ -244,7 +245,7 @@ Output:
 Write a Python program that reads standard input and prints the answer. Explain the idea in a few sentences, then give
 the whole program in one fenced block."""
 
-
+# %% ../../nbs/synth/60_infinity.ipynb #db6fdf2c
 def program_of(text: str) -> str | None:
     """The last program in a text; None if there is none."""
     found = [block for block in _BLOCK.findall(text) if block.strip()]
@@ -253,15 +254,16 @@ def program_of(text: str) -> str | None:
 
 def question_of(problem: Mapping[str, Any]) -> str:
     """A problem as it is asked."""
-    return _SOLVE.format(statement=problem["statement"].strip(), **{k: v.strip() for k, v in problem["example"].items()})
+    example = {name: text.strip() for name, text in problem["example"].items()}
+    return _SOLVE.format(statement=problem["statement"].strip(), **example)
 
-
+# %% ../../nbs/synth/60_infinity.ipynb #08c03fee
 def solve(draft: RowDraft, workshop: Workshop) -> None:
     """Several solutions, none of which knows of another."""
     question = question_of(draft.facts["problem"])
     draft.facts["solutions"] = ask_several(draft, workshop, "solve", question, workshop.settings.solutions)
 
-# %% ../../nbs/synth/60_infinity.ipynb #4f87fbc8
+# %% ../../nbs/synth/60_infinity.ipynb #f4a8d509
 VERIFIER = "programs: outputs in the sandbox"
 
 
@@ -283,7 +285,7 @@ def proof_of_program(
         return Proof(VERIFIER, REFUSED, "other_output", {"input": inputs[wrong[0]][:200], "wrong": len(wrong)})
     return Proof(VERIFIER, PASSED, evidence={"inputs": len(inputs), "different outputs": len(set(outputs))})
 
-
+# %% ../../nbs/synth/60_infinity.ipynb #8f4184e9
 def judge_infinity(row: Mapping[str, Any]) -> list[Proof]:
     """A finished row again. Programs of a file run in bubblewrap or not at all."""
     if not has_sandbox():
@@ -291,7 +293,7 @@ def judge_infinity(row: Mapping[str, Any]) -> list[Proof]:
     check = row["synth"]["check"]
     return [proof_of_program(row["messages"][-1]["content"], check["inputs"], check["outputs"])]
 
-# %% ../../nbs/synth/60_infinity.ipynb #db6fdf2c
+# %% ../../nbs/synth/60_infinity.ipynb #bb8beae0
 def _printed(text: str, inputs: Sequence[str], limits: Limits) -> str | None:
     """What the program of an answer prints, as one text; None if it fails on any input."""
     program = program_of(text)
@@ -318,7 +320,7 @@ def prove(draft: RowDraft, workshop: Workshop) -> None:
     draft.facts |= {"winner": winner, "inputs": inputs, "outputs": outputs}
     draft.pass_rate = won.share
 
-# %% ../../nbs/synth/60_infinity.ipynb #08c03fee
+# %% ../../nbs/synth/60_infinity.ipynb #d2b00c5e
 def keep(draft: RowDraft, workshop: Workshop) -> None:
     """The row, if it is as hard as was asked for."""
     least, most = workshop.settings.keep.min_pass_rate, workshop.settings.keep.max_pass_rate
@@ -331,16 +333,16 @@ def keep(draft: RowDraft, workshop: Workshop) -> None:
     draft.check = {"inputs": draft.facts["inputs"], "outputs": draft.facts["outputs"]}
     draft.answer = " | ".join(draft.facts["outputs"])[:200]
 
-
+# %% ../../nbs/synth/60_infinity.ipynb #d560bb58
 STEPS = (("draw", draw), ("breed", breed), ("choose", choose), ("solve", solve), ("prove", prove), ("keep", keep))
 
-# %% ../../nbs/synth/60_infinity.ipynb #f4a8d509
+# %% ../../nbs/synth/60_infinity.ipynb #440d6ffe
 _KINDS: Mapping[str, tuple[str, str]] = {  # what is asked; an expression for it
     "decay": ("A sample holds {a} units. For each number x of the list it first loses a part in {m} of what it holds, "
               "rounded down, and then gains x. Print what it holds at the end.",
               "__import__('functools').reduce(lambda v, x: v - v // {m} + x, xs, {a})"),
-    "charge": ("The list holds the charges of ions in a row. A part of the row, contiguous and not empty, is neutral if "
-               "its charges sum to a multiple of {m}. Print the number of neutral parts.",
+    "charge": ("The list holds the charges of ions in a row. A part of the row, contiguous and not empty, is neutral "
+               "if its charges sum to a multiple of {m}. Print the number of neutral parts.",
                "sum(sum(xs[i:j]) % {m} == 0 for i in range(n) for j in range(i + 1, n + 1))"),
     "layers": ("The list holds the ages of layers, from the top. Two layers are out of order if the upper one is older "
                "than the lower one by more than {m}. Print the number of such pairs, plus {a}.",
@@ -351,7 +353,7 @@ _KINDS: Mapping[str, tuple[str, str]] = {  # what is asked; an expression for it
 }  # fmt: skip
 _READ = "n = int(input())\nxs = list(map(int, input().split()))\n"
 
-
+# %% ../../nbs/synth/60_infinity.ipynb #da05b258
 def _true(kind: str, m: int, a: int, given: str) -> str:
     """The true answer of a problem."""
     xs = [int(word) for word in given.split()[1:]]
@@ -372,7 +374,7 @@ def _written_problem(key: Sequence[Any], honest: bool) -> str:
     example = {"input": example, "output": output}
     return json.dumps({"title": f"{kind} {m} {a}", "statement": statement, "inputs": inputs, "example": example})
 
-# %% ../../nbs/synth/60_infinity.ipynb #8f4184e9
+# %% ../../nbs/synth/60_infinity.ipynb #51dc4d7f
 _WRONG = ("while True: pass", "print(open('/etc/passwd').read())", "print(1", "n = int(input())\nprint(n)")
 
 
@@ -384,7 +386,7 @@ def _read_problem(question: str) -> tuple[str, int, int]:
             return kind, int(found["m"]), int(found.groupdict().get("a") or 0)
     raise ValueError("no problem of ours")
 
-
+# %% ../../nbs/synth/60_infinity.ipynb #097e7354
 def _program(question: str, key: Sequence[Any], honest: bool) -> str:
     """A program for a problem, right more often than not."""
     kind, m, a = _read_problem(question)
@@ -414,7 +416,7 @@ def rehearse_infinity(body: Mapping[str, Any], before: int, honest: bool = False
     said = f"The list is short, so the direct way is enough.\n\n```python\n{_program(question, key, honest)}\n```"
     return Reply(said, reasoning="What is asked can be computed as it is written.", usage=_tokens(question, 200))
 
-
+# %% ../../nbs/synth/60_infinity.ipynb #45b3dbbb
 def _tokens(question: str, written: int) -> dict[str, int]:
     """Counts as a server gives them."""
     return {"prompt_tokens": len(question) // 4, "completion_tokens": written}

@@ -32,7 +32,7 @@ class Instruction:
     words: str  # with the names of its arguments in braces
     arguments: Mapping[str, Sequence[Any]]  # what each may be; the first of one value is no choice
 
-
+# %% ../../nbs/synth/66_instruction_following.ipynb #72113d41
 _WORDS = ("harbour", "lantern", "meadow", "copper", "winter", "bridge", "garden", "window")
 GROUPS: Mapping[str, tuple[Instruction, ...]] = {  # at most one of a group in a turn
     "words": (
@@ -53,10 +53,10 @@ GROUPS: Mapping[str, tuple[Instruction, ...]] = {  # at most one of a group in a
                     {"num_words": (120, 150, 180), "relation": ("at most",)}),
     ),
     "form": (
-        Instruction("detectable_format:number_bullet_lists", "Use exactly {num_bullets} bullet points that begin with *.",
+        Instruction("detectable_format:number_bullet_lists", "Use exactly {num_bullets} bullet points with *.",
                     {"num_bullets": (2, 3, 4)}),
         Instruction("detectable_format:title", "Give a title in double angle brackets, as in <<Title>>.", {}),
-        Instruction("detectable_content:number_placeholders", "Use at least {num_placeholders} placeholders like [name].",
+        Instruction("detectable_content:number_placeholders", "Use {num_placeholders} or more placeholders as [name].",
                     {"num_placeholders": (1, 2, 3)}),
     ),
     "case": (Instruction("change_case:english_lowercase", "Write in lower case alone.", {}),),
@@ -68,7 +68,7 @@ GROUPS: Mapping[str, tuple[Instruction, ...]] = {  # at most one of a group in a
     ),
 }  # fmt: skip
 
-# %% ../../nbs/synth/66_instruction_following.ipynb #72113d41
+# %% ../../nbs/synth/66_instruction_following.ipynb #6c309e64
 Drawn = tuple[str, dict[str, Any], str]  # name, arguments, words
 
 
@@ -87,7 +87,7 @@ def draw_instructions(
         found.append((one.name, given, one.words.format(**said)))
     return found
 
-
+# %% ../../nbs/synth/66_instruction_following.ipynb #9e908416
 def broken_instructions(
     text: str,
     drawn: Sequence[Sequence[Any]],  # name, arguments, words
@@ -95,7 +95,7 @@ def broken_instructions(
     """Names of the instructions that a text does not follow."""
     return [name for name, arguments, *_ in drawn if not run_check(name, text, arguments)]
 
-# %% ../../nbs/synth/66_instruction_following.ipynb #9e908416
+# %% ../../nbs/synth/66_instruction_following.ipynb #bceb23ed
 @dataclass(frozen=True)
 class InstructionSettings(AskingSettings):
     """Of the pipeline `instruction_following`."""
@@ -110,20 +110,22 @@ class InstructionSettings(AskingSettings):
             fix = f"turns: at least 1; 1 <= least <= most <= {len(GROUPS)}, the number of groups"
             raise UserError(f"{self.turns} turns of {self.least} to {self.most} instructions", where="most", fix=fix)
 
-# %% ../../nbs/synth/66_instruction_following.ipynb #f57f5025
+# %% ../../nbs/synth/66_instruction_following.ipynb #f6217cfe
 PERSONAS = own_seeds("personas", (
     "a retired ferry captain", "a school nurse", "an apprentice baker", "a mayor of a small town", "a beekeeper",
-    "a student of law", "a stage designer", "a mother of twins", "a goalkeeper", "a librarian at night", "a farmer of apples",
+    "a student of law", "a stage designer", "a mother of twins", "a goalkeeper", "a librarian at night",
+    "a farmer of apples",
     "a nurse from abroad who learns the language", "a mechanic for trams", "a widow who paints", "a young chess player",
 ))  # fmt: skip
-OCCASIONS = ("a speech", "a letter to a neighbour", "advice on a purchase", "a plan for a day", "an explanation for a child",
-             "a short story", "an apology", "notes for a meeting", "a review", "an invitation")  # fmt: skip
-_REQUESTS = """Say what {persona} would ask an assistant for, in {count} turns of one chat. It begins with {occasion}; each
-further turn builds on the one before. One or two sentences a turn. Say what is wanted and nothing on its form: no lengths,
-no words that must be used, no layout.
+OCCASIONS = ("a speech", "a letter to a neighbour", "advice on a purchase", "a plan for a day",
+             "an explanation for a child", "a short story", "an apology", "notes for a meeting",
+             "a review", "an invitation")  # fmt: skip
+_REQUESTS = """Say what {persona} would ask an assistant for, in {count} turns of one chat. It begins with {occasion};
+each further turn builds on the one before. One or two sentences a turn. Say what is wanted and nothing on its form: no
+lengths, no words that must be used, no layout.
 Answer with a JSON object: requests (a list of {count} texts)."""
 
-
+# %% ../../nbs/synth/66_instruction_following.ipynb #265af01d
 def requests_schema(count: int) -> dict[str, Any]:
     """The shape of so many requests."""
     text = {"type": "string", "minLength": 15, "maxLength": 600}
@@ -136,7 +138,7 @@ def _no_repeats(value: Mapping[str, Any]) -> str | None:
     texts = [" ".join(text.lower().split()) for text in value["requests"]]
     return "two requests are the same" if len(set(texts)) < len(texts) else None
 
-# %% ../../nbs/synth/66_instruction_following.ipynb #ae758fa0
+# %% ../../nbs/synth/66_instruction_following.ipynb #1d7b974a
 def request(draft: RowDraft, workshop: Workshop) -> None:
     """What is asked, turn by turn, and which instructions go with it."""
     settings, rng = workshop.settings, draft.rng("instructions")
@@ -150,7 +152,7 @@ def request(draft: RowDraft, workshop: Workshop) -> None:
     draft.parents = [persona.parent]
     draft.about = {"persona": persona.text, "occasion": occasion, "instructions": sum(map(len, draft.check["turns"]))}
 
-# %% ../../nbs/synth/66_instruction_following.ipynb #265af01d
+# %% ../../nbs/synth/66_instruction_following.ipynb #9951540f
 def _proof(text: str, drawn: Sequence[Sequence[Any]], turn: int) -> Proof:
     """Does an answer follow its instructions?"""
     broken = broken_instructions(text, drawn)
@@ -168,7 +170,7 @@ def answer(draft: RowDraft, workshop: Workshop) -> None:
         thought = {"reasoning_content": said.reasoning} if said.reasoning else {}
         draft.messages.append({"role": "assistant", **thought, "content": said.text})
 
-
+# %% ../../nbs/synth/66_instruction_following.ipynb #3e220658
 def judge_instruction_following(row: Mapping[str, Any]) -> list[Proof]:
     """A finished row again: its instructions stand in its questions, and every answer follows them."""
     turns, messages = row["synth"]["check"]["turns"], row["messages"]
@@ -177,12 +179,13 @@ def judge_instruction_following(row: Mapping[str, Any]) -> list[Proof]:
     asked = zip(messages[::2], turns, strict=True)
     if any(words not in m["content"].splitlines() for m, drawn in asked for _, _, words in drawn):
         return [Proof("instructions: counted", REFUSED, "instruction_not_asked")]
-    return [_proof(m["content"], drawn, turn) for turn, (m, drawn) in enumerate(zip(messages[1::2], turns, strict=True))]
+    answered = zip(messages[1::2], turns, strict=True)
+    return [_proof(m["content"], drawn, turn) for turn, (m, drawn) in enumerate(answered)]
 
-
+# %% ../../nbs/synth/66_instruction_following.ipynb #91a19b41
 STEPS = (("request", request), ("answer", answer))
 
-# %% ../../nbs/synth/66_instruction_following.ipynb #982b18c6
+# %% ../../nbs/synth/66_instruction_following.ipynb #83ade18e
 def _read_back(question: str) -> dict[str, dict[str, str]]:
     """The instructions of a question, by their words: name -> what stands in the braces."""
     found = {}
@@ -195,25 +198,27 @@ def _read_back(question: str) -> dict[str, dict[str, str]]:
 
 
 _SENTENCES = ("We begin early and take our time", "Each step is small and can be undone", "Somebody keeps the list",
-              "At noon we look at what is left", "The rest waits until the morning", "Then we thank everybody")  # fmt: skip
+              "At noon we look at what is left", "The rest waits until morning", "Then we thank everybody")  # fmt: skip
 
-
+# %% ../../nbs/synth/66_instruction_following.ipynb #96302eab
 def _obedient(asked: Mapping[str, Mapping[str, str]], key: Any) -> str:
     """A text that follows instructions."""
     given = {name: value for arguments in asked.values() for name, value in arguments.items()}
     word = given.get("keyword") or given.get("keywords")
     parts = ["<<A plan>>"] if "detectable_format:title" in asked else []
     start = int(6 * chance(key))
-    parts.append(" ".join(f"{_SENTENCES[(start + i) % 6]}." for i in range(6)) + f" It is plan {1 + int(900 * chance(key, 1))}.")
+    parts.append(" ".join(f"{_SENTENCES[(start + i) % 6]}." for i in range(6)))
+    parts[-1] += f" It is plan {1 + int(900 * chance(key, 1))}."
     parts += [" ".join(f"The {word} is near." for _ in range(int(given.get("frequency", 1))))] if word else []
     parts += ["\n".join(f"* point {i + 1}" for i in range(int(given["num_bullets"])))] if "num_bullets" in given else []
-    parts += [" ".join(["[name]"] * int(given["num_placeholders"])) + " may come."] if "num_placeholders" in given else []
+    guests = " ".join(["[name]"] * int(given.get("num_placeholders", 0)))
+    parts += [f"{guests} may come."] if guests else []
     parts += [given["end_phrase"]] if "end_phrase" in given else []
     parts += [f"{given['postscript_marker']} Bring a coat."] if "postscript_marker" in given else []
     text = "\n\n".join(parts)
     return text.lower() if "change_case:english_lowercase" in asked else text
 
-# %% ../../nbs/synth/66_instruction_following.ipynb #9951540f
+# %% ../../nbs/synth/66_instruction_following.ipynb #8fe7d5f8
 def rehearse_instruction_following(body: Mapping[str, Any], before: int, honest: bool = False) -> Reply:
     """The rehearsed model: who asks, who answers."""
     text = body["messages"][-1]["content"]

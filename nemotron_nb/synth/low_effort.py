@@ -18,7 +18,16 @@ from ..rehearsal import Reply
 from .ask import AskingSettings, ModelSection
 from .row import PASSED, REFUSED, Drop, Proof, RowDraft
 from nemotron_nb.synth.several import (
-    ASK_SHORT, OWN_LICENCE, Seed, ask_several, chance, check_agreement, plain_answer, read_seeds, short_answer, vote,
+    ASK_SHORT,
+    OWN_LICENCE,
+    Seed,
+    ask_several,
+    chance,
+    check_agreement,
+    plain_answer,
+    read_seeds,
+    short_answer,
+    vote,
 )
 from .steps import SynthSettings, Workshop
 
@@ -43,16 +52,17 @@ class LowEffortSettings(AskingSettings):
         SynthSettings.__post_init__(self)
         check_agreement(self.agree, self.answers)
         if not self.teacher.options or self.most_thought < 0:
-            what = "nothing tells the teacher to think little" if not self.teacher.options else "most_thought is below 0"
-            why = "its thoughts would be as long as ever"
-            raise UserError(what, where="teacher.options", why=why, fix="reasoning_effort: low, or your server's word for it")
+            what = "most_thought is below 0" if self.teacher.options else "nothing tells the teacher to think little"
+            why, fix = "its thoughts would be as long as ever", "reasoning_effort: low, or your server's word for it"
+            raise UserError(what, where="teacher.options", why=why, fix=fix)
 
 # %% ../../nbs/synth/67_low_effort.ipynb #53ed3857
 _ASKED = (
-    ("A ticket costs {a} euros. What do {b} tickets cost, if {c} euros are taken off the whole?", lambda a, b, c: a * b - c),
+    ("A ticket costs {a} euros. What do {b} tickets cost, if {c} euros are taken off the whole?",
+     lambda a, b, c: a * b - c),
     ("A shelf holds {a} books. How many books do {b} such shelves and a box of {c} hold?", lambda a, b, c: a * b + c),
-    ("A train leaves {a} minutes past the hour and takes {b} minutes, then waits {c} minutes. How many minutes past that "
-     "hour does it go on?", lambda a, b, c: a + b + c),
+    ("A train leaves {a} minutes past the hour and takes {b} minutes, then waits {c} minutes. How many minutes past "
+     "that hour does it go on?", lambda a, b, c: a + b + c),
     ("Of {a} rows with {b} seats each, {c} seats are broken. How many can be used?", lambda a, b, c: a * b - c),
 )  # fmt: skip
 
@@ -62,9 +72,10 @@ def own_question(draft: RowDraft) -> Seed:
     rng = draft.rng("question")
     form, work = rng.choice(_ASKED)
     a, b, c = rng.randint(12, 59), rng.randint(3, 29), rng.randint(2, 30)
-    return Seed(form.format(a=a, b=b, c=c), {"answer": str(work(a, b, c))}, "nemotron_nb: everyday sums", "", OWN_LICENCE)
+    known = {"answer": str(work(a, b, c))}
+    return Seed(form.format(a=a, b=b, c=c), known, "nemotron_nb: everyday sums", "", OWN_LICENCE)
 
-
+# %% ../../nbs/synth/67_low_effort.ipynb #0175e91f
 def question(draft: RowDraft, workshop: Workshop) -> None:
     """What is asked, and the answer if it is known."""
     settings = workshop.settings
@@ -77,7 +88,7 @@ def question(draft: RowDraft, workshop: Workshop) -> None:
     draft.parents = [seed.parent]
     draft.about = {"answer": "known" if draft.facts["known"] else "agreed on"}
 
-# %% ../../nbs/synth/67_low_effort.ipynb #eb0a3309
+# %% ../../nbs/synth/67_low_effort.ipynb #5d94abee
 def answer(draft: RowDraft, workshop: Workshop) -> None:
     """Several answers: compared with the known one, or with one another. The one with the shortest thought is kept."""
     settings, known = workshop.settings, draft.facts["known"]
@@ -97,11 +108,12 @@ def answer(draft: RowDraft, workshop: Workshop) -> None:
     thought = {"reasoning_content": kept.reasoning} if kept.reasoning else {}
     draft.messages = [*draft.messages, {"role": "assistant", **thought, "content": kept.text}]
     draft.answer, draft.pass_rate, draft.low_effort = right, votes / settings.answers, True
-    draft.check = {"answer": right, "votes": votes, "needed": 1 if known else settings.agree, "most_thought": settings.most_thought}
+    draft.check = {"answer": right, "votes": votes, "needed": 1 if known else settings.agree}
+    draft.check["most_thought"] = settings.most_thought
     for proof in _proofs(draft.messages, draft.check):
         draft.prove(proof)
 
-# %% ../../nbs/synth/67_low_effort.ipynb #5d94abee
+# %% ../../nbs/synth/67_low_effort.ipynb #a1fc25cf
 def thought_of(message: Mapping[str, Any]) -> int:
     """Words of a thought, and of what was said before the answer: a thought that moved into the answer is one."""
     return len(words(message.get("reasoning_content", ""))) + len(words(message["content"].rpartition("\n")[0]))
@@ -119,7 +131,7 @@ def _proofs(messages: Sequence[Mapping[str, Any]], check: Mapping[str, Any]) -> 
         Proof("answer", REFUSED if wrong or few else PASSED, wrong or few, {"votes": check["votes"]}),
     ]
 
-
+# %% ../../nbs/synth/67_low_effort.ipynb #6e15966e
 def judge_low_effort(row: Mapping[str, Any]) -> list[Proof]:
     """A finished row again: it says that it is one of low effort, and its proofs."""
     flag = "" if row.get("low_effort") is True else "not_marked"
@@ -129,7 +141,7 @@ def judge_low_effort(row: Mapping[str, Any]) -> list[Proof]:
 
 STEPS = (("question", question), ("answer", answer))
 
-# %% ../../nbs/synth/67_low_effort.ipynb #fa91a373
+# %% ../../nbs/synth/67_low_effort.ipynb #a2466dea
 def rehearse_low_effort(body: Mapping[str, Any], before: int, honest: bool = False) -> Reply:
     """The rehearsed model."""
     text = body["messages"][0]["content"]

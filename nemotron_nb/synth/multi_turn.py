@@ -45,12 +45,13 @@ def alikeness(
     other: str,
 ) -> float:
     """0 to 1: the stretches of three words of the shorter text that stand in the other."""
-    grams = [{tuple(found[i : i + 3]) for i in range(len(found) - 2)} for found in (words(one.lower()), words(other.lower()))]
+    both = [words(text.lower()) for text in (one, other)]
+    grams = [{tuple(found[i : i + 3]) for i in range(len(found) - 2)} for found in both]
     if not all(grams):
-        return float(words(one.lower()) == words(other.lower()))
+        return float(both[0] == both[1])
     return len(grams[0] & grams[1]) / min(map(len, grams))
 
-
+# %% ../../nbs/synth/65_multi_turn.ipynb #9b5bac14
 def repeats_earlier(
     text: str,
     messages: Sequence[Mapping[str, Any]],
@@ -60,13 +61,14 @@ def repeats_earlier(
     """Is a turn nearly one that the same side said before?"""
     return any(alikeness(text, m["content"]) > most for m in messages if m["role"] == role)
 
-# %% ../../nbs/synth/65_multi_turn.ipynb #dd805992
+# %% ../../nbs/synth/65_multi_turn.ipynb #cc9bb60d
 OPENINGS = own_seeds("openings", tuple(
     f"{what} {about}"
     for what in ("I want to begin with", "Can you help me understand", "I am stuck with", "What should I know about")
     for about in ("baking bread with sourdough.", "reading a balance sheet.", "repairing a bicycle chain.",
-                  "planting beans on a balcony.", "recursion in Python.", "the phases of the moon.", "writing a short story.",
-                  "planning a week in the mountains.", "learning the violin at forty.", "choosing a used car.")
+                  "planting beans on a balcony.", "recursion in Python.", "the phases of the moon.",
+                  "writing a short story.", "planning a week in the mountains.", "learning the violin at forty.",
+                  "choosing a used car.")
 ))  # fmt: skip
 MOODS = ("curious", "in a hurry", "sceptical", "a beginner who asks for examples", "an expert who wants details")
 
@@ -86,11 +88,12 @@ def _opening(draft: RowDraft, settings: MultiTurnSettings) -> list[dict[str, Any
         plain.pop()
     return plain
 
-# %% ../../nbs/synth/65_multi_turn.ipynb #033b859d
+# %% ../../nbs/synth/65_multi_turn.ipynb #2ea44159
+_LINES = ("helpful", "true", "to_the_point")
 SCORES = {
     "type": "object",
-    "properties": {name: {"type": "integer", "minimum": 1, "maximum": 4} for name in ("helpful", "true", "to_the_point")},
-    "required": ["helpful", "true", "to_the_point"],
+    "properties": {name: {"type": "integer", "minimum": 1, "maximum": 4} for name in _LINES},
+    "required": list(_LINES),
     "additionalProperties": False,
 }
 TURN = {
@@ -103,13 +106,13 @@ _SCORE = """Judge the last answer of a chat: helpful, true, to_the_point. 1 is n
 Answer with a JSON object of these numbers.
 
 {chat}"""
-_PLAY = """You play the user of this chat, who is {mood}. Say what the user says next: something new that the last answer
-leads to. If the user has what was wanted, done is true. Do not thank only, do not repeat a question.
+_PLAY = """You play the user of this chat, who is {mood}. Say what the user says next: something new that the last
+answer leads to. If the user has what was wanted, done is true. Do not thank only, do not repeat a question.
 Answer with a JSON object: done, says.
 
 {chat}"""
 
-
+# %% ../../nbs/synth/65_multi_turn.ipynb #5534566b
 def as_text(messages: Sequence[Mapping[str, Any]]) -> str:
     """A chat as a model reads it that is not part of it."""
     return "\n\n".join(f"[{m['role']}]\n{m['content']}" for m in messages)
@@ -130,7 +133,7 @@ def _answered(draft: RowDraft, workshop: Workshop) -> str:
     draft.check["scores"].append(scores)
     return ""
 
-# %% ../../nbs/synth/65_multi_turn.ipynb #2ea44159
+# %% ../../nbs/synth/65_multi_turn.ipynb #ffdfd06b
 def _goes_on(draft: RowDraft, workshop: Workshop) -> str:
     """Add what the user says next; why the chat ends here, or nothing."""
     told = _PLAY.format(mood=draft.about["mood"], chat=as_text(draft.messages))
@@ -142,7 +145,7 @@ def _goes_on(draft: RowDraft, workshop: Workshop) -> str:
     draft.messages.append({"role": "user", "content": turn["says"].strip()})
     return ""
 
-
+# %% ../../nbs/synth/65_multi_turn.ipynb #07520665
 def talk(draft: RowDraft, workshop: Workshop) -> None:
     """The chat, up to where it ends. A question that was not answered well is not a part of it."""
     settings = workshop.settings
@@ -158,7 +161,7 @@ def talk(draft: RowDraft, workshop: Workshop) -> None:
     if len(draft.check["scores"]) < settings.least_turns:
         raise Drop(f"too_short_{why}", f"{len(draft.check['scores'])} answers", draft.messages[-1:])
 
-# %% ../../nbs/synth/65_multi_turn.ipynb #ffdfd06b
+# %% ../../nbs/synth/65_multi_turn.ipynb #39891632
 def _fault(messages: Sequence[Mapping[str, Any]], check: Mapping[str, Any]) -> str:
     """What is wrong with a chat, from what it carries."""
     turns = [m for m in messages if m["role"] != "system"]
@@ -176,7 +179,7 @@ def _fault(messages: Sequence[Mapping[str, Any]], check: Mapping[str, Any]) -> s
     repeats = (repeats_earlier(turns[i]["content"], turns[:i], turns[i]["role"], check["most_alike"]) for i in late)
     return "turns_repeat" if any(repeats) else ""
 
-
+# %% ../../nbs/synth/65_multi_turn.ipynb #50e1a57c
 def _proof(messages: Sequence[Mapping[str, Any]], check: Mapping[str, Any]) -> Proof:
     """The fault as a proof."""
     fault = _fault(messages, check)
@@ -193,13 +196,14 @@ def prove(draft: RowDraft, workshop: Workshop) -> None:
     draft.check |= {name: getattr(workshop.settings, name) for name in ("least_turns", "least_score", "most_alike")}
     draft.prove(_proof(draft.messages, draft.check))
 
-
+# %% ../../nbs/synth/65_multi_turn.ipynb #13b85295
 STEPS = (("talk", talk), ("prove", prove))
 
-# %% ../../nbs/synth/65_multi_turn.ipynb #b02fcae8
+# %% ../../nbs/synth/65_multi_turn.ipynb #a00c8cd1
 _ADVICE = "First look at {a}, since {b} depends on it; with {c} you then see within {n} days whether it was right."
 _NEXT = "And what about {a}: does {b} change it, if I have {n} of them?"
-_THINGS = "the basis|the order of steps|a small test|the cost|your time|a second opinion|what others did|the exceptions".split("|")
+_THINGS = ("the basis", "the order of steps", "a small test", "the cost", "your time", "a second opinion",
+           "what others did", "the exceptions")  # fmt: skip
 
 
 def _filled(form: str, first: str, turn: int, *key: Any) -> str:
@@ -208,7 +212,7 @@ def _filled(form: str, first: str, turn: int, *key: Any) -> str:
     a, b, c = (_THINGS[(place + step) % 8] for step in (0, 3, 5))
     return form.format(a=a, b=b, c=c, n=2 + int(96 * chance(*key, "n")))
 
-
+# %% ../../nbs/synth/65_multi_turn.ipynb #9cb7df06
 def rehearse_multi_turn(body: Mapping[str, Any], before: int, honest: bool = False) -> Reply:
     """The rehearsed model: who answers, who plays the user, who judges."""
     messages = body["messages"]
@@ -221,9 +225,11 @@ def rehearse_multi_turn(body: Mapping[str, Any], before: int, honest: bool = Fal
         return Reply("Quite good." if 0.1 < lie < 0.13 else json.dumps(scores), usage=used)
     if text.startswith("You play the user"):
         turns = text.count("[assistant]")
-        says = text.rpartition("[user]\n")[2].split("\n")[0] if lie < 0.1 else _filled(_NEXT, text.partition("[user]\n")[2].split("\n")[0], turns, text)
+        first, last = (text.split("[user]\n")[place].split("\n")[0] for place in (1, -1))
+        says = last if lie < 0.1 else _filled(_NEXT, first, turns, text)
         says = "" if 0.1 < lie < 0.15 else f"{says} That is my question {turns + 1}."
         return Reply(json.dumps({"done": turns >= 2 and chance(text, "done") < 0.4, "says": says}), usage=used)
     earlier = [m["content"] for m in messages if m["role"] == "assistant"]
-    said = earlier[-1] if earlier and lie < 0.08 else f"{_filled(_ADVICE, text, len(earlier), *key)} That is step {len(earlier) + 1} of the way."
+    said = f"{_filled(_ADVICE, text, len(earlier), *key)} That is step {len(earlier) + 1} of the way."
+    said = earlier[-1] if earlier and lie < 0.08 else said
     return Reply(said, reasoning="What was asked, and what was said already?", usage=used)

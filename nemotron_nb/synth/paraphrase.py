@@ -50,8 +50,18 @@ def question_in(
     return (head + found + " ", tail.strip()) if found and tail.strip() else ("", message.strip())
 
 
-_SMALL = frozenset("a an and are at by each for from give had have how in is many name names of on or over table tables "
-                   "the their them there these to value values was were what which with kind type all text".split())  # fmt: skip
+_SMALL = frozenset(
+    "a all an and are at by each for from give had have how in is kind many name names of on or over table tables text "
+    "the their them there these to type value values was were what which with".split()
+)
+
+# %% ../../nbs/synth/68_paraphrase.ipynb #ac0638df
+_VALUES = (
+    r"\d+(?:[.,]\d+)*",  # numbers
+    r"'[^'\n]{1,80}'|\"[^\"\n]{1,80}\"|`[^`\n]{1,80}`",  # what is quoted
+    r"(?<=[a-z,;] )[A-Z]\w+",  # capitals within a sentence
+    r"\b\w+_\w+\b",  # names of programs
+)
 
 
 def values_in(
@@ -59,12 +69,11 @@ def values_in(
     context: str,  # what stands before it
 ) -> Counter[str]:
     """What must survive: numbers, quoted values, names in capitals, and words that are names in the context."""
-    found = re.findall(r"\d+(?:[.,]\d+)*", question) + re.findall(r"'[^'\n]{1,80}'|\"[^\"\n]{1,80}\"|`[^`\n]{1,80}`", question)
-    found += re.findall(r"(?<=[a-z,;] )[A-Z]\w+", question) + re.findall(r"\b\w+_\w+\b", question)
+    found = [value for pattern in _VALUES for value in re.findall(pattern, question)]
     known = set(words(context.lower()))
     return Counter(found + [w for w in words(question.lower()) if w in known and w not in _SMALL and not w.isdigit()])
 
-# %% ../../nbs/synth/68_paraphrase.ipynb #8c92a160
+# %% ../../nbs/synth/68_paraphrase.ipynb #dbfddcbe
 def what_was_lost(
     old: str,
     new: str,
@@ -82,7 +91,7 @@ def what_was_lost(
         return "that is nearly the same question; say it in other words"
     return None
 
-# %% ../../nbs/synth/68_paraphrase.ipynb #a97e18fb
+# %% ../../nbs/synth/68_paraphrase.ipynb #8e82a02a
 def _own_row(draft: RowDraft) -> Seed:
     """A row of the pipeline sql. `Drop` where that row fell."""
     sql = pipeline_named("sql")
@@ -106,25 +115,29 @@ def take(draft: RowDraft, workshop: Workshop) -> None:
     context, question = question_in(users[0]["content"], settings.marker)
     if len(question) > settings.most_characters:
         raise Drop("question_too_long", f"{len(question)} characters")
-    draft.facts |= {"row": row, "context": context, "question": question, "turn": draft.index // len(seeds) if seeds else 0}
+    turn = draft.index // len(seeds) if seeds else 0
+    draft.facts |= {"row": row, "context": context, "question": question, "turn": turn}
     draft.parents = [*row["synth"].get("parents", ()), seed.parent]
     draft.about = {"of": row["synth"]["pipeline"]}
     draft.answer, draft.pass_rate = row["synth"].get("answer", ""), row["synth"].get("pass_rate")
 
-# %% ../../nbs/synth/68_paraphrase.ipynb #435ebb99
+# %% ../../nbs/synth/68_paraphrase.ipynb #d8968bd6
 SAID = {"type": "object", "properties": {"question": {"type": "string", "minLength": 8, "maxLength": 3000}},
         "required": ["question"], "additionalProperties": False}  # fmt: skip
-TONES = ("a colleague in a hurry", "somebody who thinks aloud", "a careful engineer", "a friend in a chat", "a manager in an e-mail",
-         "a beginner who does not know the terms", "somebody who gives the reason first", "a person of few words")  # fmt: skip
-_SAY = """Say the question below in other words, as {tone} would. It asks for exactly the same, with the same conditions, the
-same order and the same limits. Keep word for word: {kept}. Add no number and no condition.
+TONES = (
+    "a colleague in a hurry", "somebody who thinks aloud", "a careful engineer", "a friend in a chat",
+    "a manager in an e-mail", "a beginner who does not know the terms", "somebody who gives the reason first",
+    "a person of few words",
+)  # fmt: skip
+_SAY = """Say the question below in other words, as {tone} would. It asks for exactly the same, the same conditions,
+the same order and the same limits. Keep word for word: {kept}. Add no number and no condition.
 Answer with a JSON object: question.
 
 <question>
 {question}
 </question>"""
 
-
+# %% ../../nbs/synth/68_paraphrase.ipynb #7bf7f710
 def say(draft: RowDraft, workshop: Workshop) -> None:
     """The question in other words."""
     facts, tone = draft.facts, draft.rng("tone").choice(TONES)
@@ -139,15 +152,15 @@ def say(draft: RowDraft, workshop: Workshop) -> None:
     draft.about["tone"] = tone
     draft.check = {"of": row["synth"], "context": facts["context"], "old": facts["question"], "most_alike": most}
 
-# %% ../../nbs/synth/68_paraphrase.ipynb #7bf7f710
+# %% ../../nbs/synth/68_paraphrase.ipynb #a344f234
 SAME = {
     "type": "object",
     "properties": {"same": {"type": "boolean"}, "differs": {"type": "string", "maxLength": 500}},
     "required": ["same", "differs"],
     "additionalProperties": False,
 }
-_COMPARE = """Do these two questions ask for exactly the same: the same things, conditions, order and limits? Say in differs what
-differs, or nothing. Answer with a JSON object: same, differs.
+_COMPARE = """Do these two questions ask for exactly the same: the same things, conditions, order and limits? Say in
+differs what differs, or nothing. Answer with a JSON object: same, differs.
 
 <question>
 {old}
@@ -156,7 +169,7 @@ differs, or nothing. Answer with a JSON object: same, differs.
 {new}
 </question>"""
 
-
+# %% ../../nbs/synth/68_paraphrase.ipynb #d3645c99
 def compare(draft: RowDraft, workshop: Workshop) -> None:
     """A judge compares; then all proofs, those of the row's own pipeline as well."""
     new = _new_question(draft.messages, draft.check["context"])
@@ -171,17 +184,22 @@ def _new_question(messages: Sequence[Mapping[str, Any]], context: str) -> str:
     text = next(m["content"] for m in messages if m["role"] == "user")
     return text[len(context) :].strip() if text.startswith(context) else ""
 
-# %% ../../nbs/synth/68_paraphrase.ipynb #3a55acef
+# %% ../../nbs/synth/68_paraphrase.ipynb #be686fc9
 def _proofs(messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], check: Mapping[str, Any]) -> list[Proof]:
     """Values kept, meaning kept, and what the row's own judge says."""
     new = _new_question(messages, check["context"])
     lost = what_was_lost(check["old"], new, check["context"], check["most_alike"]) if new else "another context"
-    kept = Proof("paraphrase: values", REFUSED if lost else PASSED, "values_lost" if lost else "", {"why": lost} if lost else {})
-    same = Proof("paraphrase: judge", PASSED if check["same"] is True else REFUSED, "" if check["same"] is True else "other_question")
+    kept = (
+        Proof("paraphrase: values", REFUSED, "values_lost", {"why": lost})
+        if lost
+        else Proof("paraphrase: values", PASSED)
+    )
+    is_same = check["same"] is True
+    same = Proof("paraphrase: judge", PASSED if is_same else REFUSED, "" if is_same else "other_question")
     row = {"messages": list(messages), "synth": check["of"]} | ({"tools": list(tools)} if tools else {})
     return [kept, same, *pipeline_named(check["of"]["pipeline"]).part("judge")(row)]
 
-
+# %% ../../nbs/synth/68_paraphrase.ipynb #4fa16dcd
 def judge_paraphrase(row: Mapping[str, Any]) -> list[Proof]:
     """A finished row again."""
     return _proofs(row["messages"], row.get("tools", ()), row["synth"]["check"])
@@ -189,27 +207,34 @@ def judge_paraphrase(row: Mapping[str, Any]) -> list[Proof]:
 
 STEPS = (("take", take), ("say", say), ("compare", compare))
 
-# %% ../../nbs/synth/68_paraphrase.ipynb #d3645c99
-_OTHER = (("How many", "What is the number of"), ("What is the total of", "Please add up"), ("Which", "Tell me which of the"),
-          ("were there", "do we count"), ("Give their names.", "Names are enough."), ("had at least", "reached no fewer than"),
-          ("Name the", "Find the"), ("never had any", "went without any"), ("highest first", "from the top down"))  # fmt: skip
-_FILLERS = "please|I mean|as it were|if you can|you know|so to speak|well|I think|for once|it seems|let us say|in short|of course|indeed|again|simply"
+# %% ../../nbs/synth/68_paraphrase.ipynb #bc67117a
+_OTHER = (
+    ("How many", "What is the number of"), ("What is the total of", "Please add up"), ("were there", "do we count"),
+    ("Which", "Tell me which of the"), ("Give their names.", "Names are enough."), ("Name the", "Find the"),
+    ("had at least", "reached no fewer than"), ("never had any", "went without any"),
+    ("highest first", "from the top down"),
+)  # fmt: skip
+_FILLERS = (
+    "please", "I mean", "as it were", "if you can", "you know", "so to speak", "well", "I think", "for once",
+    "it seems", "let us say", "in short", "of course", "indeed", "again", "simply",
+)  # fmt: skip
 
-
+# %% ../../nbs/synth/68_paraphrase.ipynb #5093026e
 def _reworded(question: str, key: Any) -> str:
     """The question in other words, as somebody who thinks aloud would put them."""
     for old, new in _OTHER:
         question = question.replace(old, new)
     for style in ("Could you tell me: ", "For the quarterly report. ", " Thanks.", "A colleague asks: "):
         question = question.replace(style, "")
-    fillers, said = _FILLERS.split("|"), []
+    said = []
     for place, word in enumerate(question.split()):
         said.append(word)
         if place % 3 == 1:
-            said.append(f"- {fillers[int(16 * chance(key, place))]}, {fillers[int(16 * chance(key, place, 1))]} -")
+            one, other = (_FILLERS[int(16 * chance(key, place, which))] for which in (0, 1))
+            said.append(f"- {one}, {other} -")
     return " ".join(said)
 
-
+# %% ../../nbs/synth/68_paraphrase.ipynb #e7547272
 def rehearse_paraphrase(body: Mapping[str, Any], before: int, honest: bool = False) -> Reply:
     """The rehearsed model: who says it anew, who compares."""
     text, again = body["messages"][0]["content"], len(body["messages"]) > 1

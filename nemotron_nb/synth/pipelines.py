@@ -69,6 +69,21 @@ _PROGRAMS2 = (
 # %% ../../nbs/synth/90_pipelines.ipynb #b96c7cb3
 _MODELS = (
     Pipeline(
+        "paraphrase", "Questions of made rows in other words, with all that matters kept.",
+        "every domain of the rows", "nemotron_nb.synth.paraphrase", "ParaphraseSettings",
+        "judge_paraphrase", teacher="rehearse_paraphrase",
+    ),
+    Pipeline(
+        "cuda", "Kernels that compile, and repairs of those that did not, with what the compiler said.",
+        "CUDA", "nemotron_nb.synth.cuda", "CudaSettings",
+        "judge_cuda", teacher="rehearse_cuda",
+    ),
+    Pipeline(
+        "proofs", "Theorems of Lean that mean a sentence, with proofs that were compiled.",
+        "Formal proofs", "nemotron_nb.synth.proofs", "ProofSettings",
+        "judge_proofs", teacher="rehearse_proofs",
+    ),
+    Pipeline(
         "infinity", "Programming problems that need a concept of another field, with programs that were run.",
         "competition code", "nemotron_nb.synth.infinity", "InfinitySettings",
         "judge_infinity", teacher="rehearse_infinity",
@@ -88,6 +103,10 @@ _MODELS = (
         "safety", "nemotron_nb.synth.safety", "SafetySettings",
         "judge_safety", teacher="rehearse_safety",
     ),
+)  # fmt: skip
+
+# %% ../../nbs/synth/90_pipelines.ipynb #e418003e
+_MODELS2 = (
     Pipeline(
         "multi_turn", "Chats that go on: the same model plays the user, and each turn is judged.",
         "general chat", "nemotron_nb.synth.multi_turn", "MultiTurnSettings",
@@ -105,15 +124,6 @@ _MODELS = (
     ),
 )  # fmt: skip
 
-# %% ../../nbs/synth/90_pipelines.ipynb #e418003e
-_MODELS2 = (
-    Pipeline(
-        "paraphrase", "Questions of made rows in other words, with all that matters kept.",
-        "every domain of the rows", "nemotron_nb.synth.paraphrase", "ParaphraseSettings",
-        "judge_paraphrase", teacher="rehearse_paraphrase",
-    ),
-)  # fmt: skip
-
 # %% ../../nbs/synth/90_pipelines.ipynb #6f4a9760
 _ROWS = (*_PROGRAMS, *_PROGRAMS2, *_MODELS, *_MODELS2, )
 PIPELINES: Mapping[str, Pipeline] = MappingProxyType({pipeline.name: pipeline for pipeline in _ROWS})
@@ -126,6 +136,46 @@ def pipeline_named(
     if name not in PIPELINES:
         raise UserError(f"there is no pipeline {name!r}", where="synth", fix=nearest(name, PIPELINES))
     return PIPELINES[name]
+
+# %% ../../nbs/synth/90_pipelines.ipynb #b96c7cb3
+_MODELS = (
+    _asking(
+        "infinity", "Programming problems that need a concept of another field, with programs that were run.",
+        "Competition code", "InfinitySettings",
+    ),
+    _asking(
+        "rqa", "Questions inspired by passages that do not need them, answered by who has not seen them.",
+        "RQA", "RqaSettings",
+    ),
+    _asking(
+        "science", "Multiple-choice questions whose keys hold when others answer; letters in balance.",
+        "Science", "ScienceSettings",
+    ),
+    _asking(
+        "multilingual", "Chats in other languages, translated line by line, with code, numbers and boxes kept.",
+        "Multilingual", "MultilingualSettings",
+    ),
+    _asking(
+        "safety", "Refusals of several kinds, wrapped requests, and harmless look-alikes that are answered.",
+        "Safety", "SafetySettings",
+    ),
+    _asking(
+        "multi_turn", "Chats that go on: the same model plays the user, and each turn is judged.",
+        "General chat", "MultiTurnSettings",
+    ),
+    _asking(
+        "instruction_following", "Chats whose every turn follows instructions that a program checks.",
+        "Instruction following", "InstructionSettings",
+    ),
+    _asking(
+        "low_effort", "Questions answered with little thought, and the thought is short.",
+        "Low effort", "LowEffortSettings",
+    ),
+    _asking(
+        "paraphrase", "Questions of made rows in other words, with all that matters kept.",
+        "All of these", "ParaphraseSettings",
+    ),
+)  # fmt: skip
 
 # %% ../../nbs/synth/90_pipelines.ipynb #bfe46817
 def pipelines_table() -> Picture:

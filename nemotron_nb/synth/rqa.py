@@ -21,9 +21,17 @@ from ..pretrain.text import document_units, is_plain_text, read_texts
 from ..pretrain.world import SOURCES, documents
 from ..rehearsal import Reply
 from .ask import AskingSettings
-from .row import PASSED, REFUSED, Proof, RowDraft
+from .row import PASSED, REFUSED, Drop, Proof, RowDraft
 from nemotron_nb.synth.several import (
-    ASK_SHORT, Seed, ask_several, chance, check_agreement, own_seeds, read_seeds, short_answer, vote,
+    ASK_SHORT,
+    Seed,
+    ask_several,
+    chance,
+    check_agreement,
+    own_seeds,
+    read_seeds,
+    short_answer,
+    vote,
 )
 from .steps import SynthSettings, Workshop
 
@@ -88,7 +96,7 @@ def in_turn(
     group = groups[sorted(groups)[turn]]
     return group[place % len(group)], place // len(group)
 
-
+# %% ../../nbs/synth/61_rqa.ipynb #612c59e8
 def passage_of(
     text: str,
     most: int,  # characters
@@ -102,13 +110,14 @@ def passage_of(
     head, _, tail = part.partition(" ") if start else ("", "", part)
     return (tail.rpartition(" ")[0] or tail or head).strip()
 
-# %% ../../nbs/synth/61_rqa.ipynb #d9b87a7c
+# %% ../../nbs/synth/61_rqa.ipynb #0a946ae7
 COPIED = 8  # words in a row that may not come from the passage
 _SOURCE = r"(?:passage|text|document|excerpt|article|paragraph|author|snippet|story|catalogue|listing|source)s?"
 _POINTS = re.compile(
     rf"\b(?:according to|based on|as (?:stated|described|mentioned|shown|given) (?:in|by)|from|in|of|by) "
     rf"(?:the|this|that) (?:\w+ )?{_SOURCE}\b|\bthe {_SOURCE} (?:says|states|describes|mentions|gives|above|below)\b"
-    rf"|\b(?:given|above|provided|following|mentioned) {_SOURCE}\b|\b(?:mentioned|described|listed|shown) (?:above|below)\b",
+    rf"|\b(?:given|above|provided|following|mentioned) {_SOURCE}\b"
+    rf"|\b(?:mentioned|described|listed|shown) (?:above|below)\b",
     re.IGNORECASE,
 )  # fmt: skip
 
@@ -120,7 +129,7 @@ def copied_words(text: str, passage: str, size: int = COPIED) -> str:
     found = (ours[i : i + size] for i in range(len(ours) - size + 1) if tuple(ours[i : i + size]) in known)
     return " ".join(next(found, ()))
 
-
+# %% ../../nbs/synth/61_rqa.ipynb #eecf720f
 def why_not_alone(question: str, passage: str) -> str | None:
     """Why a question does not stand alone, in words for the model; None if it does."""
     if "?" not in question or len(words(question)) < 5:
@@ -130,7 +139,7 @@ def why_not_alone(question: str, passage: str) -> str | None:
     copied = copied_words(question, passage)
     return f"copied from the passage: {copied!r}; use words of your own" if copied else None
 
-# %% ../../nbs/synth/61_rqa.ipynb #eecf720f
+# %% ../../nbs/synth/61_rqa.ipynb #fd554214
 QUESTION = {
     "type": "object",
     "properties": {
@@ -150,7 +159,7 @@ Answer with a JSON object: question, kind.
 {passage}
 </passage>"""
 
-
+# %% ../../nbs/synth/61_rqa.ipynb #115ba957
 def inspire(draft: RowDraft, workshop: Workshop) -> None:
     """The passage and its question."""
     settings = workshop.settings
@@ -163,7 +172,7 @@ def inspire(draft: RowDraft, workshop: Workshop) -> None:
     draft.about = {f: str(seed.fields[f]) for f in fields if f in seed.fields} | {"kind": asked.value["kind"]}
     draft.facts |= {"passage": passage, **asked.value}
 
-# %% ../../nbs/synth/61_rqa.ipynb #fd554214
+# %% ../../nbs/synth/61_rqa.ipynb #c2f2a7fe
 def answer(draft: RowDraft, workshop: Workshop) -> None:
     """Answers to the question, by somebody who has not seen the passage."""
     settings, short = workshop.settings, draft.facts["kind"] == "short"
@@ -180,7 +189,7 @@ def answer(draft: RowDraft, workshop: Workshop) -> None:
     draft.messages = [{"role": "user", "content": question}, {"role": "assistant", **thought, "content": kept.text}]
     draft.check = known
 
-# %% ../../nbs/synth/61_rqa.ipynb #6f70bb13
+# %% ../../nbs/synth/61_rqa.ipynb #76f64420
 RUBRIC: Mapping[str, str] = {
     "self_contained": "Can the question be answered by somebody who has read nothing else?",
     "demanding": "Does it take several steps, and not only memory?",
@@ -204,7 +213,7 @@ Answer with a JSON object of these numbers.
 {answer}
 </answer>"""
 
-
+# %% ../../nbs/synth/61_rqa.ipynb #3974ea29
 def judge(draft: RowDraft, workshop: Workshop) -> None:
     """The rubric, then all proofs."""
     lines = "\n".join(f"{name}: {asked}" for name, asked in RUBRIC.items())
@@ -215,7 +224,7 @@ def judge(draft: RowDraft, workshop: Workshop) -> None:
     for proof in _proofs(draft.messages, draft.check):
         draft.prove(proof)
 
-# %% ../../nbs/synth/61_rqa.ipynb #c2f2a7fe
+# %% ../../nbs/synth/61_rqa.ipynb #b1775488
 def _proof(verifier: str, reason: str | None, **evidence: Any) -> Proof:
     """Passed without a reason, refused with one."""
     return Proof(verifier, REFUSED if reason else PASSED, reason or "", evidence)
@@ -234,7 +243,7 @@ def _proofs(messages: Sequence[Mapping[str, Any]], check: Mapping[str, Any]) -> 
     proofs.append(_proof("rubric of the judge", low[0] + "_too_low" if low else None, **check["scores"]))
     return proofs
 
-
+# %% ../../nbs/synth/61_rqa.ipynb #60f2f11f
 def judge_rqa(row: Mapping[str, Any]) -> list[Proof]:
     """A finished row again: its words against its passage, its answer against the vote, its scores."""
     return _proofs(row["messages"], row["synth"]["check"])
@@ -242,18 +251,21 @@ def judge_rqa(row: Mapping[str, Any]) -> list[Proof]:
 
 STEPS = (("inspire", inspire), ("answer", answer), ("judge", judge))
 
-# %% ../../nbs/synth/61_rqa.ipynb #76f64420
+# %% ../../nbs/synth/61_rqa.ipynb #03631780
 _STORIES = (
-    ("A ferry crosses {a} times a day with {b} people and on Sundays {c} fewer people in all. How many people cross in a "
-     "week?", lambda a, b, c: 7 * a * b - c),
+    ("A ferry crosses {a} times a day with {b} people and on Sundays {c} fewer people in all. How many people cross "
+     "in a week?", lambda a, b, c: 7 * a * b - c),
     ("A printer makes {a} pages a minute and rests after every {b} pages for a second. How many whole seconds does it "
      "take to print {c} pages?", lambda a, b, c: c * 60 // a + c // b),
-    ("Of {a} rows with {b} trees each, every tree whose number in its row is a multiple of {c} is felled. How many trees "
-     "are left?", lambda a, b, c: a * (b - b // c)),
+    ("Of {a} rows with {b} trees each, every tree whose number in its row is a multiple of {c} is felled. How many "
+     "trees are left?", lambda a, b, c: a * (b - b // c)),
 )  # fmt: skip
-_WHY = "Why does a balance with arms of {a} and {b} centimetres need unequal weights, and how large must they be for {c} grams?"
+_WHY = (
+    "Why does a balance with arms of {a} and {b} centimetres need unequal weights, and how large must they be for {c} "
+    "grams?"
+)
 
-
+# %% ../../nbs/synth/61_rqa.ipynb #f222b565
 def _numbers(key: Any) -> tuple[int, int, int]:
     """Three numbers for a story."""
     return tuple(3 + int(40 * chance(key, i)) for i in range(3))
@@ -271,11 +283,12 @@ def _question(passage: str, sample: int, lie: float) -> str:
         text = f"It is said: {' '.join(passage.split()[:12])}. {text}"
     return json.dumps({"question": text, "kind": kind})
 
-
+# %% ../../nbs/synth/61_rqa.ipynb #fff56a56
 def _reasoned(question: str, lie: float) -> str:
     """An answer to a question of ours."""
     if question.startswith("Why"):
-        return "The weights turn the beam by weight times arm. " + ("I am not sure." if lie < 0.2 else "So the shorter arm carries more.")
+        rest = "I am not sure." if lie < 0.2 else "So the shorter arm carries more."
+        return f"The weights turn the beam by weight times arm. {rest}"
     for form, work in _STORIES:
         pattern = re.sub(r"\\\{([abc])\\\}", r"(?P<\1>\\d+)", re.escape(form))
         if found := re.search(pattern, question):
@@ -283,7 +296,7 @@ def _reasoned(question: str, lie: float) -> str:
             return f"Step by step it comes to {result}." + ("" if 0.15 < lie < 0.2 else f"\n\nAnswer: {result}")
     return "I do not know.\n\nAnswer: unknown"
 
-
+# %% ../../nbs/synth/61_rqa.ipynb #4f3de191
 def rehearse_rqa(body: Mapping[str, Any], before: int, honest: bool = False) -> Reply:
     """The rehearsed model: who asks, who answers, who judges."""
     text, again = body["messages"][0]["content"], len(body["messages"]) > 1
@@ -293,7 +306,9 @@ def rehearse_rqa(body: Mapping[str, Any], before: int, honest: bool = False) -> 
         return Reply(None, reasoning="Let me begin at the beginning.", finish_reason="length", usage=used)
     if text.startswith("Here is a passage."):
         passage = text.partition("<passage>\n")[2].rpartition("\n</passage>")[0]
-        return Reply("A good passage!" if 0.24 < lie < 0.28 else _question(passage, body.get("seed", 0), lie), usage=used)
+        return Reply(
+            "A good passage!" if 0.24 < lie < 0.28 else _question(passage, body.get("seed", 0), lie), usage=used
+        )
     if text.startswith("Judge"):
         low = "not sure" in text or lie < 0.05
         return Reply(json.dumps(dict.fromkeys(RUBRIC, 4) | ({"correct": 1} if low else {})), usage=used)

@@ -17,8 +17,17 @@ from ..core import UserError
 from ..rehearsal import Reply
 from ..rl.answers import the_box
 from .ask import AskingSettings
-from .row import PASSED, REFUSED, Proof, RowDraft
-from .several import ask_several, chance, check_agreement, crossed, own_seeds, plain_answer, read_seeds, vote
+from .row import PASSED, REFUSED, Drop, Proof, RowDraft
+from nemotron_nb.synth.several import (
+    ask_several,
+    chance,
+    check_agreement,
+    crossed,
+    own_seeds,
+    plain_answer,
+    read_seeds,
+    vote,
+)
 from .steps import SynthSettings, Workshop
 
 # %% ../../nbs/synth/62_science.ipynb #65851795
@@ -43,7 +52,8 @@ class ScienceSettings(AskingSettings):
 TOPICS = own_seeds("topics of science", (
     "heat and temperature", "motion under gravity", "electric circuits", "waves and sound", "acids and bases",
     "rates of reactions", "the periodic table", "cells and membranes", "heredity", "ecosystems", "plate tectonics",
-    "weather and climate", "orbits and seasons", "light and lenses", "experiments and error", "probability and statistics",
+    "weather and climate", "orbits and seasons", "light and lenses", "experiments and error",
+    "probability and statistics",
 ))  # fmt: skip
 LEVELS = ("secondary school", "first year of university", "graduate")
 TASKS = ("compute a quantity", "explain an observation", "predict what an experiment shows", "find the flaw in a claim",
@@ -58,11 +68,11 @@ def question_schema(
 ) -> dict[str, Any]:
     """The shape of a question with so many options."""
     wrong = {"type": "array", "items": _LINE, "minItems": options - 1, "maxItems": options - 1}
-    known = {"question": _LINE | {"minLength": 20, "maxLength": 4000}, "right": _LINE, "wrong": wrong, "explanation": _LINE}
-    known["explanation"] = _LINE | {"minLength": 20, "maxLength": 4000}
+    text = _LINE | {"minLength": 20, "maxLength": 4000}
+    known = {"question": text, "right": _LINE, "wrong": wrong, "explanation": text}
     return {"type": "object", "properties": known, "required": list(known), "additionalProperties": False}
 
-
+# %% ../../nbs/synth/62_science.ipynb #bf20b385
 _OF_ALL = re.compile(r"\b(?:all|none|both|neither) of (?:the|these|them)\b|\boptions? [A-J]\b", re.IGNORECASE)
 
 
@@ -73,10 +83,10 @@ def why_no_choice(value: Mapping[str, Any]) -> str | None:
         return "two options say the same; give different ones"
     if bad := next((o for o in options if _OF_ALL.search(o)), None):
         return f"the option {bad!r} depends on the others; options are shuffled, so give one that stands for itself"
-    longest = max(len(o) for o in value["wrong"])
-    return "the right option is much longer than the others, which gives it away" if len(value["right"]) > 2 * longest + 20 else None
+    gives_away = len(value["right"]) > 2 * max(len(o) for o in value["wrong"]) + 20
+    return "the right option is much longer than the others, which gives it away" if gives_away else None
 
-# %% ../../nbs/synth/62_science.ipynb #8c86ac9e
+# %% ../../nbs/synth/62_science.ipynb #8dcddb92
 _FORM = """{question}
 
 {options}
@@ -96,7 +106,7 @@ def lettered(
     options.insert(place, right)
     return "ABCDEFGHIJ"[place], options
 
-
+# %% ../../nbs/synth/62_science.ipynb #278422ad
 def asked_as(question: str, options: Sequence[str]) -> str:
     """A question with its options, as it stands in the row."""
     lines = "\n".join(f"{letter}) {option}" for letter, option in zip("ABCDEFGHIJ", options, strict=False))
@@ -108,7 +118,7 @@ def letter_of(text: str) -> str | None:
     box = the_box(text, lambda a, b: a == b) or ""
     return box if re.fullmatch("[A-J]", box) else None
 
-# %% ../../nbs/synth/62_science.ipynb #278422ad
+# %% ../../nbs/synth/62_science.ipynb #29c6488a
 _WRITE = """Write a multiple-choice question.
 Topic: {topic}. Level: {level}. Task: {task}.
 One option is right and {count} are wrong; each wrong one is what a particular mistake leads to. Options stand for
@@ -130,7 +140,7 @@ def write(draft: RowDraft, workshop: Workshop) -> None:
     draft.about = {"topic": seed.text[:60], "level": level, "task": task, "letter": letter}
     draft.parents = [seed.parent]
 
-# %% ../../nbs/synth/62_science.ipynb #29c6488a
+# %% ../../nbs/synth/62_science.ipynb #2d1eab85
 def answer(draft: RowDraft, workshop: Workshop) -> None:
     """Several answers, the vote, and the shortest of the answers that won."""
     settings, key = workshop.settings, draft.facts["letter"]
@@ -149,7 +159,7 @@ def answer(draft: RowDraft, workshop: Workshop) -> None:
     for proof in _proofs(draft.messages, draft.check):
         draft.prove(proof)
 
-# %% ../../nbs/synth/62_science.ipynb #47b40473
+# %% ../../nbs/synth/62_science.ipynb #77ccb71b
 _OPTION = re.compile(r"(?m)^([A-J])\) (.+)$")
 
 
@@ -167,7 +177,7 @@ def _proofs(messages: Sequence[Mapping[str, Any]], check: Mapping[str, Any]) -> 
     evidence = {"letter": check["letter"], "agree": check["votes"], "asked": check["asked"]}
     return [Proof("vote of answers", REFUSED if bad else PASSED, bad, evidence)]
 
-
+# %% ../../nbs/synth/62_science.ipynb #0ab9d991
 def judge_science(row: Mapping[str, Any]) -> list[Proof]:
     """A finished row again."""
     return _proofs(row["messages"], row["synth"]["check"])
@@ -175,13 +185,13 @@ def judge_science(row: Mapping[str, Any]) -> list[Proof]:
 
 STEPS = (("write", write), ("answer", answer))
 
-# %% ../../nbs/synth/62_science.ipynb #77ccb71b
+# %% ../../nbs/synth/62_science.ipynb #b607d6ff
 def _physics(key: Any) -> dict[str, Any]:
     """A question whose answer can be computed."""
     a, b, c = (2 + int(47 * chance(key, i)) for i in range(3))
     right, form = (
         (a * b + c, "A body moves at {a} m/s for {b} s and then {c} m further. How far has it come?"),
-        (a * b * c, "A current of {a} A flows through {b} ohm in each of {c} equal parts in series. What is the voltage?"),
+        (a * b * c, "A current of {a} A flows through {b} ohm in each of {c} parts in series. What is the voltage?"),
         (a * (b + c), "A mass of {a} kg carries {b} J and then {c} J for each kilogram. What is the energy?"),
     )[int(3 * chance(key, "form"))]
     unit = "m" if "far" in form else "V" if "voltage" in form else "J"
@@ -189,14 +199,14 @@ def _physics(key: Any) -> dict[str, Any]:
     said = {"question": form.format(a=a, b=b, c=c), "right": f"{right} {unit}", "wrong": wrong}
     return said | {"explanation": f"Put the numbers in: the result is {right} {unit}."}
 
-
+# %% ../../nbs/synth/62_science.ipynb #d9081bc3
 def _chosen(text: str) -> str:
     """The letter that is right, computed from the question."""
-    a, b, c = (int(n) for n in re.findall(r"(\d+) (?:m/s|s |m |A|ohm|equal|kg|J)", text)[:3])
+    a, b, c = (int(n) for n in re.findall(r"(\d+) (?:m/s|s |m |A|ohm|parts|kg|J)", text)[:3])
     right = a * b + c if "far" in text else a * b * c if "voltage" in text else a * (b + c)
     return next((letter for letter, option in _OPTION.findall(text) if option.split()[0] == str(right)), "A")
 
-# %% ../../nbs/synth/62_science.ipynb #0ab9d991
+# %% ../../nbs/synth/62_science.ipynb #496c4fd3
 def rehearse_science(body: Mapping[str, Any], before: int, honest: bool = False) -> Reply:
     """The rehearsed model: who writes, who answers."""
     text, again = body["messages"][0]["content"], len(body["messages"]) > 1

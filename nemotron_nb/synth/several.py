@@ -45,7 +45,7 @@ class Seed:
         known = {"name": self.name, "digest": self.digest, "licence": self.licence, "text": digest(self.text)}
         return {name: value for name, value in known.items() if value}
 
-
+# %% ../../nbs/synth/59_several.ipynb #a3d99874
 def own_seeds(
     name: str,  # of the list
     texts: Sequence[str],
@@ -54,7 +54,7 @@ def own_seeds(
     """Seeds that are written in this project."""
     return tuple(Seed(text, fields, f"nemotron_nb: {name}", digest(list(texts)), OWN_LICENCE) for text in texts)
 
-# %% ../../nbs/synth/59_several.ipynb #a3d99874
+# %% ../../nbs/synth/59_several.ipynb #b8a3d69b
 def _text_at(value: Any, name: str) -> str | None:
     """The text of a field of a row; None where there is none."""
     text = value.get(name) if isinstance(value, Mapping) else None
@@ -69,7 +69,7 @@ def _no_seeds(path: Path, name: str, rows: Sequence[Any]) -> UserError:
     what = f"no row has a text in the field {name!r}" + (f" ({'; '.join(rejects)})" if rejects else "")
     return UserError(what, where=str(path), why="there is nothing to begin with", fix=nearest(name, fields))
 
-
+# %% ../../nbs/synth/59_several.ipynb #c610a11c
 @cache
 def _read(path: Path, name: str, stamp: tuple[int, int]) -> tuple[tuple[Seed, ...], int]:
     """The seeds of a file as it was at a moment, and the number of rows that are none."""
@@ -84,7 +84,7 @@ def _read(path: Path, name: str, stamp: tuple[int, int]) -> tuple[tuple[Seed, ..
         raise _no_seeds(path, name, [value for _, value in rows])
     return tuple(seeds), len(rows) - len(seeds)
 
-# %% ../../nbs/synth/59_several.ipynb #b8a3d69b
+# %% ../../nbs/synth/59_several.ipynb #58bf8e0d
 def read_seeds(
     path: str | os.PathLike,  # rows: JSONL, JSON, Parquet, compressed or not
     name: str = "text",  # of the field that holds the text
@@ -101,7 +101,7 @@ def read_seeds(
         raise UserError(what, where=str(path), why="so much is no slip", fix="mend the file or name another field")
     return seeds
 
-# %% ../../nbs/synth/59_several.ipynb #b3373d55
+# %% ../../nbs/synth/59_several.ipynb #091ce0eb
 def crossed(
     draft: RowDraft,
     *lists: Sequence[Any],
@@ -116,7 +116,7 @@ def crossed(
         taken.append(one[i])
     return tuple(taken)
 
-# %% ../../nbs/synth/59_several.ipynb #94f37ac8
+# %% ../../nbs/synth/59_several.ipynb #efe7297a
 def ask_several(
     draft: RowDraft,
     workshop: Workshop,
@@ -139,7 +139,7 @@ def ask_several(
         raise Drop(failed[-1].reason, f"none of {count} answers is of use: {failed[-1].detail}", failed[-1].raw)
     return answers
 
-# %% ../../nbs/synth/59_several.ipynb #5be34613
+# %% ../../nbs/synth/59_several.ipynb #139b6786
 @dataclass(frozen=True)
 class Vote:
     """What most answers say."""
@@ -153,7 +153,7 @@ class Vote:
         """Of all that were asked."""
         return self.votes / self.asked
 
-
+# %% ../../nbs/synth/59_several.ipynb #647a83aa
 def vote(
     answers: Sequence[str | None],  # in a form in which equal ones are equal; None: of no use
     agree: int,  # that must say the same
@@ -169,7 +169,7 @@ def vote(
         raise Drop("tie", f"{votes} against {votes} of {len(answers)}")
     return Vote(answer, votes, len(answers))
 
-# %% ../../nbs/synth/59_several.ipynb #647a83aa
+# %% ../../nbs/synth/59_several.ipynb #5c98e507
 _ANSWER = re.compile(r"(?im)^[ \t*_]*answer[*_]*:[*_ \t]*(\S.*)$")
 ASK_SHORT = "End with a line that begins with Answer: and holds the answer alone, as short as it can be."
 
@@ -189,7 +189,7 @@ def short_answer(
     answer = found.pop() if len(found) == 1 else ""
     return answer if 0 < len(answer) <= most else None
 
-# %% ../../nbs/synth/59_several.ipynb #ced167c0
+# %% ../../nbs/synth/59_several.ipynb #b03675c0
 def check_agreement(
     agree: int,
     asked: int,
@@ -200,7 +200,7 @@ def check_agreement(
         what = f"{agree} of {asked} answers must agree"
         raise UserError(what, where=where, why="one answer agrees with itself", fix=f"give 2 to {max(asked, 2)}")
 
-# %% ../../nbs/synth/59_several.ipynb #b03675c0
+# %% ../../nbs/synth/59_several.ipynb #91792b4c
 def chance(
     *keys: Any,  # what it depends on; JSON
 ) -> float:

@@ -447,7 +447,7 @@ def draw(draft: RowDraft, workshop: Workshop) -> None:
         commands = [(commands[0][0], wrong), (thought, commands[0][1]), *commands[1:]]
     words = rng.choice(_FRAMES).format(w=exercise.words, p=rng.choice(_PEOPLE).capitalize())
     draft.facts.update(commands=commands)
-    draft.answer = f"{exercise.words} {exercise.answer}"
+    draft.answer = f"{exercise.words} {exercise.answer or ', '.join(sorted(exercise.expected)[:3])}"
     draft.about = {"skill": skill, "exercise": maker.__name__, "slip": slipped, "commands": len(commands)}
     draft.check = {
         "files": exercise.files,
