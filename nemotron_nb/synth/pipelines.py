@@ -137,7 +137,7 @@ def pipeline_named(
         raise UserError(f"there is no pipeline {name!r}", where="synth", fix=nearest(name, PIPELINES))
     return PIPELINES[name]
 
-# %% ../../nbs/synth/90_pipelines.ipynb #b96c7cb3
+# %% ../../nbs/synth/90_pipelines.ipynb #5a48b5f7
 _MODELS = (
     _asking(
         "infinity", "Programming problems that need a concept of another field, with programs that were run.",
