@@ -6282,6 +6282,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'nemotron_nb/synth/low_effort.py'),
                                               'nemotron_nb.synth.low_effort.LowEffortSettings.__post_init__': ( 'synth/low_effort.html#loweffortsettings.__post_init__',
                                                                                                                 'nemotron_nb/synth/low_effort.py'),
+                                              'nemotron_nb.synth.low_effort.LowModelSection': ( 'synth/low_effort.html#lowmodelsection',
+                                                                                                'nemotron_nb/synth/low_effort.py'),
                                               'nemotron_nb.synth.low_effort._proofs': ( 'synth/low_effort.html#_proofs',
                                                                                         'nemotron_nb/synth/low_effort.py'),
                                               'nemotron_nb.synth.low_effort.answer': ( 'synth/low_effort.html#answer',

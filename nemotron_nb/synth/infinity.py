@@ -9,14 +9,13 @@ __all__ = ['SANDBOXES', 'FAMILIES', 'CONCEPTS', 'TWISTS', 'PROBLEM', 'VERIFIER',
 
 # %% ../../nbs/synth/60_infinity.ipynb #d76c2aa7
 import json
-import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from ..core import UserError
 from ..rehearsal import Reply
@@ -47,7 +46,7 @@ class KeepSection:
 class InfinitySettings(AskingSettings):
     """Of the pipeline `infinity`."""
 
-    reads: ClassVar[tuple[str, ...]] = ("seeds",)
+    reads = ("seeds",)
     seeds: str = ""  # file of problems; empty: our own families
     seed_field: str = "text"
     candidates: int = 4

@@ -10,7 +10,7 @@ __all__ = ['OPENINGS', 'MOODS', 'SCORES', 'TURN', 'STEPS', 'MultiTurnSettings', 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from ..core import UserError
 from ..data.filters import words
@@ -25,7 +25,7 @@ from .steps import SynthSettings, Workshop
 class MultiTurnSettings(AskingSettings):
     """Of the pipeline `multi_turn`."""
 
-    reads: ClassVar[tuple[str, ...]] = ("seeds",)
+    reads = ("seeds",)
     seeds: str = ""  # file of first questions, or of chats (seed_field=messages) that go on; empty: our own
     seed_field: str = "text"
     least_turns: int = 2  # answers of a chat that is kept

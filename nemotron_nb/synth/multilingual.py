@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from ..core import UserError, nearest
 from ..rehearsal import Reply
@@ -32,7 +32,7 @@ NAMES: Mapping[str, str] = {  # languages that are asked for, by code
 class MultilingualSettings(AskingSettings):
     """Of the pipeline `multilingual`."""
 
-    reads: ClassVar[tuple[str, ...]] = ("seeds",)
+    reads = ("seeds",)
     seeds: str = ""  # file of chats; empty: small ones of our own
     seed_field: str = "messages"
     languages: str = "de es fr it ja zh"  # codes of NAMES, with blanks between

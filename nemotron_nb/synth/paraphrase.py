@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from ..core import UserError
 from ..data.filters import words
@@ -29,7 +29,7 @@ from .steps import Fallen, SynthSettings, Workshop, make_row
 class ParaphraseSettings(AskingSettings):
     """Of the pipeline `paraphrase`."""
 
-    reads: ClassVar[tuple[str, ...]] = ("seeds",)
+    reads = ("seeds",)
     seeds: str = ""  # file of made rows; empty: rows of the pipeline sql, made on the way
     marker: str = "Question:"  # behind its last place stands the question; without one, the whole message is it
     most_characters: int = 1500  # of a question

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
 from ..core import UserError, file_digest
 from ..data.filters import words
@@ -21,7 +21,7 @@ from ..pretrain.text import document_units, is_plain_text, read_texts
 from ..pretrain.world import SOURCES, documents
 from ..rehearsal import Reply
 from .ask import AskingSettings
-from .row import PASSED, REFUSED, Drop, Proof, RowDraft
+from .row import PASSED, REFUSED, Proof, RowDraft
 from nemotron_nb.synth.several import (
     ASK_SHORT,
     Seed,
@@ -40,7 +40,7 @@ from .steps import SynthSettings, Workshop
 class RqaSettings(AskingSettings):
     """Of the pipeline `rqa`."""
 
-    reads: ClassVar[tuple[str, ...]] = ("documents",)
+    reads = ("documents",)
     documents: str = ""  # a file of rows, or one plain text; empty: documents of our own
     text_field: str = "text"
     domain_field: str = "domain"  # of a row, if it has one

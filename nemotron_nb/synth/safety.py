@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from ..data.filters import words
 from ..rehearsal import Reply
@@ -27,7 +27,7 @@ from .steps import Workshop
 class SafetySettings(AskingSettings):
     """Of the pipeline `safety`."""
 
-    reads: ClassVar[tuple[str, ...]] = ("seeds",)
+    reads = ("seeds",)
     seeds: str = ""  # file of requests that should be refused, with their licence; empty: a model writes them
     seed_field: str = "text"
 

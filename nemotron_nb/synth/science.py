@@ -11,13 +11,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from ..core import UserError
 from ..rehearsal import Reply
 from ..rl.answers import the_box
 from .ask import AskingSettings
-from .row import PASSED, REFUSED, Drop, Proof, RowDraft
+from .row import PASSED, REFUSED, Proof, RowDraft
 from nemotron_nb.synth.several import (
     ask_several,
     chance,
@@ -35,7 +35,7 @@ from .steps import SynthSettings, Workshop
 class ScienceSettings(AskingSettings):
     """Of the pipeline `science`."""
 
-    reads: ClassVar[tuple[str, ...]] = ("seeds",)
+    reads = ("seeds",)
     seeds: str = ""  # file of topics; empty: our own
     seed_field: str = "text"
     options: int = 4

@@ -8,7 +8,7 @@ __all__ = ['Step', 'Steps', 'SynthSettings', 'Workshop', 'Fallen', 'make_row', '
 # %% ../../nbs/synth/03_steps.ipynb #8dd420b9
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from ..core import UserError
 from .row import Drop, RowDraft, finished
@@ -19,7 +19,7 @@ from ..viz import Picture, bars
 class SynthSettings:
     """What every pipeline is asked."""
 
-    reads: ClassVar[tuple[str, ...]] = ()  # names of settings that are files: their content is a part of the recipe
+    reads = ()  # names of settings that are files: their content is a part of the recipe
     rows: int = 1000  # that are begun; what verifiers refuse is not made up for
     seed: int = 1
     workers: int = 1  # processes of a pipeline that asks no model
