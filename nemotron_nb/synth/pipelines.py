@@ -108,6 +108,11 @@ _MODELS = (
 # %% ../../nbs/synth/90_pipelines.ipynb #e418003e
 _MODELS2 = (
     Pipeline(
+        "multilingual", "Chats in other languages, translated line by line, with code, numbers and boxes kept.",
+        "multilingual", "nemotron_nb.synth.multilingual", "MultilingualSettings",
+        "judge_multilingual", teacher="rehearse_multilingual",
+    ),
+    Pipeline(
         "multi_turn", "Chats that go on: the same model plays the user, and each turn is judged.",
         "general chat", "nemotron_nb.synth.multi_turn", "MultiTurnSettings",
         "judge_multi_turn", teacher="rehearse_multi_turn",
@@ -136,46 +141,6 @@ def pipeline_named(
     if name not in PIPELINES:
         raise UserError(f"there is no pipeline {name!r}", where="synth", fix=nearest(name, PIPELINES))
     return PIPELINES[name]
-
-# %% ../../nbs/synth/90_pipelines.ipynb #5a48b5f7
-_MODELS = (
-    _asking(
-        "infinity", "Programming problems that need a concept of another field, with programs that were run.",
-        "Competition code", "InfinitySettings",
-    ),
-    _asking(
-        "rqa", "Questions inspired by passages that do not need them, answered by who has not seen them.",
-        "RQA", "RqaSettings",
-    ),
-    _asking(
-        "science", "Multiple-choice questions whose keys hold when others answer; letters in balance.",
-        "Science", "ScienceSettings",
-    ),
-    _asking(
-        "multilingual", "Chats in other languages, translated line by line, with code, numbers and boxes kept.",
-        "Multilingual", "MultilingualSettings",
-    ),
-    _asking(
-        "safety", "Refusals of several kinds, wrapped requests, and harmless look-alikes that are answered.",
-        "Safety", "SafetySettings",
-    ),
-    _asking(
-        "multi_turn", "Chats that go on: the same model plays the user, and each turn is judged.",
-        "General chat", "MultiTurnSettings",
-    ),
-    _asking(
-        "instruction_following", "Chats whose every turn follows instructions that a program checks.",
-        "Instruction following", "InstructionSettings",
-    ),
-    _asking(
-        "low_effort", "Questions answered with little thought, and the thought is short.",
-        "Low effort", "LowEffortSettings",
-    ),
-    _asking(
-        "paraphrase", "Questions of made rows in other words, with all that matters kept.",
-        "All of these", "ParaphraseSettings",
-    ),
-)  # fmt: skip
 
 # %% ../../nbs/synth/90_pipelines.ipynb #bfe46817
 def pipelines_table() -> Picture:
