@@ -42,6 +42,13 @@ def test_eight_bits_are_pytorchs(numbers):
     assert torch.equal(rounded(x, E4M3), x.to(torch.float8_e4m3fn).double())
 
 
+def test_ties_fall_on_the_even_pattern():
+    """Every middle between two neighbours, of both signs."""
+    middles = (E4M3[1:] + E4M3[:-1]).float() / 2
+    for x in (middles, -middles):
+        assert torch.equal(rounded(x, E4M3), x.to(torch.float8_e4m3fn).double())
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.floats(-7, 7, width=32), min_size=1, max_size=64))
 def test_four_bits_are_the_nearest(numbers):
