@@ -9,11 +9,10 @@ __all__ = ['SANDBOXES', 'FAMILIES', 'CONCEPTS', 'TWISTS', 'PROBLEM', 'VERIFIER',
 
 # %% ../../nbs/synth/60_infinity.ipynb #d76c2aa7
 import json
-import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any

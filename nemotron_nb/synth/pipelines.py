@@ -61,7 +61,7 @@ _PROGRAMS = (
 _PROGRAMS2 = (
     Pipeline(
         "trajectories", "Logs of coding agents as chats, with what was lost by its reason.",
-        "Agentic software engineering", "nemotron_nb.synth.trajectories", "TrajectorySettings",
+        "Software engineering", "nemotron_nb.synth.trajectories", "TrajectorySettings",
         "judge_trajectories",
     ),
 )  # fmt: skip
@@ -70,7 +70,7 @@ _PROGRAMS2 = (
 _MODELS = (
     Pipeline(
         "paraphrase", "Questions of made rows in other words, with all that matters kept.",
-        "every domain of the rows", "nemotron_nb.synth.paraphrase", "ParaphraseSettings",
+        "All of these", "nemotron_nb.synth.paraphrase", "ParaphraseSettings",
         "judge_paraphrase", teacher="rehearse_paraphrase",
     ),
     Pipeline(
@@ -85,7 +85,7 @@ _MODELS = (
     ),
     Pipeline(
         "infinity", "Programming problems that need a concept of another field, with programs that were run.",
-        "competition code", "nemotron_nb.synth.infinity", "InfinitySettings",
+        "Competition code", "nemotron_nb.synth.infinity", "InfinitySettings",
         "judge_infinity", teacher="rehearse_infinity",
     ),
     Pipeline(
@@ -95,12 +95,12 @@ _MODELS = (
     ),
     Pipeline(
         "science", "Multiple-choice questions whose keys hold when others answer; letters in balance.",
-        "science", "nemotron_nb.synth.science", "ScienceSettings",
+        "Science", "nemotron_nb.synth.science", "ScienceSettings",
         "judge_science", teacher="rehearse_science",
     ),
     Pipeline(
         "safety", "Refusals of several kinds, wrapped requests, and harmless look-alikes that are answered.",
-        "safety", "nemotron_nb.synth.safety", "SafetySettings",
+        "Safety", "nemotron_nb.synth.safety", "SafetySettings",
         "judge_safety", teacher="rehearse_safety",
     ),
 )  # fmt: skip
@@ -114,17 +114,17 @@ _MODELS2 = (
     ),
     Pipeline(
         "multi_turn", "Chats that go on: the same model plays the user, and each turn is judged.",
-        "general chat", "nemotron_nb.synth.multi_turn", "MultiTurnSettings",
+        "General chat", "nemotron_nb.synth.multi_turn", "MultiTurnSettings",
         "judge_multi_turn", teacher="rehearse_multi_turn",
     ),
     Pipeline(
         "instruction_following", "Chats whose every turn follows instructions that a program checks.",
-        "instruction following", "nemotron_nb.synth.instruction_following", "InstructionSettings",
+        "Instruction following", "nemotron_nb.synth.instruction_following", "InstructionSettings",
         "judge_instruction_following", teacher="rehearse_instruction_following",
     ),
     Pipeline(
         "low_effort", "Questions answered with little thought, and the thought is short.",
-        "low effort", "nemotron_nb.synth.low_effort", "LowEffortSettings",
+        "Low effort", "nemotron_nb.synth.low_effort", "LowEffortSettings",
         "judge_low_effort", teacher="rehearse_low_effort",
     ),
 )  # fmt: skip

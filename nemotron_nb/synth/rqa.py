@@ -21,7 +21,7 @@ from ..pretrain.text import document_units, is_plain_text, read_texts
 from ..pretrain.world import SOURCES, documents
 from ..rehearsal import Reply
 from .ask import AskingSettings
-from .row import PASSED, REFUSED, Drop, Proof, RowDraft
+from .row import PASSED, REFUSED, Proof, RowDraft
 from nemotron_nb.synth.several import (
     ASK_SHORT,
     Seed,

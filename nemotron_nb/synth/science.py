@@ -17,7 +17,7 @@ from ..core import UserError
 from ..rehearsal import Reply
 from ..rl.answers import the_box
 from .ask import AskingSettings
-from .row import PASSED, REFUSED, Drop, Proof, RowDraft
+from .row import PASSED, REFUSED, Proof, RowDraft
 from nemotron_nb.synth.several import (
     ask_several,
     chance,
