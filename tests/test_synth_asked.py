@@ -1,4 +1,4 @@
-"""Every pipeline that asks a model: its configs, a tiny run, data preparation, and a file that is judged again."""
+"""Pipelines that ask a model for chats: its configs, a tiny run, data preparation, and a file that is judged again."""
 
 import json
 from dataclasses import replace
@@ -12,7 +12,9 @@ from nemotron_nb.synth.infinity import has_sandbox
 from nemotron_nb.synth.pipelines import PIPELINES, check_file
 from nemotron_nb.synth.produce import produce
 
-ASKING = [name for name, pipeline in PIPELINES.items() if pipeline.asks]
+ASKING = (
+    "infinity", "rqa", "science", "multilingual", "safety", "multi_turn", "instruction_following", "low_effort", "paraphrase",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ASKING)
