@@ -5873,6 +5873,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'nemotron_nb.stages.synth._submitted': ( 'stages/synth.html#_submitted',
                                                                                    'nemotron_nb/stages/synth.py'),
                                           'nemotron_nb.stages.synth._tell': ('stages/synth.html#_tell', 'nemotron_nb/stages/synth.py'),
+                                          'nemotron_nb.stages.synth._with_mappings': ( 'stages/synth.html#_with_mappings',
+                                                                                       'nemotron_nb/stages/synth.py'),
                                           'nemotron_nb.stages.synth.chat_picture': ( 'stages/synth.html#chat_picture',
                                                                                      'nemotron_nb/stages/synth.py'),
                                           'nemotron_nb.stages.synth.log_rows': ( 'stages/synth.html#log_rows',

@@ -11,7 +11,8 @@ import dataclasses
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,21 @@ def _in_synth(name: str) -> str:
     """A setting with its section."""
     return name if name == "family" or name.startswith(("synth.", "run.")) else f"synth.{name}"
 
+# %% ../../nbs/stages/11_synth.ipynb #a1f0c3d1
+def _with_mappings(layer: Layer, known: Mapping[str, Any]) -> Layer:
+    """A layer in which settings that are mappings, such as teacher.options, are whole; a later one replaces it."""
+    origin, said = layer
+    whole = [name for name, kind in known.items() if typing.get_origin(kind) is dict]
+    values: dict[str, Any] = {}
+    for name, value in said.items():
+        owner = next((w for w in whole if name.startswith(f"{w}.")), "")
+        if owner:
+            values.setdefault(owner, {})[name.removeprefix(f"{owner}.")] = value
+        else:
+            values[name] = value
+    return origin, values
 
+# %% ../../nbs/stages/11_synth.ipynb #a1f0c3d2
 def synth_config(
     pipeline: Pipeline,
     config: str | Sequence[str] = "default",  # what -c was given
@@ -62,7 +77,8 @@ def synth_config(
     told = [(o, {n: v for n, v in said.items() if n in known}) for o, said in ([profile] if profile else [])]
     parts = [text.lstrip("+").partition("=") for text in overrides]
     typed = typed_layers([f"{_in_synth(key)}{equals}{value}" for key, equals, value in parts], cls)
-    return merge(cls, [(COMMAND, {"family": SYNTH}), *files, *told, *typed])
+    layers = [_with_mappings(layer, known) for layer in (*files, *told, *typed)]
+    return merge(cls, [(COMMAND, {"family": SYNTH}), *layers])
 
 # %% ../../nbs/stages/11_synth.ipynb #c36379d8
 def rows_folder(
