@@ -115,7 +115,7 @@ def test_every_lost_row_is_counted_by_its_reason_and_listed_with_its_line(tmp_pa
     ({"compat": "nvida"}, "unknown compat"),
     ({"origins": ["DAPO=x"]}, "no file of questions"),
     ({"val_path": "rows.jsonl"}, "trained on"),
-    ({"path": "sample", "sample_tasks": 5000}, "different tasks"),
+    ({"path": "sample", "sample_tasks": 200}, "different tasks"),
     ({"path": "empty.jsonl"}, "empty"),
     ({"path": "chats.jsonl", "val_rows": 0}, "no row is a task"),
 ])  # fmt: skip

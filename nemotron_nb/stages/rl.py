@@ -131,6 +131,9 @@ class RlConfig:
         if self.engine == "nemo_rl" and (self.method == "dpo" or self.peft.enabled):
             what = "DPO" if self.method == "dpo" else "LoRA"
             raise UserError(f"{what} runs with engine=torch", where="engine", fix="give engine=torch")
+        if self.engine == "torch" and self.validation.generations < 2:
+            what = f"{self.validation.generations} answers to a held-out task, and the PyTorch engine draws in groups"
+            raise UserError(what, where="validation.generations", fix="give at least 2")
         if self.start.chats < 1:
             raise UserError(f"{self.start.chats} chats", where="start.chats", fix="give at least 1")
 
