@@ -380,7 +380,7 @@ def product(
     out: Tensor,  # [i, j], the type of the factors, or float32
 ) -> Tensor:
     """a @ b into `out`, summed in float32 and rounded at most once."""
-    if not a.is_cuda and a.itemsize < 4:  # oneDNN (AMX) reads past the last row of a factor with gaps: NaN may lie there
+    if not a.is_cuda and a.itemsize < 4:  # oneDNN (AMX) reads past the last row of a factor with gaps, into NaN
         return out.copy_(a.float() @ b.float())
     if out.dtype == a.dtype:
         return torch.mm(a, b, out=out)
