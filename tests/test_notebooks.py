@@ -43,7 +43,7 @@ LESSONS = {
     "data/19_shards": 12, "data/20_tokenized": 14, "data/21_manifest": 15, "data/22_prep": 12, "data/23_inspect": 17,
     "data/24_duplicates": 12, "data/25_contamination": 15, "data/26_language": 17, "data/27_personal": 15,
     "data/28_quality": 19, "data/29_clean": 21,
-    "loss/00_precision": 12, "loss/01_schedule": 11, "loss/02_two_stage": 14, "loss/03_fused": 12, "loss/04_kernel": 13,
+    "loss/00_precision": 12, "loss/01_schedule": 11, "loss/02_two_stage": 14, "loss/03_fused": 12, "loss/04_kernel": 14,
     "loss/05_mtp": 14,
     "generate/01_verify": 9, "generate/02_turns": 11, "generate/03_sampling": 19, "generate/04_synthesise": 11,
     "generate/05_served": 12,
