@@ -6483,6 +6483,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'nemotron_nb/synth/row.py'),
                                        'nemotron_nb.synth.row.RowDraft.rng': ('synth/row.html#rowdraft.rng', 'nemotron_nb/synth/row.py'),
                                        'nemotron_nb.synth.row.finished': ('synth/row.html#finished', 'nemotron_nb/synth/row.py'),
+                                       'nemotron_nb.synth.row.last_block': ('synth/row.html#last_block', 'nemotron_nb/synth/row.py'),
                                        'nemotron_nb.synth.row.rng_for': ('synth/row.html#rng_for', 'nemotron_nb/synth/row.py')},
             'nemotron_nb.synth.rqa': { 'nemotron_nb.synth.rqa.RqaSettings': ('synth/rqa.html#rqasettings', 'nemotron_nb/synth/rqa.py'),
                                        'nemotron_nb.synth.rqa.RqaSettings.__post_init__': ( 'synth/rqa.html#rqasettings.__post_init__',

@@ -15,7 +15,7 @@ from typing import Any
 from ..core import digest
 from ..rehearsal import Reply
 from .ask import AskingSettings
-from .row import PASSED, REFUSED, Drop, Proof, RowDraft
+from .row import PASSED, REFUSED, Drop, Proof, RowDraft, last_block
 from .steps import Workshop
 from .verify_cuda import verify_cuda
 
@@ -56,15 +56,11 @@ def draw(draft: RowDraft, workshop: Workshop) -> None:
     draft.about = {"task": task, "type": kind}
 
 # %% ../../nbs/synth/69_cuda.ipynb #79a4afbf
-_BLOCK = re.compile(r"```(?:cuda|cpp|c\+\+|c)?[ \t]*\n(.*?)```", re.S)
-
-
 def kernel_of(
     answer: str,
 ) -> str:
     """The source of an answer: its last fenced block; empty if there is none."""
-    blocks = _BLOCK.findall(answer)
-    return blocks[-1].strip() if blocks else ""
+    return last_block(answer, ("cuda", "cpp", "c++", "c"))
 
 
 def _repair_question(source: str, error: str) -> str:

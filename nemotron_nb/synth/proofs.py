@@ -17,7 +17,7 @@ from typing import Any
 from ..core import UserError, digest
 from ..rehearsal import Reply
 from .ask import AskingSettings
-from .row import PASSED, REFUSED, Drop, Proof, RowDraft
+from .row import PASSED, REFUSED, Drop, Proof, RowDraft, last_block
 from .steps import Workshop
 from .verify_lean import verify_lean
 
@@ -91,15 +91,11 @@ def translate_back(draft: RowDraft, workshop: Workshop) -> None:
     draft.prove(Proof("back-translation", status, reason, {"told": told[:500], "why": same["why"][:300]}))
 
 # %% ../../nbs/synth/70_proofs.ipynb #ab136a92
-_BLOCK = re.compile(r"```(?:lean4?)?[ \t]*\n(.*?)```", re.S)
-
-
 def proof_of(
     answer: str,
 ) -> str:
     """The Lean source of an answer: its last fenced block; empty if there is none."""
-    blocks = _BLOCK.findall(answer)
-    return blocks[-1].strip() if blocks else ""
+    return last_block(answer, ("lean", "lean4"))
 
 # %% ../../nbs/synth/70_proofs.ipynb #e1924ecc
 def _attempts(draft: RowDraft, workshop: Workshop) -> list[tuple[str, str, list[Proof]]]:

@@ -538,6 +538,7 @@ def _as_qwen_code(s: LogSession) -> Any:
     records: list[dict[str, Any]] = []
 
     def add(kind: str, role: str, *parts: dict[str, Any], parent: int = -1) -> None:
+        """One more record, behind another one."""
         above = records[parent]["uuid"] if records else None
         records.append(
             {

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..core import digest
-from .row import PASSED, REFUSED, Proof
+from .row import PASSED, REFUSED, Proof, last_block
 
 # %% ../../nbs/synth/20_verify_sql.ipynb #11896671
 @dataclass(frozen=True)
@@ -194,12 +194,8 @@ def verify_sql(
     return asked[: next((i + 1 for i, proof in enumerate(asked) if proof.status != PASSED), len(asked))]
 
 # %% ../../nbs/synth/20_verify_sql.ipynb #72a40f02
-_FENCED = re.compile(r"```(?:sql|sqlite)?[ \t]*\n(.*?)```", re.S)
-
-
 def query_of(
     answer: str,
 ) -> str:
     """The query of an answer: its last fenced block, without the semicolon; empty if there is none."""
-    blocks = _FENCED.findall(answer)
-    return blocks[-1].strip().rstrip(";").strip() if blocks else ""
+    return last_block(answer, ("sql", "sqlite")).rstrip(";").strip()
