@@ -1,6 +1,7 @@
 """What may import what: the data layer lives without torch, and every arrow points one way."""
 
 import ast
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,15 @@ def test_the_cache_of_tokens_is_named_by_every_module_that_decides_them():
     decides_nothing = {"viz", "data/sample", "data/blend", "rehearsal", "connection", "usage"}
     loaded = {name.removeprefix("nemotron_nb/") for name in closure("nemotron_nb/data/tokenized")}
     assert set(tokenized._MODULES) == loaded - decides_nothing
+
+
+# What a process of a training may load at most: `python benchmarks/house.py` prints it. 40 and 48 it once was.
+@pytest.mark.parametrize("start, most", [("train.torch_engine", 26), ("megatron.engine", 27)])
+def test_a_rank_loads_few_modules(start, most):
+    house = runpy.run_path(str(ROOT / "benchmarks" / "house.py"))
+    graph = {name: {other for other, _ in pairs} for name, pairs in house["imports_of"](house["modules_of"](ROOT), at_import=True).items()}
+    loaded = house["closure"](graph, start)
+    assert len(loaded) <= most, sorted(loaded)
 
 
 def python(code):

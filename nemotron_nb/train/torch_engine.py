@@ -50,8 +50,6 @@ from nemotron_nb.train.batches import (
 )
 from .checkpoint import Checkpoint, Checkpoints, export_hf, full_state, on_first
 from .ending import StopSignals, locked_folder
-from .evaluate import evaluate
-from .lora import apply_lora, export_base, export_merged, save_adapter
 from .lr import learning_rate
 from .metrics import MetricsFile, lines_to_keep, metric_lines
 from .model import build_model
@@ -78,7 +76,6 @@ from nemotron_nb.train.preflight import (
     made_for,
     unused_words,
 )
-from .router_balance import move_biases
 from .settings import ModelConfig, OptimizerSection, TINY, TRAITS, TrainConfig, check_places
 
 # %% ../../nbs/train/19_torch_engine.ipynb #4a88379b
@@ -179,6 +176,8 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad()
     if rate := learner.config.moe_router_bias_update_rate:
+        from nemotron_nb.train.router_balance import move_biases
+
         move_biases(learner.watch.layers, found.counts, rate)
     losses = found.record(counts, batch.targets(len(found.sums) - 2 - len(LOSS_STAGES)), learner.watch is not None)
     line = {"kind": "train", "step": step + 1, "stage": stage, **losses, "lr": learning_rate(step, config), "grad_norm": norm, "tokens": batch.tokens}
@@ -371,6 +370,8 @@ class PackSource:
 
     def examine(self, model: nn.Module, step: int) -> dict[str, Any]:
         """Losses, one chat token by token, and answers to held-out prompts."""
+        from nemotron_nb.train.evaluate import evaluate  # nothing is held out in every training
+
         t, e, unit = self.config.train, self.config.evaluation, self.config.loss.conversation_unit
         return evaluate(model, self.valid, self.tokenizer, step, e.num_generations, e.max_new_tokens, t.micro_batch_tokens, unit)
 
@@ -400,6 +401,8 @@ def build_learner(
     if mtp and Path(described.name).is_dir() and not load_mtp(mtp, described.name) and ranks.first:
         print("multi-token prediction: the checkpoint has none; its block begins at random", flush=True)
     if config.peft.enabled:
+        from nemotron_nb.train.lora import apply_lora
+
         model = apply_lora(model, config.peft, config.train.seed)
     learner = Learner(model, replace(described, moe_router_bias_update_rate=config.router_bias_rate), mtp, config.train.precision)
     if config.train.recompute:
@@ -581,6 +584,8 @@ class Training:
         self.ranks.told(None)
         if not self.config.peft.enabled:
             return export_model(self.learner, tokenizer_dir, self.output / "model")
+        from nemotron_nb.train.lora import export_base, export_merged, save_adapter
+
         if self.config.peft.merge:
             save_adapter(self.learner, self.output / "adapter", _published_base(self.config))
             return export_merged(self.learner, tokenizer_dir, self.output / "model")
