@@ -81,7 +81,7 @@ LESSONS = {
     "stages/06_rl": 18, "stages/07_rl_tools": 25, "stages/08_plan": 25, "stages/09_recipe": 24,
     "stages/10_compress": 22, "stages/11_synth": 20, "stages/12_chat": 13, "stages/13_serve": 15,
     "stages/14_compare": 22,
-}
+}  # fmt: skip
 LONGEST_CELL, LONGEST_LINE = 40, 120
 
 
