@@ -44,7 +44,7 @@ LESSONS = {
     "data/24_duplicates": 12, "data/25_contamination": 15, "data/26_language": 17, "data/27_personal": 15,
     "data/28_quality": 19, "data/29_clean": 21,
     "loss/00_precision": 12, "loss/01_schedule": 11, "loss/02_two_stage": 14, "loss/03_fused": 12, "loss/04_kernel": 14,
-    "loss/05_mtp": 14,
+    "loss/05_mtp": 14, "loss/06_policy": 10,
     "generate/01_verify": 9, "generate/02_turns": 11, "generate/03_sampling": 19, "generate/04_synthesise": 11,
     "generate/05_served": 12,
     "pretrain/01_world": 19, "pretrain/02_indexed": 17, "pretrain/03_text": 16, "pretrain/04_tokens": 18,
