@@ -81,9 +81,9 @@ LESSONS = {
     "ops/05_tracking": 15, "ops/06_config": 11, "ops/07_report": 12, "ops/08_stage": 12, "ops/09_slurm": 11,
     "ops/12_card": 14,
     "stages/01_sft": 13, "stages/02_evaluate": 14, "stages/03_budget": 12, "stages/05_rl_data": 20,
-    "stages/06_rl": 18, "stages/07_rl_tools": 25, "stages/08_plan": 25, "stages/09_recipe": 24,
-    "stages/10_compress": 22, "stages/11_synth": 20, "stages/12_chat": 13, "stages/13_serve": 15,
-    "stages/14_compare": 22,
+    "stages/06_rl": 18, "stages/07_rl_tools": 25, "stages/08_plan": 25, "stages/10_compress": 22,
+    "stages/11_synth": 13, "stages/12_chat": 13, "stages/13_serve": 15, "stages/15_recipe": 16,
+    "stages/16_compare": 22,
 }
 LONGEST_CELL, LONGEST_LINE = 40, 120
 
