@@ -66,7 +66,7 @@ LESSONS = {
     "compress/01_formats": 16, "compress/02_precision": 16, "compress/03_quantise": 17, "compress/04_distil": 16,
     "compress/05_prune": 28,
     "synth/01_row": 14, "synth/02_journal": 18, "synth/03_steps": 16, "synth/04_ask": 22, "synth/05_produce": 17,
-    "synth/06_look": 22, "synth/20_verify_sql": 16, "synth/21_verify_python": 21, "synth/22_verify_tools": 26,
+    "synth/06_look": 22, "synth/19_sql_servers": 25, "synth/20_verify_sql": 16, "synth/21_verify_python": 21, "synth/22_verify_tools": 26,
     "synth/23_verify_translation": 19, "synth/24_verify_lean": 24, "synth/25_verify_cuda": 21,
     "synth/26_verify_json": 22, "synth/40_sql": 17, "synth/41_search": 25, "synth/42_long_context": 25,
     "synth/43_finance": 25, "synth/44_instructions": 25, "synth/45_tool_world": 25, "synth/46_terminal": 25,
