@@ -63,7 +63,7 @@ LESSONS = {
     "rl/06_instructions": 13, "rl/07_workplace": 11, "rl/08_code": 12, "rl/09_genrm": 14, "rl/10_judge_tasks": 19,
     "rl/11_environments": 15, "rl/12_gym": 15, "rl/13_length": 15, "rl/14_judges": 16, "rl/15_sample_tasks": 11,
     "rl/16_rollout": 10, "rl/17_turns": 14, "rl/18_effort": 11, "rl/19_advantage": 23, "rl/20_grpo": 17,
-    "rl/21_curriculum": 23, "rl/22_profile": 16, "rl/23_prepare": 22, "rl/24_preferences": 18, "rl/25_training": 16,
+    "rl/21_curriculum": 23, "rl/22_profile": 16, "rl/23_prepare": 11, "rl/24_preferences": 18, "rl/25_training": 16,
     "rl/26_nemo_rl": 21,
     "compress/01_formats": 16, "compress/02_precision": 16, "compress/03_quantise": 17, "compress/04_distil": 16,
     "compress/05_prune": 28,
