@@ -44,7 +44,7 @@ LESSONS = {
     "data/24_duplicates": 12, "data/25_contamination": 15, "data/26_language": 17, "data/27_personal": 15,
     "data/28_quality": 19, "data/29_clean": 21,
     "loss/00_precision": 12, "loss/01_schedule": 11, "loss/02_two_stage": 14, "loss/03_fused": 12,
-    "loss/04_kernel": 14, "loss/05_mtp": 14,
+    "loss/04_kernel": 14, "loss/05_mtp": 14, "loss/06_policy": 10,
     "generate/01_verify": 9, "generate/02_turns": 11, "generate/03_sampling": 19, "generate/04_synthesise": 11,
     "generate/05_served": 12,
     "pretrain/01_world": 19, "pretrain/02_indexed": 17, "pretrain/03_text": 16, "pretrain/04_tokens": 18,
@@ -60,10 +60,12 @@ LESSONS = {
     "megatron/05_recorder": 19, "megatron/06_lifecycle": 11, "megatron/07_kernels": 22, "megatron/10_compare": 15,
     "megatron/12_parameters": 23, "megatron/13_memory": 19, "megatron/14_measure": 20, "megatron/15_time": 23,
     "megatron/16_plan": 26, "megatron/17_scale": 16, "megatron/18_failures": 20,
-    "rl/01_tasks": 10, "rl/02_placeholders": 11, "rl/03_judgement": 14, "rl/08_code": 24, "rl/09_genrm": 14,
-    "rl/10_judge_tasks": 19, "rl/11_environments": 15, "rl/12_gym": 17, "rl/13_length": 15, "rl/14_judges": 20,
-    "rl/15_sample_tasks": 23, "rl/18_effort": 22, "rl/19_advantage": 23, "rl/20_grpo": 17, "rl/21_curriculum": 23,
-    "rl/22_profile": 16, "rl/23_prepare": 22, "rl/24_preferences": 18, "rl/25_training": 16, "rl/26_nemo_rl": 21,
+    "rl/01_tasks": 10, "rl/02_placeholders": 11, "rl/03_judgement": 14, "rl/04_answers": 10, "rl/05_structured": 13,
+    "rl/06_instructions": 13, "rl/07_workplace": 11, "rl/08_code": 24, "rl/09_genrm": 14, "rl/10_judge_tasks": 19,
+    "rl/11_environments": 15, "rl/12_gym": 15, "rl/13_length": 15, "rl/14_judges": 20, "rl/15_sample_tasks": 23,
+    "rl/16_rollout": 10, "rl/17_turns": 14, "rl/18_effort": 11, "rl/19_advantage": 23, "rl/20_grpo": 17,
+    "rl/21_curriculum": 23, "rl/22_profile": 16, "rl/23_prepare": 21, "rl/24_preferences": 18, "rl/25_training": 16,
+    "rl/26_nemo_rl": 21,
     "compress/01_formats": 16, "compress/02_precision": 16, "compress/03_quantise": 17, "compress/04_distil": 16,
     "compress/05_prune": 28,
     "synth/01_row": 14, "synth/02_journal": 18, "synth/03_steps": 16, "synth/04_ask": 22, "synth/05_produce": 17,
@@ -79,10 +81,10 @@ LESSONS = {
     "ops/05_tracking": 15, "ops/06_config": 11, "ops/07_report": 12, "ops/08_stage": 12, "ops/09_slurm": 11,
     "ops/12_card": 14,
     "stages/01_sft": 13, "stages/02_evaluate": 14, "stages/03_budget": 12, "stages/05_rl_data": 20,
-    "stages/06_rl": 18, "stages/07_rl_tools": 25, "stages/08_plan": 25, "stages/09_recipe": 24,
-    "stages/10_compress": 22, "stages/11_synth": 20, "stages/12_chat": 13, "stages/13_serve": 15,
-    "stages/14_compare": 22,
-}  # fmt: skip
+    "stages/06_rl": 18, "stages/07_rl_tools": 25, "stages/08_plan": 25, "stages/10_compress": 22,
+    "stages/11_synth": 13, "stages/12_chat": 13, "stages/13_serve": 15, "stages/15_recipe": 16,
+    "stages/16_compare": 22,
+}
 LONGEST_CELL, LONGEST_LINE = 40, 120
 
 
