@@ -21,8 +21,7 @@ from ..data.shards import read_packs
 from ..data.tokenizer import ChatTokenizer, load_tokenizer
 from .versions import dotted
 from ..train.release import release_folder, shapes
-from ..train.model import build_model, checkpoint_folder
-from ..train.settings import TINY, ModelConfig, TrainConfig
+from ..train.settings import TINY, ModelConfig, TrainConfig, checkpoint_folder
 from ..train.tensor_files import give_usual_rights
 
 if TYPE_CHECKING:
@@ -60,6 +59,7 @@ def start_folder(
 def _write_tiny(config: TrainConfig, tokenizer_dir: Path, folder: Path) -> None:
     """The tiny model, with its block for further predictions if it has one."""
     from nemotron_nb.train.checkpoint import export_hf  # one rank writes it, once
+    from nemotron_nb.train.model import build_model
     from nemotron_nb.train.objective import make_mtp, mtp_tensors
 
     model = build_model(config.model, load_tokenizer(str(tokenizer_dir)).vocab_size, config.train.seed)
@@ -137,6 +137,8 @@ def examine(
     if source is None and not any((Path(config.data_dir) / "splits" / "valid").glob("*.parquet")):
         print(f"{name}: not looked at, there are no held-out packs", flush=True)
         return
+    from nemotron_nb.train.model import build_model
+
     tokenizer = load_tokenizer(str(Path(config.data_dir) / "tokenizer"))
     model = (
         build_model(ModelConfig(name=str(folder)), tokenizer.vocab_size)

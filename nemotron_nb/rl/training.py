@@ -54,9 +54,9 @@ from ..train.checkpoint import Checkpoints, export_hf
 from ..train.ending import StopSignals, locked_folder
 from ..train.lora import apply_lora, export_merged, save_adapter
 from ..train.metrics import MetricsFile, lines_to_keep, metric_lines
-from ..train.model import build_model, checkpoint_folder
+from ..train.model import build_model
 from ..train.parallel import Ranks, ranks_of_process
-from ..train.settings import ERROR_FILE, ModelConfig, PeftSection
+from ..train.settings import ERROR_FILE, ModelConfig, PeftSection, checkpoint_folder
 from ..viz import visible
 
 # %% ../../nbs/rl/25_training.ipynb #95c6d192

@@ -57,7 +57,7 @@ from nemotron_nb.ops.run_folder import (
 )
 from ..ops.profiles import project_root, work_folder
 from ..ops.stage import SFT, Stage, command_words
-from ..train.settings import TINY
+from ..train.settings import TINY, checkpoint_folder
 
 # %% ../../nbs/stages/01_sft.ipynb #772b5072
 if TYPE_CHECKING:
@@ -224,8 +224,6 @@ def check_model_here(
     A cluster and Megatron-Bridge have caches of their own.
     """
     if settings.train.engine == "torch" and settings.model.name != TINY:
-        from nemotron_nb.train.model import checkpoint_folder  # PyTorch, which a training needs anyway
-
         checkpoint_folder(settings.model.name)
 
 # %% ../../nbs/stages/01_sft.ipynb #e27cee14

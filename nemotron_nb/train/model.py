@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAMES_THERE', 'family_config', 'count_parameters', 'active_parameters', 'tiny_config', 'parameter_table',
-           'checkpoint_folder', 'build_model']
+           'build_model']
 
 # %% ../../nbs/train/04_model.ipynb #6da2c4de
 import dataclasses
@@ -14,13 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM, PreTrainedModel
 
 from ..core import UserError
 from .scan import use_chunked_scan
-from .settings import ModelConfig, TINY, TRAITS
+from .settings import ModelConfig, TINY, TRAITS, checkpoint_folder
 from .tensor_files import weights_in_words
 from ..viz import Picture, table
 
@@ -175,30 +173,6 @@ def _check_manners(model: PreTrainedModel, name: str) -> None:
             why="the loss would be that of other logits",
             fix="train a model without scaled, capped or biased logits",
         )
-
-# %% ../../nbs/train/04_model.ipynb #0844fc0b
-def checkpoint_folder(
-    name: str,  # a folder in Hugging Face form, or a hub name
-) -> Path:
-    """Where a checkpoint lies: in the folder of that name, or in the local cache of the hub.
-
-    `UserError` if in neither.
-    """
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(
-            "no config.json here", where=name, fix="give a folder in Hugging Face form, as save_pretrained writes it"
-        )
-    try:
-        return folder if folder.is_dir() else Path(snapshot_download(name, local_files_only=True))
-    except (LocalEntryNotFoundError, ValueError) as error:
-        raise UserError(
-            f"no such model on this machine: {name!r}",
-            where="model.name",
-            why="it is neither a folder with a checkpoint nor in the local cache of the hub, and nothing is "
-                "downloaded unasked",
-            fix=f"run `hf download {name}` first, give a folder, or use {TINY!r}",
-        ) from error
 
 # %% ../../nbs/train/04_model.ipynb #b3443d26
 def _loaded_model(name: str) -> PreTrainedModel:

@@ -22,8 +22,7 @@ from ..data.manifest import Manifest
 from ..data.pack import Pack
 from ..data.tokenizer import load_tokenizer
 from .batches import packs_of_step
-from .model import checkpoint_folder
-from .settings import TINY, TrainConfig
+from .settings import TINY, TrainConfig, checkpoint_folder
 
 # %% ../../nbs/train/16_preflight.ipynb #05bc7e0e
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ __all__ = ['RANGES', 'KINDS', 'NANO', 'SUPER', 'TINY', 'TRAITS', 'ENGINES', 'STE
            'DECAY_STYLES', 'WSD_DECAYS', 'DROPOUT_POSITIONS', 'LORA_A_INITS', 'LORA_DTYPES', 'ERROR_FILE',
            'check_kinds', 'check_section', 'ModelConfig', 'TrainSection', 'OptimizerSection', 'SchedulerSection',
            'LossSection', 'EvaluationSection', 'CheckpointSection', 'PeftSection', 'LengthShare', 'DatasetSection',
-           'TrainConfig', 'check_places']
+           'TrainConfig', 'check_places', 'checkpoint_folder']
 
 # %% ../../nbs/train/01_settings.ipynb #879b28fe
 import math
@@ -696,3 +696,29 @@ def check_places(
     _check_load(config)
     _check_first_weights(config.checkpoint.pretrained_checkpoint, config.train.engine)
     _check_model(config.model.name)
+
+# %% ../../nbs/train/01_settings.ipynb #20d13067
+def checkpoint_folder(
+    name: str,  # a folder in Hugging Face form, or a hub name
+) -> Path:
+    """Where a checkpoint lies: in the folder of that name, or in the local cache of the hub.
+
+    `UserError` if in neither.
+    """
+    folder, fix = Path(name), "give a folder in Hugging Face form, as save_pretrained writes it"
+    if folder.is_dir():
+        _require((folder / "config.json").is_file(), name, "no config.json here", fix)
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError) as error:
+        raise UserError(
+            f"no such model on this machine: {name!r}",
+            where="model.name",
+            why="it is neither a folder with a checkpoint nor in the local cache of the hub, and nothing is "
+                "downloaded unasked",
+            fix=f"run `hf download {name}` first, give a folder, or use {TINY!r}",
+        ) from error
