@@ -5786,6 +5786,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'nemotron_nb/stages/serve.py'),
                                           'nemotron_nb.stages.serve._exchange': ( 'stages/serve.html#_exchange',
                                                                                   'nemotron_nb/stages/serve.py'),
+                                          'nemotron_nb.stages.serve._listing': ( 'stages/serve.html#_listing',
+                                                                                 'nemotron_nb/stages/serve.py'),
                                           'nemotron_nb.stages.serve._loading': ( 'stages/serve.html#_loading',
                                                                                  'nemotron_nb/stages/serve.py'),
                                           'nemotron_nb.stages.serve._reading': ( 'stages/serve.html#_reading',
