@@ -47,13 +47,18 @@ def _imported(name: str, node: ast.ImportFrom, modules: dict[str, ast.Module]) -
             yield inside, alias.name
 
 
+def _for_types(node: ast.AST) -> bool:
+    """Is it a block that only a type checker enters?"""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
 def imports_of(modules: dict[str, ast.Module], at_import: bool) -> dict[str, set[tuple[str, str]]]:
     """Module -> what it takes from the package: at import, or anywhere."""
     def statements(node: ast.AST) -> Iterator[ast.ImportFrom]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.ImportFrom):
                 yield child
-            elif not (at_import and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)):
+            elif not (at_import and (isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) or _for_types(child))):
                 yield from statements(child)
 
     return {name: {pair for node in statements(tree) for pair in _imported(name, node, modules)} for name, tree in modules.items()}

@@ -247,11 +247,12 @@ def _data_prep_here(effective: "Effective", family: str, force: bool) -> None:
     from nemotron_nb.data.prep import prepare
     from nemotron_nb.ops.artifacts import Store, log_data
     from nemotron_nb.ops.config import PREPARED
-    from nemotron_nb.stages.sft import data_settings
+    from nemotron_nb.stages.sft import plan_data
 
-    settings = data_settings(effective.settings.data, family, effective.settings.run.output_root)
+    plan = plan_data(effective.settings.data, family, effective.settings.run.output_root)
+    settings = plan.config
     with _progress() as told:
-        manifest = prepare(settings, force=force, secrets=effective.secrets, **told)
+        manifest = prepare(plan, force=force, secrets=effective.secrets, **told)
     print(manifest)
     if manifest.tokenized:
         print(f"\ntokenized: {manifest.tokenized}")
@@ -301,13 +302,14 @@ def _documents_here(effective: "Effective", family: str, force: bool) -> None:
     """Prepare documents on this machine, and register them."""
     from nemotron_nb.ops.artifacts import Store, log_data
     from nemotron_nb.pretrain.documents import prepare_documents
-    from nemotron_nb.stages.pretrain import documents_settings
+    from nemotron_nb.stages.pretrain import plan_data
 
-    settings, said = documents_settings(effective.settings.data, family, effective.settings.run.output_root)
+    plan, said = plan_data(effective.settings.data, family, effective.settings.run.output_root)
+    settings = plan.config
     if said:
         print(said, flush=True)
     with _progress() as told:
-        manifest = prepare_documents(settings, force=force, secrets=effective.secrets, **told)
+        manifest = prepare_documents(plan, force=force, secrets=effective.secrets, **told)
     print(manifest)
     if manifest.tokenized:
         print(f"\ntokenized: {manifest.tokenized}")
@@ -418,7 +420,8 @@ def _sft_here(effective: "Effective", config: list[str], resume: str, command: s
     if resume:
         put_back(resume)
     folder = Path(resume) if resume else new_run(effective, config, manifest["key"], command=command)
-    parameters = Parameters(effective.settings.family, str(folder.absolute() / "config.yaml"))
+    prepared = str(manifest.folder.absolute())
+    parameters = Parameters(effective.settings.family, str(folder.absolute() / "config.yaml"), prepared=prepared)
     execute = partial(run_notebook, folder, parameters)
     return _executed(folder, effective.settings.train.train_iters, execute, lambda: headline(read_run(folder)))
 
@@ -481,7 +484,8 @@ def _pretrain_here(effective: "Effective", config: list[str], resume: str, comma
     folder = Path(resume) if resume else new_run(
         effective, config, manifest["key"], command=command, stage=STAGES["pretrain"]
     )
-    parameters = Parameters(effective.settings.family, str(folder.absolute() / "config.yaml"))
+    prepared = str(manifest.folder.absolute())
+    parameters = Parameters(effective.settings.family, str(folder.absolute() / "config.yaml"), prepared=prepared)
     execute = partial(run_notebook, folder, parameters, STAGES["pretrain"].notebook)
     return _executed(folder, effective.settings.train.train_iters, execute, lambda: headline(read_run(folder)))
 

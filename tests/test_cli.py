@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from commands import ENV_TOML, NEMOTRON, ONE_THREAD, nemotron
+from counted_calls import counts, watch
 from run_folders import fabricated_run
 from typer.testing import CliRunner
 
@@ -163,9 +164,10 @@ def test_imported_data_are_traced_to_the_chats_they_were_made_from(tmp_path, mon
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """One real run, two steps long: what it said, and its folder."""
+    """One real run, two steps long: what it said, and its folder. What its processes do is counted beside it."""
     cwd = tmp_path_factory.mktemp("run")
-    done = nemotron("nano3", "sft", *SMALL, cwd=cwd)
+    (cwd / "counted").mkdir()
+    done = nemotron("nano3", "sft", *SMALL, cwd=cwd, env=ONE_THREAD | watch(cwd / "counted"))
     assert done.returncode == 0, done.stdout + done.stderr
     return done, next((cwd / "output" / "nano3" / "sft").iterdir())
 
@@ -178,6 +180,13 @@ def test_a_run_leaves_all_it_promises(run):
     assert [p.name for p in folder.iterdir() if p.name.startswith(".")] == []
     assert json.loads((folder / "status.json").read_text())["state"] == "done"
     assert done.stderr == ""
+
+
+def test_what_decides_a_run_is_done_once_in_all_its_processes(run):
+    """The command plans the data and hands it to the notebook, which hands it to the training; no file is hashed twice."""
+    called, importing, hashed = counts(run[1].parents[3] / "counted")
+    assert called["make_plan"] == 1 and not importing
+    assert [name for name, times in hashed.items() if times > 1] == [] and any(name.endswith("manifest.json") for name in hashed)
 
 
 def test_a_run_is_in_the_register_with_all_that_went_into_it(run):

@@ -23,23 +23,10 @@ from nemotron_nb.train.batches import global_batch, rows_of
 from nemotron_nb.generate.sampling import GREEDY, Sampling, ThoughtBudget, generate, pick
 from nemotron_nb.generate.turns import Health, ToolCall, health, read_calls
 from nemotron_nb.train.evaluate import (
-    LOW_EFFORT,
-    MODES,
-    answer_questions,
-    by_source,
-    evaluate,
-    example_of,
-    health_rates,
-    held_out_loss,
-    held_out_turns,
-    losses_by_source,
-    prompts_of,
-    question_prompt,
-    roles_of,
-    together,
-    token_losses,
-    with_mode,
-    write_turns,
+    by_source, evaluate, example_of, held_out_loss, losses_by_source, prompts_of, roles_of, together, token_losses,
+)
+from nemotron_nb.train.modes import (
+    LOW_EFFORT, MODES, answer_questions, health_rates, held_out_turns, question_prompt, with_mode, write_turns,
 )
 from nemotron_nb.train.model import build_model
 from nemotron_nb.train.settings import ModelConfig
@@ -450,6 +437,6 @@ def test_what_is_written_is_judged_in_its_mode(model, packs, tokenizer):
 def test_questions_are_asked_as_often_as_said_and_judged(model, tokenizer, monkeypatch):
     quiz = [Question("2 + 2?", "4", "sums", 1), Question("Capital of France?", "Paris", "facts", 2)]
     said = ["Hm.\n</think>\nIt is 4.<|im_end|>", "It is 4.<|im_end|>", "Hm.\n</think>\nParis<|im_end|>", "Hm.\n</think>\nRome<|im_end|>"]
-    monkeypatch.setattr("nemotron_nb.train.evaluate.generate", lambda *given, **named: [tokenizer.encode(t, special=True) for t in said])
+    monkeypatch.setattr("nemotron_nb.train.modes.generate", lambda *given, **named: [tokenizer.encode(t, special=True) for t in said])
     found = answer_questions(model, quiz, tokenizer, "on", tests=2, sampling=Sampling(1.0))
     assert [(a.problem, a.test, a.right, a.by) for a in found] == [("2 + 2?", 0, True, "last_number"), ("2 + 2?", 1, False, "nobody"), ("Capital of France?", 0, True, "exact"), ("Capital of France?", 1, False, "exact")]

@@ -1,6 +1,7 @@
 """What may import what: the data layer lives without torch, and every arrow points one way."""
 
 import ast
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,15 @@ def test_the_cache_of_tokens_is_named_by_every_module_that_decides_them():
     assert set(tokenized._MODULES) == loaded - decides_nothing
 
 
+# What a process of a training may load at most: `python benchmarks/house.py` prints it. 40 and 48 it once was.
+@pytest.mark.parametrize("start, most", [("train.torch_engine", 26), ("megatron.engine", 27)])
+def test_a_rank_loads_few_modules(start, most):
+    house = runpy.run_path(str(ROOT / "benchmarks" / "house.py"))
+    graph = {name: {other for other, _ in pairs} for name, pairs in house["imports_of"](house["modules_of"](ROOT), at_import=True).items()}
+    loaded = house["closure"](graph, start)
+    assert len(loaded) <= most, sorted(loaded)
+
+
 def python(code):
     blocked = f"import sys\nfor name in {HEAVY!r}: sys.modules[name] = None\n"
     return subprocess.run([sys.executable, "-c", blocked + code], capture_output=True, text=True, cwd=ROOT)
@@ -81,7 +91,11 @@ def test_data_layer_works_without_heavy_packages(tmp_path):
     code = f"""
 import nemotron_nb, nemotron_nb.core, nemotron_nb.viz
 from nemotron_nb.data.prep import PrepConfig, prepare
-print(prepare(PrepConfig(output_dir={str(tmp_path / "out")!r}, sample=20, pack_size=1024))["rows"])
+from nemotron_nb.data.shards import read_packs
+made = prepare(PrepConfig(output_dir={str(tmp_path / "out")!r}, sample=20, pack_size=1024, workers=1))
+assert len(read_packs(made.folder / "splits" / "train")) == made["splits"]["train"]["packs"]
+assert "pandas" not in sys.modules  # Arrow would load it for one number
+print(made["rows"])
 """
     done = python(code)
     assert done.returncode == 0, done.stderr

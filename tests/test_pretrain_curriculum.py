@@ -9,20 +9,10 @@ import pytest
 from nemotron_nb.core import UserError, from_mapping
 from nemotron_nb.data.blend import load_blend
 from nemotron_nb.pretrain.curriculum import (
-    FAMILIES,
-    Curriculum,
-    CurriculumReader,
-    LongContext,
-    LongContextReader,
-    Phase,
-    curriculum_picture,
-    lengths_of_steps,
-    published_curriculum,
-    published_numbers,
-    published_phases,
-    published_table,
-    shares,
-    shares_table,
+    FAMILIES, Curriculum, Phase, published_curriculum, published_numbers, published_phases, published_table,
+)
+from nemotron_nb.pretrain.mixing import (
+    CurriculumReader, LongContext, LongContextReader, curriculum_picture, lengths_of_steps, shares, shares_table,
 )
 from nemotron_nb.pretrain.indexed import IndexedWriter
 from nemotron_nb.pretrain.order import Mixture

@@ -26,7 +26,8 @@ from nemotron_nb.data.prep import PrepConfig, prepare
 from nemotron_nb.data.tokenizer import load_tokenizer
 from nemotron_nb.ops.artifacts import Store, log_data
 from nemotron_nb.ops.config import documents_prep_config, pretrain_config
-from nemotron_nb.pretrain.curriculum import Curriculum, CurriculumReader
+from nemotron_nb.pretrain.curriculum import Curriculum
+from nemotron_nb.pretrain.mixing import CurriculumReader
 from nemotron_nb.pretrain.documents import DocumentsConfig, DocumentsManifest, prepare_documents, read_megatron_blend
 from nemotron_nb.pretrain.indexed import IndexedReader
 from nemotron_nb.pretrain.order import Mixture

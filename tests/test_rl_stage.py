@@ -95,6 +95,30 @@ BAD_ROWS = {
 }
 
 
+ASK_WHICH = {"responses_create_params": {"input": "Which?"}}
+NO_TRUTH = [
+    ASK_WHICH | {"agent_ref": {"name": "choice"}, "options": [{"A": "x"}, {"B": "y"}], "expected_answer": "C"},
+    ASK_WHICH | {"agent_ref": {"name": "choice"}, "options": [{"A": "x"}, {"A": "y"}], "expected_answer": "A"},
+    *(ASK_WHICH | {"agent_ref": {"name": "structured"}, "schema_type": "json", "schema_str": s} for s in ('{"type": 3}', "{", '{"$ref": "#"}', '{"$ref": "http://127.0.0.1/x"}')),
+    ASK_WHICH | {"agent_ref": {"name": "instructions"}, "instruction_id_list": ["no:such"], "kwargs": [{}]},
+    ASK_WHICH | {"agent_ref": {"name": "instructions"}, "instruction_id_list": ["punctuation:no_comma"] * 2, "kwargs": [{}]},
+    *(ASK_WHICH | {"agent_ref": {"name": "code"}, "verifier_metadata": {"unit_tests": {"inputs": ["1"] * n, "outputs": ["1"] * n}}} for n in (0, 51)),
+    ASK_WHICH | {"agent_ref": {"name": "workplace"}, "ground_truth": [{"name": "no_such_tool", "arguments": {}}]},
+]
+
+
+@pytest.mark.parametrize("row", NO_TRUTH)
+def test_a_task_that_no_answer_could_solve_is_left_out_before_it_costs_a_rollout(tmp_path, row):
+    """A group of answers to it would be drawn and end as failed verifications, again and again."""
+    path = rows_file(tmp_path / "rows.jsonl", [*sums(3), row])
+    prepared = prepare_tasks(TaskFiles(path, val_rows=1), tmp_path / "out")
+    assert prepared.values["rejects"] == {"bad_truth": 1} and prepared.values["tasks"] == {"train": 2, "val": 1}
+    (listed,) = [json.loads(line) for line in (prepared.folder / "rejects.jsonl").read_text().splitlines()]
+    assert listed["line"] == 4 and "no answer could be judged: " in listed["detail"]
+    with pytest.raises(UserError, match="line 1: no answer could be judged"):
+        prepare_tasks(TaskFiles(rows_file(tmp_path / "alone.jsonl", [row]), val_rows=0), tmp_path / "none")
+
+
 def test_every_lost_row_is_counted_by_its_reason_and_listed_with_its_line(tmp_path):
     prepared = prepare_tasks(TaskFiles(rows_file(tmp_path / "rows.jsonl", [*sums(7), *BAD_ROWS.values()]), val_rows=2), tmp_path / "out")
     assert prepared.values["rejects"] == dict.fromkeys(BAD_ROWS, 1)
@@ -587,9 +611,11 @@ def test_sigterm_leaves_a_run_that_is_preempted_and_goes_on(done, start):
 
 
 @pytest.mark.long
-def test_two_ranks_by_the_command_line_are_stopped_and_go_on_to_the_same_lines(start, tmp_path):
-    """`run.nproc_per_node=2`, in one go and with a SIGTERM on the way: every loss, norm and reward is the same to the last digit."""
-    more = ["grpo.max_num_steps=6", "genrm.judge=rule"]
+@pytest.mark.parametrize("more", [["grpo.max_num_steps=6", "genrm.judge=rule"], ["method=dpo", "dpo.max_num_steps=6", "dpo.pairs=pairs.jsonl", "dpo.min_pairs=8", "dpo.pairs_per_step=4"]], ids=["grpo", "dpo"])
+def test_two_ranks_by_the_command_line_are_stopped_and_go_on_to_the_same_bytes(start, tmp_path, more):
+    """`run.nproc_per_node=2`, in one go and with a SIGTERM on the way: every line, rollout, judgement, pair and weight is the same to the last bit."""
+    pairs = [{"prompt": f"What is {n} + 1?", "chosen": f"It is {n + 1}.", "rejected": f"It is {n} times one, or less than that."} for n in range(12)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     words = ["nano3", "rl", *SMALL, f"model={start}", *more, "run.nproc_per_node=2"]
     whole = nemotron(*words, "run.label=whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stdout + whole.stderr
@@ -605,7 +631,9 @@ def test_two_ranks_by_the_command_line_are_stopped_and_go_on_to_the_same_lines(s
     again = nemotron("nano3", "rl", "--resume", str(run), cwd=tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
     (straight,) = tmp_path.glob("output/nano3/rl/*-whole-*/")
-    assert left_behind(run)[0] == left_behind(straight)[0] and (run / "model" / "model.safetensors").is_file()
+    (lines, files), (other_lines, other_files) = left_behind(run), left_behind(straight)
+    assert lines == other_lines and files.keys() == other_files.keys() and "model/model.safetensors" in files
+    assert not [name for name in files if files[name] != other_files[name] and name != "model/README.md"]  # a card names its run
 
 
 def test_the_plan_for_a_cluster_shows_nemo_rls_configuration_and_starts_nothing(tmp_path, monkeypatch):

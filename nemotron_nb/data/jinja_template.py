@@ -71,6 +71,7 @@ def _run(name: str, text: str, date: str, variables: Mapping[str, Any], trusted:
         raise _raised(failure, name) from failure
 
 # %% ../../nbs/data/10_jinja_template.ipynb #8568f1eb
+@lru_cache(maxsize=64)
 def _check(name: str, text: str, date: str) -> None:
     """`UserError` where a template cannot be compiled."""
     try:

@@ -1168,22 +1168,23 @@ def _say(error: OSError | MemoryError, folder: Path) -> UserError | None:
 
 # %% ../../nbs/data/22_prep.ipynb #0c02
 def prepare(
-    config: PrepConfig,
+    config: PrepConfig | Plan,  # settings, or the plan that was made of them
     force: bool = False,  # prepare again, in place of what is there
     progress: Progress = lambda done, total: None,  # told how many bytes of rows are tokenized
     secrets: Mapping[str, str] = MappingProxyType({}),  # value of a setting that is written nowhere -> how it is named
 ) -> Manifest:
     """Chats to packs, into `config.output_dir`. The manifest appears last; the same request finds it again."""
-    folder = Path(config.output_dir)
+    asked = config.config if isinstance(config, Plan) else config
+    folder = Path(asked.output_dir)
     try:
-        plan = make_plan(config)
+        plan = config if isinstance(config, Plan) else make_plan(config)
         if (folder / "manifest.json").exists() and not force:
             return _found(folder, plan.key)
         _refuse_foreign(folder)
         with _alone(folder, plan.key) as waited:
             if (folder / "manifest.json").exists() and (waited or not force):  # somebody else was first
                 return _found(folder, plan.key)
-            _sweep(config)
+            _sweep(asked)
             return _prepare(plan, folder, progress, secrets)
     except (OSError, MemoryError) as e:
         said = _say(e, folder)

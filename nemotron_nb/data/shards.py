@@ -193,11 +193,36 @@ def _renamed(path: str | Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
 
+# %% ../../nbs/data/19_shards.ipynb #61b6d759
+def _arrow(numbers: np.ndarray) -> pa.Array:
+    """Numbers as Arrow has them, sharing their memory."""
+    kind, memory = pa.from_numpy_dtype(numbers.dtype), pa.py_buffer(np.ascontiguousarray(numbers))
+    return pa.Array.from_buffers(kind, len(numbers), [None, memory])
+
+# %% ../../nbs/data/19_shards.ipynb #55516353
+def _arrow_texts(texts: Sequence[str]) -> pa.Array:
+    """Texts as Arrow has them: their bytes, and where each begins. Less than 2 GiB together."""
+    encoded = [text.encode() for text in texts]
+    starts = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    if starts[-1] > np.iinfo(np.int32).max:
+        raise pa.ArrowInvalid(f"names of {starts[-1]:,} bytes in one row group")
+    memory = pa.py_buffer(starts.astype(np.int32)), pa.py_buffer(b"".join(encoded))
+    return pa.StringArray.from_buffers(len(encoded), *memory)
+
+# %% ../../nbs/data/19_shards.ipynb #bae3e481
+def _numbers(array: pa.Array) -> np.ndarray:
+    """The numbers of an Arrow array without empty places, sharing its memory; they cannot be changed."""
+    kind = np.dtype(str(array.type))
+    memory = np.frombuffer(array.buffers()[1], kind) if len(array) else np.zeros(0, kind)
+    found = memory[array.offset : array.offset + len(array)] if len(array) else memory
+    found.flags.writeable = False
+    return found
+
 # %% ../../nbs/data/19_shards.ipynb #0c25111d
 def _rows(columns: Columns, sequences: Sequences, schema: pa.Schema) -> pa.Table:
     """The columns as an Arrow table, sharing their memory."""
     arrays = [
-        pa.ListArray.from_arrays(pa.array(starts), pa.array(values))
+        pa.ListArray.from_arrays(_arrow(starts), _arrow(values))
         for starts, values in (
             (columns.token_starts, columns.input_ids),
             (columns.token_starts, columns.loss_mask),
@@ -206,11 +231,8 @@ def _rows(columns: Columns, sequences: Sequences, schema: pa.Schema) -> pa.Table
     ]
     chats = sequences.conversation[columns.sequence].tolist()
     for names in (sequences.conversation_ids, sequences.sources)[: len(schema) - len(arrays)]:
-        arrays.append(
-            pa.ListArray.from_arrays(
-                pa.array(columns.sequence_starts), pa.array([names[c] for c in chats], pa.string())
-            )
-        )
+        texts = _arrow_texts([names[c] for c in chats])
+        arrays.append(pa.ListArray.from_arrays(_arrow(columns.sequence_starts), texts))
     return pa.Table.from_arrays(arrays, schema=schema)
 
 # %% ../../nbs/data/19_shards.ipynb #5a6c1efa
@@ -341,13 +363,13 @@ def _flat(table: pa.Table, name: str) -> tuple[pa.Array, np.ndarray]:
     column = table.column(name).combine_chunks()
     if column.null_count or column.values.null_count:
         raise pa.ArrowInvalid(f"the column {name} has empty places (null)")
-    return column.values, column.offsets.to_numpy()
+    return column.values, _numbers(column.offsets)
 
 # %% ../../nbs/data/19_shards.ipynb #a3abbd91
 def _columns(table: pa.Table, where: str, first_pack: int, vocab_size: int = 0) -> Columns:
     """The three columns of a row group, checked."""
     parts = {name: _flat(table, name) for name in TRAINED_COLUMNS}
-    values = {name: parts[name][0].cast(kind).to_numpy() for name, kind in TRAINED_COLUMNS.items()}
+    values = {name: _numbers(parts[name][0].cast(kind)) for name, kind in TRAINED_COLUMNS.items()}
     token_starts, sequence_starts = parts["input_ids"][1], parts["seq_start_id"][1]
     columns = Columns(
         **values,

@@ -25,7 +25,6 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ..core import UserError, digest, file_digest, hub_file, nearest, write_atomic, write_json
-from .sample import sample_path
 from ..viz import Picture, clipped, escape, fitting
 
 # %% ../../nbs/data/05_tokenizer.ipynb #c87931b8
@@ -98,6 +97,8 @@ def tiny_corpus(
     licence: str,  # text of the licence of this repository
 ) -> list[str]:
     """The texts from which `tiny` is learned. The word list counts twice."""
+    from nemotron_nb.data.sample import sample_path  # who reads with `tiny` needs no chats
+
     chats = [json.loads(line) for line in sample_path().read_text(encoding="utf-8").splitlines()]
     template = (_assets() / "nano3.jinja").read_text(encoding="utf-8").replace("\\n", "\n")
     instructions = template[template.index("# Tools") : template.index("</IMPORTANT>") + len("</IMPORTANT>")]

@@ -22,7 +22,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,7 +32,6 @@ from ..loss.schedule import StageSchedule
 from ..train.batches import packs_of_step
 from ..train.preflight import changed_settings, deciding_settings
 from ..train.ending import StopSignals, locked_folder
-from ..train.lora import megatron_peft
 from nemotron_nb.megatron.versions import (
     dotted,
     installed_version,
@@ -42,7 +41,6 @@ from nemotron_nb.megatron.versions import (
     recipe_function,
     require_megatron,
 )
-from .cpu import SAID, check_standins, cpu_values, on_cpu
 from .data import PackCheck, reading_tokenizer, validate_packs
 from .lifecycle import examine, start_folder, write_model, write_start
 from ..train.release import shapes
@@ -50,7 +48,9 @@ from .recorder import METRICS, STOP, Recorder, append_line
 from .step import TwoStageStep
 from ..train.settings import TrainConfig
 from ..train.lr import learning_rate
-from ..train.torch_engine import Source
+
+if TYPE_CHECKING:
+    from nemotron_nb.train.torch_engine import Source
 
 # %% ../../nbs/megatron/09_engine.ipynb #35788c39
 def _fits(value: Any, kind: Any) -> bool:
@@ -490,13 +490,20 @@ def _has_checkpoint(folder: str) -> bool:
     return (Path(folder) / "latest_train_state.pt").exists()
 
 
+def _standins() -> types.ModuleType:
+    """What stands in for GPUs: only a rehearsal on a CPU needs it."""
+    from nemotron_nb.megatron import cpu
+
+    return cpu
+
+
 def _peft_values(run: MegatronConfig) -> dict[str, Any]:
     """LoRA of the shared settings, as Megatron-Bridge's own object."""
-    return (
-        {"peft": dotted("megatron.bridge.peft.lora.LoRA")(**megatron_peft(run.shared.peft))}
-        if run.shared.peft.enabled
-        else {}
-    )
+    if not run.shared.peft.enabled:
+        return {}
+    from nemotron_nb.train.lora import megatron_peft
+
+    return {"peft": dotted("megatron.bridge.peft.lora.LoRA")(**megatron_peft(run.shared.peft))}
 
 # %% ../../nbs/megatron/09_engine.ipynb #1f4e578e
 def engine_values(run: MegatronConfig, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -506,7 +513,7 @@ def engine_values(run: MegatronConfig, manifest: Mapping[str, Any]) -> dict[str,
         reading_tokenizer(Path(run.shared.data_dir) / "tokenizer", Path(run.shared.output_dir) / "tokenizer_of_reader"),
     )
     return {
-        **(cpu_values() if run.cpu_standins else {}),
+        **(_standins().cpu_values() if run.cpu_standins else {}),
         "train.micro_batch_size": 1,
         "tokenizer.tokenizer_type": "HuggingFaceTokenizer",
         "tokenizer.tokenizer_model": str(tokenizer),
@@ -609,7 +616,7 @@ def _start_line(run: MegatronConfig, config: Any, manifest: Mapping[str, Any]) -
         "kind": "start",
         "engine": f"megatron-bridge {installed_version('megatron-bridge')}, megatron-core "
                   f"{installed_version('megatron-core')}"
-        + (f", {SAID}" if run.cpu_standins else ""),
+        + (f", {_standins().SAID}" if run.cpu_standins else ""),
         "recipe": run.recipe,
         "parameters": sum(
             math.prod(shape)
@@ -650,7 +657,7 @@ def _wait_for(file: Path, minutes: float = 60) -> None:
         time.sleep(0.2)
 
 # %% ../../nbs/megatron/09_engine.ipynb #d0c253f4
-def _prepare(run: MegatronConfig, ready: Path, source: Source | None) -> None:
+def _prepare(run: MegatronConfig, ready: Path, source: "Source | None") -> None:
     """What the first process does before any training: the model to begin with, and a look at it."""
     Path(run.shared.output_dir).mkdir(parents=True, exist_ok=True)
     start = write_start(run.shared)
@@ -768,11 +775,11 @@ def train_with(
     run: MegatronConfig,  # its length in steps
     stop: StopSignals,
     trainer: Callable[[MegatronConfig, StopSignals], Recorder],  # what hands the run to Megatron-Bridge
-    source: Source | None = None,  # what is held out, and how it is looked at; None: the packs of the data
+    source: "Source | None" = None,  # what is held out, and how it is looked at; None: the packs of the data
 ) -> None:
     """All that is around a training by Megatron-Bridge: the lock, the model it begins with, the looks, the last lines."""
     check_shared(run.shared)
-    (check_standins if run.cpu_standins else require_megatron)()
+    (_standins().check_standins if run.cpu_standins else require_megatron)()
     _lone_process()
     began, output, first = time.perf_counter(), Path(run.shared.output_dir), os.environ["RANK"] == "0"
     ready = output / ".ready"
@@ -780,13 +787,13 @@ def train_with(
         if first:
             _prepare(run, ready, source)
         _wait_for(ready)
-        with on_cpu(run.cpu_standins):
+        with _standins().on_cpu(True) if run.cpu_standins else nullcontext():
             recorder = trainer(run, stop)
         if first:
             _end(run, recorder, began, source)
 
 # %% ../../nbs/megatron/09_engine.ipynb #125fd0bf
-def _end(run: MegatronConfig, recorder: Recorder, began: float, source: Source | None) -> None:
+def _end(run: MegatronConfig, recorder: Recorder, began: float, source: "Source | None") -> None:
     """The last lines, and the look at the trained model. One process calls it."""
     output = Path(run.shared.output_dir)
     if recorder.paused:

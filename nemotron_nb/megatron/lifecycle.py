@@ -19,9 +19,6 @@ import torch
 from ..core import UserError, write_json
 from ..data.shards import read_packs
 from ..data.tokenizer import ChatTokenizer, load_tokenizer
-from ..train.checkpoint import export_hf
-from ..train.evaluate import evaluate
-from ..train.objective import make_mtp, mtp_tensors
 from .versions import dotted
 from ..train.release import release_folder, shapes
 from ..train.model import build_model, checkpoint_folder
@@ -62,6 +59,9 @@ def start_folder(
 # %% ../../nbs/megatron/06_lifecycle.ipynb #9c65f1a9
 def _write_tiny(config: TrainConfig, tokenizer_dir: Path, folder: Path) -> None:
     """The tiny model, with its block for further predictions if it has one."""
+    from nemotron_nb.train.checkpoint import export_hf  # one rank writes it, once
+    from nemotron_nb.train.objective import make_mtp, mtp_tensors
+
     model = build_model(config.model, load_tokenizer(str(tokenizer_dir)).vocab_size, config.train.seed)
     block = mtp_tensors(make_mtp(model, config.train.seed).state_dict()) if config.model.mtp_num_layers else None
     export_hf(model, tokenizer_dir, folder, block)
@@ -105,6 +105,8 @@ def room_for(
 # %% ../../nbs/megatron/06_lifecycle.ipynb #7c1c1434
 def _looked_at(config: TrainConfig, model: Any, tokenizer: ChatTokenizer, step: int) -> tuple[dict[str, Any], str]:
     """(what a model makes of the held-out packs, in words)."""
+    from nemotron_nb.train.evaluate import evaluate  # one rank looks
+
     e, held_out = config.evaluation, read_packs(Path(config.data_dir) / "splits" / "valid")
     cap = config.train.micro_batch_tokens
     found = evaluate(model, held_out, tokenizer, step, e.num_generations, e.max_new_tokens, cap)

@@ -666,7 +666,7 @@ class SftConfig:
     """Every setting of a supervised fine-tuning run."""
 
     family: str = ""  # nano3 or super3
-    data: PrepConfig = PrepConfig()
+    data: PrepConfig = field(default_factory=PrepConfig)
     model: ModelConfig = ModelConfig()
     train: TrainSection = TrainSection()
     optimizer: OptimizerSection = OptimizerSection()
@@ -707,7 +707,7 @@ class SftConfig:
 class DataPrepConfig:
     """Every setting of data preparation alone."""
 
-    data: PrepConfig = PrepConfig()
+    data: PrepConfig = field(default_factory=PrepConfig)
     run: RunSection = RunSection()
 
 # %% ../../nbs/ops/06_config.ipynb #9e2182f4

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -475,19 +476,23 @@ class LivePicture:
     def __init__(
         self,
         folder: str | os.PathLike,  # the run folder
-        every: int = 10,  # steps between drawings
+        every: int = 10,  # steps between drawings, at least
+        share: float = 0.05,  # of the time that may go into drawing: the training needs the processor more
     ):
-        self.folder, self.every, self.shown, self.failed = Path(folder), every, None, False
+        self.folder, self.every, self.share, self.rests = Path(folder), every, share, -math.inf
+        self.shown, self.failed = None, False
 
     def see(
         self,
         entry: Mapping[str, Any],  # a line of metrics.jsonl that has just come
     ) -> None:
         """Draw again, if it is time."""
-        if self.failed or (entry.get("kind") == "train" and entry["step"] % self.every):
+        begun, training = time.monotonic(), entry.get("kind") == "train"
+        if self.failed or (training and (entry["step"] % self.every or begun < self.rests)):
             return
         try:
             self._draw()
+            self.rests = time.monotonic() + (time.monotonic() - begun) / self.share
         except Exception as e:  # whatever a drawing library may raise: the training matters more
             self.failed = True
             print(f"the loss curve cannot be drawn ({type(e).__name__}: {e}); the training goes on")

@@ -756,19 +756,20 @@ _DISK = {
 
 # %% ../../nbs/pretrain/05_documents.ipynb #38ebd88a
 def prepare_documents(
-    config: DocumentsConfig,
+    config: DocumentsConfig | DocumentsPlan,  # settings, or the plan that was made of them
     force: bool = False,  # prepare again, in place of what is there
     progress: Progress = lambda done, total: None,  # told how many bytes of text are tokenized
     secrets: Mapping[str, str] = MappingProxyType({}),  # value of a setting that is written nowhere -> how it is named
 ) -> DocumentsManifest:
     """Text to bin/idx, into `config.output_dir`. The manifest appears last; the same request finds it again."""
-    folder = Path(config.output_dir)
+    asked = config.config if isinstance(config, DocumentsPlan) else config
+    folder = Path(asked.output_dir)
     try:
         _refuse_foreign(folder)
         with _alone(folder):
             for left in folder.glob(".*.tmp"):
                 shutil.rmtree(left)
-            plan = plan_documents(config)
+            plan = config if isinstance(config, DocumentsPlan) else plan_documents(config)
             if (folder / "manifest.json").exists() and not force:
                 return _found(folder, plan.key)
             return _prepare(plan, folder, progress, secrets)

@@ -15,7 +15,7 @@ from .judgement import Judgement, Reply, failed, said
 from .tasks import Task
 from ..generate.verify import boxed, last_number, read_number, same_number, verify
 
-# %% ../../nbs/rl/04_answers.ipynb #a6975e5e
+# %% ../../nbs/rl/04_answers.ipynb #0bf800fb
 LONGEST_BOX = 2000  # characters of a box that is compared
 
 
@@ -28,15 +28,20 @@ def boxes_of(text: str) -> list[str]:
             found.append(inner.strip())
     return found
 
-
+# %% ../../nbs/rl/04_answers.ipynb #57ff33e1
 def the_box(text: str, same: Callable[[str, str], bool]) -> str | None:
-    """The content of the last box; None if there is none, it is empty or too long, or an earlier box says something else."""
+    """The content of the last box; None if there is none, it is empty or too long, or an earlier one differs."""
     found = boxes_of(text)
     if not found or not found[-1] or len(found[-1]) > LONGEST_BOX or not all(same(box, found[-1]) for box in found):
         return None
     return found[-1]
 
-# %% ../../nbs/rl/04_answers.ipynb #31467f02
+# %% ../../nbs/rl/04_answers.ipynb #e2fd46cb
+def _no_answer(reply: Reply) -> bool:
+    """Whether there is no plain answer: bad form, or a call, or what looks like one and cannot be read."""
+    return not reply.good_form or reply.calls != ()
+
+# %% ../../nbs/rl/04_answers.ipynb #3295f40b
 def _equal(answer: str, solution: str) -> bool:
     """Equal as numbers or as LaTeX."""
     return verify(f"\\boxed{{{answer}}}", solution, "boxed", 0.0).right
@@ -55,7 +60,7 @@ def math_verify_says(
     gold, given = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (solution, answer))
     return bool(gold and given and equal(gold, given, timeout_seconds=None))
 
-
+# %% ../../nbs/rl/04_answers.ipynb #81ce5f94
 def _one_number(reply: Reply, expected: str) -> Judgement:
     """The answer states one number, and it is the right one."""
     found = last_number(reply.answer)
@@ -64,11 +69,11 @@ def _one_number(reply: Reply, expected: str) -> Judgement:
     right = None not in (value, truth) and last_number(rest) is None and same_number(value, truth, 0.0)
     return said(right, "one_number", found or "", expected)
 
-
+# %% ../../nbs/rl/04_answers.ipynb #7051f935
 def verify_mathematics(task: Task, reply: Reply) -> Judgement:
     """The box holds the expected answer."""
     expected = str(task.truth["expected_answer"])
-    if not reply.good_form or reply.calls != ():
+    if _no_answer(reply):
         return said(0, "form", reply.text[-60:], expected)
     if task.truth.get("grading_mode") == "one_number":
         return _one_number(reply, expected)
@@ -79,69 +84,87 @@ def verify_mathematics(task: Task, reply: Reply) -> Judgement:
         return said(1, "boxed", found, expected)
     return said(bool(math_verify_says(found, expected)), "boxed", found, expected)
 
-# %% ../../nbs/rl/04_answers.ipynb #15b8df6f
-_LETTER = re.compile(r"(?:\\text\{|\\mathrm\{|\\mathbf\{)?\s*[(\[]?([A-Z])[)\].:]?\s*\}?")
-_COLON = re.compile(r"(?im)^[ \t>*_#]*(?:the )?(?:final )?answer(?: is)?[ \t*_]*:?[ \t*_(]*([A-Z])[)*_. \t]*$")
-GRADING = ("strict_single_letter_boxed", "lenient_boxed", "lenient_answer_colon", "lenient_answer_colon_md")
-
-
+# %% ../../nbs/rl/04_answers.ipynb #1e70b879
 def letters_of(options: object) -> list[str]:
     """The letters of the options of a row, which come as [{letter: text}]."""
     return [letter for option in options for letter in option] if isinstance(options, list) else []
+
+
+def _only(found: set[str]) -> str:
+    """The one text of a set; an empty text if there are none or several."""
+    return found.pop() if len(found) == 1 else ""
+
+# %% ../../nbs/rl/04_answers.ipynb #7272fc21
+_LETTER = re.compile(r"(?:\\text\{|\\mathrm\{|\\mathbf\{)?\s*[(\[]?([A-Z])[)\].:]?\s*\}?")
+_COLON = re.compile(r"(?im)^[ \t>*_#]*(?:the )?(?:final )?answer(?: is)?[ \t*_]*:?[ \t*_(]*([A-Z])[)*_. \t]*$")
+
+
+def _letter_in_box(answer: str, strict: bool) -> str:
+    """The letter in the last box, bare if `strict`; or an empty text."""
+    box = the_box(answer, lambda a, b: a == b) or ""
+    inside = re.fullmatch("([A-Z])", box) if strict else _LETTER.fullmatch(box)
+    return inside[1] if inside else ""
+
+
+def _letter_by(pattern: str, answer: str) -> str:
+    """The one text that the first group of a task's own pattern finds, or the whole pattern if it has no group."""
+    return _only({m.group(1) if m.re.groups else m.group(0) for m in re.finditer(pattern, answer)}).strip()
+
+# %% ../../nbs/rl/04_answers.ipynb #3265a557
+GRADING = ("strict_single_letter_boxed", "lenient_boxed", "lenient_answer_colon", "lenient_answer_colon_md")
 
 
 def _chosen(task: Task, answer: str) -> tuple[str, str]:
     """(rule, the letter that was chosen, or an empty text)."""
     metadata, mode = task.truth.get("template_metadata") or {}, task.truth.get("grading_mode") or GRADING[0]
     if isinstance(metadata, Mapping) and metadata.get("output_regex"):
-        found = {m.group(1) if m.re.groups else m.group(0) for m in re.finditer(metadata["output_regex"], answer)}
-        return "output_regex", found.pop().strip() if len(found) == 1 else ""
+        return "output_regex", _letter_by(metadata["output_regex"], answer)
     if mode in GRADING[2:]:
-        found = set(_COLON.findall(answer))
-        return mode, found.pop() if len(found) == 1 else ""
-    box = the_box(answer, lambda a, b: a == b) or ""
-    if mode == GRADING[0]:
-        return mode, box if re.fullmatch("[A-Z]", box) else ""
-    inside = _LETTER.fullmatch(box)
-    return mode, inside[1] if inside else ""
+        return mode, _only(set(_COLON.findall(answer)))
+    return mode, _letter_in_box(answer, mode == GRADING[0])
 
-
+# %% ../../nbs/rl/04_answers.ipynb #0dad9383
 def verify_choice(task: Task, reply: Reply) -> Judgement:
     """The chosen letter is the expected one."""
     expected, letters = task.truth["expected_answer"].strip(), letters_of(task.truth["options"])
     if expected not in letters or len(set(letters)) != len(letters):
         return failed("options", f"options {letters}, expected {expected!r}")
-    if not reply.good_form or reply.calls != ():
+    if _no_answer(reply):
         return said(0, "form", reply.text[-60:], expected)
     rule, found = _chosen(task, reply.answer)
     return said(found == expected, rule, found, expected)
 
-# %% ../../nbs/rl/04_answers.ipynb #f07de0fc
+# %% ../../nbs/rl/04_answers.ipynb #387124dd
+def _plain(text: str) -> str:
+    """Lower case, one blank between words, no articles, no full stop at the end."""
+    words = re.sub(r"[\s\"'*_`]+", " ", text.lower()).strip(" .,;:!?").split()
+    return " ".join(w for w in words if w not in ("a", "an", "the"))
+
+
+def _same_fact(found: str, expected: str) -> bool:
+    """Equal as numbers where both are, else as plain text."""
+    number, truth = read_number(found.strip().rstrip(".")), read_number(expected)
+    return same_number(number, truth, 0.0) if None not in (number, truth) else _plain(found) == _plain(expected)
+
+# %% ../../nbs/rl/04_answers.ipynb #919e685f
 _ANSWER_LINE = re.compile(r"(?im)^[ \t*_]*answer[*_]*:[*_ \t]*(.+)$")
 
 
-def _plain(text: str) -> str:
-    """Lower case, one blank between words, no articles, no full stop at the end."""
-    return " ".join(
-        w for w in re.sub(r"[\s\"'*_`]+", " ", text.lower()).strip(" .,;:!?").split() if w not in ("a", "an", "the")
-    )
+def _final_answer(answer: str) -> tuple[str, str | None]:
+    """(rule, what is taken for the final answer, or None)."""
+    if boxes_of(answer):
+        return "boxed", the_box(answer, lambda a, b: _plain(a) == _plain(b))
+    if lines := _ANSWER_LINE.findall(answer):
+        return "answer_line", lines[-1] if len(set(map(_plain, lines))) == 1 else None
+    return "whole", answer
 
-
+# %% ../../nbs/rl/04_answers.ipynb #f521f913
 def verify_long_context(task: Task, reply: Reply) -> Judgement:
     """The final answer is the expected one, as text or as a number."""
     expected = str(task.truth["expected_answer"])
-    if not reply.good_form or reply.calls != ():
+    if _no_answer(reply):
         return said(0, "form", reply.text[-60:], expected)
-    box, lines = the_box(reply.answer, lambda a, b: _plain(a) == _plain(b)), _ANSWER_LINE.findall(reply.answer)
-    rule, found = (
-        ("boxed", box)
-        if boxes_of(reply.answer)
-        else ("answer_line", lines[-1] if len(set(map(_plain, lines))) == 1 else None)
-        if lines
-        else ("whole", reply.answer)
-    )
+    rule, found = _final_answer(reply.answer)
     if not found or len(found) > 4 * len(expected) + 40:
         return said(0, "too_long" if found else rule, found or "", expected)
-    number, truth = read_number(found.strip().rstrip(".")), read_number(expected)
-    right = same_number(number, truth, 0.0) if None not in (number, truth) else _plain(found) == _plain(expected)
-    return said(right, rule, found, expected)
+    return said(_same_fact(found, expected), rule, found, expected)

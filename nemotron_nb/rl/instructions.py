@@ -16,7 +16,7 @@ from ..core import nearest
 from .judgement import Judgement, Reply, failed, said
 from .tasks import Task
 
-# %% ../../nbs/rl/06_instructions.ipynb #25bc47d1
+# %% ../../nbs/rl/06_instructions.ipynb #404ac50c
 def words_of(text: str) -> list[str]:
     """The words of a text, with their apostrophes and hyphens."""
     return re.findall(r"\w+(?:['’-]\w+)*", text)
@@ -31,7 +31,7 @@ def paragraphs_of(text: str, mark: str = "\n\n") -> list[str]:
     """The parts between blank lines, or between another mark."""
     return [p.strip() for p in text.split(mark) if p.strip()]
 
-
+# %% ../../nbs/rl/06_instructions.ipynb #580a3276
 def holds(
     count: float,
     relation: str,  # "at least", "less than", "at most", "exactly", "more than"
@@ -49,7 +49,7 @@ def holds(
         raise ValueError(f"unknown relation {relation!r}: {nearest(relation, tests)}")
     return tests[relation]
 
-# %% ../../nbs/rl/06_instructions.ipynb #3a63c828
+# %% ../../nbs/rl/06_instructions.ipynb #c8708f63
 Check = Callable[..., bool]
 
 
@@ -62,13 +62,20 @@ def _letters(text: str, letter: str) -> int:
     """How often a letter stands in a text, in any case."""
     return text.lower().count(letter.lower())
 
+# %% ../../nbs/rl/06_instructions.ipynb #681aed69
+def _begins_as_it_ends(text: str) -> bool:
+    """The first word is the last one too."""
+    words = words_of(text)
+    return len(words) > 1 and words[0].lower() == words[-1].lower()
 
-def _capital_words(text: str) -> int:
-    """Words of two and more letters, all of them capitals."""
-    return sum(w.isupper() and len(w) > 1 for w in words_of(text))
 
+def _in_order(text: str, keywords: Sequence[str]) -> bool:
+    """The words stand in the text, whole, one behind the other."""
+    pattern = ".*?".join(rf"(?<!\w){re.escape(k)}(?!\w)" for k in keywords)
+    return re.search(pattern, text, re.IGNORECASE | re.DOTALL) is not None
 
-CONTENT: Mapping[str, Check] = {
+# %% ../../nbs/rl/06_instructions.ipynb #2d0d2bc1
+_KEYWORDS: Mapping[str, Check] = {
     "keywords:existence": lambda text, keywords: all(_occurrences(text, k) for k in keywords),
     "keywords:forbidden_words": lambda text, forbidden_words: not any(_occurrences(text, k) for k in forbidden_words),
     "keywords:frequency": lambda text, keyword, frequency, relation="at least": holds(
@@ -77,35 +84,54 @@ CONTENT: Mapping[str, Check] = {
     "keywords:letter_frequency": lambda text, letter, let_frequency, let_relation="at least": holds(
         _letters(text, letter), let_relation, let_frequency
     ),
-    "keywords:start_end": lambda text: (
-        len(words_of(text)) > 1 and words_of(text)[0].lower() == words_of(text)[-1].lower()
-    ),
+    "keywords:start_end": lambda text: _begins_as_it_ends(text),
     "keywords:once": lambda text, keyword: _occurrences(text, keyword) == 1,
     "keywords:in_every_sentence": lambda text, keyword: all(_occurrences(s, keyword) for s in sentences_of(text)),
-    "keywords:in_order": lambda text, keywords: (
-        re.search(".*?".join(rf"(?<!\w){re.escape(k)}(?!\w)" for k in keywords), text, re.IGNORECASE | re.DOTALL)
-        is not None
-    ),
+    "keywords:in_order": lambda text, keywords: _in_order(text, keywords),
+}
+
+# %% ../../nbs/rl/06_instructions.ipynb #943f5997
+_NUMBER, _PLACEHOLDER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?"), re.compile(r"\[[^\[\]\n]+\]")
+
+
+def _has_postscript(text: str, marker: str) -> bool:
+    """A line begins with the marker, in any case, and goes on."""
+    lines = [line.strip() for line in text.splitlines()]
+    return any(line.lower().startswith(marker.lower()) and len(line) > len(marker) for line in lines)
+
+
+def _goes_on(text: str, beginning: str) -> bool:
+    """The text begins so, and more follows."""
+    return text.startswith(beginning) and text != beginning
+
+# %% ../../nbs/rl/06_instructions.ipynb #30334a15
+_CONTENT: Mapping[str, Check] = {
     "detectable_content:number_placeholders": lambda text, num_placeholders: (
-        len(re.findall(r"\[[^\[\]\n]+\]", text)) >= num_placeholders
+        len(_PLACEHOLDER.findall(text)) >= num_placeholders
     ),
-    "detectable_content:postscript": lambda text, postscript_marker="P.S.": any(
-        line.strip().lower().startswith(postscript_marker.lower()) and len(line.strip()) > len(postscript_marker)
-        for line in text.splitlines()
-    ),
+    "detectable_content:postscript": lambda text, postscript_marker="P.S.": _has_postscript(text, postscript_marker),
     "detectable_content:numbers": lambda text, number, relation="at least": holds(
-        len(re.findall(r"(?<![\w.])\d+(?:\.\d+)?", text)), relation, number
+        len(_NUMBER.findall(text)), relation, number
     ),
     "detectable_content:no_numbers": lambda text: not re.search(r"\d", text),
     "detectable_content:question": lambda text: "?" in text,
-    "combination:repeat_prompt": lambda text, prompt_to_repeat: (
-        text.strip().startswith(prompt_to_repeat.strip()) and len(text.strip()) > len(prompt_to_repeat.strip())
-    ),
+    "combination:repeat_prompt": lambda text, prompt_to_repeat: _goes_on(text.strip(), prompt_to_repeat.strip()),
     "combination:two_responses": lambda text: (
         len(set(paragraphs_of(text, "******"))) == 2 == len(paragraphs_of(text, "******"))
     ),
 }
+CONTENT: Mapping[str, Check] = {**_KEYWORDS, **_CONTENT}
 
+# %% ../../nbs/rl/06_instructions.ipynb #068bf1ad
+def _paragraph_begins(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
+    """There are so many paragraphs, and the nth, counted from 1, begins with a word."""
+    paragraphs = paragraphs_of(text)
+    if len(paragraphs) != num_paragraphs or not 1 <= nth_paragraph <= len(paragraphs):
+        return False
+    words = words_of(paragraphs[nth_paragraph - 1])
+    return bool(words) and words[0].lower() == first_word.lower()
+
+# %% ../../nbs/rl/06_instructions.ipynb #84cac720
 LENGTH: Mapping[str, Check] = {
     "length_constraints:number_words": lambda text, num_words, relation="at least": holds(
         len(words_of(text)), relation, num_words
@@ -123,11 +149,7 @@ LENGTH: Mapping[str, Check] = {
         len(text.strip()), relation, num_characters
     ),
     "length_constraints:nth_paragraph_first_word": lambda text, num_paragraphs, nth_paragraph, first_word: (
-        (p := paragraphs_of(text))
-        and len(p) == num_paragraphs
-        and 1 <= nth_paragraph <= len(p)
-        and words_of(p[nth_paragraph - 1])[:1]
-        and words_of(p[nth_paragraph - 1])[0].lower() == first_word.lower()
+        _paragraph_begins(text, num_paragraphs, nth_paragraph, first_word)
     ),
     "length_constraints:words_per_sentence": lambda text, num_words, relation="at most": all(
         holds(len(words_of(s)), relation, num_words) for s in sentences_of(text)
@@ -136,25 +158,23 @@ LENGTH: Mapping[str, Check] = {
     "length_constraints:unique_words": lambda text, num_words: len({w.lower() for w in words_of(text)}) >= num_words,
 }
 
-# %% ../../nbs/rl/06_instructions.ipynb #843dd597
-def _is_json(text: str) -> bool:
-    """All of the answer is one JSON object or list, perhaps in a fence."""
-    inner = re.sub(r"^```(?:json)?\s*|\s*```$", "", text.strip())
-    try:
-        return isinstance(json.loads(inner), (dict, list)) and bool(json.loads(inner))
-    except (ValueError, RecursionError):
-        return False
+# %% ../../nbs/rl/06_instructions.ipynb #e9e7f239
+def _capital_words(text: str) -> int:
+    """Words of two and more letters, all of them capitals."""
+    return sum(w.isupper() and len(w) > 1 for w in words_of(text))
 
 
-_BULLET, _HEADING = re.compile(r"(?m)^\s*[*-] +\S"), re.compile(r"(?m)^#{1,6} +\S")
-
-FORMAT: Mapping[str, Check] = {
+_CASE: Mapping[str, Check] = {
     "change_case:english_lowercase": lambda text: text == text.lower(),
     "change_case:english_capital": lambda text: text == text.upper() and text != text.lower(),
     "change_case:capital_word_frequency": lambda text, capital_frequency, capital_relation="at least": holds(
         _capital_words(text), capital_relation, capital_frequency
     ),
     "change_case:title_case": lambda text: all(w[0].isupper() or not w[0].isalpha() for w in words_of(text)),
+}
+
+# %% ../../nbs/rl/06_instructions.ipynb #5a33e494
+_EDGES: Mapping[str, Check] = {
     "punctuation:no_comma": lambda text: "," not in text,
     "punctuation:no_period": lambda text: "." not in text,
     "punctuation:no_exclamation": lambda text: "!" not in text,
@@ -163,48 +183,82 @@ FORMAT: Mapping[str, Check] = {
         text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
         and text.strip().lower() != end_phrase.strip().lower()
     ),
-    "startend:start_checker": lambda text, start_phrase: (
-        text.strip().lower().startswith(start_phrase.strip().lower())
-        and text.strip().lower() != start_phrase.strip().lower()
-    ),
+    "startend:start_checker": lambda text, start_phrase: _goes_on(text.strip().lower(), start_phrase.strip().lower()),
     "startend:quotation": lambda text: (
         len(text.strip()) > 2 and text.strip()[0] == text.strip()[-1] == '"' and bool(words_of(text))
     ),
+}
+
+# %% ../../nbs/rl/06_instructions.ipynb #9da12396
+_BULLET, _HEADING = re.compile(r"(?m)^\s*[*-] +\S"), re.compile(r"(?m)^#{1,6} +\S")
+_HIGHLIGHT = re.compile(r"(?<!\*)\*{1,2}[^*\s][^*\n]*\*{1,2}(?!\*)")
+_TITLE, _ITEM = re.compile(r"<<[^<>\n]*\w[^<>\n]*>>"), re.compile(r"(?m)^\s*(\d+)[.)] +\S")
+_CODE_BLOCK = re.compile(r"```\w*\n.*?\S.*?\n```", re.DOTALL)
+_ANSWERS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
+
+
+def _is_json(text: str) -> bool:
+    """All of the answer is one JSON object or list, perhaps in a fence."""
+    inner = re.sub(r"^```(?:json)?\s*|\s*```$", "", text.strip())
+    try:
+        return isinstance(json.loads(inner), (dict, list)) and bool(json.loads(inner))
+    except (ValueError, RecursionError):
+        return False
+
+# %% ../../nbs/rl/06_instructions.ipynb #b4bb184d
+_SHAPES: Mapping[str, Check] = {
     "detectable_format:number_bullet_lists": lambda text, num_bullets: len(_BULLET.findall(text)) == num_bullets,
     "detectable_format:number_highlighted_sections": lambda text, num_highlights: (
-        len(re.findall(r"(?<!\*)\*{1,2}[^*\s][^*\n]*\*{1,2}(?!\*)", text)) >= num_highlights
+        len(_HIGHLIGHT.findall(text)) >= num_highlights
     ),
     "detectable_format:multiple_sections": lambda text, section_spliter, num_sections: (
         len(re.findall(rf"(?m)^\s*{re.escape(section_spliter)}\s+\d+", text)) >= num_sections
     ),
     "detectable_format:headings": lambda text, num_headings: len(_HEADING.findall(text)) >= num_headings,
     "detectable_format:json_format": _is_json,
-    "detectable_format:title": lambda text: bool(re.search(r"<<[^<>\n]*\w[^<>\n]*>>", text)),
+    "detectable_format:title": lambda text: bool(_TITLE.search(text)),
     "detectable_format:numbered_list": lambda text, num_items: (
-        re.findall(r"(?m)^\s*(\d+)[.)] +\S", text) == [str(i + 1) for i in range(num_items)]
+        _ITEM.findall(text) == [str(i + 1) for i in range(num_items)]
     ),
-    "detectable_format:constrained_response": lambda text: (
-        text.strip() in ("My answer is yes.", "My answer is no.", "My answer is maybe.")
-    ),
+    "detectable_format:constrained_response": lambda text: text.strip() in _ANSWERS,
     "detectable_format:no_markdown": lambda text: (
         not (_BULLET.search(text) or _HEADING.search(text) or "**" in text or "```" in text)
     ),
-    "detectable_format:code_block": lambda text: bool(re.search(r"```\w*\n.*?\S.*?\n```", text, re.DOTALL)),
+    "detectable_format:code_block": lambda text: bool(_CODE_BLOCK.search(text)),
 }
+
+# %% ../../nbs/rl/06_instructions.ipynb #6d23f93c
+FORMAT: Mapping[str, Check] = {**_CASE, **_EDGES, **_SHAPES}
 CHECKS: Mapping[str, Check] = {**CONTENT, **LENGTH, **FORMAT}
 
-# %% ../../nbs/rl/06_instructions.ipynb #414346a4
+
 def run_check(
     name: str,  # of CHECKS
     text: str,
     arguments: Mapping[str, Any],  # those that are None count as not given
 ) -> bool:
-    """Does the text follow an instruction? `LookupError` for an unknown one, `TypeError` for arguments that do not fit."""
+    """Does the text follow an instruction? `LookupError` for an unknown one, `TypeError` for wrong arguments."""
     if name not in CHECKS:
         raise LookupError(f"unknown instruction {name!r}: {nearest(name, CHECKS)}")
     return bool(words_of(text)) and bool(CHECKS[name](text, **{k: v for k, v in arguments.items() if v is not None}))
 
+# %% ../../nbs/rl/06_instructions.ipynb #bba04780
+def _run_checks(names: Sequence[str], arguments: Sequence[Mapping[str, Any] | None], text: str) -> dict[str, bool]:
+    """Number and name of each instruction -> does the text follow it?"""
+    pairs = enumerate(zip(names, arguments, strict=True))
+    return {f"{i} {name}": run_check(name, text, given or {}) for i, (name, given) in pairs}
 
+# %% ../../nbs/rl/06_instructions.ipynb #a1d490c7
+def _said_of(held: Mapping[str, bool], names: Sequence[str], by_share: bool) -> Judgement:
+    """The judgement over instructions, of which some hold; `by_share` pays for each one."""
+    broken = [name for name, ok in held.items() if not ok]
+    share = 1 - len(broken) / len(held)
+    value = share if by_share else float(not broken)
+    rule = broken[0] if broken else "all"
+    parts = {name: float(ok) for name, ok in held.items()}
+    return said(value, rule, f"{len(broken)} broken", ", ".join(names), **parts)
+
+# %% ../../nbs/rl/06_instructions.ipynb #f031a155
 def verify_instructions(task: Task, reply: Reply) -> Judgement:
     """The answer follows its instructions."""
     names: Sequence[str] = task.truth["instruction_id_list"]
@@ -214,19 +268,7 @@ def verify_instructions(task: Task, reply: Reply) -> Judgement:
     if not reply.good_form or reply.calls != ():
         return said(0, "form", reply.text[-60:], ", ".join(names))
     try:
-        held = {
-            f"{i} {name}": run_check(name, reply.answer, given or {})
-            for i, (name, given) in enumerate(zip(names, arguments, strict=True))
-        }
+        held = _run_checks(names, arguments, reply.answer)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         return failed("instruction", str(error))
-    broken = [name for name, ok in held.items() if not ok]
-    share = 1 - len(broken) / len(held)
-    value = share if task.truth.get("grading_mode") == "fraction" else float(not broken)
-    return said(
-        value,
-        broken[0] if broken else "all",
-        f"{len(broken)} broken",
-        ", ".join(names),
-        **{name: float(ok) for name, ok in held.items()},
-    )
+    return _said_of(held, names, task.truth.get("grading_mode") == "fraction")

@@ -26,7 +26,7 @@ from .tasks import Task
 from ..generate.turns import ToolCall, read_calls
 from ..viz import Picture, clipped, table
 
-# %% ../../nbs/rl/03_judgement.ipynb #57ac6a8f
+# %% ../../nbs/rl/03_judgement.ipynb #4e47143d
 LONGEST_ANSWER = 200_000  # characters; what is longer is judged as no answer
 
 
@@ -41,7 +41,7 @@ class Reply:
     calls: tuple[ToolCall, ...] | None  # of the answer; None: what is there cannot be read
     info: Mapping[str, Any] = field(default_factory=dict)  # what the environment kept of earlier turns
 
-
+# %% ../../nbs/rl/03_judgement.ipynb #03fae0ec
 def read_reply(
     text: str,  # drawn by the model, the end of the turn included
     info: Mapping[str, Any] | None = None,
@@ -54,7 +54,7 @@ def read_reply(
     calls = read_calls(answer) if good else None
     return Reply(text, thought.removesuffix("\n"), answer, good, None if calls is None else tuple(calls), info or {})
 
-# %% ../../nbs/rl/03_judgement.ipynb #b4ce6934
+# %% ../../nbs/rl/03_judgement.ipynb #77589a55
 JUDGED, FAILED = "judged", "failed"
 
 
@@ -72,6 +72,9 @@ class Judgement:
     milliseconds: float = 0.0
 
 
+Verifier = Callable[[Task, Reply], Judgement]
+
+# %% ../../nbs/rl/03_judgement.ipynb #872bec3d
 def said(
     right: bool | float,
     rule: str,
@@ -80,23 +83,15 @@ def said(
     **parts: float,
 ) -> Judgement:
     """A judgement; texts are kept short."""
-    return Judgement(
-        float(right),
-        rule,
-        clipped(str(found), 300),
-        clipped(str(expected), 300),
-        {k: float(v) for k, v in parts.items()},
-    )
+    numbers = {k: float(v) for k, v in parts.items()}
+    return Judgement(float(right), rule, clipped(str(found), 300), clipped(str(expected), 300), numbers)
 
 
 def failed(rule: str, detail: str) -> Judgement:
     """A verification that did not come to an end. It has no reward."""
     return Judgement(None, rule, status=FAILED, detail=clipped(detail, 300))
 
-
-Verifier = Callable[[Task, Reply], Judgement]
-
-# %% ../../nbs/rl/03_judgement.ipynb #cb53d562
+# %% ../../nbs/rl/03_judgement.ipynb #9b01ec93
 class _Late(BaseException):
     """The time is over. Not an `Exception`, so that no verifier catches it by accident."""
 
@@ -117,8 +112,8 @@ def _timer(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
-
-def _tell(pipe: Any, act: Callable[[], Judgement]) -> None:
+# %% ../../nbs/rl/03_judgement.ipynb #cf7f98e6
+def _send_outcome(pipe: Any, act: Callable[[], Judgement]) -> None:
     """The child's work: send the judgement, or the error."""
     try:
         pipe.send(act())
@@ -126,24 +121,29 @@ def _tell(pipe: Any, act: Callable[[], Judgement]) -> None:
         pipe.send(error)
 
 
-def _in_child(act: Callable[[], Judgement], seconds: float) -> Judgement:
-    """The same in a process of its own, which is killed when it is late."""
+def _receive_outcome(pipe: Any, seconds: float) -> Judgement | BaseException:
+    """What the child sent: a judgement, or what went wrong; `_Late` if nothing came in time."""
+    try:
+        return pipe.recv() if pipe.poll(seconds) else _Late()
+    except EOFError:
+        return RuntimeError("the verifier's process died")
+
+# %% ../../nbs/rl/03_judgement.ipynb #7d4ab365
+def _run_in_child(act: Callable[[], Judgement], seconds: float) -> Judgement:
+    """What `act` returns, in a process of its own, which is killed when it is late."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
-    child = context.Process(target=_tell, args=(there, act), daemon=True)
+    child = context.Process(target=_send_outcome, args=(there, act), daemon=True)
     child.start()
     there.close()
-    try:
-        found = here.recv() if here.poll(seconds) else _Late()
-    except EOFError:
-        found = RuntimeError("the verifier's process died")
+    found = _receive_outcome(here, seconds)
     child.kill()
     child.join()
     if isinstance(found, BaseException):
         raise found
     return found
 
-
+# %% ../../nbs/rl/03_judgement.ipynb #dc77dea2
 def with_deadline(
     act: Callable[[], Judgement],
     seconds: float,
@@ -153,9 +153,16 @@ def with_deadline(
         if threading.current_thread() is threading.main_thread():
             with _timer(seconds):
                 return act()
-        return _in_child(act, seconds)
+        return _run_in_child(act, seconds)
     except _Late:
         raise TimeoutError(f"no judgement within {seconds:g} s") from None
+
+# %% ../../nbs/rl/03_judgement.ipynb #b5cff145
+def _check_reward(found: Judgement) -> Judgement:
+    """The judgement, or a failure where it has a reward that no judgement can have."""
+    if found.status == JUDGED and not (found.reward is not None and 0.0 <= found.reward <= 1.0):
+        return failed(found.rule, f"a reward of {found.reward}")
+    return found
 
 
 def guarded(
@@ -167,33 +174,23 @@ def guarded(
     """The judgement of a verifier. Never raises; what goes wrong is a status."""
     started = time.perf_counter()
     try:
-        found = with_deadline(lambda: verifier(task, reply), deadline)
-        if found.status == JUDGED and not (found.reward is not None and 0.0 <= found.reward <= 1.0):
-            found = failed(found.rule, f"a reward of {found.reward}")
+        found = _check_reward(with_deadline(lambda: verifier(task, reply), deadline))
     except Exception as error:  # a verifier must not stop a run; the error is in the ledger
         found = failed("guard", f"{type(error).__name__}: {error}")
     return replace(found, milliseconds=round(1000 * (time.perf_counter() - started), 3))
 
-# %% ../../nbs/rl/03_judgement.ipynb #e22a83ea
+# %% ../../nbs/rl/03_judgement.ipynb #6bb1ec5f
 def ledger_picture(
     judgements: Sequence[tuple[str, Judgement]],  # (name of the answer, judgement)
     title: str = "",
 ) -> Picture:
     """Which rule decided, what it found, what it expected."""
-    rows = [
-        [
-            name,
-            "" if j.reward is None else j.reward,
-            j.rule,
-            j.found,
-            j.expected,
-            j.status + (f": {j.detail}" if j.detail else ""),
-        ]
-        for name, j in judgements
-    ]
+    status = lambda j: j.status + (f": {j.detail}" if j.detail else "")
+    reward = lambda j: "" if j.reward is None else j.reward
+    rows = [[name, reward(j), j.rule, j.found, j.expected, status(j)] for name, j in judgements]
     return table(rows, header=["answer", "reward", "rule", "found", "expected", "status"], title=title)
 
-
+# %% ../../nbs/rl/03_judgement.ipynb #6ee4693a
 def write_ledger(
     path: str | os.PathLike,
     lines: Iterable[tuple[str, int, int, Judgement]],  # (task, step, member, judgement)

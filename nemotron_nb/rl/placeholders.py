@@ -6,7 +6,7 @@
 __all__ = ['DAPO', 'SKYWORK', 'ORIGINS', 'COMPAT', 'Fetch', 'Origin', 'LostRow', 'bare_question', 'answer_text', 'apply_template',
            'resolve', 'resolve_all']
 
-# %% ../../nbs/rl/02_placeholders.ipynb #df17f882
+# %% ../../nbs/rl/02_placeholders.ipynb #13316691
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +15,9 @@ from typing import Any
 
 from ..core import UserError, nearest
 from ..data.files import Reject
+from .tasks import PLACEHOLDER
 
-# %% ../../nbs/rl/02_placeholders.ipynb #1a1d03a0
+# %% ../../nbs/rl/02_placeholders.ipynb #bb2d6b39
 @dataclass(frozen=True)
 class Origin:
     """Where the questions of a data set are."""
@@ -29,15 +30,16 @@ class Origin:
 
 DAPO = Origin("BytedTsinghua-SIA/DAPO-Math-17k", "train", True, False)
 SKYWORK = Origin("Skywork/Skywork-OR1-RL-Data", "math", False, True)
+
+# %% ../../nbs/rl/02_placeholders.ipynb #2f31571f
 ORIGINS: Mapping[str, Origin] = {
     "nano_v3_sft_profiled_dapo17k": DAPO,
     "nano_v3_sft_profiled_skywork_no_omni": SKYWORK,
     "super_v3_lcsft_step1000_dapo17k": DAPO,
     "super_v3_lcsft_step1000_skyworks": SKYWORK,
 }
-COMPAT = ("", "nvidia")
 
-# %% ../../nbs/rl/02_placeholders.ipynb #2a1f4ea7
+# %% ../../nbs/rl/02_placeholders.ipynb #dabe7e1d
 class LostRow(Exception):
     """A placeholder that cannot be resolved: (reason, detail)."""
 
@@ -45,8 +47,19 @@ class LostRow(Exception):
         super().__init__(detail)
         self.reason, self.detail = reason, detail
 
-
+# %% ../../nbs/rl/02_placeholders.ipynb #819f3aaf
 _FRAME = re.compile(r"\s*solve the following\b|.*\bstep by step\b", re.IGNORECASE)
+
+
+def _check_frame(paragraphs: Sequence[str]) -> None:
+    """`LostRow` unless a question stands between two paragraphs, and the first of them is an instruction."""
+    if len(paragraphs) < 3:
+        raise LostRow("no_frame", f"{len(paragraphs)} paragraphs, and no instruction around the question")
+    if not _FRAME.match(paragraphs[0]):
+        raise LostRow("no_frame", f"the first paragraph is no instruction: {paragraphs[0][:60]!r}")
+
+# %% ../../nbs/rl/02_placeholders.ipynb #c87c61f8
+COMPAT = ("", "nvidia")
 
 
 def bare_question(
@@ -58,15 +71,31 @@ def bare_question(
     if not origin.framed:
         return prompt
     paragraphs = prompt.split("\n\n")
-    if len(paragraphs) < 3:
-        if compat == "nvidia":
-            return prompt
-        raise LostRow("no_frame", f"{len(paragraphs)} paragraphs, and no instruction around the question")
-    if compat != "nvidia" and not _FRAME.match(paragraphs[0]):
-        raise LostRow("no_frame", f"the first paragraph is no instruction: {paragraphs[0][:60]!r}")
-    return "\n\n".join(paragraphs[1:-1])
+    if compat != "nvidia":
+        _check_frame(paragraphs)
+    return prompt if len(paragraphs) < 3 else "\n\n".join(paragraphs[1:-1])
 
-# %% ../../nbs/rl/02_placeholders.ipynb #fef5a389
+# %% ../../nbs/rl/02_placeholders.ipynb #cc7709e1
+def _first_entry(stored: str) -> str:
+    """The first entry of a JSON list of texts."""
+    try:
+        entries = json.loads(stored)
+    except ValueError:
+        raise LostRow("no_answer", f"not a JSON list: {stored[:80]!r}") from None
+    if not isinstance(entries, list) or not entries or not isinstance(entries[0], str) or not entries[0].strip():
+        raise LostRow("no_answer", f"no text in the list {stored[:80]!r}")
+    return entries[0].strip()
+
+# %% ../../nbs/rl/02_placeholders.ipynb #58ba0d32
+def _as_nvidia(stored: Any) -> Any:
+    """What the public program makes of an answer."""
+    try:
+        value = json.loads(stored) if isinstance(stored, str) else stored
+    except ValueError:
+        return stored
+    return value[0] if isinstance(value, list) and value else value
+
+# %% ../../nbs/rl/02_placeholders.ipynb #61632549
 def answer_text(
     stored: Any,  # as the source stores it
     origin: Origin,
@@ -77,26 +106,9 @@ def answer_text(
         return _as_nvidia(stored)
     if not isinstance(stored, str) or not stored.strip():
         raise LostRow("no_answer", f"the answer is {stored!r}"[:120])
-    if not origin.answer_in_list:
-        return stored.strip()
-    try:
-        entries = json.loads(stored)
-    except ValueError:
-        raise LostRow("no_answer", f"not a JSON list: {stored[:80]!r}") from None
-    if not isinstance(entries, list) or not entries or not isinstance(entries[0], str) or not entries[0].strip():
-        raise LostRow("no_answer", f"no text in the list {stored[:80]!r}")
-    return entries[0].strip()
+    return _first_entry(stored) if origin.answer_in_list else stored.strip()
 
-
-def _as_nvidia(stored: Any) -> Any:
-    """What the public program makes of an answer."""
-    try:
-        value = json.loads(stored) if isinstance(stored, str) else stored
-    except ValueError:
-        return stored
-    return value[0] if isinstance(value, list) and value else value
-
-# %% ../../nbs/rl/02_placeholders.ipynb #b56150eb
+# %% ../../nbs/rl/02_placeholders.ipynb #f004a91e
 def apply_template(
     question: str,
     template: Any,  # {"prefix", "suffix"}, or a text with {question}
@@ -108,25 +120,45 @@ def apply_template(
         return template.replace("{question}", question)
     raise LostRow("bad_template", f"neither prefix and suffix nor a text with {{question}}: {str(template)[:80]!r}")
 
-
-Fetch = Callable[[Origin, int], Mapping[str, Any]]  # the row of a source; LookupError if it has none
-
-
-def _stored_row(row: Mapping[str, Any], fetch: Fetch) -> tuple[Origin, Mapping[str, Any], Any]:
-    """(origin, source's row, template) that a placeholder names."""
-    place = row.get("_hf_placeholder")
+# %% ../../nbs/rl/02_placeholders.ipynb #ab3e55b5
+def _row_number(row: Mapping[str, Any]) -> int:
+    """The number of the source's row that a placeholder names."""
+    place = row.get(PLACEHOLDER)
     index = place.get("row") if isinstance(place, Mapping) else None
     if isinstance(index, bool) or not isinstance(index, int) or index < 0:
         raise LostRow("bad_placeholder", f"row is {index!r}")
+    return index
+
+
+def _origin_of(row: Mapping[str, Any]) -> Origin:
+    """The source that its data set comes from."""
     if row.get("dataset") not in ORIGINS:
         raise LostRow("unknown_dataset", f"{row.get('dataset')!r}: {nearest(str(row.get('dataset')), ORIGINS)}")
-    origin = ORIGINS[row["dataset"]]
+    return ORIGINS[row["dataset"]]
+
+# %% ../../nbs/rl/02_placeholders.ipynb #dc33b04c
+Fetch = Callable[[Origin, int], Mapping[str, Any]]  # the row of a source; LookupError if it has none
+
+
+def _stored_row(row: Mapping[str, Any], fetch: Fetch) -> tuple[Origin, Mapping[str, Any]]:
+    """(origin, source's row) that a placeholder names."""
+    index, origin = _row_number(row), _origin_of(row)
     try:
-        return origin, fetch(origin, index), place.get("question_template")
+        return origin, fetch(origin, index)
     except LookupError:
         raise LostRow("row_out_of_range", f"{origin.repository}, split {origin.split}, has no row {index}") from None
 
 
+def _stored_pair(stored: Mapping[str, Any]) -> tuple[str, Any]:
+    """(prompt, answer) as the source's row has them."""
+    try:
+        return stored["prompt"][0]["content"], stored["reward_model"]["ground_truth"]
+    except (LookupError, TypeError):
+        raise LostRow(
+            "missing_field", "the source's row has no prompt[0].content or no reward_model.ground_truth"
+        ) from None
+
+# %% ../../nbs/rl/02_placeholders.ipynb #c78120e3
 def resolve(
     row: Mapping[str, Any],  # with _hf_placeholder
     fetch: Fetch,
@@ -135,24 +167,18 @@ def resolve(
     """The row with its question and answer. `LostRow` if that cannot be done."""
     if row.get("question"):
         raise LostRow("placeholder_and_question", "the row has a question already")
-    origin, stored, template = _stored_row(row, fetch)
-    try:
-        prompt, truth = stored["prompt"][0]["content"], stored["reward_model"]["ground_truth"]
-    except (LookupError, TypeError):
-        raise LostRow(
-            "missing_field", "the source's row has no prompt[0].content or no reward_model.ground_truth"
-        ) from None
+    origin, stored = _stored_row(row, fetch)
+    prompt, truth = _stored_pair(stored)
     bare = bare_question(prompt, origin, compat)
-    asked = apply_template(bare, template)
+    asked = apply_template(bare, row[PLACEHOLDER].get("question_template"))
     parameters = dict(row.get("responses_create_params") or {}) | {"input": [{"role": "user", "content": asked}]}
-    kept = {k: v for k, v in row.items() if k != "_hf_placeholder"}
-    return kept | {
+    return {k: v for k, v in row.items() if k != PLACEHOLDER} | {
         "question": asked if origin.framed else bare,
         "expected_answer": answer_text(truth, origin, compat),
         "responses_create_params": parameters,
     }
 
-
+# %% ../../nbs/rl/02_placeholders.ipynb #868166c2
 def resolve_all(
     rows: Sequence[tuple[int, Mapping[str, Any]]],  # (line, row)
     fetch: Fetch,
@@ -165,7 +191,7 @@ def resolve_all(
     found, lost = [], []
     for line, row in rows:
         try:
-            found.append((line, resolve(row, fetch, compat) if "_hf_placeholder" in row else dict(row)))
+            found.append((line, resolve(row, fetch, compat) if PLACEHOLDER in row else dict(row)))
         except LostRow as error:
             lost.append(Reject(source, line, error.reason, error.detail))
     return found, lost

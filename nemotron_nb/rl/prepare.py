@@ -21,6 +21,7 @@ from typing import Any
 from ..core import UserError, digest, file_digest, nearest, new_folder, write_atomic, write_json
 from ..data.blend import Dataset, resolve
 from ..data.files import Reason, Reject, read_unit, units
+from .environments import truth_fault
 from .judge_tasks import USES, preference_rows
 from .placeholders import COMPAT, ORIGINS, Fetch, LostRow, Origin
 from .placeholders import resolve as resolve_row
@@ -138,6 +139,23 @@ def fetching(
 
     return fetch
 
+# %% ../../nbs/rl/23_prepare.ipynb #3e515d13
+def _task_of(row: Any, file: str, line: int, fetch: Fetch, compat: str) -> tuple[Task, Any, tuple[str, ...], bool]:
+    """(task, the row that is written, repairs, was it a placeholder); `BadTask` or `LostRow` where it is no task.
+
+    So is one whose truth is at fault, unless the old behaviour is asked for: no answer to it could be judged.
+    """
+    if isinstance(row, Reject):
+        raise BadTask(row.reason, row.detail)
+    placeholder = isinstance(row, Mapping) and PLACEHOLDER in row
+    row = resolve_row(row, fetch, compat) if placeholder else row
+    task, words = parse_task(row, file, line)
+    if compat:
+        return task, row, words, placeholder
+    if fault := truth_fault(task):
+        raise BadTask("bad_truth", f"no answer could be judged: {fault}")
+    return task, task_row(task), words, placeholder
+
 # %% ../../nbs/rl/23_prepare.ipynb #5c91593e
 @dataclass
 class Funnel:
@@ -166,17 +184,13 @@ class Funnel:
         """Read one row, or write down why not. `BadTask` and `LostRow` become rejects."""
         self.rows += 1
         try:
-            if isinstance(row, Reject):
-                raise BadTask(row.reason, row.detail)
-            placeholder = isinstance(row, Mapping) and PLACEHOLDER in row
-            row = resolve_row(row, fetch, compat) if placeholder else row
-            task, words = parse_task(row, file, line)
+            task, row, words, placeholder = _task_of(row, file, line, fetch, compat)
         except (BadTask, LostRow) as error:
             self.rejects.append(Reject(file, line, error.reason, error.detail))
             return
         self.resolved += placeholder
         self.repairs.update(words)
-        self.tasks.append((task, row if compat else task_row(task)))
+        self.tasks.append((task, row))
 
 # %% ../../nbs/rl/23_prepare.ipynb #1aa4f652
 def _without(funnel: Funnel, names: Iterable[str] = ()) -> list[tuple[Task, dict[str, Any]]]:
@@ -360,6 +374,15 @@ def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 # %% ../../nbs/rl/23_prepare.ipynb #8bc6938d
+def _no_task(path: str, train: Funnel) -> UserError:
+    """What is said where no row is a task: how many were lost to what, and the first of them."""
+    counts = Counter(r.reason for r in train.rejects)
+    lost = ", ".join(f"{reason} {n}" for reason, n in counts.items()) or "nothing was lost"
+    first = "".join(f"; line {r.line}: {r.detail}" for r in train.rejects[:1])
+    fix = "rows must have the form of NeMo Gym: nbs/rl/01_tasks.ipynb"
+    return UserError("no row is a task", where=path, why=f"{train.rows} rows were read: {lost}{first}", fix=fix)
+
+
 def prepare_tasks(
     settings: TaskFiles,
     output_root: str | os.PathLike = "output/tasks",  # where output_dir is "auto"
@@ -381,13 +404,7 @@ def prepare_tasks(
     train, val = _sampled(settings) if settings.path == SAMPLE else _read(settings)
     train.tasks = _without(train, [t.id for t, _ in val.tasks])
     if not train.tasks:
-        why = f"{train.rows} rows were read; {dict(Counter(r.reason for r in train.rejects))}"
-        raise UserError(
-            "no row is a task",
-            where=settings.path,
-            why=why,
-            fix="rows must have the form of NeMo Gym: nbs/rl/01_tasks.ipynb",
-        )
+        raise _no_task(settings.path, train)
     if folder.exists() and (force or not any(folder.iterdir())):
         shutil.rmtree(folder)
     with new_folder(folder, same_content=True) as new:

@@ -28,7 +28,7 @@ from ..loss.fused import linear_nll
 from ..train.batches import MicroBatch, Row, base_of, collate, fused_output
 from ..viz import Picture, png
 
-# %% ../../nbs/rl/16_rollout.ipynb #c09cb2e4
+# %% ../../nbs/rl/16_rollout.ipynb #5699764f
 PROMPT, MODEL, TOOL, FORCED = "prompt", "model", "tool", "forced"  # who wrote a segment; forced: put in place of a draw
 ENDED, TRUNCATED, FAILED = "ended", "truncated", "failed"  # how an answer came to its end
 
@@ -41,7 +41,32 @@ class Segment:
     end: int
     who: str  # PROMPT, MODEL, TOOL or FORCED
 
+# %% ../../nbs/rl/16_rollout.ipynb #a62f0ab5
+def _is_cover(segments: Sequence[Segment], length: int) -> bool:
+    """Whether the segments lie end to end from 0 to the length, none empty, each by a known writer."""
+    ends = [0, *(s.end for s in segments)]
+    joined = [s.start for s in segments] == ends[:-1] and ends[-1] == length
+    return joined and all(s.end > s.start and s.who in (PROMPT, MODEL, TOOL, FORCED) for s in segments)
 
+# %% ../../nbs/rl/16_rollout.ipynb #b7534f38
+def _check_rollout(rollout: "Rollout") -> None:
+    """`UserError` unless every token has a writer, and every drawn one a log-probability."""
+    where = f"rollout of task {rollout.task!r}, member {rollout.member}"
+    if not _is_cover(rollout.segments, len(rollout.ids)):
+        raise UserError(
+            "segments do not cover the ids",
+            where=where,
+            why="a token without a writer would be trained, or not, by chance",
+            fix="sample it again",
+        )
+    if len(rollout.logp) != sum(s.end - s.start for s in rollout.segments if s.who == MODEL):
+        raise UserError(
+            f"{len(rollout.logp)} log-probabilities for {len(rollout.drawn)} drawn tokens",
+            where=where,
+            fix="sample it again",
+        )
+
+# %% ../../nbs/rl/16_rollout.ipynb #4fd90a5a
 @dataclass(frozen=True)
 class Rollout:
     """One answer, as it was drawn."""
@@ -56,29 +81,10 @@ class Rollout:
     seed: int = 0  # of the run
     model: str = ""  # digest of the model that drew it
     detail: str = ""  # why it failed
-    info: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # what an environment leaves for the verifier, e.g. the calls and their results
+    info: Mapping[str, Any] = field(default_factory=dict)  # what an environment leaves for the verifier, e.g. the calls
 
     def __post_init__(self) -> None:
-        ends = [0, *(s.end for s in self.segments)]
-        if (
-            [s.start for s in self.segments] != ends[:-1]
-            or ends[-1] != len(self.ids)
-            or any(s.end <= s.start or s.who not in (PROMPT, MODEL, TOOL, FORCED) for s in self.segments)
-        ):
-            raise UserError(
-                "segments do not cover the ids",
-                where=f"rollout of task {self.task!r}, member {self.member}",
-                why="a token without a writer would be trained, or not, by chance",
-                fix="sample it again",
-            )
-        if len(self.logp) != sum(s.end - s.start for s in self.segments if s.who == MODEL):
-            raise UserError(
-                f"{len(self.logp)} log-probabilities for {len(self.drawn)} drawn tokens",
-                where=f"rollout of task {self.task!r}, member {self.member}",
-                fix="sample it again",
-            )
+        _check_rollout(self)
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -100,28 +106,27 @@ class Rollout:
         """[L] True where the model drew the token."""
         return [s.who == MODEL for s in self.segments for _ in range(s.end - s.start)]
 
-# %% ../../nbs/rl/16_rollout.ipynb #472b0cec
+# %% ../../nbs/rl/16_rollout.ipynb #df331c83
 def rollout_line(rollout: Rollout) -> str:
     """One line of rollouts.jsonl."""
     row = asdict(rollout) | {"segments": [[s.start, s.end, s.who] for s in rollout.segments]}
     return json.dumps(row, ensure_ascii=False, allow_nan=False)
 
+# %% ../../nbs/rl/16_rollout.ipynb #4afc234f
+def _parse_rollout(row: Any) -> Rollout:
+    """A rollout from its line; anything that does not fit raises ValueError, TypeError or KeyError."""
+    row = dict(row)
+    segments = tuple(Segment(int(a), int(b), str(who)) for a, b, who in row.pop("segments"))
+    numbers = {"ids": tuple(map(int, row["ids"])), "logp": tuple(map(float, row["logp"]))}
+    return Rollout(**row | numbers | {"segments": segments})
 
+# %% ../../nbs/rl/16_rollout.ipynb #12f8385c
 def write_rollouts(
     path: str | os.PathLike,
     rollouts: Iterable[Rollout],
 ) -> Path:
     """Write rollouts.jsonl, atomically."""
     return write_atomic(path, "".join(rollout_line(r) + "\n" for r in rollouts))
-
-
-def _parse_rollout(row: Any) -> Rollout:
-    """A rollout from its line; anything that does not fit raises ValueError, TypeError or KeyError."""
-    row = dict(row)
-    segments = tuple(Segment(int(a), int(b), str(who)) for a, b, who in row.pop("segments"))
-    return Rollout(
-        **row | {"ids": tuple(map(int, row["ids"])), "segments": segments, "logp": tuple(map(float, row["logp"]))}
-    )
 
 
 def read_rollouts(path: str | os.PathLike) -> list[Rollout]:
@@ -154,9 +159,9 @@ class Draw:
         source.advance(start // 4)  # a block of the counter holds four numbers
         return np.random.Generator(source).random(start % 4 + count)[start % 4 :]
 
-# %% ../../nbs/rl/16_rollout.ipynb #d6faf480
+# %% ../../nbs/rl/16_rollout.ipynb #f8a3bfc3
 def _pick_slowly(logits_RV: Tensor, uniform_R: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(drawn tokens int64 [R], their log-probabilities float32 [R]). Temperature 0: the likeliest, with its probability at temperature 1."""
+    """(drawn tokens int64 [R], their log-probabilities float32 [R]). Temperature 0: the likeliest, its logp at 1."""
     logp_RV = (logits_RV.float() / (temperature or 1.0)).log_softmax(-1)
     if temperature == 0:
         drawn_R1 = logits_RV.argmax(-1, keepdim=True)
@@ -167,10 +172,19 @@ def _pick_slowly(logits_RV: Tensor, uniform_R: Tensor, temperature: float) -> tu
         )
     return drawn_R1[:, 0], logp_RV.gather(1, drawn_R1)[:, 0]
 
-# %% ../../nbs/rl/16_rollout.ipynb #d85d770c
-BLOCK = 64  # words that are added up before anybody looks at one of them
+# %% ../../nbs/rl/16_rollout.ipynb #cca97870
+BLOCK = 64  # tokens of the vocabulary that are added up before anybody looks at one of them
 
 
+def _pick_in_blocks(weight_RKB: Tensor, up_to_RK: Tensor, uniform_R: Tensor) -> Tensor:
+    """[R,1] int64: the token that each number falls on. weight: K blocks of B; up_to: running sum of the blocks."""
+    position_R1 = uniform_R[:, None] * up_to_RK[:, -1:]
+    block_R1 = torch.searchsorted(up_to_RK, position_R1, right=True).clamp_(max=up_to_RK.shape[1] - 1)
+    inside_R1 = position_R1 - F.pad(up_to_RK, (1, 0)).gather(1, block_R1)
+    within_RB = weight_RKB.take_along_dim(block_R1[..., None], 1)[:, 0].cumsum(-1, dtype=torch.float64)
+    return block_R1 * BLOCK + torch.searchsorted(within_RB, inside_R1, right=True).clamp_(max=BLOCK - 1)
+
+# %% ../../nbs/rl/16_rollout.ipynb #369f4368
 def _pick(logits_RV: Tensor, uniform_R: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """What `_pick_slowly` gives, from sums over blocks."""
     V = logits_RV.shape[-1]
@@ -181,16 +195,11 @@ def _pick(logits_RV: Tensor, uniform_R: Tensor, temperature: float) -> tuple[Ten
     if temperature == 0:
         drawn_R1 = logits_RV.argmax(-1, keepdim=True)
     else:
-        place_R1 = uniform_R[:, None] * up_to_RK[:, -1:]
-        block_R1 = torch.searchsorted(up_to_RK, place_R1, right=True).clamp_(max=up_to_RK.shape[1] - 1)
-        inside_R1 = place_R1 - F.pad(up_to_RK, (1, 0)).gather(1, block_R1)
-        within_RB = weight_RKB.take_along_dim(block_R1[..., None], 1)[:, 0].cumsum(-1, dtype=torch.float64)
-        drawn_R1 = block_R1 * BLOCK + torch.searchsorted(within_RB, inside_R1, right=True).clamp_(max=BLOCK - 1)
-        drawn_R1.clamp_(max=V - 1)
+        drawn_R1 = _pick_in_blocks(weight_RKB, up_to_RK, uniform_R).clamp_(max=V - 1)
     logp_R1 = (scaled_RV.gather(1, drawn_R1) - top_R1).double() - up_to_RK[:, -1:].log()
     return drawn_R1[:, 0], logp_R1[:, 0].float()
 
-# %% ../../nbs/rl/16_rollout.ipynb #46ea0a83
+# %% ../../nbs/rl/16_rollout.ipynb #38af3ee4
 @dataclass(frozen=True)
 class Ask:
     """A context to be continued."""
@@ -205,7 +214,7 @@ class Ask:
         """Has it come to its end with these drawn ids?"""
         return ids[-1] == end_id or ids[-1] in self.stops or len(ids) >= (self.limit or most)
 
-
+# %% ../../nbs/rl/16_rollout.ipynb #2c23229f
 @dataclass(frozen=True)
 class Continuation:
     """What was drawn for an `Ask`."""
@@ -214,7 +223,21 @@ class Continuation:
     logp: tuple[float, ...]  # of each
     ended: bool
 
+# %% ../../nbs/rl/16_rollout.ipynb #f64df1a7
+def _continue_one(model: nn.Module, ask: Ask, end_id: int, max_new_tokens: int, temperature: float) -> Continuation:
+    """One context continued; everything is read again for each token."""
+    ids, logp = list(ask.context), []
+    for uniform in ask.draw.uniforms(ask.written, max_new_tokens):
+        logits_1V = base_of(model)(torch.tensor([ids], device=model.device), use_cache=False).logits[:, -1]
+        token, value = _pick_slowly(logits_1V, torch.tensor([uniform], device=model.device), temperature)
+        ids.append(int(token))
+        logp.append(float(value))
+        if ask.over(ids[len(ask.context) :], end_id, max_new_tokens):
+            break
+    drawn = tuple(ids[len(ask.context) :])
+    return Continuation(drawn, tuple(logp), drawn[-1:] == (end_id,))
 
+# %% ../../nbs/rl/16_rollout.ipynb #d7c1adcd
 @torch.no_grad()
 def continue_slowly(
     model: nn.Module,  # a causal language model
@@ -224,106 +247,121 @@ def continue_slowly(
     temperature: float = 1.0,
 ) -> list[Continuation]:
     """Each context continued by itself, everything read again for each token. The oracle."""
-    found = []
-    for ask in asks:
-        ids, logp = list(ask.context), []
-        for uniform in ask.draw.uniforms(ask.written, max_new_tokens):
-            logits_1V = base_of(model)(torch.tensor([ids], device=model.device), use_cache=False).logits[:, -1]
-            token, value = _pick_slowly(logits_1V, torch.tensor([uniform], device=model.device), temperature)
-            ids.append(int(token))
-            logp.append(float(value))
-            if ask.over(ids[len(ask.context) :], end_id, max_new_tokens):
-                break
-        drawn = tuple(ids[len(ask.context) :])
-        found.append(Continuation(drawn, tuple(logp), drawn[-1:] == (end_id,)))
-    return found
+    return [_continue_one(model, ask, end_id, max_new_tokens, temperature) for ask in asks]
 
-# %% ../../nbs/rl/16_rollout.ipynb #32a5c342
+# %% ../../nbs/rl/16_rollout.ipynb #cab6e815
 def _attends(layer: Any) -> bool:
     """Does this layer of a cache hold keys and values?"""
     return getattr(layer, "keys", None) is not None and layer.keys.numel() > 0
 
 
-def _side_by_side(caches: Sequence[Any], lengths: Sequence[int]) -> Any:
-    """Caches of contexts of different lengths as one. Nemotron has no position embeddings, so padding on the left shifts nothing."""
-    longest, first = max(lengths), caches[0]
+def _join_keys(layer: Any, parts: Sequence[Any], lengths: Sequence[int]) -> None:
+    """Keys and values of several caches in one layer, padded on the left."""
+    longest = max(lengths)
+    for name in ("keys", "values"):
+        padded = [F.pad(getattr(p, name), (0, 0, longest - n, 0)) for p, n in zip(parts, lengths, strict=True)]
+        setattr(layer, name, torch.cat(padded))
+
+# %% ../../nbs/rl/16_rollout.ipynb #d3ea15a4
+def _join_caches(caches: Sequence[Any], lengths: Sequence[int]) -> Any:
+    """Caches of contexts of different lengths as one. There are no position embeddings: padding shifts nothing."""
+    first = caches[0]
     for i, layer in enumerate(first.layers):
         parts = [c.layers[i] for c in caches]
-        for name in ("keys", "values") if _attends(layer) else ():
-            padded = [F.pad(getattr(p, name), (0, 0, longest - n, 0)) for p, n in zip(parts, lengths, strict=True)]
-            setattr(layer, name, torch.cat(padded))
+        if _attends(layer):
+            _join_keys(layer, parts, lengths)
         if getattr(layer, "is_conv_states_initialized", False):
             layer.conv_states = torch.cat([p.conv_states for p in parts])
             layer.recurrent_states = torch.cat([p.recurrent_states for p in parts])
             layer.max_batch_size = len(layer.conv_states)
     return first
 
-
-def _ones_behind(rows: int, length: int, longest: int, device: torch.device) -> Tensor:
-    """[rows, longest] int64: 1 at the last `length` places."""
-    return (torch.arange(longest, device=device) >= longest - length).long().expand(rows, -1)
-
-# %% ../../nbs/rl/16_rollout.ipynb #e3115bad
+# %% ../../nbs/rl/16_rollout.ipynb #c7213655
+@dataclass
 class _Rows:
     """Answers under way, one a row."""
 
-    def __init__(self, model: PreTrainedModel):
-        self._model, self._cache = model, None
-        self._mask = torch.zeros(0, 0, dtype=torch.int64, device=model.device)  # [R,T] 0 = padding on the left
-        self.logits = torch.zeros(0, model.config.vocab_size, device=model.device)  # [R,V] of the next token
-        self.names: list[int] = []  # [R] number of the answer
-        self.written: list[int] = []  # [R] tokens drawn for it
+    model: PreTrainedModel
+    cache: Any  # of all rows; None while there are none
+    mask: Tensor  # [R,T] int64; 0 = padding on the left
+    logits: Tensor  # [R,V] of the next token
+    names: list[int]  # [R] number of the answer
+    written: list[int]  # [R] tokens drawn for it
 
-    def join(self, contexts: Mapping[tuple[int, ...], list[int]]) -> None:
-        """Read each context once, repeat it for its answers, and put all beside the rows that are there."""
-        by_length: dict[int, list[tuple[int, ...]]] = {}
-        for context in contexts:
-            by_length.setdefault(len(context), []).append(context)
-        parts = [self._read(same, [len(contexts[c]) for c in same]) for same in by_length.values()]
-        names = [n for same in by_length.values() for c in same for n in contexts[c]]
-        here = [(self._cache, self.logits, self._mask.shape[1])] if self.names else []
-        longest = max(length for *_, length in here + parts)
-        masks = [F.pad(self._mask, (longest - self._mask.shape[1], 0))] if self.names else []
-        masks += [_ones_behind(len(logits), length, longest, self._model.device) for _, logits, length in parts]
-        self._cache = _side_by_side([cache for cache, *_ in here + parts], [length for *_, length in here + parts])
-        self.logits, self._mask = torch.cat([logits for _, logits, _ in here + parts]), torch.cat(masks)
-        self.names, self.written = self.names + names, self.written + [0] * len(names)
+# %% ../../nbs/rl/16_rollout.ipynb #feaa8d01
+def _no_rows(model: PreTrainedModel) -> _Rows:
+    """Nothing is under way."""
+    mask = torch.zeros(0, 0, dtype=torch.int64, device=model.device)
+    return _Rows(model, None, mask, torch.zeros(0, model.config.vocab_size, device=model.device), [], [])
 
-    def _read(self, same: Sequence[tuple[int, ...]], repeats: Sequence[int]) -> tuple[Any, Tensor, int]:
-        """Contexts of one length, each repeated: (cache, logits, length)."""
-        step = self._model(torch.tensor(same, device=self._model.device), use_cache=True, logits_to_keep=1)
-        rows = torch.arange(len(same)).repeat_interleave(torch.tensor(repeats)).to(self._model.device)
-        step.past_key_values.reorder_cache(rows)
-        return step.past_key_values, step.logits[rows, -1], len(same[0])
+# %% ../../nbs/rl/16_rollout.ipynb #5432832d
+def _read_contexts(
+    model: PreTrainedModel, same: Sequence[tuple[int, ...]], repeats: Sequence[int]
+) -> tuple[Any, Tensor, int]:
+    """Contexts of one length, each repeated: (cache, logits, length)."""
+    step = model(torch.tensor(same, device=model.device), use_cache=True, logits_to_keep=1)
+    rows = torch.arange(len(same)).repeat_interleave(torch.tensor(repeats)).to(model.device)
+    step.past_key_values.reorder_cache(rows)
+    return step.past_key_values, step.logits[rows, -1], len(same[0])
 
-    def keep(self, kept: Sequence[int]) -> None:
-        """The other rows leave, and padding that no row needs any more with them."""
-        index = torch.tensor(kept, dtype=torch.int64, device=self._model.device)
-        self._cache.reorder_cache(index)
-        self.names, self.written = [self.names[r] for r in kept], [self.written[r] for r in kept]
-        self.logits, self._mask = self.logits[index], self._mask[index]
-        spare = self._mask.shape[1] - int(self._mask.sum(1).max())
-        self._mask = self._mask[:, spare:]
-        for layer in filter(_attends, self._cache.layers):
-            layer.keys, layer.values = layer.keys[:, :, spare:], layer.values[:, :, spare:]
+# %% ../../nbs/rl/16_rollout.ipynb #e89cd8f0
+def _read_by_length(
+    model: PreTrainedModel, contexts: Mapping[tuple[int, ...], list[int]]
+) -> tuple[list[tuple[Any, Tensor, int]], list[int]]:
+    """Contexts with the numbers of their answers -> (a part for each length, the numbers in the order of the rows)."""
+    by_length: dict[int, list[tuple[int, ...]]] = {}
+    for context in contexts:
+        by_length.setdefault(len(context), []).append(context)
+    parts = [_read_contexts(model, same, [len(contexts[c]) for c in same]) for same in by_length.values()]
+    return parts, [n for same in by_length.values() for c in same for n in contexts[c]]
 
-    def read(self, drawn_R: Tensor) -> None:
-        """Read one drawn token a row; the next logits."""
-        self._mask = F.pad(self._mask, (0, 1), value=1)
-        whole = None if bool(self._mask.all()) else self._mask
-        step = self._model(
-            drawn_R[:, None], attention_mask=whole, past_key_values=self._cache, use_cache=True, logits_to_keep=1
-        )
-        self.logits = step.logits[:, -1]
+# %% ../../nbs/rl/16_rollout.ipynb #da7e0b62
+def _ones_behind(rows: int, length: int, longest: int, device: torch.device) -> Tensor:
+    """[rows, longest] int64: 1 at the last `length` positions."""
+    return (torch.arange(longest, device=device) >= longest - length).long().expand(rows, -1)
 
-# %% ../../nbs/rl/16_rollout.ipynb #3b2eacf4
+# %% ../../nbs/rl/16_rollout.ipynb #ed474d3e
+def _join_rows(rows: _Rows, contexts: Mapping[tuple[int, ...], list[int]]) -> None:
+    """Read each context once, repeat it for its answers, and put all beside the rows that are there."""
+    parts, names = _read_by_length(rows.model, contexts)
+    here = [(rows.cache, rows.logits, rows.mask.shape[1])] if rows.names else []
+    longest = max(length for *_, length in here + parts)
+    masks = [F.pad(rows.mask, (longest - rows.mask.shape[1], 0))] if rows.names else []
+    masks += [_ones_behind(len(logits), length, longest, rows.model.device) for _, logits, length in parts]
+    rows.cache = _join_caches([cache for cache, *_ in here + parts], [length for *_, length in here + parts])
+    rows.logits, rows.mask = torch.cat([logits for _, logits, _ in here + parts]), torch.cat(masks)
+    rows.names, rows.written = rows.names + names, rows.written + [0] * len(names)
+
+# %% ../../nbs/rl/16_rollout.ipynb #eacb725b
+def _keep_rows(rows: _Rows, kept: Sequence[int]) -> None:
+    """The other rows leave, and padding that no row needs any more with them."""
+    index = torch.tensor(kept, dtype=torch.int64, device=rows.model.device)
+    rows.cache.reorder_cache(index)
+    rows.names, rows.written = [rows.names[r] for r in kept], [rows.written[r] for r in kept]
+    rows.logits, rows.mask = rows.logits[index], rows.mask[index]
+    spare = rows.mask.shape[1] - int(rows.mask.sum(1).max())
+    rows.mask = rows.mask[:, spare:]
+    for layer in filter(_attends, rows.cache.layers):
+        layer.keys, layer.values = layer.keys[:, :, spare:], layer.values[:, :, spare:]
+
+# %% ../../nbs/rl/16_rollout.ipynb #a99fdfe7
+def _read_tokens(rows: _Rows, drawn_R: Tensor) -> None:
+    """Read one drawn token a row; the next logits."""
+    rows.mask = F.pad(rows.mask, (0, 1), value=1)
+    whole = None if bool(rows.mask.all()) else rows.mask
+    step = rows.model(
+        drawn_R[:, None], attention_mask=whole, past_key_values=rows.cache, use_cache=True, logits_to_keep=1
+    )
+    rows.logits = step.logits[:, -1]
+
+# %% ../../nbs/rl/16_rollout.ipynb #ff9cb283
 def _waiting(asks: Sequence[Ask]) -> list[tuple[tuple[int, ...], int]]:
-    """(context, number of the answer), those of one context together, similar lengths together; the next one is the last."""
+    """(context, number of the answer), one context together, similar lengths together; the next one is the last."""
     order = sorted(range(len(asks)), key=lambda n: (len(asks[n].context), asks[n].context, n), reverse=True)
     return [(tuple(asks[n].context), n) for n in order]
 
-
-def _fill(rows: _Rows, waiting: list[tuple[tuple[int, ...], int]], most: int) -> None:
+# %% ../../nbs/rl/16_rollout.ipynb #16ae8804
+def _fill_rows(rows: _Rows, waiting: list[tuple[tuple[int, ...], int]], most: int) -> None:
     """Let contexts join, if a quarter of the rows is free or nothing is under way."""
     free = most - len(rows.names)
     if not waiting or (rows.names and 4 * free < most):
@@ -332,9 +370,9 @@ def _fill(rows: _Rows, waiting: list[tuple[tuple[int, ...], int]], most: int) ->
     for _ in range(min(free, len(waiting))):
         context, name = waiting.pop()
         joining.setdefault(context, []).append(name)
-    rows.join(joining)
+    _join_rows(rows, joining)
 
-
+# %% ../../nbs/rl/16_rollout.ipynb #b5734197
 class _Answers:
     """What was drawn so far, for each answer."""
 
@@ -349,11 +387,8 @@ class _Answers:
         for name in rows.names:
             if name not in self._uniforms:
                 self._uniforms[name] = self._asks[name].draw.uniforms(self._asks[name].written, self._limit)
-        return torch.tensor(
-            [self._uniforms[n][t] for n, t in zip(rows.names, rows.written, strict=True)],
-            dtype=torch.float64,
-            device=device,
-        )
+        values = [self._uniforms[n][t] for n, t in zip(rows.names, rows.written, strict=True)]
+        return torch.tensor(values, dtype=torch.float64, device=device)
 
     def write(self, rows: _Rows, drawn: Sequence[int], logp: Sequence[float]) -> list[bool]:
         """One token a row; [R] has the answer come to its end?"""
@@ -366,30 +401,34 @@ class _Answers:
             del self._uniforms[name]
         return done
 
-# %% ../../nbs/rl/16_rollout.ipynb #9109ec90
-def _kept(rows: _Rows, kept: Sequence[int], model: PreTrainedModel) -> _Rows:
-    """The rows that go on; where none does, no rows."""
-    if not kept:
-        return _Rows(model)
-    rows.keep(kept)
-    return rows
-
-
+# %% ../../nbs/rl/16_rollout.ipynb #b960e652
 def _write_all(model: PreTrainedModel, asks: Sequence[Ask], answers: _Answers, temperature: float, most: int) -> None:
     """Write all answers, `most` of them side by side."""
-    rows, waiting = _Rows(model), _waiting(asks)
-    _fill(rows, waiting, most)
+    rows, waiting = _no_rows(model), _waiting(asks)
+    _fill_rows(rows, waiting, most)
     while rows.names:
         drawn_R, logp_R = _pick(rows.logits, answers.uniforms(rows, model.device), temperature)
         done = answers.write(rows, drawn_R.tolist(), logp_R.tolist())
         kept = [r for r, over in enumerate(done) if not over]
-        if len(kept) < len(done):
-            rows = _kept(rows, kept, model)
+        if not kept:
+            rows = _no_rows(model)
+        elif len(kept) < len(done):
+            _keep_rows(rows, kept)
         if kept:
-            rows.read(drawn_R[torch.tensor(kept, device=drawn_R.device)])
-        _fill(rows, waiting, most)
+            _read_tokens(rows, drawn_R[torch.tensor(kept, device=drawn_R.device)])
+        _fill_rows(rows, waiting, most)
 
+# %% ../../nbs/rl/16_rollout.ipynb #60a3afbd
+def _check_sampling(max_new_tokens: int, rows: int, temperature: float) -> None:
+    """`UserError` for numbers with which nothing can be drawn."""
+    if max_new_tokens < 1 or rows < 1 or temperature < 0:
+        raise UserError(
+            f"max_new_tokens {max_new_tokens}, rows {rows}, temperature {temperature}",
+            where="generation",
+            fix="let max_new_tokens and rows be at least 1, and temperature at least 0",
+        )
 
+# %% ../../nbs/rl/16_rollout.ipynb #a3458658
 @torch.no_grad()
 def continue_all(
     model: nn.Module,  # a causal language model; in eval mode afterwards as before
@@ -400,12 +439,7 @@ def continue_all(
     rows: int = 64,  # answers side by side
 ) -> list[Continuation]:
     """The continuation of each context, in order. Draws do not depend on `rows`."""
-    if max_new_tokens < 1 or rows < 1 or temperature < 0:
-        raise UserError(
-            f"max_new_tokens {max_new_tokens}, rows {rows}, temperature {temperature}",
-            where="generation",
-            fix="let max_new_tokens and rows be at least 1, and temperature at least 0",
-        )
+    _check_sampling(max_new_tokens, rows, temperature)
     answers = _Answers(asks, end_id, max_new_tokens)
     model, was_training = base_of(model), model.training
     model.eval()
@@ -413,12 +447,20 @@ def continue_all(
         _write_all(model, asks, answers, temperature, rows)
     finally:
         model.train(was_training)
-    return [
-        Continuation(tuple(ids), tuple(logp), ids[-1:] == [end_id])
-        for ids, logp in zip(answers.ids, answers.logp, strict=True)
-    ]
+    pairs = zip(answers.ids, answers.logp, strict=True)
+    return [Continuation(tuple(ids), tuple(logp), ids[-1:] == [end_id]) for ids, logp in pairs]
 
-# %% ../../nbs/rl/16_rollout.ipynb #1d908d1a
+# %% ../../nbs/rl/16_rollout.ipynb #c181ec16
+def _one_turn(draw: Draw, prompt: tuple[int, ...], found: Continuation, model: str) -> Rollout:
+    """A rollout of one turn."""
+    n, end = len(prompt), len(prompt) + len(found.ids)
+    segments = (Segment(0, n, PROMPT), Segment(n, end, MODEL))
+    status = ENDED if found.ended else TRUNCATED
+    return Rollout(
+        draw.task, draw.step, draw.member, prompt + found.ids, segments, found.logp, status, draw.seed, model
+    )
+
+# %% ../../nbs/rl/16_rollout.ipynb #b83d6f70
 def sample_groups(
     model: nn.Module,
     prompts: Mapping[str, Sequence[int]],  # id of the task -> ids of its prompt
@@ -434,35 +476,18 @@ def sample_groups(
 ) -> list[list[Rollout]]:
     """For each task `group` answers of one turn."""
     draws = [Draw(task, step, member, seed) for task in prompts for member in range(group)]
-    found = continue_all(
-        model, [Ask(tuple(prompts[d.task]), d) for d in draws], end_id, max_new_tokens, temperature, rows
-    )
+    asks = [Ask(tuple(prompts[d.task]), d) for d in draws]
+    found = continue_all(model, asks, end_id, max_new_tokens, temperature, rows)
     rollouts = [_one_turn(d, tuple(prompts[d.task]), c, model_digest) for d, c in zip(draws, found, strict=True)]
     return [rollouts[k : k + group] for k in range(0, len(rollouts), group)]
 
-
-def _one_turn(draw: Draw, prompt: tuple[int, ...], found: Continuation, model: str) -> Rollout:
-    """A rollout of one turn."""
-    n, end = len(prompt), len(prompt) + len(found.ids)
-    return Rollout(
-        draw.task,
-        draw.step,
-        draw.member,
-        prompt + found.ids,
-        (Segment(0, n, PROMPT), Segment(n, end, MODEL)),
-        found.logp,
-        ENDED if found.ended else TRUNCATED,
-        draw.seed,
-        model,
-    )
-
-# %% ../../nbs/rl/16_rollout.ipynb #d090b26f
+# %% ../../nbs/rl/16_rollout.ipynb #4ccc95dc
 def rollout_row(rollout: Rollout) -> Row:
     """A rollout as a training row; only what the model drew is trained."""
     ids = np.asarray(rollout.ids, np.int64)
     return Row(ids[:-1], ids[1:], np.asarray(rollout.mask[1:], bool), f"{rollout.task}#{rollout.member}")
 
-
+# %% ../../nbs/rl/16_rollout.ipynb #ad819bc9
 def batch_logp(
     model: nn.Module,  # a causal language model, or one in peft's wrapper
     batch: MicroBatch,
@@ -472,11 +497,10 @@ def batch_logp(
     model = base_of(model)
     hidden_RTH = model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
     labels_N = batch.labels.masked_fill(~batch.mask, -100).flatten()
-    return -linear_nll(hidden_RTH.flatten(0, 1) / temperature, fused_output(model).weight, labels_N).view_as(
-        batch.labels
-    )
+    nll_N = linear_nll(hidden_RTH.flatten(0, 1) / temperature, fused_output(model).weight, labels_N)
+    return -nll_N.view_as(batch.labels)
 
-
+# %% ../../nbs/rl/16_rollout.ipynb #f177bb35
 def sampled_logp(
     rollouts: Sequence[Rollout],
     batch: MicroBatch,  # of the same rollouts, in order
@@ -485,14 +509,14 @@ def sampled_logp(
     values = torch.tensor([x for r in rollouts for x in r.logp], dtype=torch.float32, device=batch.tokens.device)
     return torch.zeros(batch.mask.shape, device=batch.tokens.device).masked_scatter(batch.mask, values)
 
-# %% ../../nbs/rl/16_rollout.ipynb #f50e64af
+# %% ../../nbs/rl/16_rollout.ipynb #ca436a40
 @dataclass(frozen=True)
 class Parity:
     """Sampler and trainer, token by token."""
 
     sampled: Tensor  # [M] log-probabilities as they were drawn
     trained: Tensor  # [M] as the trainer finds them
-    names: tuple[str, ...]  # [M] task, member and place of each token
+    names: tuple[str, ...]  # [M] task, member and position of each token
 
     @property
     def gap(self) -> Tensor:
@@ -504,7 +528,7 @@ class Parity:
         order = self.gap.abs().argsort(descending=True)[:count].tolist()
         return [(self.names[i], float(self.sampled[i]), float(self.trained[i])) for i in order]
 
-
+# %% ../../nbs/rl/16_rollout.ipynb #9ab9cd06
 @torch.no_grad()
 def parity(
     model: nn.Module,
@@ -517,11 +541,11 @@ def parity(
         batch = collate([rollout_row(rollout)], model.device)
         sampled.append(torch.tensor(rollout.logp, dtype=torch.float64))
         trained.append(batch_logp(model, batch, temperature)[batch.mask].double().cpu())
-        places = [place for place, drew in enumerate(rollout.mask) if drew]
-        names += [f"{rollout.task}#{rollout.member}, token {place}" for place in places]
+        positions = [position for position, drew in enumerate(rollout.mask) if drew]
+        names += [f"{rollout.task}#{rollout.member}, token {position}" for position in positions]
     return Parity(torch.cat(sampled), torch.cat(trained), tuple(names))
 
-# %% ../../nbs/rl/16_rollout.ipynb #4d1034d4
+# %% ../../nbs/rl/16_rollout.ipynb #061cccb5
 def parity_picture(
     found: Parity,
     limit: float = 0.02,  # a gap above this is an outlier: its token is named
@@ -538,8 +562,5 @@ def parity_picture(
         axis.annotate(name[:40], (s, t), fontsize=7, color="#c8553d")
     axis.set(xlabel="log-probability when it was drawn", ylabel="when it is trained")
     count = int((found.gap.abs() > limit).sum())
-    return png(
-        figure,
-        f"{len(found.names)} drawn tokens; {count} differ by more than {limit:g}"
-        + (f", most of all {far[0][0]}" if far else ""),
-    )
+    most = f", most of all {far[0][0]}" if far else ""
+    return png(figure, f"{len(found.names)} drawn tokens; {count} differ by more than {limit:g}{most}")

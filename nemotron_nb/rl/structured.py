@@ -25,28 +25,30 @@ from ..data.files import BadJson, parse_json
 from .judgement import Judgement, Reply, failed, said
 from .tasks import Task
 
-# %% ../../nbs/rl/05_structured.ipynb #4e2b2a10
+# %% ../../nbs/rl/05_structured.ipynb #fcfb69b3
+_NAMED_SCHEMAS = ("properties", "$defs", "definitions", "patternProperties")  # a mapping from names to schemas
+_VALUES = ("enum", "const", "default", "examples", "required")  # values, however much they look like a schema
+
+
+def _strict_member(key: str, value: Any) -> Any:
+    """What stands under a key of a schema, with every schema in it made strict."""
+    if key in _NAMED_SCHEMAS and isinstance(value, Mapping):
+        return {name: strictify(schema) for name, schema in value.items()}
+    return value if key in _VALUES else strictify(value)
+
+
 def strictify(schema: Any) -> Any:
     """The schema with every property required and no other allowed."""
     if isinstance(schema, list):
         return [strictify(s) for s in schema]
     if not isinstance(schema, Mapping):
         return schema
-    inner = {
-        k: (
-            {n: strictify(p) for n, p in v.items()}
-            if k in ("properties", "$defs", "definitions", "patternProperties") and isinstance(v, Mapping)
-            else v
-            if k in ("enum", "const", "default", "examples", "required")
-            else strictify(v)
-        )
-        for k, v in schema.items()
-    }
+    inner = {key: _strict_member(key, value) for key, value in schema.items()}
     if isinstance(inner.get("properties"), Mapping):
         inner |= {"required": list(inner["properties"]), "additionalProperties": False}
     return inner
 
-
+# %% ../../nbs/rl/05_structured.ipynb #6b2bbb78
 def validator_of(schema_text: str) -> Draft202012Validator:
     """The strict validator of a task's schema. ValueError if it is none."""
     schema = parse_json(schema_text)
@@ -55,7 +57,7 @@ def validator_of(schema_text: str) -> Draft202012Validator:
     Draft202012Validator.check_schema(schema)
     return Draft202012Validator(strictify(schema), registry=Registry())
 
-# %% ../../nbs/rl/05_structured.ipynb #38213850
+# %% ../../nbs/rl/05_structured.ipynb #dcd5037e
 _FENCE = re.compile(r"```[a-zA-Z]*\n(.*?)\n?```", re.DOTALL)
 
 
@@ -64,7 +66,7 @@ def _unfenced(answer: str) -> str:
     found = _FENCE.fullmatch(answer.strip())
     return found[1] if found else answer.strip()
 
-
+# %% ../../nbs/rl/05_structured.ipynb #0cb0d559
 def _element(element: ElementTree.Element) -> Any:
     """An element as text, or as an object of its children; children of one name are a list."""
     if not len(element):
@@ -81,7 +83,7 @@ def _read_xml(text: str) -> Any:
         raise ValueError("declarations are not allowed")
     return _element(ElementTree.fromstring(text))
 
-
+# %% ../../nbs/rl/05_structured.ipynb #5e44192e
 def _read_csv(text: str) -> Any:
     """Rows as objects under the names of the first line."""
     rows = list(csv.DictReader(io.StringIO(text), strict=True))
@@ -98,6 +100,16 @@ READERS: Mapping[str, Callable[[str], Any]] = {
     "xml": _read_xml,
 }
 
+# %% ../../nbs/rl/05_structured.ipynb #b6843fdb
+_NUMBER = re.compile(r"-?[0-9]{1,18}(\.[0-9]{1,18})?")
+
+
+def _typed_text(text: str, kind: Any) -> Any:
+    """A text as a number or boolean where `kind`, the type in a schema, asks for one and the text is such."""
+    if kind in ("integer", "number") and _NUMBER.fullmatch(text.strip()):
+        return float(text) if "." in text else int(text)
+    return {"true": True, "false": False}.get(text, text) if kind == "boolean" else text
+
 
 def as_typed(
     value: Any,  # texts, as CSV and XML give them
@@ -106,30 +118,22 @@ def as_typed(
     """Texts as the numbers, booleans and lists that the schema asks for, where they are such."""
     if not isinstance(schema, Mapping):
         return value
-    kind = schema.get("type")
-    if kind == "array":
+    if schema.get("type") == "array":
         return [as_typed(v, schema.get("items")) for v in (value if isinstance(value, list) else [value])]
     if isinstance(value, Mapping):
         return {k: as_typed(v, (schema.get("properties") or {}).get(k)) for k, v in value.items()}
-    if (
-        isinstance(value, str)
-        and kind in ("integer", "number")
-        and re.fullmatch(r"-?[0-9]{1,18}(\.[0-9]{1,18})?", value.strip())
-    ):
-        return float(value) if "." in value else int(value)
-    return {"true": True, "false": False}.get(value, value) if kind == "boolean" and isinstance(value, str) else value
+    return _typed_text(value, schema.get("type")) if isinstance(value, str) else value
 
-# %% ../../nbs/rl/05_structured.ipynb #f57aea44
+# %% ../../nbs/rl/05_structured.ipynb #c232a166
 def is_hollow(value: Any) -> bool:
     """Is there nothing in it: all texts and lists empty, all numbers zero?"""
-    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    return (
-        all(map(is_hollow, inner))
-        if isinstance(value, (Mapping, list))
-        else not (value.strip() if isinstance(value, str) else value)
-    )
+    if isinstance(value, Mapping):
+        return all(map(is_hollow, value.values()))
+    if isinstance(value, list):
+        return all(map(is_hollow, value))
+    return not (value.strip() if isinstance(value, str) else value)
 
-
+# %% ../../nbs/rl/05_structured.ipynb #1d58214c
 def _given(task: Task, reply: Reply, kind: str, validator: Draft202012Validator) -> Any:
     """What the answer says; ValueError if it cannot be read."""
     if task.truth.get("response_mode") == "tool_call":
@@ -138,6 +142,21 @@ def _given(task: Task, reply: Reply, kind: str, validator: Draft202012Validator)
         return as_typed(dict(reply.calls[0].arguments), validator.schema)
     value = READERS[kind](_unfenced(reply.answer))
     return as_typed(value, validator.schema) if kind in ("csv", "xml") else value
+
+# %% ../../nbs/rl/05_structured.ipynb #d0466f64
+def _judge_value(value: Any, validator: Draft202012Validator) -> Judgement:
+    """What was read fits the strict schema, and says something."""
+    try:
+        problem = next(iter(validator.iter_errors(value)), None)
+    except Unresolvable as error:
+        return failed("schema", f"a reference is not followed: {error}")
+    if problem is not None:
+        return said(0, "schema", problem.message, "fits the schema")
+    rule = "hollow" if is_hollow(value) else "schema"
+    return said(rule == "schema", rule, json.dumps(value, default=str)[:200], "fits the schema")
+
+# %% ../../nbs/rl/05_structured.ipynb #0b1b6b23
+_UNREADABLE = (BadJson, ValueError, yaml.YAMLError, ElementTree.ParseError, csv.Error, RecursionError)
 
 
 def verify_structured(task: Task, reply: Reply) -> Judgement:
@@ -153,17 +172,6 @@ def verify_structured(task: Task, reply: Reply) -> Judgement:
         return said(0, "form", reply.text[-60:], kind)
     try:
         value = _given(task, reply, kind, validator)
-    except (BadJson, ValueError, yaml.YAMLError, ElementTree.ParseError, csv.Error, RecursionError) as error:
+    except _UNREADABLE as error:
         return said(0, kind, str(error), "readable")
-    try:
-        problem = next(iter(validator.iter_errors(value)), None)
-    except Unresolvable as error:
-        return failed("schema", f"a reference is not followed: {error}")
-    if problem is not None:
-        return said(0, "schema", problem.message, "fits the schema")
-    return said(
-        not is_hollow(value),
-        "hollow" if is_hollow(value) else "schema",
-        json.dumps(value, default=str)[:200],
-        "fits the schema",
-    )
+    return _judge_value(value, validator)

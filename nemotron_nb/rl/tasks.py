@@ -6,9 +6,10 @@
 __all__ = ['FAMILIES', 'ROW_REJECTS', 'ROW_REPAIRS', 'PLACEHOLDER', 'Task', 'Family', 'BadTask', 'environment_of', 'parse_task',
            'task_row', 'TaskFile', 'read_tasks', 'write_tasks']
 
-# %% ../../nbs/rl/01_tasks.ipynb #2ab580d1
+# %% ../../nbs/rl/01_tasks.ipynb #84ff3c07
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,7 @@ class Task:
     def __repr__(self) -> str:
         return f"Task {self.id} ({self.environment}, {len(self.tools)} tools): {self.messages[-1]['content'][:80]!r}"
 
-# %% ../../nbs/rl/01_tasks.ipynb #d0028e92
+# %% ../../nbs/rl/01_tasks.ipynb #23af3775
 @dataclass(frozen=True)
 class Family:
     """The rows of one kind of environment."""
@@ -47,85 +48,53 @@ class Family:
     needed: tuple[str, ...]  # those without which nothing can be judged
     text: tuple[str, ...] = ()  # those that are text even where a number is written
 
-
+# %% ../../nbs/rl/01_tasks.ipynb #e65cd1c3
+_ANSWER = ("expected_answer",)
+_MATHEMATICS = {"expected_answer": str, "question": str, "grading_mode": str}
+_CHOICE = {"options": list, "expected_answer": str, "grading_mode": str, "template_metadata": dict}
 _STRUCTURED = {"schema_str": str, "schema_type": str, "response_mode": str, "tool_name": str}
+_INSTRUCTIONS = {"instruction_id_list": list, "kwargs": list, "prompt": str, "grading_mode": str}
+_WORKPLACE = {"ground_truth": list, "category": str, "environment_name": str}
 FAMILIES: Mapping[str, Family] = {
     f.name: f
     for f in (
-        Family(
-            "mathematics",
-            ("math",),
-            {"expected_answer": str, "question": str, "grading_mode": str},
-            ("expected_answer",),
-            ("expected_answer",),
-        ),
-        Family(
-            "choice",
-            ("mcqa",),
-            {"options": list, "expected_answer": str, "grading_mode": str, "template_metadata": dict},
-            ("options", "expected_answer"),
-            ("expected_answer",),
-        ),
+        Family("mathematics", ("math",), _MATHEMATICS, _ANSWER, _ANSWER),
+        Family("choice", ("mcqa",), _CHOICE, ("options", "expected_answer"), _ANSWER),
         Family("structured", ("structured_outputs",), _STRUCTURED, ("schema_str",)),
-        Family(
-            "instructions",
-            ("instruction_following",),
-            {"instruction_id_list": list, "kwargs": list, "prompt": str, "grading_mode": str},
-            ("instruction_id_list",),
-        ),
+        Family("instructions", ("instruction_following",), _INSTRUCTIONS, ("instruction_id_list",)),
         Family("code", ("code_gen",), {"verifier_metadata": dict}, ("verifier_metadata",)),
-        Family(
-            "workplace",
-            ("workplace",),
-            {"ground_truth": list, "category": str, "environment_name": str},
-            ("ground_truth",),
-        ),
-        Family(
-            "long_context",
-            ("long_context",),
-            {"expected_answer": str, "evidence": list},
-            ("expected_answer",),
-            ("expected_answer",),
-        ),
+        Family("workplace", ("workplace",), _WORKPLACE, ("ground_truth",)),
+        Family("long_context", ("long_context",), {"expected_answer": str, "evidence": list}, _ANSWER, _ANSWER),
         Family("calls", ("tool_calls",), {"call": dict, "forbid_numbers": bool}, ()),
         Family("preference", ("preference",), {"human_ranking": (int, float)}, ("human_ranking",)),
         Family("chat", ("genrm",), {"principle": str}, ()),  # no truth: answers are compared with each other
     )
 }
 
-# %% ../../nbs/rl/01_tasks.ipynb #3af2904e
-ROW_REJECTS: Mapping[str, Reason] = {
-    **FILE_REJECTS,
-    "not_an_object": Reason("the row is a list, a text or a number", "write one JSON object a row"),
-    "no_input": Reason(
-        "responses_create_params.input holds no messages", "give the prompt as a list of messages with role and content"
-    ),
-    "bad_message": Reason(
-        "a message of the prompt is no object with a role and a text", 'write {"role": "user", "content": "..."}'
-    ),
-    "bad_tool": Reason(
-        "a tool without a name, or in a form that is neither Gym's nor that of a chat",
-        'write {"type": "function", "name": ..., "parameters": ...}',
-    ),
-    "unknown_environment": Reason(
-        "no environment is known for the row's agent", "name a known one in agent_ref, or add a family"
-    ),
-    "missing_truth": Reason("a field is missing by which the answer would be judged", "add it; see FAMILIES"),
-    "bad_truth": Reason("a field of the truth has the wrong type, or is empty", "correct the row"),
-    "bad_pass_rate": Reason("a pass rate that is no number from 0 to 1", "measure it again, or leave it out"),
-    "placeholder": Reason(
-        "the row is a placeholder, and its question is elsewhere", "resolve it first: nemotron_nb.rl.placeholders"
-    ),
-    "placeholder_and_question": Reason("the row is a placeholder and has a question too", "keep one of them"),
-    "duplicate_task": Reason("the same prompt and the same truth stood in an earlier row", "remove one of them"),
-}
-ROW_REPAIRS: Mapping[str, str] = {
-    "number_as_text": "an answer written as a number was read as the text of its digits",
-    "chat_form_tool": "a tool in chat form was accepted where Gym's flat form is due",
-    "bare_input": "a prompt given as one text became one user message",
-}
+# %% ../../nbs/rl/01_tasks.ipynb #9d251bc2
+ROW_REJECTS: Mapping[str, Reason] = FILE_REJECTS | {
+    word: Reason(*text)
+    for word, text in {
+        "not_an_object": ("the row is a list, a text or a number", "write one JSON object a row"),
+        "no_input": ("responses_create_params.input holds no messages",
+                     "give the prompt as a list of messages with role and content"),
+        "bad_message": ("a message of the prompt is no object with a role and a text",
+                        'write {"role": "user", "content": "..."}'),
+        "bad_tool": ("a tool without a name, or in a form that is neither Gym's nor that of a chat",
+                     'write {"type": "function", "name": ..., "parameters": ...}'),
+        "unknown_environment": ("no environment is known for the row's agent",
+                                "name a known one in agent_ref, or add a family"),
+        "missing_truth": ("a field is missing by which the answer would be judged", "add it; see FAMILIES"),
+        "bad_truth": ("a field of the truth has the wrong type, or is empty", "correct the row"),
+        "bad_pass_rate": ("a pass rate that is no number from 0 to 1", "measure it again, or leave it out"),
+        "placeholder": ("the row is a placeholder, and its question is elsewhere",
+                        "resolve it first: nemotron_nb.rl.placeholders"),
+        "placeholder_and_question": ("the row is a placeholder and has a question too", "keep one of them"),
+        "duplicate_task": ("the same prompt and the same truth stood in an earlier row", "remove one of them"),
+    }.items()
+}  # fmt: skip
 
-
+# %% ../../nbs/rl/01_tasks.ipynb #8485101d
 class BadTask(Exception):
     """A row that is no task: (reason, detail). The reason is a word of `ROW_REJECTS`."""
 
@@ -134,44 +103,63 @@ class BadTask(Exception):
         super().__init__(detail)
         self.reason, self.detail = reason, detail
 
-# %% ../../nbs/rl/01_tasks.ipynb #e03cc579
-def _messages(parameters: Any, repairs: list[str]) -> tuple[dict[str, Any], ...]:
-    """The prompt of a row."""
+# %% ../../nbs/rl/01_tasks.ipynb #efb11214
+ROW_REPAIRS: Mapping[str, str] = {
+    "number_as_text": "an answer written as a number was read as the text of its digits",
+    "chat_form_tool": "a tool in chat form was accepted where Gym's flat form is due",
+    "bare_input": "a prompt given as one text became one user message",
+}
+
+# %% ../../nbs/rl/01_tasks.ipynb #cc701d1e
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def _input_list(parameters: Any, repairs: list[str]) -> list[Any]:
+    """What stands for the prompt, as a list that is not empty; its messages are not checked yet."""
     given = parameters.get("input") if isinstance(parameters, Mapping) else None
     if isinstance(given, str) and given.strip():
         repairs.append("bare_input")
-        given = [{"role": "user", "content": given}]
+        return [{"role": "user", "content": given}]
     if not isinstance(given, list) or not given:
         raise BadTask("no_input", f"responses_create_params.input is {type(given).__name__}")
+    return given
+
+# %% ../../nbs/rl/01_tasks.ipynb #bf8c5fe4
+def _messages(parameters: Any, repairs: list[str]) -> tuple[dict[str, Any], ...]:
+    """The prompt of a row."""
+    given = _input_list(parameters, repairs)
     for i, message in enumerate(given):
-        if (
-            not isinstance(message, Mapping)
-            or not isinstance(message.get("content"), str)
-            or message.get("role") not in ("system", "developer", "user", "assistant", "tool")
-        ):
+        is_message = isinstance(message, Mapping) and isinstance(message.get("content"), str)
+        if not is_message or message.get("role") not in _ROLES:
             raise BadTask("bad_message", f"message {i}: {json.dumps(message, ensure_ascii=False)[:120]}")
     return tuple({"role": "system" if m["role"] == "developer" else m["role"], "content": m["content"]} for m in given)
 
+# %% ../../nbs/rl/01_tasks.ipynb #ee9ed549
+def _function_of(tool: Any) -> Any:
+    """The part of a tool that has a name: what stands under `function` in chat form, else the tool itself."""
+    nested = isinstance(tool, Mapping) and isinstance(tool.get("function"), Mapping)
+    return tool.get("function") if nested else tool
 
+
+def _is_function(inner: Any) -> bool:
+    """Whether it has a name, and parameters that are a mapping if there are any."""
+    named = isinstance(inner, Mapping) and isinstance(inner.get("name"), str)
+    return named and isinstance(inner.get("parameters", {}), Mapping)
+
+# %% ../../nbs/rl/01_tasks.ipynb #4b508244
 def _tools(parameters: Mapping[str, Any], repairs: list[str]) -> tuple[dict[str, Any], ...]:
     """The tools of a row in chat form."""
     found = []
     for i, tool in enumerate(parameters.get("tools") or ()):
-        inner = (
-            tool.get("function") if isinstance(tool, Mapping) and isinstance(tool.get("function"), Mapping) else tool
-        )
-        if (
-            not isinstance(inner, Mapping)
-            or not isinstance(inner.get("name"), str)
-            or not isinstance(inner.get("parameters", {}), Mapping)
-        ):
+        inner = _function_of(tool)
+        if not _is_function(inner):
             raise BadTask("bad_tool", f"tool {i}: {json.dumps(tool, ensure_ascii=False)[:120]}")
         if inner is not tool and "chat_form_tool" not in repairs:
             repairs.append("chat_form_tool")
         found.append({"type": "function", "function": {k: v for k, v in inner.items() if k not in ("type", "strict")}})
     return tuple(found)
 
-
+# %% ../../nbs/rl/01_tasks.ipynb #3de03be3
 def environment_of(row: Mapping[str, Any]) -> str:
     """The name of the family a row belongs to, from its agent. `BadTask` if there is none."""
     agent = row.get("agent_ref")
@@ -181,7 +169,7 @@ def environment_of(row: Mapping[str, Any]) -> str:
             return family.name
     raise BadTask("unknown_environment", f"agent {name!r}: {nearest(name, FAMILIES)}")
 
-# %% ../../nbs/rl/01_tasks.ipynb #203bd556
+# %% ../../nbs/rl/01_tasks.ipynb #bb621870
 def _as_text(value: Any, repairs: list[str]) -> Any:
     """A number as the text of its digits; anything else as it is."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -190,25 +178,25 @@ def _as_text(value: Any, repairs: list[str]) -> Any:
     return value
 
 
+def _is_empty(name: str, value: Any) -> bool:
+    """Whether a field says nothing. An empty `ground_truth` says that nothing is to be called."""
+    if isinstance(value, str):
+        return not value.strip()
+    return isinstance(value, (list, dict)) and not value and name != "ground_truth"
+
+# %% ../../nbs/rl/01_tasks.ipynb #701c1e1a
 def _truth(row: Mapping[str, Any], family: Family, repairs: list[str]) -> dict[str, Any]:
     """The fields a task is judged by, checked."""
-    truth = {
-        name: _as_text(row[name], repairs) if name in family.text else row[name]
-        for name in family.fields
-        if row.get(name) is not None
-    }
+    present = [name for name in family.fields if row.get(name) is not None]
+    truth = {name: _as_text(row[name], repairs) if name in family.text else row[name] for name in present}
     if missing := [name for name in family.needed if name not in truth]:
         raise BadTask("missing_truth", f"no {' and no '.join(missing)}")
     for name, value in truth.items():
-        if not isinstance(value, family.fields[name]) or (
-            name in family.needed
-            and isinstance(value, (str, list, dict))
-            and not (value.strip() if isinstance(value, str) else value or name == "ground_truth")
-        ):
+        if not isinstance(value, family.fields[name]) or (name in family.needed and _is_empty(name, value)):
             raise BadTask("bad_truth", f"{name} is {json.dumps(value, ensure_ascii=False)[:80]}")
     return truth
 
-
+# %% ../../nbs/rl/01_tasks.ipynb #454c649d
 def _pass_rate(row: Mapping[str, Any]) -> float | None:
     """The measured pass rate of a row, if it has one."""
     value = row.get("pass_rate")
@@ -218,50 +206,57 @@ def _pass_rate(row: Mapping[str, Any]) -> float | None:
         raise BadTask("bad_pass_rate", f"pass_rate is {value!r}")
     return float(value)
 
-# %% ../../nbs/rl/01_tasks.ipynb #a93eca43
+# %% ../../nbs/rl/01_tasks.ipynb #64ee6cb4
 PLACEHOLDER = "_hf_placeholder"
 
 
+def _check_row(row: Any) -> None:
+    """`BadTask` for what is no object, or stands for a question that is elsewhere."""
+    if not isinstance(row, Mapping):
+        raise BadTask("not_an_object", type(row).__name__)
+    if PLACEHOLDER in row:
+        reason = "placeholder_and_question" if row.get("question") else "placeholder"
+        raise BadTask(reason, f"of the data set {row.get('dataset')!r}")
+
+# %% ../../nbs/rl/01_tasks.ipynb #3bffa6d9
+def _extra(row: Mapping[str, Any], truth: Mapping[str, Any]) -> dict[str, Any]:
+    """What a task does not hold by name, for the way back; of the request, all but prompt and tools."""
+    taken = {"responses_create_params", "pass_rate", *truth}
+    rest = {k: v for k, v in row["responses_create_params"].items() if k not in ("input", "tools")}
+    return {k: v for k, v in row.items() if k not in taken} | {"responses_create_params": rest}
+
+# %% ../../nbs/rl/01_tasks.ipynb #48fee771
 def parse_task(
     row: Any,  # of a JSONL file in NeMo Gym's form
     source: str = "",
     line: int = 0,
 ) -> tuple[Task, tuple[str, ...]]:
     """(task, repairs) of one row; `BadTask` if it is none."""
-    if not isinstance(row, Mapping):
-        raise BadTask("not_an_object", type(row).__name__)
-    if PLACEHOLDER in row:
-        raise BadTask(
-            "placeholder_and_question" if row.get("question") else "placeholder",
-            f"of the data set {row.get('dataset')!r}",
-        )
+    _check_row(row)
     repairs: list[str] = []
     parameters = row.get("responses_create_params")
     messages = _messages(parameters, repairs)
     tools, environment = _tools(parameters, repairs), environment_of(row)
     truth, rate = _truth(row, FAMILIES[environment], repairs), _pass_rate(row)
-    taken = {"responses_create_params", "pass_rate", *truth}
-    extra = {k: v for k, v in row.items() if k not in taken} | {
-        "responses_create_params": {k: v for k, v in parameters.items() if k not in ("input", "tools")}
-    }
     name = digest({"environment": environment, "messages": messages, "tools": tools, "truth": truth})
-    return Task(name, environment, messages, tools, truth, rate, source, line, extra), tuple(repairs)
+    return Task(name, environment, messages, tools, truth, rate, source, line, _extra(row, truth)), tuple(repairs)
+
+# %% ../../nbs/rl/01_tasks.ipynb #765890e0
+def _request_of(task: Task) -> dict[str, Any]:
+    """The member `responses_create_params` of a row: prompt, tools in flat form, and what else it held."""
+    flat = [{"type": "function", **tool["function"], "strict": False} for tool in task.tools]
+    prompt = {"input": [dict(m) for m in task.messages], **({"tools": flat} if flat else {})}
+    return prompt | task.extra.get("responses_create_params", {})
 
 
 def task_row(task: Task) -> dict[str, Any]:
     """A task as a row of NeMo Gym; what `parse_task` kept in `extra` comes back."""
     extra = {k: v for k, v in task.extra.items() if k != "responses_create_params"}
-    flat = [{"type": "function", **tool["function"], "strict": False} for tool in task.tools]
-    parameters = {
-        "input": [dict(m) for m in task.messages],
-        **({"tools": flat} if flat else {}),
-        **task.extra.get("responses_create_params", {}),
-    }
     agent = {} if "agent_ref" in extra else {"agent_ref": {"type": "responses_api_agents", "name": task.environment}}
     rate = {} if task.pass_rate is None else {"pass_rate": task.pass_rate}
-    return {"responses_create_params": parameters, **dict(task.truth), **agent, **rate, **extra}
+    return {"responses_create_params": _request_of(task), **dict(task.truth), **agent, **rate, **extra}
 
-# %% ../../nbs/rl/01_tasks.ipynb #4d227991
+# %% ../../nbs/rl/01_tasks.ipynb #f92917b6
 @dataclass(frozen=True)
 class TaskFile:
     """What a file of rows holds."""
@@ -272,36 +267,37 @@ class TaskFile:
 
     def picture(self) -> Picture:
         """Tasks by environment, then what was left out and repaired, by reason."""
-        counts: dict[tuple[str, str], int] = {}
-        for task in self.tasks:
-            counts["task", task.environment] = counts.get(("task", task.environment), 0) + 1
-        for reject in self.rejects:
-            counts["left out", reject.reason] = counts.get(("left out", reject.reason), 0) + 1
+        counts = Counter([("task", t.environment) for t in self.tasks] + [("left out", r.reason) for r in self.rejects])
         rows = [[*key, n] for key, n in counts.items()] + [["repaired", word, n] for word, n in self.repairs.items()]
         return table(rows, header=["", "what", "rows"])
 
+# %% ../../nbs/rl/01_tasks.ipynb #ece44f68
+def _new_task(row: Any, source: str, line: int, seen: dict[str, int]) -> tuple[Task, tuple[str, ...]]:
+    """(task, repairs) of a row; `BadTask` if it is none or stood before. `seen`: name of a task -> its line."""
+    task, words = parse_task(row, source, line)
+    if task.id in seen:
+        raise BadTask("duplicate_task", f"as in line {seen[task.id]}")
+    seen[task.id] = line
+    return task, words
 
+# %% ../../nbs/rl/01_tasks.ipynb #db67afe4
 def read_tasks(path: str | os.PathLike) -> TaskFile:
     """The tasks of a JSONL (or Parquet) file of NeMo Gym rows."""
-    tasks, rejects, repairs, seen = [], [], {}, {}
+    tasks, rejects, repairs, seen = [], [], Counter(), {}
     for line, row in (pair for unit in units(path) for pair in read_unit(unit)):
         if isinstance(row, Reject):
             rejects.append(row)
             continue
         try:
-            task, words = parse_task(row, str(path), line)
-            if task.id in seen:
-                raise BadTask("duplicate_task", f"as in line {seen[task.id]}")
+            task, words = _new_task(row, str(path), line, seen)
         except BadTask as error:
             rejects.append(Reject(str(path), line, error.reason, error.detail))
             continue
-        seen[task.id] = line
         tasks.append(task)
-        for word in words:
-            repairs[word] = repairs.get(word, 0) + 1
-    return TaskFile(tuple(tasks), tuple(rejects), repairs)
+        repairs.update(words)
+    return TaskFile(tuple(tasks), tuple(rejects), dict(repairs))
 
-
+# %% ../../nbs/rl/01_tasks.ipynb #099249c5
 def write_tasks(
     path: str | os.PathLike,
     tasks: Iterable[Task],

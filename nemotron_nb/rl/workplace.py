@@ -15,7 +15,7 @@ from ..data.sample import numbers_in
 from .judgement import Judgement, Reply, failed, said
 from .tasks import Task
 
-# %% ../../nbs/rl/07_workplace.ipynb #a0861ca3
+# %% ../../nbs/rl/07_workplace.ipynb #0012f825
 TABLES: Mapping[str, tuple[str, ...]] = {
     "email": ("to", "subject", "body"),
     "calendar": ("title", "day", "hour"),
@@ -24,28 +24,28 @@ TABLES: Mapping[str, tuple[str, ...]] = {
     "invoice": ("customer", "amount", "state"),
 }
 ACTIONS = ("find", "add", "change", "remove")
-State = dict[str, dict[str, dict[str, str]]]  # table -> id -> field -> text
+
+# %% ../../nbs/rl/07_workplace.ipynb #683a1ef3
+def _tool_of(action: str, name: str, fields: Sequence[str]) -> dict[str, Any]:
+    """One tool in chat form: an action on a table with these fields."""
+    properties = {"id": {"type": "string"}} if action in ("change", "remove") else {}
+    if action != "remove":
+        properties |= {f: {"type": "string"} for f in fields}
+    required = {"find": [], "add": list(fields)}.get(action, ["id"])
+    function = {
+        "name": f"{action}_{name}",
+        "description": f"{action.capitalize()} one {name}.",
+        "parameters": {"type": "object", "properties": properties, "required": required},
+    }
+    return {"type": "function", "function": function}
 
 
 def office_tools() -> list[dict[str, Any]]:
     """The twenty tools in chat form."""
-    tools = []
-    for name, fields in TABLES.items():
-        text = {f: {"type": "string"} for f in fields}
-        for action in ACTIONS:
-            properties = (
-                {"id": {"type": "string"}}
-                if action == "remove"
-                else ({"id": {"type": "string"}} if action == "change" else {}) | text
-            )
-            required = {"find": [], "add": list(fields)}.get(action, ["id"])
-            function = {
-                "name": f"{action}_{name}",
-                "description": f"{action.capitalize()} one {name}.",
-                "parameters": {"type": "object", "properties": properties, "required": required},
-            }
-            tools.append({"type": "function", "function": function})
-    return tools
+    return [_tool_of(action, name, fields) for name, fields in TABLES.items() for action in ACTIONS]
+
+# %% ../../nbs/rl/07_workplace.ipynb #05ffbff2
+State = dict[str, dict[str, dict[str, str]]]  # table -> id -> field -> text
 
 
 def empty_office() -> State:
@@ -61,7 +61,7 @@ def empty_office() -> State:
         "invoice": {"1": {"customer": "Lumo", "amount": "240", "state": "open"}},
     }
 
-# %% ../../nbs/rl/07_workplace.ipynb #18ac4fc5
+# %% ../../nbs/rl/07_workplace.ipynb #e968e5e8
 class ToolRefusal(Exception):
     """A call that the office does not carry out; the text is what the model is told."""
 
@@ -73,6 +73,21 @@ def _record(table: Mapping[str, Any], name: str, arguments: Mapping[str, str]) -
     return arguments["id"]
 
 
+def _find(table: Mapping[str, Mapping[str, str]], values: Mapping[str, str]) -> str:
+    """The records that have all these values, as JSON."""
+    found = {i: r for i, r in table.items() if all(r[k] == v for k, v in values.items())}
+    return json.dumps(found, ensure_ascii=False)
+
+
+def _add(table: dict[str, dict[str, str]], fields: Sequence[str], values: dict[str, str]) -> str:
+    """A new record with the next id. Every field must be given."""
+    if missing := sorted(set(fields) - set(values)):
+        raise ToolRefusal(f"error: {missing[0]} is missing")
+    new = str(1 + max(map(int, table), default=0))
+    table[new] = values
+    return json.dumps({"id": new})
+
+# %% ../../nbs/rl/07_workplace.ipynb #2da4319d
 def use_tool(
     state: State,  # changed in place
     name: str,
@@ -87,15 +102,9 @@ def use_tool(
     if unknown := sorted(set(values) - set(TABLES[table_name])):
         raise ToolRefusal(f"error: {table_name} has no field {unknown[0]!r}")
     if action == "find":
-        return json.dumps(
-            {i: r for i, r in table.items() if all(r[k] == v for k, v in values.items())}, ensure_ascii=False
-        )
+        return _find(table, values)
     if action == "add":
-        if missing := sorted(set(TABLES[table_name]) - set(values)):
-            raise ToolRefusal(f"error: {missing[0]} is missing")
-        new = str(1 + max(map(int, table), default=0))
-        table[new] = values
-        return json.dumps({"id": new})
+        return _add(table, TABLES[table_name], values)
     chosen = _record(table, table_name, given)
     if action == "remove":
         del table[chosen]
@@ -103,20 +112,20 @@ def use_tool(
         table[chosen] |= values
     return json.dumps({"id": chosen, "done": True})
 
-
+# %% ../../nbs/rl/07_workplace.ipynb #dc10f317
 def replay(
     calls: Sequence[tuple[str, Mapping[str, Any]]],  # (name, arguments)
 ) -> tuple[State, list[str]]:
     """(state of the office, what each call was answered), from a fresh office."""
-    state, said_back = empty_office(), []
+    state, answers = empty_office(), []
     for name, arguments in calls:
         try:
-            said_back.append(use_tool(state, name, arguments))
+            answers.append(use_tool(state, name, arguments))
         except ToolRefusal as refusal:
-            said_back.append(str(refusal))
-    return state, said_back
+            answers.append(str(refusal))
+    return state, answers
 
-# %% ../../nbs/rl/07_workplace.ipynb #1036228c
+# %% ../../nbs/rl/07_workplace.ipynb #d82d5c76
 def _calls_of(entries: Any) -> list[tuple[str, Mapping[str, Any]]]:
     """The true calls of a row: [{name, arguments}], arguments as an object or as JSON text."""
     found = []
@@ -125,12 +134,12 @@ def _calls_of(entries: Any) -> list[tuple[str, Mapping[str, Any]]]:
         found.append((entry["name"], json.loads(arguments) if isinstance(arguments, str) else arguments))
     return found
 
-
+# %% ../../nbs/rl/07_workplace.ipynb #970ed039
 def verify_workplace(task: Task, reply: Reply) -> Judgement:
     """The model's calls, over all its turns, left the office as the true calls leave it."""
     truth = _calls_of(task.truth["ground_truth"])
-    expected, told = replay(truth)
-    if wrong := next((t for t in told if t.startswith("error:")), None):
+    expected, answers = replay(truth)
+    if wrong := next((t for t in answers if t.startswith("error:")), None):
         return failed("ground_truth", f"the true calls do not work: {wrong}")
     if not reply.good_form or reply.calls is None:
         return said(0, "form", reply.text[-60:], truth)
@@ -138,29 +147,33 @@ def verify_workplace(task: Task, reply: Reply) -> Judgement:
     state, _ = replay(calls)
     idle = expected == empty_office() and not (calls or reply.answer.strip())
     differing = [name for name in TABLES if state[name] != expected[name]]
-    return said(
-        not differing and not idle,
-        "final_state",
-        f"differs in {', '.join(differing)}" if differing else f"{len(calls)} calls",
-        f"{len(truth)} calls",
-    )
+    found = f"differs in {', '.join(differing)}" if differing else f"{len(calls)} calls"
+    return said(not differing and not idle, "final_state", found, f"{len(truth)} calls")
 
-# %% ../../nbs/rl/07_workplace.ipynb #008d566a
+# %% ../../nbs/rl/07_workplace.ipynb #a5b734c8
+def _judge_no_call(reply: Reply, forbid_numbers: bool) -> Judgement:
+    """An answer in words, without a call, and without a number where none can be known."""
+    numbers = forbid_numbers and bool(numbers_in(reply.answer))
+    right = not reply.calls and bool(reply.answer.strip()) and not numbers
+    found = ", ".join(c.name for c in reply.calls) or reply.answer
+    return said(right, "no_number" if numbers else "no_call", found, "no call", calls=len(reply.calls))
+
+# %% ../../nbs/rl/07_workplace.ipynb #cffd9741
+def _judge_one_call(reply: Reply, wanted: Mapping[str, Any], expected: str) -> Judgement:
+    """One call, with the right name and every argument as text. `expected`: what the ledger shows for it."""
+    if len(reply.calls) != 1:
+        return said(0, "one_call", ", ".join(c.name for c in reply.calls), expected, calls=len(reply.calls))
+    call = reply.calls[0]
+    right = call.name == wanted["name"] and call.arguments == {k: str(v) for k, v in wanted["arguments"].items()}
+    return said(right, "call", json.dumps([call.name, call.arguments], ensure_ascii=False), expected, calls=1)
+
+# %% ../../nbs/rl/07_workplace.ipynb #5e1b1420
 def verify_calls(task: Task, reply: Reply) -> Judgement:
     """The right call, or no call where none is possible."""
     wanted = task.truth.get("call")
     expected = json.dumps(wanted, ensure_ascii=False) if wanted else "no call"
     if not reply.good_form or reply.calls is None:
         return said(0, "form", reply.text[-60:], expected, calls=0.0 if reply.calls == () else 1.0)
-    names = ", ".join(c.name for c in reply.calls)
     if wanted is None:
-        numbers = bool(task.truth.get("forbid_numbers")) and bool(numbers_in(reply.answer))
-        right = not reply.calls and bool(reply.answer.strip()) and not numbers
-        return said(
-            right, "no_number" if numbers else "no_call", names or reply.answer, expected, calls=len(reply.calls)
-        )
-    if len(reply.calls) != 1:
-        return said(0, "one_call", names, expected, calls=len(reply.calls))
-    call = reply.calls[0]
-    right = call.name == wanted["name"] and call.arguments == {k: str(v) for k, v in wanted["arguments"].items()}
-    return said(right, "call", json.dumps([call.name, call.arguments], ensure_ascii=False), expected, calls=1)
+        return _judge_no_call(reply, bool(task.truth.get("forbid_numbers")))
+    return _judge_one_call(reply, wanted, expected)

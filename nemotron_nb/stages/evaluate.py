@@ -79,7 +79,7 @@ class GenerationSection:
 class EvalSection:
     """In which modes, how often, and who judges."""
 
-    modes: list[str | bool] = field(default_factory=lambda: ["on", "off"])  # of train.evaluate.MODES
+    modes: list[str | bool] = field(default_factory=lambda: ["on", "off"])  # of train.modes.MODES
     thinking_budget: int = 0  # tokens; each mode that thinks is asked once more with its thought stopped there; 0 = not
     num_tests_per_prompt: int = 1  # answers to each prompt and question; above 1 give a temperature
     pass_k: int = 1  # the k of pass@k
@@ -305,7 +305,7 @@ def resolved(
     `UserError` where there is nothing to measure, or nothing to measure on.
     """
     from nemotron_nb.generate.sampling import Sampling
-    from nemotron_nb.train.evaluate import check_mode
+    from nemotron_nb.train.modes import check_mode
     from nemotron_nb.generate.verify import check_verifier
 
     config = from_register(config)
@@ -437,7 +437,7 @@ def measure(
 ) -> dict[str, Any]:
     """Everything that is to be known about one model, ready for JSON."""
     from nemotron_nb.generate.sampling import GREEDY, Sampling
-    from nemotron_nb.train.evaluate import answer_questions, held_out_turns, write_turns
+    from nemotron_nb.train.modes import answer_questions, held_out_turns, write_turns
 
     e, g = config.eval, config.generation
     sampling = Sampling(g.temperature, g.top_p, g.top_k, g.seed) if g.temperature else GREEDY
@@ -890,7 +890,7 @@ def cut_by_harness(prompt: str, target: str) -> tuple[str, str]:
 # %% ../../nbs/stages/02_evaluate.ipynb #f5edf357
 def _write_held_out(config: EvalConfig, target: Path) -> str:
     """Write held-out turns, their task, and the command; the command."""
-    from nemotron_nb.train.evaluate import held_out_turns
+    from nemotron_nb.train.modes import held_out_turns
 
     tokenizer, (packs, _, _) = tokenizer_of(config), measured_inputs(config)
     turns = held_out_turns(packs, config.harness.held_out)

@@ -256,7 +256,8 @@ def careless_start(
     manifest = prepare_data(run)
     folder = new_run(run, config.start.sft, manifest["key"])
     with passing_signals_on(folder):
-        run_notebook(folder, Parameters(config.family, str(folder.absolute() / "config.yaml")))
+        prepared = str(manifest.folder.absolute())
+        run_notebook(folder, Parameters(config.family, str(folder.absolute() / "config.yaml"), prepared=prepared))
     if run_state(folder) != "done":
         raise UserError(
             f"the start model is {run_state(folder)}",

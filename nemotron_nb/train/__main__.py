@@ -79,12 +79,15 @@ def train(
         start = megatron_pretrain.train if documents else megatron_engine.train
         return start(megatron_engine.MegatronConfig.from_values(config, config.megatron), stop)
     from nemotron_nb.train import torch_engine
-    from nemotron_nb.train.averaging import average_training
-    from nemotron_nb.train.base_model import DocumentSource
 
-    kind = DocumentSource if documents else torch_engine.PackSource
+    if documents:
+        from nemotron_nb.train.base_model import DocumentSource as kind
+    else:
+        kind = torch_engine.PackSource
     torch_engine.train(config, stop, kind)
     if config.checkpoint.average_last and os.environ.get("RANK", "0") == "0":
+        from nemotron_nb.train.averaging import average_training
+
         source = kind(config)
         config = replace(config, train=config.train.in_steps(len(source), source.size))
         source.begin(config)

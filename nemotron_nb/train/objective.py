@@ -11,7 +11,7 @@ import copy
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHBlock, NemotronHRMSNorm, NemotronHTopkRouter
 
 from ..core import UserError
-from ..loss.mtp import MTPBlock, mtp_hidden_states, mtp_targets, mtp_weights
 from ..loss.two_stage import Denominators
-from .router_balance import RouterWatch
 from .batches import MicroBatch, base_of, fused_output
 from .scan import ChunkedMixer, use_chunked_scan
 from .settings import ModelConfig
 from .tensor_files import open_tensors
+
+if TYPE_CHECKING:
+    from nemotron_nb.loss.mtp import MTPBlock
 
 # %% ../../nbs/train/12_objective.ipynb #6e02e0f4
 class _Layers(nn.Module):
@@ -49,8 +50,10 @@ class _Layers(nn.Module):
 def make_mtp(
     model: PreTrainedModel,  # the main model: shapes and layers are taken from its configuration
     seed: int = 0,  # of the random start
-) -> MTPBlock:
+) -> "MTPBlock":
     """A block for the further depths with random weights; the global random state is left as it was."""
+    from nemotron_nb.loss.mtp import MTPBlock  # most models have none
+
     config = model.config
     if config.model_type != "nemotron_h":
         raise UserError(
@@ -91,7 +94,7 @@ def mtp_tensors(
 
 # %% ../../nbs/train/12_objective.ipynb #c90dfd0e
 def load_mtp(
-    block: MTPBlock,  # filled in place
+    block: "MTPBlock",  # filled in place
     folder: str | Path,  # a checkpoint in Hugging Face form
 ) -> bool:
     """Fill the block from a checkpoint. False: the checkpoint has no such tensors; `UserError` if some are missing."""
@@ -171,7 +174,7 @@ class _Model(nn.Module):
         self,
         model: nn.Module,  # a causal language model, or one in peft's wrapper
         config: ModelConfig = ModelConfig(),  # its traits are read: depths, factors, rates
-        mtp: MTPBlock | None = None,  # the block of the further depths
+        mtp: "MTPBlock | None" = None,  # the block of the further depths
         precision: str = "fp32",
     ):
         super().__init__()
@@ -179,7 +182,11 @@ class _Model(nn.Module):
         self.config, self.autocast = config, precision == "bf16"
         if mtp is not None:
             self.base.config.num_nextn_predict_layers = config.mtp_num_layers  # so that an export says it
-        self.watch = RouterWatch(self) if config.moe_aux_loss_coeff or config.moe_router_bias_update_rate else None
+        self.watch = None
+        if config.moe_aux_loss_coeff or config.moe_router_bias_update_rate:
+            from nemotron_nb.train.router_balance import RouterWatch
+
+            self.watch = RouterWatch(self)
         fused_output(self.base)
         set_precision(self, precision)
 
@@ -245,6 +252,8 @@ class _Predicting(_Forward):
                 1 / denominators.of(stage),
             )
             return loss, loss.detach(), stats.nll.view(1, *batch.mask.shape), batch.mask[None]
+        from nemotron_nb.loss.mtp import mtp_hidden_states, mtp_targets, mtp_weights  # a model with depths
+
         row_of_RT = torch.arange(len(batch.tokens), device=batch.tokens.device)[:, None].expand_as(batch.tokens)
         states = mtp_hidden_states(
             self.mtp, hidden_RTH, batch.tokens, row_of_RT, self.base.get_input_embeddings(), depths=len(targets)

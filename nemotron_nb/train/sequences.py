@@ -16,7 +16,8 @@ import numpy as np
 
 from ..core import digest
 from ..pretrain.batch_size import read_batch_schedule, sample_begins
-from ..pretrain.curriculum import Curriculum, CurriculumReader, LongContext, LongContextReader, shares_table
+from ..pretrain.curriculum import Curriculum
+from ..pretrain.mixing import CurriculumReader, LongContext, LongContextReader, shares_table
 from ..pretrain.documents import DocumentsManifest
 from ..pretrain.indexed import IndexedReader
 from ..pretrain.order import Mixture, SampleBatch, read_batch
