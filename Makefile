@@ -40,7 +40,7 @@ rl:  ## a careless small model learns from rewards, and a report (needs no GPU a
 	@.ci/setup run
 	@$(IN) nemotron $(FAMILY) rl -c $(call quote,$(CONFIG)) $(if $(DATA),$(call quote,data.path=$(DATA))) $(ARGS)
 
-recipe:  ## the whole way: text, chats, rewards, preferences, evaluation; a report card (the same command again goes on)
+recipe:  ## the whole way: text, made rows, chats, rewards, preferences, evaluation, FP8; a report card (the same command again goes on)
 	@.ci/setup run
 	@$(IN) nemotron $(FAMILY) recipe -c $(call quote,$(CONFIG)) $(ARGS)
 

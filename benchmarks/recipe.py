@@ -5,7 +5,7 @@
 Does `nemotron nano3 recipe -c tiny` once a seed, each into a folder of its own, and prints every measure of every step with its mean
 over the seeds. A seed is that of the random start of the base model, of the order of documents and chats, of the answers that
 are drawn, and of the pairs. Tasks and held-out data are the same. A folder that has a journal goes on. --json writes what the
-lesson nbs/stages/09_recipe.ipynb shows.
+lesson nbs/stages/15_recipe.ipynb shows.
 """
 
 import argparse

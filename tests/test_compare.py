@@ -67,7 +67,9 @@ def test_a_recipe_stands_for_its_runs(runs, tmp_path):
     folder = tmp_path / "recipe" / "tiny"
     folder.mkdir(parents=True)
     done = {name: {"run": str(run), "model": "", "data": ""} for name, run in zip(("sft", "again", "rl"), runs)}
-    write_json(folder / "journal.json", {"id": "1", "family": "nano3", "steps": [], "done": done})
+    done["made"] = {"run": str(tmp_path / "rows"), "model": "", "data": ""}
+    steps = [{"name": "made", "stage": "synth", "pipeline": "sql"}, {"name": "sft", "stage": "sft"}]
+    write_json(folder / "journal.json", {"id": "1", "family": "nano3", "steps": steps, "done": done})
     assert run_folders([folder]) == list(runs) == run_folders([folder, runs[0]])
     assert "Settings that differ" in comparison_picture([folder]).text
 

@@ -14,17 +14,21 @@ from run_folders import HOSTILE
 from typer.testing import CliRunner
 
 from nemotron_nb.cli import app
-from nemotron_nb.core import UserError, write_json
-from nemotron_nb.ops.artifacts import Store
+from nemotron_nb.core import UserError, file_digest, write_json
+from nemotron_nb.ops.artifacts import Store, log_data
 from nemotron_nb.ops.config import RunSection
 from nemotron_nb.stages.evaluate import EvalConfig, from_register
+from nemotron_nb.data.prep import PrepConfig, prepare
 from nemotron_nb.stages.recipe import (
+    Asked,
     Measure,
     Recipe,
     RecipeStep,
     card_of,
     check_recipe,
+    do_step,
     load_recipe,
+    made_for,
     open_recipe,
     read_journal,
     recipe_run,
@@ -34,7 +38,7 @@ from nemotron_nb.stages.recipe import (
     write_card,
 )
 
-STEPS = ("pretrain", "sft", "dpo", "rl", "eval")
+STEPS = ("pretrain", "synth", "sft", "dpo", "rl", "eval", "compress")
 
 
 def stand_in(asked, resume="", die=lambda where: None):
@@ -42,6 +46,9 @@ def stand_in(asked, resume="", die=lambda where: None):
     name = asked.step.name
     run = Path(resume) if resume else asked.step.row.root(asked.output_root, asked.family) / f"2026-{name}-{time.time_ns()}"
     die(f"{name} before its folder")
+    if asked.step.pipeline:
+        do_step(asked)  # rows are made for real: that takes no time
+        return die(f"{name} done")
     run.mkdir(parents=True, exist_ok=True)
     OmegaConf.save({"family": asked.family, "run": {"label": asked.label}}, run / "config.yaml")
     write_json(run / "status.json", {"state": "running", "pid": os.getpid(), "host": os.uname().nodename, "attempts": []})
@@ -58,10 +65,18 @@ def silent(text):
     """Nothing is told."""
 
 
+def rows_and_tuning(root, **more):
+    """The steps that make rows and that tune on a blend with them, and the journal's entry of the rows, which are made."""
+    _, rows, tuning, *_ = load_recipe("nano3", "tiny", ["synth.rows=12"]).steps
+    recipe, folder = Recipe("nano3", (rows,)), root / "nano3/recipe/rows"
+    return tuning, run_recipe(recipe, folder, str(root), do_step, silent)["done"], folder
+
+
 def end_of(folder):
     """What a recipe came to, without the names of its run folders: state, model, data, and what each step consumed."""
     done = read_journal(folder)["done"]
-    consumed = {n: json.loads((Path(e["run"]) / "artifacts.json").read_text())["consumed"] for n, e in done.items()}
+    notes = {n: Path(e["run"]) / "artifacts.json" for n, e in done.items()}
+    consumed = {n: json.loads(p.read_text())["consumed"] if p.is_file() else file_digest(p.parent / "rows.jsonl") for n, p in notes.items()}
     return {n: (e["model"], e["data"], consumed[n]) for n, e in done.items()}
 
 
@@ -81,7 +96,7 @@ def killed_at(place, recipe, root):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-@pytest.mark.parametrize("place", ["pretrain before its folder", "sft inside", "rl done", "eval inside"])
+@pytest.mark.parametrize("place", ["pretrain before its folder", "synth before its folder", "synth done", "sft inside", "rl done", "eval inside"])
 def test_killed_anywhere_it_comes_to_the_same_end(tmp_path, place):
     """SIGKILL between steps, inside one, and between the end of a run and the journal; the same call again goes on."""
     tiny = load_recipe("nano3", "tiny")
@@ -112,7 +127,7 @@ def test_a_run_of_another_recipe_is_not_taken_for_this_one(tmp_path):
     folder.rename(tmp_path / "away")
     seen = []
     run_recipe(tiny, folder, str(tmp_path), lambda a, r: (seen.append(a.step.name), stand_in(a, r)), silent)
-    assert seen == list(STEPS)
+    assert seen == [name for name in STEPS if name != "synth"], "rows are found by their content, whoever made them"
 
 
 def test_a_done_run_that_was_taken_away_is_missed(tmp_path):
@@ -141,6 +156,68 @@ def test_a_run_that_somebody_follows_is_left_alone(tmp_path):
         run_recipe(tiny, folder, str(tmp_path), followed, silent)
 
 
+def test_made_rows_are_blended_by_their_address_and_stay_in_the_lineage(tmp_path):
+    """The blend names the file of the registered rows; data prepared from it leads back to the pipeline."""
+    tuning, done, folder = rows_and_tuning(tmp_path)
+    assert done["synth"]["data"] == "art://SynthArtifact-tool_world:v1" and done["synth"]["model"] == ""
+    filled = made_for(tuning, done, folder, "nano3", str(tmp_path))
+    parts = json.loads(Path(filled["data.blend_path"]).read_text())["datasets"]
+    assert [(p["name"], p["weight"], p["license"]) for p in parts] == [("careless", 9.0, "Apache-2.0"), ("tool_world", 1.0, "Apache-2.0")]
+    manifest = prepare(PrepConfig(blend_path=filled["data.blend_path"], output_dir=str(tmp_path / "data"), sample=10, pack_size=2048, workers=1))
+    store = Store(tmp_path / "artifacts")
+    data = log_data(store, "nano3", manifest.folder, filled["data.blend_path"])
+    assert "SynthArtifact-tool_world:v1" in store.lineage(data).text and "tool_world  pipeline" in store.lineage(data).text
+
+
+def test_rows_that_were_changed_are_not_trained_on(tmp_path):
+    """One byte more in the file of rows: refused when the blend is written; rows that nobody made are missed."""
+    tuning, done, folder = rows_and_tuning(tmp_path)
+    with pytest.raises(UserError, match="synth is not done"):
+        made_for(tuning, {}, folder, "nano3", str(tmp_path))
+    with open(Path(done["synth"]["run"]) / "rows.jsonl", "a") as file:
+        file.write("\n")
+    with pytest.raises(UserError, match="rows.jsonl"):
+        made_for(tuning, done, folder, "nano3", str(tmp_path))
+
+
+def test_rows_that_were_begun_are_gone_on_with(tmp_path):
+    """A folder of rows that is not in the register is not taken for done."""
+    tuning, done, folder = rows_and_tuning(tmp_path)
+    rows = Path(done["synth"]["run"])
+    (tmp_path / "artifacts").rename(tmp_path / "away")
+    step = load_recipe("nano3", "tiny", ["synth.rows=12"]).steps[1]
+    told = []
+    assert take_step(Asked("nano3", step, "again", {}, str(tmp_path)), do_step, told.append) == rows
+    assert "goes on, it was stopped" in told[0] and (tmp_path / "artifacts").is_dir()
+
+
+def test_an_optional_step_is_left_out_where_its_package_is_missing(tmp_path, monkeypatch):
+    """The others are done, the card says why; with the package there, the same call does it."""
+    tiny, folder = load_recipe("nano3", "tiny"), tmp_path / "nano3/recipe/tiny"
+    told = []
+    with monkeypatch.context() as patched:
+        patched.setattr("nemotron_nb.stages.recipe.missing_package", lambda step: "modelopt" if step.row.packages else "")
+        run_recipe(tiny, folder, str(tmp_path), stand_in, told.append)
+    assert list(read_journal(folder)["done"]) == list(STEPS[:-1]) and told[-1] == "step compress: left out, modelopt is not installed"
+    assert card_of(folder)["steps"][-1]["state"] == "left out: modelopt is not installed"
+    assert "compress: left out: modelopt is not installed." in write_card(folder, str(tmp_path)).with_suffix(".txt").read_text()
+    monkeypatch.setattr("nemotron_nb.stages.recipe.missing_package", lambda step: "")
+    run_recipe(tiny, folder, str(tmp_path), stand_in, silent)
+    assert list(read_journal(folder)["done"]) == list(STEPS) and card_of(folder)["steps"][-1]["state"] == "done"
+
+
+def test_a_journal_from_before_a_setting_existed_is_still_read(tmp_path):
+    """Steps without the keys that came later mean their defaults."""
+    old = Recipe("nano3", (RecipeStep("base", "pretrain", ["tiny"]),))
+    open_recipe(old, tmp_path / "recipe")
+    path = tmp_path / "recipe" / "journal.json"
+    journal = json.loads(path.read_text())
+    for key in ("pipeline", "blend", "optional"):
+        del journal["steps"][0][key]
+    path.write_text(json.dumps(journal))
+    assert open_recipe(old, tmp_path / "recipe") == journal
+
+
 def test_other_steps_in_the_same_folder_are_refused(tmp_path):
     """Another setting, another order, another family: the first difference is said, and nothing is run."""
     tiny, folder = load_recipe("nano3", "tiny"), tmp_path / "recipe"
@@ -148,7 +225,7 @@ def test_other_steps_in_the_same_folder_are_refused(tmp_path):
     before = (folder / "journal.json").read_bytes()
     for other, said in (
         (load_recipe("nano3", "tiny", ["rl.grpo.seed=1"]), r"settings of the step rl was \[\], and asked for is \['grpo.seed=1'\]"),
-        (Recipe("nano3", tiny.steps[:3]), "it was begun with nano3 pretrain, sft, dpo, rl, eval"),
+        (Recipe("nano3", tiny.steps[:3]), "it was begun with nano3 pretrain, synth, sft, dpo, rl, eval, compress"),
         (Recipe("super3", tiny.steps), "asked for is super3"),
     ):
         with pytest.raises(UserError, match=said):
@@ -167,6 +244,10 @@ def test_steps_that_cannot_follow_each_other_are_refused(tmp_path):
         ([RecipeStep("a b", "sft")], "taken or not plain"),
         ([RecipeStep("cut", "budget")], "nano3 has no stage 'budget'"),
         ([base, RecipeStep("t", "sft", takes={"run.model": "bas"})], "did you mean 'base'"),
+        ([base, RecipeStep("t", "sft", blend={"base": 1})], "blends 'base'"),
+        ([RecipeStep("rows", "synth", pipeline="sql"), RecipeStep("t", "sft", takes={"run.model": "rows"})], "makes no model"),
+        ([RecipeStep("rows", "synth")], "one of stage synth and a pipeline"),
+        ([RecipeStep("rows", "synth", pipeline="sqll")], "did you mean 'sql'"),
         ([base, RecipeStep("t", "sft", takes={"run.model": "base.weights"})], "take STEP or STEP.data"),
         ([RecipeStep("look", "eval"), RecipeStep("t", "sft", takes={"run.model": "look"})], "makes no model"),
     ):
@@ -195,7 +276,7 @@ def test_the_dry_run_names_every_step_and_makes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ["nano3", "recipe", "-c", "tiny", "--dry-run", "sft.train.train_iters=7"])
     assert done.exit_code == 0, done.output
-    for words in ("nemotron nano3 sft -c tiny ", "train.train_iters=7", "'data.path=<careless>'", "'run.model=<sft>'", "ModelArtifact-rl", "a comparison"):
+    for words in ("nemotron nano3 sft -c tiny ", "train.train_iters=7", "'data.blend_path=<careless + synth>'", "nemotron synth tool_world -c tiny rows=60", "SynthArtifact-tool_world", "ModelArtifact-compress", "'run.model=<sft>'", "ModelArtifact-rl", "a comparison"):
         assert words in done.output
     assert not list(tmp_path.iterdir())
 
@@ -225,8 +306,9 @@ def test_the_card_says_what_was_bought_and_what_was_not(tmp_path):
     said = {step["step"]: step["verdict"] for step in card["steps"]}
     assert said["pretrain"] == said["sft"] == "bought: held-out loss (nats a token)"
     assert said["rl"] == "bought: held-out reward; paid with: reward: sum"
+    assert said["synth"].startswith("made 5") and said["synth"].endswith("of 60 rows (tool_world); licence: Apache-2.0")
     assert said["dpo"] == "nothing was measured" and said["eval"] == "1 better, 1 worse, 0 unchanged"
-    sft = card["steps"][1]
+    sft = card["steps"][2]
     assert (sft["seconds"], sft["model"]) == (90.0, "art://sft:v1")
     _, card = measured(tmp_path / "none", False)
     said = {step["step"]: step["verdict"] for step in card["steps"]}
@@ -275,7 +357,8 @@ SHORT = [
     *("rl.grpo.max_new_tokens=8", "rl.validation.generations=2", "rl.data.sample_tasks=12", "rl.data.val_rows=4"),
     *("dpo.dpo.max_num_steps=2", "dpo.dpo.solutions=2", "dpo.grpo.max_new_tokens=8", "dpo.validation.generations=2"),
     *("dpo.data.sample_tasks=12", "dpo.data.val_rows=4"),
-    *("eval.data.num_prompts=2", "eval.data.questions=", "eval.generation.max_new_tokens=4"),
+    *("synth.rows=8", "eval.data.num_prompts=2", "eval.data.questions=", "eval.generation.max_new_tokens=4"),
+    *("compress.calibration.samples=4", "compress.data.num_prompts=1", "compress.generation.max_new_tokens=4"),
 ]
 
 
@@ -296,16 +379,16 @@ def test_the_whole_way_for_real(tmp_path):
     said = (tmp_path / "first.log").read_text()
     assert "sft" in said and first.returncode != 0, said
     folder = tmp_path / "output/nano3/recipe/tiny"
-    assert list(read_journal(folder)["done"]) == ["pretrain"]
+    assert list(read_journal(folder)["done"]) == ["pretrain", "synth"]
     done = subprocess.run(words, cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step pretrain: done before" in done.stdout and "Report card:" in done.stdout
     card = json.loads((folder / "card.json").read_text())
-    assert [step["state"] for step in card["steps"]] == ["done"] * 5
-    assert all(step["measures"] for step in card["steps"] if step["step"] != "dpo")
-    for name in ("ModelArtifact-rl:v2", "ModelArtifact-sft:v1", "ModelArtifact-pretrain:v1"):
+    assert [step["state"] for step in card["steps"]] == ["done"] * 7
+    assert all(step["measures"] for step in card["steps"] if step["step"] not in ("synth", "dpo"))
+    for name in ("ModelArtifact-compress:v1", "ModelArtifact-rl:v2", "ModelArtifact-sft:v1", "SynthArtifact-tool_world:v1", "ModelArtifact-pretrain:v1"):
         assert name in card["lineage"], card["lineage"]
-    settings = OmegaConf.load(Path(card["steps"][-1]["run"]) / "eval.yaml")
-    assert settings.model == str(Path(card["steps"][3]["run"]) / "model")
+    run = {step["step"]: Path(step["run"]) for step in card["steps"]}
+    assert OmegaConf.load(run["eval"] / "eval.yaml").model == str(run["rl"] / "model")
     again = subprocess.run(words, cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0 and again.stdout.count("done before") == 5
+    assert again.returncode == 0 and again.stdout.count("done before") == 7

@@ -71,6 +71,21 @@ def test_a_row_comes_back_and_its_right_answer_is_paid(name):
     )  # a turn without an end
 
 
+@pytest.mark.parametrize(
+    "name,more,answer,rule",
+    [
+        ("mathematics", {}, r"\boxed{8}, no, \boxed{7}", "no_box"),
+        ("choice", {"grading_mode": "lenient_answer_colon"}, "Answer: A\nAnswer: B", "lenient_answer_colon"),
+        ("choice", {"template_metadata": {"output_regex": r"take (\w)"}}, "I take A, no, I take B", "output_regex"),
+        ("long_context", {}, "Answer: the Loire\nAnswer: the Seine", "answer_line"),
+        ("structured", {}, '{"a": ""}', "hollow"),
+    ],
+)
+def test_an_answer_that_hedges_or_says_nothing_is_not_paid(name, more, answer, rule):
+    found = judge(parse_task(row_of(name, **more))[0], read_reply(f"x\n</think>\n{answer}<|im_end|>"))
+    assert (found.status, found.reward, found.rule) == ("judged", 0.0, rule)
+
+
 @pytest.mark.parametrize("value", ["34", "1.50", "true", "1e400", "null", "[]", "007"])
 def test_answers_stay_text(value):
     assert parse_task(row_of("mathematics", expected_answer=value))[0].truth["expected_answer"] == value

@@ -134,6 +134,9 @@ def test_a_server_of_transformers_answers_as_this_project_samples(model, tmp_pat
                 said = message.get("reasoning_content") if thinking else message.get("content")
                 assert told["usage"]["prompt_tokens"] == len(prompt)
                 assert said == TINY.decode(write(prompt, None), skip_special=True).removesuffix("\n" if thinking else "")
+        listed = json.loads(urllib.request.urlopen(f"http://localhost:{port}/v1/models", timeout=60).read())
+        assert [row["id"] for row in listed["data"]] == [str(model)], "a client asks first what there is, and takes its name"
+        assert json.loads(ask(port, model=listed["data"][0]["id"], messages=talks["short"], max_tokens=2))["choices"]
         stream = ask(port, messages=talks["short"], max_tokens=10, temperature=0.0, stream=True)
         pieces = [json.loads(line[6:])["choices"][0]["delta"] for line in stream.splitlines() if line.startswith("data: {")]
         streamed = "".join(p.get("reasoning_content", "") for p in pieces)

@@ -6,8 +6,9 @@
 __all__ = ['LEVELS', 'CORRECTIONS', 'KL_TYPES', 'PolicyRules', 'kl_estimate', 'PolicyTerms', 'policy_terms', 'clipped_loss',
            'quadrants_picture', 'PolicyStats', 'dpo_loss']
 
-# %% ../../nbs/loss/06_policy.ipynb #8728e5c9
+# %% ../../nbs/loss/06_policy.ipynb #d5f4971f
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from ..core import UserError, nearest
 from ..viz import Picture, png
 
-# %% ../../nbs/loss/06_policy.ipynb #54b0adca
+# %% ../../nbs/loss/06_policy.ipynb #493d724f
 LEVELS = ("token", "sequence")
 CORRECTIONS = ("none", "plain", "tis", "icepop", "seq-mask-tis")
 KL_TYPES = ("k1", "k2", "k3")
@@ -33,16 +34,59 @@ def _require(holds: bool, name: str, what: str, fix: str) -> None:
     if not holds:
         raise UserError(what, where=f"loss_fn.{name}", fix=fix)
 
-# %% ../../nbs/loss/06_policy.ipynb #a4eb5a4c
+# %% ../../nbs/loss/06_policy.ipynb #94352dca
+def _check_bounds(rules: "PolicyRules") -> None:
+    """The bounds of the correction are there where they are used, and nowhere else."""
+    low, high, word = rules.correction_low, rules.correction_high, rules.correction
+    bounded = CORRECTIONS[2:]
+    _require(
+        word in bounded or low is high is None,
+        "correction_low",
+        f"bounds for the correction {word!r}",
+        f"remove them, or choose one of {', '.join(bounded)}",
+    )
+    _require(
+        word not in bounded or high is not None and high > 0,
+        "correction_high",
+        f"{word} without an upper bound",
+        "give correction_high, e.g. 2 for tis, 5 for icepop, 1.002 for seq-mask-tis",
+    )
+    _require(
+        word not in CORRECTIONS[3:] or low is not None,
+        "correction_low",
+        f"{word} without a lower bound",
+        "give correction_low, e.g. 0.5 for icepop, 0.999 for seq-mask-tis",
+    )
+
+# %% ../../nbs/loss/06_policy.ipynb #e9ae5e6b
+def _check_clipping(rules: "PolicyRules") -> None:
+    """The bounds of the ratio, the penalty, and what counts once."""
+    low, high, bound = rules.clip_low, rules.clip_high, rules.clip_c
+    what = f"clip_low {low}, clip_high {high}"
+    _require(0 <= low <= 1 and high >= 0, "clip_low", what, "let 0 <= clip_low <= 1 and clip_high >= 0")
+    fix = "give a number above 1 (3 is usual), or null"
+    _require(bound is None or bound > 1, "clip_c", f"clip_c is {bound}", fix)
+    _require(rules.kl_penalty >= 0, "kl_penalty", f"kl_penalty is {rules.kl_penalty}", "give 0 or more")
+    what, fits = "one ratio an answer, and a mean over tokens", not rules.sequence_ratios or rules.level == "sequence"
+    _require(fits, "sequence_ratios", what, "set level: sequence")
+
+# %% ../../nbs/loss/06_policy.ipynb #75893949
+def _check_order(rules: "PolicyRules") -> None:
+    """The bounds of the correction are in order, and it fits the ratio."""
+    low, high = rules.correction_low, rules.correction_high
+    in_order = low is None or high is None or 0 <= low <= high
+    _require(in_order, "correction_low", f"bounds {low} to {high}", "let 0 <= correction_low <= correction_high")
+    fits = not (rules.sequence_ratios and rules.correction == "seq-mask-tis")
+    _require(fits, "correction", "seq-mask-tis with one ratio an answer", "choose tis or icepop")
+
+# %% ../../nbs/loss/06_policy.ipynb #256433b0
 @dataclass(frozen=True)
 class PolicyRules:
     """How the policy loss is computed. The defaults are those of the published recipe."""
 
     clip_low: float = 0.2  # a ratio below 1 - clip_low asks for no more where the advantage is negative
     clip_high: float = 0.28  # a ratio above 1 + clip_high asks for no more where the advantage is positive
-    clip_c: float | None = (
-        None  # above 1: the loss of a token with a negative advantage A is at most -c A; None = unbounded
-    )
+    clip_c: float | None = None  # above 1: where A < 0 the loss of a token is at most -c A; None = unbounded
     level: str = "token"  # one of LEVELS: what counts once
     sequence_ratios: bool = False  # one ratio an answer; needs level "sequence"
     correction: str = "plain"  # one of CORRECTIONS: use of pi_old / pi_gen
@@ -50,69 +94,16 @@ class PolicyRules:
     correction_high: float | None = None  # largest weight
     kl_penalty: float = 0.0  # factor of the divergence from the reference policy
     kl_type: str = "k3"  # one of KL_TYPES
-    on_policy_kl: bool = (
-        True  # weight the divergence by pi / pi_gen, else by 1 in value; the gradient of the weight is kept
-    )
+    on_policy_kl: bool = True  # weight the divergence by pi / pi_gen, else by 1 in value; its gradient is kept
 
     def __post_init__(self) -> None:
         for name, known in (("level", LEVELS), ("correction", CORRECTIONS), ("kl_type", KL_TYPES)):
             _check_word(name, getattr(self, name), known)
-        _require(
-            0 <= self.clip_low <= 1 and self.clip_high >= 0,
-            "clip_low",
-            f"clip_low {self.clip_low}, clip_high {self.clip_high}",
-            "let 0 <= clip_low <= 1 and clip_high >= 0",
-        )
-        _require(
-            self.clip_c is None or self.clip_c > 1,
-            "clip_c",
-            f"clip_c is {self.clip_c}",
-            "give a number above 1 (3 is usual), or null",
-        )
-        _require(self.kl_penalty >= 0, "kl_penalty", f"kl_penalty is {self.kl_penalty}", "give 0 or more")
-        _require(
-            not self.sequence_ratios or self.level == "sequence",
-            "sequence_ratios",
-            "one ratio an answer, and a mean over tokens",
-            "set level: sequence",
-        )
-        self._check_bounds()
+        _check_clipping(self)
+        _check_bounds(self)
+        _check_order(self)
 
-    def _check_bounds(self) -> None:
-        """The bounds of the correction must be there where they are used, and nowhere else."""
-        low, high, bounded = self.correction_low, self.correction_high, self.correction in CORRECTIONS[2:]
-        _require(
-            bounded or low is high is None,
-            "correction_low",
-            f"bounds for the correction {self.correction!r}",
-            f"remove them, or choose one of {', '.join(CORRECTIONS[2:])}",
-        )
-        _require(
-            not bounded or high is not None and high > 0,
-            "correction_high",
-            f"{self.correction} without an upper bound",
-            "give correction_high, e.g. 2 for tis, 5 for icepop, 1.002 for seq-mask-tis",
-        )
-        _require(
-            self.correction not in CORRECTIONS[3:] or low is not None,
-            "correction_low",
-            f"{self.correction} without a lower bound",
-            "give correction_low, e.g. 0.5 for icepop, 0.999 for seq-mask-tis",
-        )
-        _require(
-            low is None or high is None or 0 <= low <= high,
-            "correction_low",
-            f"bounds {low} to {high}",
-            "let 0 <= correction_low <= correction_high",
-        )
-        _require(
-            not (self.sequence_ratios and self.correction == "seq-mask-tis"),
-            "correction",
-            "seq-mask-tis with one ratio an answer",
-            "choose tis or icepop",
-        )
-
-# %% ../../nbs/loss/06_policy.ipynb #23b570ee
+# %% ../../nbs/loss/06_policy.ipynb #c5d44710
 @dataclass(frozen=True)
 class _Drawn:
     """The drawn tokens of a batch, one after the other."""
@@ -127,14 +118,13 @@ class _Drawn:
 
     def mean_of_answer(self, values_M: Tensor) -> Tensor:
         """[M] the mean over the drawn tokens of each token's answer, all of which must be here."""
-        sums_S = values_M.new_zeros(self.answers).index_add(0, self.owner_M, values_M)
-        return sums_S[self.owner_M] / self.length_M
+        return self.sum_of_answer(values_M) / self.length_M
 
     def sum_of_answer(self, values_M: Tensor) -> Tensor:
         """[M] the sum over each token's answer."""
         return values_M.new_zeros(self.answers).index_add(0, self.owner_M, values_M)[self.owner_M]
 
-# %% ../../nbs/loss/06_policy.ipynb #fe4e6c25
+# %% ../../nbs/loss/06_policy.ipynb #86a97c42
 def _as_tokens(advantages: Tensor, like: Tensor) -> Tensor:
     """One advantage a token, from one a token or one a row."""
     if advantages.shape == like.shape:
@@ -147,51 +137,53 @@ def _as_tokens(advantages: Tensor, like: Tensor) -> Tensor:
         fix="give one for each token, or one for each row",
     )
 
-
+# %% ../../nbs/loss/06_policy.ipynb #fe364c8f
 def _owners(mask: Tensor, sequence_of: Tensor | None) -> Tensor:
     """int64, like the mask: which answer each token belongs to; rows are answers unless something else is said."""
-    if sequence_of is None:
-        return (
-            torch.arange(len(mask), device=mask.device).reshape(-1, 1).expand_as(mask)
-            if mask.ndim == 2
-            else torch.zeros_like(mask, dtype=torch.int64)
-        )
-    return sequence_of.expand_as(mask)
+    if sequence_of is not None:
+        return sequence_of.expand_as(mask)
+    if mask.ndim == 2:
+        return torch.arange(len(mask), device=mask.device).reshape(-1, 1).expand_as(mask)
+    return torch.zeros_like(mask, dtype=torch.int64)
 
-
-def _drawn(
-    logp: Tensor,
-    old: Tensor,
-    sampled: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    sequence_of: Tensor | None,
-    lengths: Tensor | None,
-    whole: bool,
-) -> _Drawn:
-    """Take the drawn tokens out of a batch. `whole`: something is computed that needs all tokens of an answer."""
-    wide = torch.promote_types(logp.dtype, torch.float32)
-    owner_M = _owners(mask, sequence_of)[mask]
-    answers = int(owner_M.max()) + 1 if owner_M.numel() else 0
-    here_M = torch.bincount(owner_M, minlength=answers)[owner_M]
-    length_M = here_M if lengths is None else lengths.expand_as(mask)[mask]
-    if whole and not torch.equal(here_M, length_M):
+# %% ../../nbs/loss/06_policy.ipynb #e14a8376
+def _check_whole(here_M: Tensor, length_M: Tensor) -> None:
+    """`UserError` unless all drawn tokens of every answer are here."""
+    if not torch.equal(here_M, length_M):
         raise UserError(
             "an answer is cut between micro-batches",
             where="lengths",
             why="a ratio of the whole answer needs all of its tokens",
             fix="keep answers whole, or use token ratios",
         )
-    values = (t[mask].to(wide) for t in (logp, old.detach(), sampled.detach(), _as_tokens(advantages, logp).detach()))
-    return _Drawn(*values, owner_M, length_M, answers)
 
-# %% ../../nbs/loss/06_policy.ipynb #20ac6987
+# %% ../../nbs/loss/06_policy.ipynb #97fa3492
+def _drawn(
+    values: tuple[Tensor, Tensor, Tensor, Tensor],  # like the mask: logp, old, sampled; advantages, one a token or row
+    mask: Tensor,
+    sequence_of: Tensor | None,
+    lengths: Tensor | None,
+    whole: bool,
+) -> _Drawn:
+    """Take the drawn tokens out of a batch. `whole`: something is computed that needs all tokens of an answer."""
+    logp, old, sampled, advantages = values
+    wide = torch.promote_types(logp.dtype, torch.float32)
+    owner_M = _owners(mask, sequence_of)[mask]
+    answers = int(owner_M.max()) + 1 if owner_M.numel() else 0
+    here_M = torch.bincount(owner_M, minlength=answers)[owner_M]
+    length_M = here_M if lengths is None else lengths.expand_as(mask)[mask]
+    if whole:
+        _check_whole(here_M, length_M)
+    tensors = (logp, old.detach(), sampled.detach(), _as_tokens(advantages, logp).detach())
+    return _Drawn(*(t[mask].to(wide) for t in tensors), owner_M, length_M, answers)
+
+# %% ../../nbs/loss/06_policy.ipynb #725bdbfe
 def _ratio(drawn: _Drawn, rules: PolicyRules) -> Tensor:
     """[M] pi / pi_old, differentiable."""
     log_ratio_M = drawn.logp_M - drawn.old_M
     return (drawn.mean_of_answer(log_ratio_M) if rules.sequence_ratios else log_ratio_M).exp()
 
-
+# %% ../../nbs/loss/06_policy.ipynb #33e44394
 def _surrogate(ratio_M: Tensor, advantage_M: Tensor, rules: PolicyRules) -> Tensor:
     """[M] the clipped loss of each token, before any weight."""
     clipped_M = ratio_M.clamp(1 - rules.clip_low, 1 + rules.clip_high)
@@ -200,15 +192,18 @@ def _surrogate(ratio_M: Tensor, advantage_M: Tensor, rules: PolicyRules) -> Tens
         return loss_M
     return torch.where(advantage_M < 0, torch.minimum(loss_M, -advantage_M * rules.clip_c), loss_M)
 
-# %% ../../nbs/loss/06_policy.ipynb #cf93b0eb
+# %% ../../nbs/loss/06_policy.ipynb #e22e02b4
+def _finite_exp(log_M: Tensor) -> Tensor:
+    """[M] the exponential; 0 where that is no number."""
+    return torch.nan_to_num(log_M.exp(), nan=0.0, posinf=0.0, neginf=0.0)
+
+# %% ../../nbs/loss/06_policy.ipynb #ae18bff3
 def _correction(drawn: _Drawn, rules: PolicyRules) -> Tensor:
     """[M] the weight of each token, without a gradient."""
     gap_M = drawn.old_M - drawn.sampled_M
     if rules.correction == "none":
         return torch.ones_like(gap_M)
-    weight_M = torch.nan_to_num(
-        (drawn.sum_of_answer(gap_M) if rules.sequence_ratios else gap_M).exp(), nan=0.0, posinf=0.0, neginf=0.0
-    )
+    weight_M = _finite_exp(drawn.sum_of_answer(gap_M) if rules.sequence_ratios else gap_M)
     low, high = rules.correction_low or 0.0, rules.correction_high
     if rules.correction == "tis":
         return weight_M.clamp(low, high)
@@ -219,7 +214,7 @@ def _correction(drawn: _Drawn, rules: PolicyRules) -> Tensor:
         return torch.where((mean_M >= low) & (mean_M <= high), weight_M, 0.0)
     return weight_M
 
-# %% ../../nbs/loss/06_policy.ipynb #57c8bcdc
+# %% ../../nbs/loss/06_policy.ipynb #b43357a9
 def kl_estimate(
     logp: Tensor,  # any shape, of the trained policy
     reference_logp: Tensor,  # same shape
@@ -228,20 +223,17 @@ def kl_estimate(
     """An estimate of KL(policy || reference) from each token that the policy drew, in nats; same shape."""
     _check_word("kl_type", kl_type, KL_TYPES)
     log_ratio = reference_logp - logp
-    return {
-        "k1": lambda: -log_ratio,
-        "k2": lambda: log_ratio.square() / 2,
-        "k3": lambda: log_ratio.exp() - 1 - log_ratio,
-    }[kl_type]()
+    if kl_type == "k1":
+        return -log_ratio
+    return log_ratio.square() / 2 if kl_type == "k2" else log_ratio.exp() - 1 - log_ratio
 
-
+# %% ../../nbs/loss/06_policy.ipynb #5a050d34
 def _divergence(drawn: _Drawn, reference_M: Tensor, rules: PolicyRules) -> Tensor:
     """[M] the weighted divergence of each token."""
     since_M = drawn.logp_M - (drawn.sampled_M if rules.on_policy_kl else drawn.logp_M.detach())
-    weight_M = torch.nan_to_num(since_M.exp(), nan=0.0, posinf=0.0, neginf=0.0)
-    return weight_M * kl_estimate(drawn.logp_M, reference_M, rules.kl_type)
+    return _finite_exp(since_M) * kl_estimate(drawn.logp_M, reference_M, rules.kl_type)
 
-# %% ../../nbs/loss/06_policy.ipynb #097a258b
+# %% ../../nbs/loss/06_policy.ipynb #7ebed656
 @dataclass(frozen=True)
 class PolicyTerms:
     """What the loss of a batch is made of, one value for each drawn token."""
@@ -258,14 +250,49 @@ class PolicyTerms:
         """The share of the loss, 0-dim, differentiable."""
         return (self.loss * self.weight).sum() / denominator
 
-
+# %% ../../nbs/loss/06_policy.ipynb #3239e419
 def _without_gradient(ratio_M: Tensor, advantage_M: Tensor, rules: PolicyRules) -> Tensor:
     """[M] bool: clipping decides, so the token asks for nothing."""
     bound = float("inf") if rules.clip_c is None else rules.clip_c
     too_bad_M = (advantage_M < 0) & ((ratio_M < 1 - rules.clip_low) | (ratio_M > bound))
     return (advantage_M > 0) & (ratio_M > 1 + rules.clip_high) | too_bad_M
 
-# %% ../../nbs/loss/06_policy.ipynb #94bf518d
+# %% ../../nbs/loss/06_policy.ipynb #2ba5a78f
+def _check_tensors(logp: Tensor, old_logp: Tensor, sampled_logp: Tensor, mask: Tensor) -> None:
+    """`UserError` unless the mask is bool and all have one shape."""
+    if mask.dtype != torch.bool or not (mask.shape == logp.shape == old_logp.shape == sampled_logp.shape):
+        shapes = ", ".join(str(tuple(t.shape)) for t in (logp, old_logp, sampled_logp))
+        raise UserError(
+            f"mask {mask.dtype} {tuple(mask.shape)}, log-probabilities {shapes}",
+            where="policy loss",
+            fix="give a bool mask and three tensors of the same shape",
+        )
+
+# %% ../../nbs/loss/06_policy.ipynb #06d4dcad
+def _check_reference(rules: PolicyRules, reference_logp: Tensor | None) -> None:
+    """`UserError` where a penalty has nothing to be measured from."""
+    _require(
+        rules.kl_penalty == 0 or reference_logp is not None,
+        "kl_penalty",
+        "no log-probabilities of the reference policy",
+        "compute them with the start model, or set kl_penalty: 0",
+    )
+
+# %% ../../nbs/loss/06_policy.ipynb #227ff4c7
+def _terms(drawn: _Drawn, rules: PolicyRules, reference_M: Tensor | None) -> PolicyTerms:
+    """The loss of the drawn tokens, piece by piece."""
+    ratio_M, correction_M = _ratio(drawn, rules), _correction(drawn, rules)
+    loss_M = correction_M * _surrogate(ratio_M, drawn.advantage_M, rules)
+    divergence_M = torch.zeros_like(loss_M)
+    if reference_M is not None:
+        divergence_M = _divergence(drawn, reference_M.to(loss_M.dtype), rules)
+        loss_M = loss_M + rules.kl_penalty * divergence_M if rules.kl_penalty else loss_M
+    weight_M = torch.ones_like(correction_M) if rules.level == "token" else 1 / drawn.length_M.to(correction_M.dtype)
+    clipped_M = _without_gradient(ratio_M.detach(), drawn.advantage_M, rules)
+    gap_M, divergence_M = drawn.old_M - drawn.sampled_M, divergence_M.detach()
+    return PolicyTerms(loss_M, weight_M, ratio_M.detach(), clipped_M, correction_M, divergence_M, gap_M)
+
+# %% ../../nbs/loss/06_policy.ipynb #c8edac4a
 def policy_terms(
     logp: Tensor,  # [R,T] or [T] float, log-probability of each token under the trained policy, differentiable
     old_logp: Tensor,  # same shape, under the policy at the beginning of the update, read by the trainer
@@ -278,47 +305,24 @@ def policy_terms(
     lengths: Tensor | None = None,  # int64, same shape: drawn tokens of the whole answer; None: answers are whole here
 ) -> PolicyTerms:
     """Everything the policy loss is made of. `UserError` for shapes and settings that do not fit."""
-    if mask.dtype != torch.bool or not (mask.shape == logp.shape == old_logp.shape == sampled_logp.shape):
-        raise UserError(
-            f"mask {mask.dtype} {tuple(mask.shape)}, log-probabilities {tuple(logp.shape)}, {tuple(old_logp.shape)}, {tuple(sampled_logp.shape)}",
-            where="policy loss",
-            fix="give a bool mask and three tensors of the same shape",
-        )
-    _require(
-        rules.kl_penalty == 0 or reference_logp is not None,
-        "kl_penalty",
-        "no log-probabilities of the reference policy",
-        "compute them with the start model, or set kl_penalty: 0",
-    )
-    drawn = _drawn(
-        logp,
-        old_logp,
-        sampled_logp,
-        advantages,
-        mask,
-        sequence_of,
-        lengths,
-        rules.sequence_ratios or rules.correction == "seq-mask-tis",
-    )
-    ratio_M, correction_M = _ratio(drawn, rules), _correction(drawn, rules)
-    loss_M = correction_M * _surrogate(ratio_M, drawn.advantage_M, rules)
-    divergence_M = torch.zeros_like(loss_M)
-    if reference_logp is not None:
-        divergence_M = _divergence(drawn, reference_logp[mask].detach().to(loss_M.dtype), rules)
-        loss_M = loss_M + rules.kl_penalty * divergence_M if rules.kl_penalty else loss_M
-    weight_M = torch.ones_like(correction_M) if rules.level == "token" else 1 / drawn.length_M.to(correction_M.dtype)
-    clipped_M = _without_gradient(ratio_M.detach(), drawn.advantage_M, rules)
-    return PolicyTerms(
-        loss_M,
-        weight_M,
-        ratio_M.detach(),
-        clipped_M,
-        correction_M,
-        divergence_M.detach(),
-        drawn.old_M - drawn.sampled_M,
-    )
+    _check_tensors(logp, old_logp, sampled_logp, mask)
+    _check_reference(rules, reference_logp)
+    whole = rules.sequence_ratios or rules.correction == "seq-mask-tis"
+    drawn = _drawn((logp, old_logp, sampled_logp, advantages), mask, sequence_of, lengths, whole)
+    return _terms(drawn, rules, None if reference_logp is None else reference_logp[mask].detach())
 
-# %% ../../nbs/loss/06_policy.ipynb #43ff023b
+# %% ../../nbs/loss/06_policy.ipynb #1cab3286
+def _check_denominator(denominator: float) -> None:
+    """`UserError` unless there is something to divide by."""
+    if not denominator > 0:
+        raise UserError(
+            f"the denominator is {denominator}",
+            where="policy loss",
+            why="a batch without a drawn token has no loss",
+            fix="count drawn tokens (or answers) of the global batch, and leave empty batches out",
+        )
+
+# %% ../../nbs/loss/06_policy.ipynb #e5f959d4
 def clipped_loss(
     logp: Tensor,  # [R,T] or [T], differentiable
     old_logp: Tensor,
@@ -342,32 +346,28 @@ def clipped_loss(
     sequence_of: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """The share of the clipped policy loss that these tokens have, 0-dim. Shares of all micro-batches and ranks add up; see `PolicyRules`, `policy_terms`."""
-    if not denominator > 0:
-        raise UserError(
-            f"the denominator is {denominator}",
-            where="policy loss",
-            why="a batch without a drawn token has no loss",
-            fix="count drawn tokens (or answers) of the global batch, and leave empty batches out",
-        )
-    rules = PolicyRules(
-        clip_low,
-        clip_high,
-        clip_c,
-        level,
-        sequence_ratios,
-        correction,
-        correction_low,
-        correction_high,
-        kl_penalty,
-        kl_type,
-        on_policy_kl,
-    )
-    return policy_terms(
+    """The share of the clipped policy loss that these tokens have, 0-dim. Shares of micro-batches and ranks add up."""
+    _check_denominator(denominator)
+    clip, bounds = (clip_low, clip_high, clip_c), (correction_low, correction_high)
+    rules = PolicyRules(*clip, level, sequence_ratios, correction, *bounds, kl_penalty, kl_type, on_policy_kl)
+    terms = policy_terms(
         logp, old_logp, sampled_logp, advantages, mask, rules, reference_logp, sequence_of, lengths
-    ).total(denominator)
+    )
+    return terms.total(denominator)
 
-# %% ../../nbs/loss/06_policy.ipynb #e78205fe
+# %% ../../nbs/loss/06_policy.ipynb #cbda012c
+def _draw_quadrants(axis: Any, advantage: float, rules: PolicyRules, widest: float) -> None:
+    """Loss of one token over the ratio, for one sign of the advantage; where it has no gradient is red."""
+    ratio = torch.linspace(0.02, widest, 800, dtype=torch.float64)
+    A = torch.full_like(ratio, advantage)
+    loss, still = _surrogate(ratio, A, rules), _without_gradient(ratio, A, rules)
+    axis.plot(ratio, -A * ratio, color="#bbbbbb", linestyle=":", label="without clipping")
+    axis.plot(ratio, loss, color="#30639a", linewidth=2, label="loss")
+    axis.fill_between(ratio, *axis.get_ylim(), where=still, color="#c8553d", alpha=0.15, label="no gradient: enough")
+    axis.axvline(1, color="#111111", linewidth=0.8)
+    axis.legend(fontsize=8)
+
+# %% ../../nbs/loss/06_policy.ipynb #f0cffc9c
 def quadrants_picture(
     rules: PolicyRules = PolicyRules(),
     widest: float = 4.0,  # largest ratio shown
@@ -376,25 +376,23 @@ def quadrants_picture(
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9.2, 3.4), sharex=True)
-    ratio = torch.linspace(0.02, widest, 800, dtype=torch.float64)
     for axis, advantage, words in ((axes[0], 1.0, "a good answer: A = +1"), (axes[1], -1.0, "a bad answer: A = -1")):
-        A = torch.full_like(ratio, advantage)
-        loss, still = _surrogate(ratio, A, rules), _without_gradient(ratio, A, rules)
-        axis.plot(ratio, -A * ratio, color="#bbbbbb", linestyle=":", label="without clipping")
-        axis.plot(ratio, loss, color="#30639a", linewidth=2, label="loss")
-        axis.fill_between(
-            ratio, *axis.get_ylim(), where=still, color="#c8553d", alpha=0.15, label="no gradient: enough"
-        )
-        axis.axvline(1, color="#111111", linewidth=0.8)
+        _draw_quadrants(axis, advantage, rules, widest)
         axis.set(title=words, xlabel="pi / pi_old")
-        axis.legend(fontsize=8)
     axes[0].set_ylabel("loss of the token")
-    alt = f"Loss of a token over its ratio. With a positive advantage it is flat above {1 + rules.clip_high:g}; with a negative one below {1 - rules.clip_low:g}"
-    return png(
-        figure, alt + (f" and above {rules.clip_c:g}." if rules.clip_c else ", and grows without bound to the right.")
-    )
+    flat = f"With a positive advantage it is flat above {1 + rules.clip_high:g}; with a negative one below"
+    more = f" and above {rules.clip_c:g}." if rules.clip_c else ", and grows without bound to the right."
+    return png(figure, f"Loss of a token over its ratio. {flat} {1 - rules.clip_low:g}{more}")
 
-# %% ../../nbs/loss/06_policy.ipynb #9e7fd7b8
+# %% ../../nbs/loss/06_policy.ipynb #7585b14d
+def _sums_of(terms: PolicyTerms) -> list[float]:
+    """One number for each field of `PolicyStats`, in order."""
+    gap = terms.gap.abs()
+    dropped, clipped = (terms.correction == 0).to(gap), terms.clipped.to(gap)
+    columns = torch.stack([torch.ones_like(gap), clipped, dropped, terms.correction, gap.exp(), terms.divergence])
+    return [*columns.double().sum(1).tolist(), float(gap.max()) if gap.numel() else 0.0]
+
+# %% ../../nbs/loss/06_policy.ipynb #9e8a658c
 @dataclass(frozen=True)
 class PolicyStats:
     """Sums over drawn tokens; those of micro-batches add up."""
@@ -410,18 +408,7 @@ class PolicyStats:
     @classmethod
     def of(cls, terms: PolicyTerms) -> "PolicyStats":
         """Of one micro-batch."""
-        gap = terms.gap.abs()
-        columns = torch.stack(
-            [
-                torch.ones_like(gap),
-                terms.clipped.to(gap),
-                (terms.correction == 0).to(gap),
-                terms.correction,
-                gap.exp(),
-                terms.divergence,
-            ]
-        )
-        return cls(*columns.double().sum(1).tolist(), float(gap.max()) if gap.numel() else 0.0)
+        return cls(*_sums_of(terms))
 
     def __add__(self, other: "PolicyStats") -> "PolicyStats":
         mine, theirs = ([getattr(x, f.name) for f in fields(self)] for x in (self, other))
@@ -429,27 +416,27 @@ class PolicyStats:
 
     def record(self) -> dict[str, float]:
         """Means over drawn tokens under the names of the metrics file."""
-        n = self.tokens or 1.0
-        return {
-            "clipped_share": self.clipped / n,
-            "dropped_share": self.dropped / n,
-            "mean_correction": self.correction / n,
-            "token_mult_prob_error": self.prob_error / n,
-            "kl_reference": self.divergence / n,
-            "largest_logp_gap": self.largest_gap,
-        }
+        n, shares = self.tokens or 1.0, ("clipped", "dropped", "correction", "prob_error", "divergence")
+        names = ("clipped_share", "dropped_share", "mean_correction", "token_mult_prob_error", "kl_reference")
+        means = {name: getattr(self, field) / n for name, field in zip(names, shares, strict=True)}
+        return means | {"largest_logp_gap": self.largest_gap}
 
-# %% ../../nbs/loss/06_policy.ipynb #33e04230
+# %% ../../nbs/loss/06_policy.ipynb #cd0e539c
+def _check_sums(average: bool, name: str) -> None:
+    """`UserError` where sums are given and means are asked for."""
+    if average:
+        raise UserError(
+            "sums over answers do not say how long the answers are",
+            where=f"dpo_loss: {name}",
+            why="a mean needs the number of tokens",
+            fix="give log-probabilities of tokens [P,T] with their mask, or average=False",
+        )
+
+# %% ../../nbs/loss/06_policy.ipynb #92fe94a9
 def _per_answer(logp: Tensor, mask: Tensor | None, average: bool, name: str) -> Tensor:
     """[P] the sum (or mean) over drawn tokens of each answer; what is already a sum is left as it is."""
     if logp.ndim == 1 and mask is None:
-        if average:
-            raise UserError(
-                "sums over answers do not say how long the answers are",
-                where=f"dpo_loss: {name}",
-                why="a mean needs the number of tokens",
-                fix="give log-probabilities of tokens [P,T] with their mask, or average=False",
-            )
+        _check_sums(average, name)
         return logp
     mask = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
     if mask.shape != logp.shape or logp.ndim != 2:
@@ -461,7 +448,27 @@ def _per_answer(logp: Tensor, mask: Tensor | None, average: bool, name: str) -> 
     total = logp.masked_fill(~mask, 0.0).sum(1)
     return total / mask.sum(1).clamp(min=1) if average else total
 
+# %% ../../nbs/loss/06_policy.ipynb #e0137cb2
+def _check_pairs(chosen: Tensor, rejected: Tensor, denominator: float | None) -> None:
+    """`UserError` unless answers come in pairs, and there is one, or another micro-batch has it."""
+    if len(chosen) != len(rejected) or (len(chosen) == 0 and denominator is None):
+        raise UserError(
+            f"{len(chosen)} chosen answers and {len(rejected)} rejected ones",
+            where="dpo",
+            fix="give them in pairs, at least one",
+        )
 
+# %% ../../nbs/loss/06_policy.ipynb #c5829529
+def _check_factors(beta: float, preference_weight: float, sft_weight: float) -> None:
+    """`UserError` for factors that turn the loss around."""
+    if not (beta > 0 and preference_weight >= 0 and sft_weight >= 0):
+        raise UserError(
+            f"beta {beta}, preference_weight {preference_weight}, sft_weight {sft_weight}",
+            where="dpo",
+            fix="let beta be above 0, and the weights at least 0",
+        )
+
+# %% ../../nbs/loss/06_policy.ipynb #c4f82b89
 def dpo_loss(
     chosen: Tensor,  # [P] log-probability of each chosen answer, or [P,T] of its tokens; differentiable
     rejected: Tensor,  # [P] or [P,T]
@@ -477,18 +484,8 @@ def dpo_loss(
     denominator: float | None = None,  # pairs of the GLOBAL batch; None: these are all
 ) -> Tensor:
     """The share of the DPO loss that these pairs have, 0-dim, differentiable."""
-    if not (beta > 0 and preference_weight >= 0 and sft_weight >= 0):
-        raise UserError(
-            f"beta {beta}, preference_weight {preference_weight}, sft_weight {sft_weight}",
-            where="dpo",
-            fix="let beta be above 0, and the weights at least 0",
-        )
-    if len(chosen) != len(rejected) or (len(chosen) == 0 and denominator is None):
-        raise UserError(
-            f"{len(chosen)} chosen answers and {len(rejected)} rejected ones",
-            where="dpo",
-            fix="give them in pairs, at least one",
-        )
+    _check_factors(beta, preference_weight, sft_weight)
+    _check_pairs(chosen, rejected, denominator)
     good, reference_good = (_per_answer(t, chosen_mask, average, "chosen") for t in (chosen, reference_chosen.detach()))
     bad, reference_bad = (
         _per_answer(t, rejected_mask, average, "rejected") for t in (rejected, reference_rejected.detach())

@@ -27,7 +27,7 @@ from ..core import UserError
 from .versions import installed_version
 from .kernels import GroupedRMSNorm, packed_attention, partitioned_indices, split_conv_scan, widened
 
-# %% ../../nbs/megatron/08_cpu.ipynb #eed72ac9
+# %% ../../nbs/megatron/08_cpu.ipynb #8680007e
 def _module(name: str, **attributes: Any) -> types.ModuleType:
     """A new module under that name."""
     made = types.ModuleType(name)
@@ -41,22 +41,22 @@ def _refuse(*arguments: Any, **options: Any) -> None:
     """A kernel that training does not call."""
     raise NotImplementedError("this kernel has no stand-in")
 
-# %% ../../nbs/megatron/08_cpu.ipynb #8b474337
+# %% ../../nbs/megatron/08_cpu.ipynb #bc0cf9d4
+def _chunk_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, state_dtype: Any = None, **options: Any
+) -> None:
+    """Its parameters are looked at, so it must have these."""
+    _refuse()
+
+
 def _install_mamba() -> None:
     """Put plain PyTorch where Megatron-Core looks for the kernels of Mamba-2."""
-
-    def chunk_scan(
-        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, state_dtype: Any = None, **options: Any
-    ) -> None:
-        """Its parameters are looked at, so it must have these."""
-        _refuse()
-
     for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton"):
         _module(name, __version__="2.3.0")
     _module("mamba_ssm.ops.triton.layernorm_gated", RMSNorm=GroupedRMSNorm)
     _module(
         "mamba_ssm.ops.triton.ssd_combined",
-        mamba_chunk_scan_combined=chunk_scan,
+        mamba_chunk_scan_combined=_chunk_scan,
         mamba_split_conv1d_scan_combined=split_conv_scan,
     )
     _module("causal_conv1d", __version__="1.6.0", causal_conv1d_fn=_refuse)
@@ -112,7 +112,7 @@ def _on_cpu(device: Any) -> Any:
     )
     return CPU if gpu else device
 
-# %% ../../nbs/megatron/08_cpu.ipynb #dbdfd82e
+# %% ../../nbs/megatron/08_cpu.ipynb #868ec479
 class CudaToCpu(TorchFunctionMode):
     """While it is entered, a GPU that is asked for is the CPU."""
 
@@ -134,7 +134,7 @@ class CudaToCpu(TorchFunctionMode):
             kwargs["pin_memory"] = False
         return func(*args, **kwargs)
 
-# %% ../../nbs/megatron/08_cpu.ipynb #71f69970
+
 _MODE = CudaToCpu()
 
 # %% ../../nbs/megatron/08_cpu.ipynb #6c7e89a0
@@ -153,11 +153,18 @@ class _Nothing:
     def __exit__(self, *error: Any) -> bool:
         return False
 
-# %% ../../nbs/megatron/08_cpu.ipynb #df25cb95
-def _answer_for_driver() -> None:
-    """Fixed answers to what Megatron asks `torch.cuda`."""
-    cuda, nothing = torch.cuda, lambda *a, **k: None
-    answers = {
+# %% ../../nbs/megatron/08_cpu.ipynb #7e84226e
+_NO_EFFECT = ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "set_stream", "ipc_collect")
+
+
+def _nothing(*arguments: Any, **options: Any) -> None:
+    """A call of the driver that needs no effect."""
+
+
+def _driver_answers() -> dict[str, Callable[..., Any]]:
+    """What `torch.cuda` answers, by the name of the function."""
+    properties = types.SimpleNamespace(total_memory=1 << 34, major=0, minor=0, name="cpu", multi_processor_count=1)
+    return {
         "current_device": lambda: CPU,
         "Stream": _Nothing,
         "Event": _Nothing,
@@ -169,33 +176,30 @@ def _answer_for_driver() -> None:
         "set_rng_state": lambda state, *a, **k: torch.set_rng_state(state),
         "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)) and None,
         "memory_stats": lambda *a, **k: defaultdict(int),
-        "get_device_properties": lambda *a, **k: types.SimpleNamespace(
-            total_memory=1 << 34, major=0, minor=0, name="cpu", multi_processor_count=1
-        ),
+        "get_device_properties": lambda *a, **k: properties,
         "get_device_capability": lambda *a, **k: (0, 0),
         "is_current_stream_capturing": lambda: False,
-        **dict.fromkeys(
-            ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "set_stream", "ipc_collect"),
-            nothing,
-        ),
+        **dict.fromkeys(_NO_EFFECT, _nothing),
     }
+
+# %% ../../nbs/megatron/08_cpu.ipynb #4d9b0dab
+def _answer_for_driver() -> None:
+    """Fixed answers to what Megatron asks `torch.cuda`."""
+    cuda, answers = torch.cuda, _driver_answers()
     vars(cuda).update(answers)
     vars(cuda.random).update({name: answers[name] for name in ("get_rng_state", "set_rng_state")})
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = nothing
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = _nothing
     torch.nn.Module.cuda = lambda self, *a, **k: self
 
-# %% ../../nbs/megatron/08_cpu.ipynb #59bd53da
-def _replace_device_calls() -> None:
-    """Calls that would fail without a device, though none is named."""
-    import megatron.bridge.training.initialize as initialize
-    import megatron.bridge.training.setup as setup
-    import megatron.core.tensor_parallel.random as random
+# %% ../../nbs/megatron/08_cpu.ipynb #b20da392
+def _sizes_of_parts(sizes: Any) -> Any:
+    """Sizes of the parts as gloo wants them."""
+    return sizes.tolist() if isinstance(sizes, Tensor) else sizes
 
+
+def _replace_collectives() -> None:
+    """A barrier that names no device, and an exchange whose sizes may be tensors."""
     barrier, exchange = torch.distributed.barrier, torch.distributed.all_to_all_single
-
-    def numbers(sizes: Any) -> Any:
-        """Sizes of the parts as gloo wants them."""
-        return sizes.tolist() if isinstance(sizes, Tensor) else sizes
 
     def all_to_all(
         out: Tensor,
@@ -206,28 +210,36 @@ def _replace_device_calls() -> None:
         async_op: bool = False,
     ) -> Any:
         """Experts of other ranks: the sizes stay tensors on a CPU."""
-        return exchange(
-            out, given, numbers(output_split_sizes), numbers(input_split_sizes), group=group, async_op=async_op
-        )
+        sizes = _sizes_of_parts(output_split_sizes), _sizes_of_parts(input_split_sizes)
+        return exchange(out, given, *sizes, group=group, async_op=async_op)
 
     torch.distributed.barrier = lambda group=None, async_op=False, device_ids=None: barrier(
         group=group, async_op=async_op
     )
     torch.distributed.all_to_all_single = all_to_all
+
+# %% ../../nbs/megatron/08_cpu.ipynb #439e034d
+def _replace_device_calls() -> None:
+    """Calls that would fail without a device, though none is named."""
+    import megatron.bridge.training.initialize as initialize
+    import megatron.bridge.training.setup as setup
+    import megatron.core.tensor_parallel.random as random
+
+    _replace_collectives()
     random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
-    setup.set_jit_fusion_options = lambda *a, **k: None
+    setup.set_jit_fusion_options = _nothing
     setup.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
     with contextlib.suppress(ImportError):  # a wheel brings it compiled, and no Makefile to compile it with
         import megatron.core.datasets.helpers_cpp  # noqa: F401
 
-        initialize.compile_helpers = lambda: None
+        initialize.compile_helpers = _nothing
 
 # %% ../../nbs/megatron/08_cpu.ipynb #27e8350f
 def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm, at least in float32."""
     return F.rms_norm(widened(x), (x.shape[-1],), widened(weight), eps).to(x.dtype)
 
-# %% ../../nbs/megatron/08_cpu.ipynb #5b75ef55
+# %% ../../nbs/megatron/08_cpu.ipynb #8bd93a3f
 class _GatherSequence(torch.autograd.Function):
     """The parts of a sequence from all ranks of a group, one behind the other; gradients go back to their rank."""
 
@@ -246,75 +258,77 @@ class _GatherSequence(torch.autograd.Function):
         torch.distributed.all_reduce(gradient, group=ctx.group)
         return gradient.chunk(ctx.group.size())[ctx.group.rank()].contiguous(), None
 
-# %% ../../nbs/megatron/08_cpu.ipynb #94aa2a25
+# %% ../../nbs/megatron/08_cpu.ipynb #23728eaa
+def _own_places(borders: Tensor, length: int, group: Any) -> tuple[Tensor, Tensor | None]:
+    """([T] places of this rank's part, [ranks T] where each gathered place lies; None: nothing is shared)."""
+    ranks = group.size() if group is not None else 1
+    if ranks == 1:
+        return torch.arange(length), None
+    parts = [partitioned_indices(borders, length * ranks, ranks, r) for r in range(ranks)]
+    return parts[group.rank()], torch.argsort(torch.cat(parts))
+
+
 def _attend(query: Tensor, key: Tensor, value: Tensor, packed: Any, group: Any, scale: float | None) -> Tensor:
     """Core attention of a packed row; keys and values are gathered where context parallelism shares it."""
     q, k, v = (x.squeeze(1) if x.dim() == 4 else x for x in (query, key, value))
     borders = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
-    places, ranks = torch.arange(q.shape[0]), group.size() if group is not None else 1
-    if ranks > 1:
-        parts = [partitioned_indices(borders, q.shape[0] * ranks, ranks, r) for r in range(ranks)]
-        back = torch.argsort(torch.cat(parts))
+    places, back = _own_places(borders, q.shape[0], group)
+    if back is not None:
         k, v = (_GatherSequence.apply(x.contiguous(), group)[back] for x in (k, v))
-        places = parts[group.rank()]
     return packed_attention(q, k, v, places, borders, scale)
 
-# %% ../../nbs/megatron/08_cpu.ipynb #76d3a521
+# %% ../../nbs/megatron/08_cpu.ipynb #c497e899
+class _PlainParallel:
+    """In front of a parallel layer of Megatron: without an argument of Transformer Engine's."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        options.pop("tp_comm_buffer_name", None)
+        super().__init__(*arguments, **options)
+        self.tp_size = self.tp_group.size()
+
+# %% ../../nbs/megatron/08_cpu.ipynb #933f4c03
+class _NormBefore:
+    """In front of a layer shared by its outputs: a norm, with a weight that checkpoints keep."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: Any, **options: Any):
+        super().__init__(input_size, output_size, config=config, **options)
+        self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size, dtype=config.params_dtype))
+        self.layer_norm_weight.sequence_parallel, self.eps = config.sequence_parallel, config.layernorm_epsilon
+
+    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Any:
+        """Norm, then product."""
+        return super().forward(_normed(x, self.layer_norm_weight, self.eps), *arguments, **options)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+        state, own = super().sharded_state_dict(prefix, sharded_offsets, metadata), self.layer_norm_weight
+        groups = {"tp_group": self.tp_group, "dp_cp_group": (metadata or {}).get("dp_cp_group")}
+        named = {"layer_norm_weight": own}
+        return state | make_sharded_tensors_for_checkpoint(named, prefix, {}, sharded_offsets, **groups)
+
+# %% ../../nbs/megatron/08_cpu.ipynb #d9c3a067
 def _linear_layers() -> dict[str, type]:
     """Megatron's parallel layers without an argument of Transformer Engine's, and one with the norm before it."""
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-    class Row(RowParallelLinear):
+    class Row(_PlainParallel, RowParallelLinear):
         """Shared by its inputs."""
 
-        def __init__(self, *arguments: Any, **options: Any):
-            options.pop("tp_comm_buffer_name", None)
-            super().__init__(*arguments, **options)
-            self.tp_size = self.tp_group.size()
-
-    class Column(ColumnParallelLinear):
+    class Column(_PlainParallel, ColumnParallelLinear):
         """Shared by its outputs."""
 
-        def __init__(self, *arguments: Any, **options: Any):
-            options.pop("tp_comm_buffer_name", None)
-            super().__init__(*arguments, **options)
-            self.tp_size = self.tp_group.size()
-
-    class LayerNormColumnParallelLinear(Column):
+    class LayerNormColumnParallelLinear(_NormBefore, Column):
         """A norm and a layer shared by its outputs. Megatron-Bridge goes by this name."""
-
-        def __init__(self, input_size: int, output_size: int, *, config: Any, **options: Any):
-            super().__init__(input_size, output_size, config=config, **options)
-            self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size, dtype=config.params_dtype))
-            self.layer_norm_weight.sequence_parallel, self.eps = config.sequence_parallel, config.layernorm_epsilon
-
-        def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Any:
-            """Norm, then product."""
-            return super().forward(_normed(x, self.layer_norm_weight, self.eps), *arguments, **options)
-
-        def sharded_state_dict(
-            self, prefix: str = "", sharded_offsets: tuple = (), metadata: Mapping[str, Any] | None = None
-        ) -> dict[str, Any]:
-            """What a checkpoint keeps."""
-            state, group = (
-                super().sharded_state_dict(prefix, sharded_offsets, metadata),
-                (metadata or {}).get("dp_cp_group"),
-            )
-            return state | make_sharded_tensors_for_checkpoint(
-                {"layer_norm_weight": self.layer_norm_weight},
-                prefix,
-                {},
-                sharded_offsets,
-                tp_group=self.tp_group,
-                dp_cp_group=group,
-            )
 
     return {"Row": Row, "Column": Column, "NormColumn": LayerNormColumnParallelLinear}
 
-# %% ../../nbs/megatron/08_cpu.ipynb #2bfc776e
-def _other_layers() -> dict[str, type]:
-    """Core attention and the norm."""
+# %% ../../nbs/megatron/08_cpu.ipynb #b86b6b87
+def _attention_layer() -> type:
+    """Core attention for packed rows, as a module of Megatron."""
     from megatron.core.transformer.module import MegatronModule
 
     class PackedAttention(MegatronModule):
@@ -336,21 +350,26 @@ def _other_layers() -> dict[str, type]:
             self.softmax_scale, self.cp = softmax_scale, getattr(pg_collection, "cp", None)
 
         def forward(
-            self,
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            attention_mask: Any,
-            attn_mask_type: Any = None,
-            attention_bias: Any = None,
-            packed_seq_params: Any = None,
-        ) -> Tensor:
+            self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, attn_mask_type: Any = None,
+            attention_bias: Any = None, packed_seq_params: Any = None,
+        ) -> Tensor:  # fmt: skip
             """[T,H*P] for a packed row; [T,B,H*P] for rows of one sequence each."""
             if packed_seq_params is not None:
                 return _attend(query, key, value, packed_seq_params, self.cp, self.softmax_scale)
-            length, rows = query.shape[:2]
-            whole = (torch.arange(length), torch.tensor([0, length]), self.softmax_scale)
-            return torch.stack([packed_attention(query[:, i], key[:, i], value[:, i], *whole) for i in range(rows)], 1)
+            return _attend_rows(query, key, value, self.softmax_scale)
+
+    return PackedAttention
+
+
+def _attend_rows(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """[T,B,H*P] core attention of rows of one sequence each."""
+    length, rows = query.shape[:2]
+    whole = (torch.arange(length), torch.tensor([0, length]), scale)
+    return torch.stack([packed_attention(query[:, i], key[:, i], value[:, i], *whole) for i in range(rows)], 1)
+
+# %% ../../nbs/megatron/08_cpu.ipynb #1bd0b58e
+def _norm_layer() -> type:
+    """The norm. Megatron-Bridge goes by the name of a layer, so it is as short as the others."""
 
     class Norm(torch.nn.Module):
         """RMSNorm."""
@@ -364,76 +383,79 @@ def _other_layers() -> dict[str, type]:
             """The norm of x [..., hidden]."""
             return _normed(x, self.weight, self.eps)
 
-    return {"PackedAttention": PackedAttention, "Norm": Norm}
+    return Norm
 
-# %% ../../nbs/megatron/08_cpu.ipynb #3b6e680c
+
 @functools.cache
 def _layers() -> types.SimpleNamespace:
     """The classes that derive from Megatron's; made once, in the process that is patched."""
-    return types.SimpleNamespace(**_linear_layers(), **_other_layers())
+    return types.SimpleNamespace(**_linear_layers(), PackedAttention=_attention_layer(), Norm=_norm_layer())
 
-# %% ../../nbs/megatron/08_cpu.ipynb #afe4eb57
-def _submodules(add: Any) -> dict[str, Any]:
-    """The four kinds of layers."""
-    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+# %% ../../nbs/megatron/08_cpu.ipynb #a86ee6ac
+def _mixers(own: Any, add: Any) -> dict[str, Any]:
+    """The layers that mix tokens: Mamba-2 and attention."""
     from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
     from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
-    from megatron.core.ssm.mlp_layer import MLPLayer
+    from megatron.core.transformer import transformer_layer as layer
     from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
     from megatron.core.transformer.enums import AttnMaskType
-    from megatron.core.transformer.mlp import MLP, MLPSubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_layer import (
-        MoETransformerLayer,
-        TransformerLayer,
-        TransformerLayerSubmodules,
-    )
 
-    own = _layers()
     parts = SelfAttentionSubmodules(linear_qkv=own.NormColumn, core_attention=own.PackedAttention, linear_proj=own.Row)
     attention = ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=parts)
     mixer = ModuleSpec(module=MambaMixer, submodules=MambaMixerSubmodules(in_proj=own.NormColumn, out_proj=own.Row))
-    dense = functools.partial(
-        MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=own.NormColumn, linear_fc2=own.Row)
-    )
-    experts = get_moe_module_spec(use_te=False, num_experts=8, moe_grouped_gemm=False)
+    attended = layer.TransformerLayerSubmodules(self_attention=attention, self_attn_bda=add)
     return {
         "mamba_layer": ModuleSpec(module=MambaLayer, submodules=MambaLayerSubmodules(mixer=mixer, mamba_bda=add)),
-        "attention_layer": ModuleSpec(
-            module=TransformerLayer, submodules=TransformerLayerSubmodules(self_attention=attention, self_attn_bda=add)
-        ),
-        "mlp_layer": ModuleSpec(module=MLPLayer, submodules=TransformerLayerSubmodules(mlp=dense, mlp_bda=add)),
-        "moe_layer": ModuleSpec(
-            module=MoETransformerLayer,
-            submodules=TransformerLayerSubmodules(pre_mlp_layernorm=own.Norm, mlp=experts, mlp_bda=add),
-        ),
+        "attention_layer": ModuleSpec(module=layer.TransformerLayer, submodules=attended),
     }
 
-# %% ../../nbs/megatron/08_cpu.ipynb #7db6fcf5
+# %% ../../nbs/megatron/08_cpu.ipynb #ac71d534
+def _feed_forwards(own: Any, add: Any) -> dict[str, Any]:
+    """The layers that work on each token alone: a dense one and experts."""
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.ssm.mlp_layer import MLPLayer
+    from megatron.core.transformer import transformer_layer as layer
+    from megatron.core.transformer.mlp import MLP, MLPSubmodules
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    parts = MLPSubmodules(linear_fc1=own.NormColumn, linear_fc2=own.Row)
+    dense = functools.partial(MLP.as_mlp_submodule, submodules=parts)
+    experts = get_moe_module_spec(use_te=False, num_experts=8, moe_grouped_gemm=False)
+    routed = layer.TransformerLayerSubmodules(pre_mlp_layernorm=own.Norm, mlp=experts, mlp_bda=add)
+    whole = layer.TransformerLayerSubmodules(mlp=dense, mlp_bda=add)
+    return {
+        "mlp_layer": ModuleSpec(module=MLPLayer, submodules=whole),
+        "moe_layer": ModuleSpec(module=layer.MoETransformerLayer, submodules=routed),
+    }
+
+# %% ../../nbs/megatron/08_cpu.ipynb #382a0f2c
+def _mtp_block(own: Any) -> Any:
+    """The spec of multi-token prediction."""
+    from megatron.core.transformer import multi_token_prediction as mtp
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    parts = mtp.MultiTokenPredictionLayerSubmodules(
+        enorm=own.Norm, hnorm=own.Norm, eh_proj=own.Column, mtp_model_layer=None, layer_norm=own.Norm
+    )
+    depth = ModuleSpec(module=mtp.MultiTokenPredictionLayer, submodules=parts)
+    block = mtp.MultiTokenPredictionBlockSubmodules(layer_specs=[depth])
+    return ModuleSpec(module=mtp.MultiTokenPredictionBlock, submodules=block)
+
+# %% ../../nbs/megatron/08_cpu.ipynb #cd5c665e
 def hybrid_stack_spec(
     config: Any = None,  # Megatron's configuration of the model; not needed
 ) -> Any:
     """The spec of a Nemotron 3 model for a CPU."""
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
-    from megatron.core.transformer import multi_token_prediction as mtp
     from megatron.core.transformer.spec_utils import ModuleSpec
 
-    own = _layers()
-    parts = mtp.MultiTokenPredictionLayerSubmodules(
-        enorm=own.Norm, hnorm=own.Norm, eh_proj=own.Column, mtp_model_layer=None, layer_norm=own.Norm
-    )
-    depth = ModuleSpec(module=mtp.MultiTokenPredictionLayer, submodules=parts)
-    block = ModuleSpec(
-        module=mtp.MultiTokenPredictionBlock, submodules=mtp.MultiTokenPredictionBlockSubmodules(layer_specs=[depth])
-    )
-    return ModuleSpec(
-        module=HybridStack,
-        params={"post_layer_norm": True},
-        submodules=HybridStackSubmodules(**_submodules(get_bias_dropout_add), mtp_block_spec=block),
-    )
+    own, add = _layers(), get_bias_dropout_add
+    parts = HybridStackSubmodules(**_mixers(own, add), **_feed_forwards(own, add), mtp_block_spec=_mtp_block(own))
+    return ModuleSpec(module=HybridStack, params={"post_layer_norm": True}, submodules=parts)
 
-# %% ../../nbs/megatron/08_cpu.ipynb #beeb9ef1
+# %% ../../nbs/megatron/08_cpu.ipynb #dead51fc
 def _place_layers() -> None:
     """Tell Megatron of what a spec cannot name: the last norm, the names for checkpoints, the slices of context
     parallelism.
@@ -460,7 +482,10 @@ _OFF = (
     "sequence_parallel", "use_te_rng_tracker",
 )  # fmt: skip
 
-# %% ../../nbs/megatron/08_cpu.ipynb #5d7d6418
+# %% ../../nbs/megatron/08_cpu.ipynb #ea43988b
+_FLOAT32 = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+
+
 def cpu_values() -> dict[str, Any]:
     """Dotted names of Megatron-Bridge and the values that a CPU needs: kernels and overlaps off, one rank for each
     part of the layout, gloo.
@@ -479,10 +504,7 @@ def cpu_values() -> dict[str, Any]:
         "ddp.overlap_param_gather": False,
         "optimizer.overlap_param_gather": False,
         "optimizer.use_precision_aware_optimizer": False,
-        **{
-            f"optimizer.{name}": "float32"
-            for name in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
-        },
+        **{f"optimizer.{name}": "float32" for name in _FLOAT32},
         "dataset.num_workers": 0,
         "dataset.pin_memory": False,
         "checkpoint.async_save": False,
@@ -506,26 +528,18 @@ def _install() -> None:
     _replace_device_calls()
     _place_layers()
 
-# %% ../../nbs/megatron/08_cpu.ipynb #5fa624a0
+# %% ../../nbs/megatron/08_cpu.ipynb #f78cb4c0
 def check_standins() -> None:
     """`UserError` where there is a GPU, and where Megatron-Bridge is not installed."""
     where = "megatron.cpu_standins"
     if torch.cuda.is_available():
-        raise UserError(
-            "this machine has a GPU",
-            where=where,
-            why="a training would crawl, and prove nothing about the GPU",
-            fix="leave it out",
-        )
+        why = "a training would crawl, and prove nothing about the GPU"
+        raise UserError("this machine has a GPU", where=where, why=why, fix="leave it out")
     if not installed_version("megatron-bridge"):
-        raise UserError(
-            "megatron-bridge is not installed",
-            where=where,
-            why="stand-ins are for its kernels, not for itself",
-            fix="install it: .ci/setup dev does",
-        )
+        what, why = "megatron-bridge is not installed", "stand-ins are for its kernels, not for itself"
+        raise UserError(what, where=where, why=why, fix="install it: .ci/setup dev does")
 
-# %% ../../nbs/megatron/08_cpu.ipynb #59132b12
+
 def install_standins() -> None:
     """Make Megatron-Bridge run in this process without a GPU; `UserError` where that makes no sense."""
     check_standins()

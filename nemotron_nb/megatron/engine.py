@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'set_value', 'precision_values', 'model_values', 'bridge_values', 'check_shared', 'MegatronConfig',
            'dataset_of', 'layout_multiple', 'check_layout', 'own_schedule', 'engine_values', 'evaluation_values',
-           'build_config', 'balance_of', 'check_packs', 'begin_record', 'train', 'train_with', 'export_hf']
+           'build_config', 'balance_of', 'check_packs', 'begin_record', 'train_with', 'train', 'export_hf']
 
 # %% ../../nbs/megatron/09_engine.ipynb #a6cb0d68
 import dataclasses
@@ -52,7 +52,7 @@ from ..train.lr import learning_rate
 if TYPE_CHECKING:
     from nemotron_nb.train.torch_engine import Source
 
-# %% ../../nbs/megatron/09_engine.ipynb #35788c39
+# %% ../../nbs/megatron/09_engine.ipynb #3ea99000
 def _fits(value: Any, kind: Any) -> bool:
     """Is a value of an annotated type?
 
@@ -74,7 +74,7 @@ def _fits(value: Any, kind: Any) -> bool:
         value, (int, float) if kind is float else (list, tuple) if kind in (list, tuple) else kind
     ) or not isinstance(value, (int, float, str))
 
-# %% ../../nbs/megatron/09_engine.ipynb #d98fea67
+# %% ../../nbs/megatron/09_engine.ipynb #635f0a87
 def _kind(place: Any, name: str) -> Any:
     """The annotated type of a field, Any if it cannot be resolved."""
     try:
@@ -87,35 +87,43 @@ def _members(kind: Any) -> list[type]:
     """The classes that an annotation is made of."""
     return [k for k in (typing.get_args(kind) or (kind,)) if isinstance(k, type)]
 
-# %% ../../nbs/megatron/09_engine.ipynb #ed3035af
+# %% ../../nbs/megatron/09_engine.ipynb #d9e84727
+def _read_dtype(value: str, name: str) -> torch.dtype:
+    """The number format that a text names."""
+    found = getattr(torch, value.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise UserError(f"unknown number format {value!r}", where=name, fix="write float32, bfloat16 or float16")
+    return found
+
+
+def _read_choice(value: str, choices: type[enum.Enum], name: str) -> enum.Enum:
+    """The member of an enumeration that a text names."""
+    if value not in choices.__members__:
+        raise UserError(f"unknown choice {value!r}", where=name, fix=nearest(value, choices.__members__))
+    return choices[value]
+
+# %% ../../nbs/megatron/09_engine.ipynb #5b1eebdf
 def _read(value: Any, kind: Any, current: Any, name: str) -> Any:
     """A value as the field wants it: names of dtypes and of choices become what they name; `UserError` for the
     wrong kind.
     """
     if isinstance(value, str) and (isinstance(current, torch.dtype) or torch.dtype in _members(kind)):
-        found = getattr(torch, value.removeprefix("torch."), None)
-        if not isinstance(found, torch.dtype):
-            raise UserError(f"unknown number format {value!r}", where=name, fix="write float32, bfloat16 or float16")
-        return found
+        return _read_dtype(value, name)
     choices = next((k for k in [*_members(kind), type(current)] if issubclass(k, enum.Enum)), None)
     if isinstance(value, str) and choices:
-        if value not in choices.__members__:
-            raise UserError(f"unknown choice {value!r}", where=name, fix=nearest(value, choices.__members__))
-        return choices[value]
-    if typing.get_origin(kind) is typing.Literal and not _fits(value, kind):
-        raise UserError(
-            f"unknown choice {value!r}", where=name, fix=nearest(str(value), map(str, typing.get_args(kind)))
-        )
-    if not _fits(value, kind):
-        raise UserError(
-            f"{value!r} is not of the kind {getattr(kind, '__name__', kind)}",
-            where=name,
-            why="Megatron would fail later, or not at all",
-            fix="write a value of that kind",
-        )
-    return value
+        return _read_choice(value, choices, name)
+    if _fits(value, kind):
+        return value
+    if typing.get_origin(kind) is typing.Literal:
+        fix = nearest(str(value), map(str, typing.get_args(kind)))
+        raise UserError(f"unknown choice {value!r}", where=name, fix=fix)
+    what, why = (
+        f"{value!r} is not of the kind {getattr(kind, '__name__', kind)}",
+        "Megatron would fail later, or not at all",
+    )
+    raise UserError(what, where=name, why=why, fix="write a value of that kind")
 
-# %% ../../nbs/megatron/09_engine.ipynb #71d799f3
+# %% ../../nbs/megatron/09_engine.ipynb #9477bdb1
 def _known_names(place: Any) -> list[str]:
     """The names that a part of a configuration has."""
     return (
@@ -124,7 +132,18 @@ def _known_names(place: Any) -> list[str]:
         else list(place if isinstance(place, Mapping) else vars(place))
     )
 
-# %% ../../nbs/megatron/09_engine.ipynb #49cf7c10
+
+def _check_part(place: Any, part: str, here: str, name: str) -> None:
+    """`UserError` if a part of a dotted name leads nowhere; `here` is the way up to it."""
+    if place is None:
+        what, why = f"{here} is not set in this recipe", "so there is nothing to change in it"
+        raise UserError(what, where=name, why=why, fix=f"set {here} as a whole, or take a recipe that has it")
+    if not isinstance(place, Mapping) and part not in _known_names(place):
+        what = f"unknown setting {part!r} in {here or 'the configuration'}"
+        why = "a misspelt setting would leave its default in force without a word"
+        raise UserError(what, where=name, why=why, fix=nearest(part, _known_names(place)))
+
+# %% ../../nbs/megatron/09_engine.ipynb #06000f32
 def set_value(
     config: Any,  # Megatron-Bridge's configuration, or a part of it
     name: str,  # dotted, such as optimizer.lr
@@ -134,21 +153,7 @@ def set_value(
     *parents, last = name.split(".")
     place = config
     for depth, part in enumerate([*parents, last]):
-        here = ".".join(parents[:depth])
-        if place is None:
-            raise UserError(
-                f"{here} is not set in this recipe",
-                where=name,
-                why="so there is nothing to change in it",
-                fix=f"set {here} as a whole, or take a recipe that has it",
-            )
-        if not isinstance(place, Mapping) and part not in _known_names(place):
-            raise UserError(
-                f"unknown setting {part!r} in {here or 'the configuration'}",
-                where=name,
-                why="a misspelt setting would leave its default in force without a word",
-                fix=nearest(part, _known_names(place)),
-            )
+        _check_part(place, part, ".".join(parents[:depth]), name)
         if depth < len(parents):
             place = place[part] if isinstance(place, Mapping) else getattr(place, part)
     if isinstance(place, dict):
@@ -156,10 +161,10 @@ def set_value(
     else:
         setattr(place, last, _read(value, _kind(place, last), getattr(place, last), name))
 
-# %% ../../nbs/megatron/09_engine.ipynb #57ff1f0a
+# %% ../../nbs/megatron/09_engine.ipynb #b52dd725
 _FORMATS = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
 
-# %% ../../nbs/megatron/09_engine.ipynb #c0d93f8b
+
 def precision_values(
     precision: str,  # of the shared settings
 ) -> dict[str, Any]:
@@ -176,7 +181,14 @@ def precision_values(
     off = ("model.bf16", "model.fp16", "optimizer.bf16", "optimizer.fp16", "optimizer.use_precision_aware_optimizer")
     return {"mixed_precision": None, **dict.fromkeys(float32, "float32"), **dict.fromkeys(off, False)}
 
-# %% ../../nbs/megatron/09_engine.ipynb #f91a1871
+# %% ../../nbs/megatron/09_engine.ipynb #27564202
+_RECOMPUTE = {
+    "model.recompute_granularity": "full",
+    "model.recompute_method": "uniform",
+    "model.recompute_num_layers": 1,
+}
+
+
 def model_values(
     config: TrainConfig,
 ) -> dict[str, Any]:
@@ -187,19 +199,29 @@ def model_values(
         "model.mtp_use_repeated_layer": True,
         "model.mtp_loss_scaling_factor": m.mtp_loss_scaling_factor,
     }
-    recompute = {
-        "model.recompute_granularity": "full",
-        "model.recompute_method": "uniform",
-        "model.recompute_num_layers": 1,
-    }
     return {
         "model.moe_aux_loss_coeff": m.moe_aux_loss_coeff,
         "model.moe_router_bias_update_rate": config.router_bias_rate,
         **(further if m.mtp_num_layers else {"model.mtp_num_layers": None}),
-        **(recompute if config.train.recompute else {}),
+        **(_RECOMPUTE if config.train.recompute else {}),
     }
 
-# %% ../../nbs/megatron/09_engine.ipynb #bee2318c
+# %% ../../nbs/megatron/09_engine.ipynb #92c616d7
+def _schedule_values(config: TrainConfig, global_batch_size: int) -> dict[str, Any]:
+    """Weight decay and learning rate over time."""
+    o, s, is_wsd = config.optimizer, config.scheduler, config.scheduler.lr_decay_style == "WSD"
+    return {
+        "scheduler.start_weight_decay": o.weight_decay,
+        "scheduler.end_weight_decay": o.weight_decay,
+        "scheduler.lr_decay_style": s.lr_decay_style,
+        "scheduler.lr_decay_iters": config.train.train_iters,
+        "scheduler.lr_wsd_decay_iters": s.lr_wsd_decay_iters or None,
+        **({"scheduler.lr_wsd_decay_style": s.lr_wsd_decay_style} if is_wsd else {}),
+        "scheduler.lr_warmup_iters": s.lr_warmup_iters or math.ceil(s.lr_warmup_samples / global_batch_size),
+        "scheduler.override_opt_param_scheduler": True,
+    }
+
+# %% ../../nbs/megatron/09_engine.ipynb #1e992566
 def bridge_values(
     config: TrainConfig,
     global_batch_size: int,  # packs in a step
@@ -219,59 +241,72 @@ def bridge_values(
         "optimizer.adam_eps": o.adam_eps,
         "optimizer.weight_decay": o.weight_decay,
         "optimizer.clip_grad": o.clip_grad,
-        "scheduler.start_weight_decay": o.weight_decay,
-        "scheduler.end_weight_decay": o.weight_decay,
-        "scheduler.lr_decay_style": s.lr_decay_style,
-        "scheduler.lr_decay_iters": t.train_iters,
-        "scheduler.lr_wsd_decay_iters": s.lr_wsd_decay_iters or None,
-        **({"scheduler.lr_wsd_decay_style": s.lr_wsd_decay_style} if s.lr_decay_style == "WSD" else {}),
-        "scheduler.lr_warmup_iters": s.lr_warmup_iters or math.ceil(s.lr_warmup_samples / global_batch_size),
-        # a resumed run may have other settings than the one that wrote the checkpoint
-        "scheduler.override_opt_param_scheduler": True,
+        **_schedule_values(config, global_batch_size),
     }
 
-# %% ../../nbs/megatron/09_engine.ipynb #27d40e03
-def check_shared(
-    config: TrainConfig,
-) -> None:
-    """`UserError` for settings that mean something to the PyTorch engine only."""
-    t, fix = config.train, "leave it out, or train with train.engine=torch"
-    _require(
-        config.loss.conversation_unit == "sequence",
-        "loss.conversation_unit",
-        "Megatron-Bridge reads no conversation ids, so it cannot say which sequences are one chat",
-        "use sequence, or train.engine=torch",
-    )
-    _require(t.precision != "bf16_pure", "train.precision", "Megatron keeps its main weights in float32", "use bf16")
-    _require(
-        t.data_parallel == "ddp",
-        "train.data_parallel",
-        "Megatron shares weights and optimizer in ways of its own",
-        "leave it out; megatron.ddp.use_distributed_optimizer=true shares the optimizer",
-    )
-    _require(not t.compile, "train.compile", "Megatron brings its own fused kernels", fix)
-    _require(t.bad_step == "stop", "train.bad_step", "Megatron stops at a loss that is no number, and skips none", fix)
-    _require(
-        not config.checkpoint.average_last,
-        "checkpoint.average_last",
-        "the mean of checkpoints is made of those of the PyTorch engine",
-        "export the checkpoints with nemotron_nb.megatron.engine.export_hf and average the folders",
-    )
-    _require(not t.spike_factor, "train.spike_factor", "Megatron does not look for spikes in our sense", fix)
-    _require(
-        not config.checkpoint.keep_top_k,
-        "checkpoint.keep_top_k",
-        "Megatron-Bridge keeps the newest checkpoints, not the best",
-        "set megatron.checkpoint.most_recent_k, or keep all with 0",
-    )
-
-# %% ../../nbs/megatron/09_engine.ipynb #4b23d88c
+# %% ../../nbs/megatron/09_engine.ipynb #8818805a
 def _require(holds: bool, where: str, what: str, fix: str) -> None:
     """`UserError` unless it holds."""
     if not holds:
         raise UserError(what, where=where, fix=fix)
 
-# %% ../../nbs/megatron/09_engine.ipynb #545ba4d9
+# %% ../../nbs/megatron/09_engine.ipynb #41065b4f
+def _check_shared_steps(t: Any) -> None:
+    """Refuse what Megatron does not do in a step: `t` is the section train."""
+    fix = "leave it out, or train with train.engine=torch"
+    own, shares = (
+        "Megatron shares weights and optimizer in ways of its own",
+        "megatron.ddp.use_distributed_optimizer=true",
+    )
+    float32 = "Megatron keeps its main weights in float32"
+    _require(t.precision != "bf16_pure", "train.precision", float32, "use bf16")
+    _require(t.data_parallel == "ddp", "train.data_parallel", own, f"leave it out; {shares} shares the optimizer")
+    _require(not t.compile, "train.compile", "Megatron brings its own fused kernels", fix)
+    _require(t.bad_step == "stop", "train.bad_step", "Megatron stops at a loss that is no number, and skips none", fix)
+
+
+def _check_shared_rest(config: TrainConfig) -> None:
+    """Refuse a mean of checkpoints, spikes, and a choice of the best checkpoints."""
+    what = "the mean of checkpoints is made of those of the PyTorch engine"
+    fix = "export the checkpoints with nemotron_nb.megatron.engine.export_hf and average the folders"
+    _require(not config.checkpoint.average_last, "checkpoint.average_last", what, fix)
+    what, fix = "Megatron does not look for spikes in our sense", "leave it out, or train with train.engine=torch"
+    _require(not config.train.spike_factor, "train.spike_factor", what, fix)
+    what = "Megatron-Bridge keeps the newest checkpoints, not the best"
+    fix = "set megatron.checkpoint.most_recent_k, or keep all with 0"
+    _require(not config.checkpoint.keep_top_k, "checkpoint.keep_top_k", what, fix)
+
+# %% ../../nbs/megatron/09_engine.ipynb #0389eba7
+def check_shared(
+    config: TrainConfig,
+) -> None:
+    """`UserError` for settings that mean something to the PyTorch engine only."""
+    what = "Megatron-Bridge reads no conversation ids, so it cannot say which sequences are one chat"
+    by_sequence = config.loss.conversation_unit == "sequence"
+    _require(by_sequence, "loss.conversation_unit", what, "use sequence, or train.engine=torch")
+    _check_shared_steps(config.train)
+    _check_shared_rest(config)
+
+# %% ../../nbs/megatron/09_engine.ipynb #e673f513
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Sections inside sections as dotted names."""
+    found = {}
+    for name, value in values.items():
+        found |= (
+            _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": value}
+        )
+    return found
+
+# %% ../../nbs/megatron/09_engine.ipynb #e2035f54
+def _wants_standins(given: Any) -> bool:
+    """Are the stand-ins for a CPU wanted here?"""
+    known = given in (True, False, "auto")
+    _require(
+        known, "megatron.cpu_standins", f"{given!r} is not known", "write true, false, or auto: where there is no GPU"
+    )
+    return not torch.cuda.is_available() if given == "auto" else given
+
+# %% ../../nbs/megatron/09_engine.ipynb #66c21e90
 @dataclass(frozen=True)
 class MegatronConfig:
     """Everything a training with Megatron-Bridge is told."""
@@ -292,29 +327,18 @@ class MegatronConfig:
         Megatron-Bridge.
         """
         flat = {name: value for name, value in _flat(values).items() if name != "unchecked"}
-        standins = flat.pop("cpu_standins", False)
-        _require(
-            standins in (True, False, "auto"),
-            "megatron.cpu_standins",
-            f"{standins!r} is not known",
-            "write true, false, or auto: where there is no GPU",
-        )
-        standins = not torch.cuda.is_available() if standins == "auto" else standins
+        standins = _wants_standins(flat.pop("cpu_standins", False))
         recipe = {name.removeprefix("recipe."): value for name, value in flat.items() if name.startswith("recipe.")}
         rest = {name: value for name, value in flat.items() if not name.startswith(("recipe.", "run."))}
         return cls(shared, recipe.pop("_target_", "nemotron_3_nano"), recipe, rest, standins)
 
-# %% ../../nbs/megatron/09_engine.ipynb #896feddc
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Sections inside sections as dotted names."""
-    found = {}
-    for name, value in values.items():
-        found |= (
-            _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": value}
-        )
-    return found
+# %% ../../nbs/megatron/09_engine.ipynb #64e97057
+def _split_paths(splits: Path) -> dict[str, str]:
+    """The splits that hold packs, under the names that Megatron-Bridge reads them by."""
+    names = {"packed_train_data_path": "train", "packed_val_data_path": "valid"}
+    return {name: str(splits / split) for name, split in names.items() if any((splits / split).glob("*.parquet"))}
 
-# %% ../../nbs/megatron/09_engine.ipynb #f2d18c70
+# %% ../../nbs/megatron/09_engine.ipynb #5fb0c53f
 def dataset_of(
     data_dir: str | Path,  # a folder that data preparation wrote
     row_length: int,  # places in a row
@@ -323,12 +347,7 @@ def dataset_of(
     version: str,  # of megatron-bridge
 ) -> Any:
     """Megatron-Bridge's own configuration of a packed dataset."""
-    names, splits = names_of(version), Path(data_dir) / "splits"
-    paths = {
-        f"packed_{short}_data_path": str(splits / split)
-        for short, split in (("train", "train"), ("val", "valid"))
-        if any((splits / split).glob("*.parquet"))
-    }
+    names, paths = names_of(version), _split_paths(Path(data_dir) / "splits")
     specs = dotted(names.specs)(packed_sequence_size=row_length, pad_seq_to_mult=pad_seq_to_mult, **paths)
     switch = {names.switch: True} if names.switch else {}
     return dotted(names.dataset)(
@@ -342,86 +361,82 @@ def dataset_of(
         **{names.specs_field: specs, **switch},
     )
 
-# %% ../../nbs/megatron/09_engine.ipynb #08d7ae68
+# %% ../../nbs/megatron/09_engine.ipynb #6ee94247
 def layout_multiple(
     model: Any,  # Megatron-Bridge's configuration of the model
 ) -> int:
     """What the places of each sequence must be a multiple of: 2 CP, or 1 without context parallelism."""
     return 2 * model.context_parallel_size if model.context_parallel_size > 1 else 1
 
-# %% ../../nbs/megatron/09_engine.ipynb #3fcb26f3
+# %% ../../nbs/megatron/09_engine.ipynb #c51722cb
+def _check_heads(m: Any) -> None:
+    """Refuse heads that the ranks of tensor parallelism cannot share: `m` is the configuration of the model."""
+    tp = m.tensor_model_parallel_size
+    for name in ("num_attention_heads", "num_query_groups", "mamba_num_heads"):
+        heads = getattr(m, name, None)
+        shared = not heads or heads % tp == 0 or (name == "num_query_groups" and tp % heads == 0)
+        what = f"{tp} ranks cannot share {heads} {name}"
+        _require(shared, "model.tensor_model_parallel_size", what, "give a divisor")
+
+# %% ../../nbs/megatron/09_engine.ipynb #b5514c19
+def _check_ranks(m: Any, world_size: int) -> None:
+    """Refuse a number of processes that the layout cannot use."""
+    tp, pp, cp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size, m.context_parallel_size
+    what = f"{world_size} processes cannot be divided by TP {tp} x PP {pp} x CP {cp}"
+    fix = "change the layout, or start as many processes as it needs"
+    _require(world_size % (tp * pp * cp) == 0, "model", what, fix)
+    sizes = [getattr(m, f"expert_{kind}_parallel_size", None) or 1 for kind in ("model", "tensor")]
+    experts, where = math.prod(sizes), "model.expert_model_parallel_size"
+    what = f"{world_size} processes cannot share the experts among {experts} ranks"
+    _require(world_size % (experts * pp) == 0, where, what, "give a divisor, 1 for a single process")
+
+# %% ../../nbs/megatron/09_engine.ipynb #fc149d26
+def _check_batch(t: Any, ranks: int) -> None:
+    """Refuse a step that the data-parallel ranks cannot share pack by pack: `t` is the section train."""
+    what = f"{t.global_batch_size} packs cannot be shared by {ranks} data-parallel ranks"
+    _require(t.global_batch_size % ranks == 0, "train.global_batch_size", what, "give a multiple")
+    what, fix = f"{t.micro_batch_size}, but a micro-batch is one pack", "leave it at 1 and set train.global_batch_size"
+    _require(t.micro_batch_size == 1, "train.micro_batch_size", what, fix)
+
+# %% ../../nbs/megatron/09_engine.ipynb #5bc2fe43
+def _check_padding(m: Any, padded_to: int) -> None:
+    """Refuse packs that the ranks cannot cut into equal slices."""
+    tp, cp, multiple = m.tensor_model_parallel_size, m.context_parallel_size, layout_multiple(m)
+    what = f"the data was padded to multiples of {padded_to}, but context parallelism over {cp} ranks needs {multiple}"
+    fix = f"prepare the data with pad_to_multiple={multiple}"
+    _require(padded_to % multiple == 0, "model.context_parallel_size", what, fix)
+    even = m.seq_length % (multiple * (tp if m.sequence_parallel else 1)) == 0
+    what = f"rows of {m.seq_length} places cannot be shared by the ranks of CP {cp} and TP {tp}"
+    fix = "prepare the data with a pack_size that is a multiple, such as a power of two"
+    _require(even, "data.pack_size", what, fix)
+
+# %% ../../nbs/megatron/09_engine.ipynb #f0cdf02b
+def _check_loss(config: Any) -> None:
+    """Refuse what would divide the loss otherwise, or ignore the mask."""
+    per_token = config.model.calculate_per_token_loss
+    _require(per_token, "model.calculate_per_token_loss", "it is not set", "both stages need it")
+    fix = "gradients are sums that are divided once, by the number of the global batch"
+    _require(not config.ddp.average_in_collective, "ddp.average_in_collective", "it is set", fix)
+    answers = (getattr(config.dataset, "dataset_kwargs", None) or {}).get("answer_only_loss", True)
+    where, fix = "dataset.dataset_kwargs.answer_only_loss", "the mask of the packs would be ignored"
+    _require(answers, where, "it is not set", fix)
+
+# %% ../../nbs/megatron/09_engine.ipynb #5058ec3d
 def check_layout(
     config: Any,  # Megatron-Bridge's configuration
     manifest: Mapping[str, Any],  # of the data
     world_size: int,  # processes
 ) -> None:
     """`UserError` if parallel layout, data and loss do not go together. Needs no Megatron."""
-    m, t = config.model, config.train
-    tp, pp, cp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size, m.context_parallel_size
-    for name in ("num_attention_heads", "num_query_groups", "mamba_num_heads"):
-        heads = getattr(m, name, None)
-        _require(
-            not heads or heads % tp == 0 or (name == "num_query_groups" and tp % heads == 0),
-            "model.tensor_model_parallel_size",
-            f"{tp} ranks cannot share {heads} {name}",
-            "give a divisor",
-        )
-    _require(
-        world_size % (tp * pp * cp) == 0,
-        "model",
-        f"{world_size} processes cannot be divided by TP {tp} x PP {pp} x CP {cp}",
-        "change the layout, or start as many processes as it needs",
-    )
-    experts = (getattr(m, "expert_model_parallel_size", None) or 1) * (
-        getattr(m, "expert_tensor_parallel_size", None) or 1
-    )
-    _require(
-        world_size % (experts * pp) == 0,
-        "model.expert_model_parallel_size",
-        f"{world_size} processes cannot share the experts among {experts} ranks",
-        "give a divisor, 1 for a single process",
-    )
-    ranks = world_size // (tp * pp * cp)
-    _require(
-        t.global_batch_size % ranks == 0,
-        "train.global_batch_size",
-        f"{t.global_batch_size} packs cannot be shared by {ranks} data-parallel ranks",
-        "give a multiple",
-    )
-    _require(
-        t.micro_batch_size == 1,
-        "train.micro_batch_size",
-        f"{t.micro_batch_size}, but a micro-batch is one pack",
-        "leave it at 1 and set train.global_batch_size",
-    )
-    _require(
-        manifest["pad_to_multiple"] % layout_multiple(m) == 0,
-        "model.context_parallel_size",
-        f"the data was padded to multiples of {manifest['pad_to_multiple']}, but context parallelism over {cp} ranks "
-        f"needs {layout_multiple(m)}",
-        f"prepare the data with pad_to_multiple={layout_multiple(m)}",
-    )
-    _require(
-        m.seq_length % (layout_multiple(m) * (tp if m.sequence_parallel else 1)) == 0,
-        "data.pack_size",
-        f"rows of {m.seq_length} places cannot be shared by the ranks of CP {cp} and TP {tp}",
-        "prepare the data with a pack_size that is a multiple, such as a power of two",
-    )
-    _require(m.calculate_per_token_loss, "model.calculate_per_token_loss", "it is not set", "both stages need it")
-    _require(
-        not config.ddp.average_in_collective,
-        "ddp.average_in_collective",
-        "it is set",
-        "gradients are sums that are divided once, by the number of the global batch",
-    )
-    _require(
-        (getattr(config.dataset, "dataset_kwargs", None) or {}).get("answer_only_loss", True),
-        "dataset.dataset_kwargs.answer_only_loss",
-        "it is not set",
-        "the mask of the packs would be ignored",
-    )
+    m = config.model
+    _check_heads(m)
+    _check_ranks(m, world_size)
+    divided = m.tensor_model_parallel_size * m.pipeline_model_parallel_size * m.context_parallel_size
+    _check_batch(config.train, world_size // divided)
+    _check_padding(m, manifest["pad_to_multiple"])
+    _check_loss(config)
 
-# %% ../../nbs/megatron/09_engine.ipynb #a5f83dfd
+# %% ../../nbs/megatron/09_engine.ipynb #0ca3d430
 def own_schedule(
     overrides: Mapping[str, Any],  # dotted names of Megatron-Bridge
     schedule: StageSchedule,
@@ -430,44 +445,15 @@ def own_schedule(
 
     Not if Megatron's own is asked for by name; `UserError` if stages then have rates of their own.
     """
-    named = [
-        name for name in overrides if name.startswith("scheduler.") or name in ("optimizer.lr", "optimizer.min_lr")
-    ]
+    rates = ("optimizer.lr", "optimizer.min_lr")
+    named = [name for name in overrides if name.startswith("scheduler.") or name in rates]
     for i, phase in enumerate(schedule.phases):
-        _require(
-            not named or (phase.lr_factor == 1 and not phase.restart),
-            f"loss.stages[{i}]",
-            f"it has a learning rate of its own, but {', '.join(named)} asks for Megatron's schedule",
-            "use the sections optimizer and scheduler, which both engines know",
-        )
+        what = f"it has a learning rate of its own, but {', '.join(named)} asks for Megatron's schedule"
+        fix = "use the sections optimizer and scheduler, which both engines know"
+        _require(not named or (phase.lr_factor == 1 and not phase.restart), f"loss.stages[{i}]", what, fix)
     return not named
 
-# %% ../../nbs/megatron/09_engine.ipynb #edd74dff
-def _checkpoint_values(run: MegatronConfig) -> dict[str, Any]:
-    """Where weights come from, and where they go. The newest checkpoint of this run comes before one that is named."""
-    c = run.shared.checkpoint
-    save = str(run.overrides.get("checkpoint.save") or c.save or Path(run.shared.output_dir) / "checkpoints")
-    load = next((folder for folder in (save, c.load) if folder and _has_checkpoint(folder)), None)
-    _require(
-        load is not None or not c.load,
-        "checkpoint.load",
-        f"Megatron-Bridge has written no checkpoint to {c.load}",
-        "name the folder that holds latest_train_state.pt",
-    )
-    weights = (
-        c.pretrained_checkpoint
-        if c.pretrained_checkpoint and not (Path(c.pretrained_checkpoint) / "config.json").is_file()
-        else str(start_folder(run.shared))
-    )
-    _check_weights(weights)
-    return {
-        "checkpoint.save": save,
-        "checkpoint.save_interval": c.save_interval or None,
-        "checkpoint.load": load,
-        "checkpoint.pretrained_checkpoint": weights,
-    }
-
-# %% ../../nbs/megatron/09_engine.ipynb #bac021cc
+# %% ../../nbs/megatron/09_engine.ipynb #b437b23d
 def _check_weights(folder: str) -> None:
     """Raise `UserError` unless Megatron-Bridge may be given this folder to begin with."""
     _require(
@@ -484,19 +470,37 @@ def _check_weights(folder: str) -> None:
         "name the folder model of that run, or export a checkpoint to Hugging Face form",
     )
 
-# %% ../../nbs/megatron/09_engine.ipynb #93d4e8cb
+# %% ../../nbs/megatron/09_engine.ipynb #6ff7d3c0
 def _has_checkpoint(folder: str) -> bool:
     """Has Megatron-Bridge written a whole checkpoint here?"""
     return (Path(folder) / "latest_train_state.pt").exists()
 
 
-def _standins() -> types.ModuleType:
-    """What stands in for GPUs: only a rehearsal on a CPU needs it."""
-    from nemotron_nb.megatron import cpu
+def _first_weights(shared: TrainConfig) -> str:
+    """The folder of the weights to begin with: one of checkpoints that is named, or the model in Hugging Face form."""
+    named = shared.checkpoint.pretrained_checkpoint
+    is_checkpoint = named and not (Path(named) / "config.json").is_file()
+    weights = named if is_checkpoint else str(start_folder(shared))
+    _check_weights(weights)
+    return weights
 
-    return cpu
+# %% ../../nbs/megatron/09_engine.ipynb #9f6da470
+def _checkpoint_values(run: MegatronConfig) -> dict[str, Any]:
+    """Where weights come from, and where they go. The newest checkpoint of this run comes before one that is named."""
+    c = run.shared.checkpoint
+    save = str(run.overrides.get("checkpoint.save") or c.save or Path(run.shared.output_dir) / "checkpoints")
+    load = next((folder for folder in (save, c.load) if folder and _has_checkpoint(folder)), None)
+    what = f"Megatron-Bridge has written no checkpoint to {c.load}"
+    fix = "name the folder that holds latest_train_state.pt"
+    _require(load is not None or not c.load, "checkpoint.load", what, fix)
+    return {
+        "checkpoint.save": save,
+        "checkpoint.save_interval": c.save_interval or None,
+        "checkpoint.load": load,
+        "checkpoint.pretrained_checkpoint": _first_weights(run.shared),
+    }
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #b7d106cf
 def _peft_values(run: MegatronConfig) -> dict[str, Any]:
     """LoRA of the shared settings, as Megatron-Bridge's own object."""
     if not run.shared.peft.enabled:
@@ -505,13 +509,18 @@ def _peft_values(run: MegatronConfig) -> dict[str, Any]:
 
     return {"peft": dotted("megatron.bridge.peft.lora.LoRA")(**megatron_peft(run.shared.peft))}
 
-# %% ../../nbs/megatron/09_engine.ipynb #1f4e578e
+# %% ../../nbs/megatron/09_engine.ipynb #cfd1d94f
+def _standins() -> types.ModuleType:
+    """What stands in for GPUs: only a rehearsal on a CPU needs it."""
+    from nemotron_nb.megatron import cpu
+
+    return cpu
+
+# %% ../../nbs/megatron/09_engine.ipynb #6ac8db98
 def engine_values(run: MegatronConfig, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What this engine needs, whatever the recipe says; then the shared settings."""
-    shared, tokenizer = (
-        run.shared,
-        reading_tokenizer(Path(run.shared.data_dir) / "tokenizer", Path(run.shared.output_dir) / "tokenizer_of_reader"),
-    )
+    shared, output = run.shared, Path(run.shared.output_dir)
+    tokenizer = reading_tokenizer(Path(shared.data_dir) / "tokenizer", output / "tokenizer_of_reader")
     return {
         **(_standins().cpu_values() if run.cpu_standins else {}),
         "train.micro_batch_size": 1,
@@ -528,16 +537,13 @@ def engine_values(run: MegatronConfig, manifest: Mapping[str, Any]) -> dict[str,
         **_peft_values(run),
     }
 
-# %% ../../nbs/megatron/09_engine.ipynb #7567f55e
+# %% ../../nbs/megatron/09_engine.ipynb #033fe497
 def _data_ranks(model: Any, world_size: int) -> int:
     """How many ranks see different packs, at least 1."""
-    return max(
-        1,
-        world_size
-        // (model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size),
-    )
+    divided = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
+    return max(1, world_size // divided)
 
-# %% ../../nbs/megatron/09_engine.ipynb #2b2d3cb2
+
 def evaluation_values(
     held_out: int,  # packs of the valid split
     batch: int,  # packs in a step of training
@@ -552,7 +558,18 @@ def evaluation_values(
         "validation.eval_iters": held_out // size if size else 0,
     }
 
-# %% ../../nbs/megatron/09_engine.ipynb #80996ce6
+# %% ../../nbs/megatron/09_engine.ipynb #2c553bcf
+def _apply_values(config: Any, run: MegatronConfig, manifest: Manifest, world_size: int) -> None:
+    """The needs of this engine, the shared settings and the overrides; then the size of an evaluation."""
+    for name, value in (engine_values(run, manifest.values) | dict(run.overrides)).items():
+        set_value(config, name, value)
+    held_out = manifest["splits"].get("valid", {"packs": 0})["packs"]
+    ranks = _data_ranks(config.model, world_size)
+    for name, value in evaluation_values(held_out, config.train.global_batch_size, ranks).items():
+        if name not in run.overrides:
+            set_value(config, name, value)
+
+# %% ../../nbs/megatron/09_engine.ipynb #37511ecf
 def build_config(
     run: MegatronConfig,
     world_size: int = 1,  # processes
@@ -563,24 +580,15 @@ def build_config(
     manifest, recipe = Manifest.load(run.shared.data_dir), recipe_function(run.recipe)
     with local_model(recipe, start_folder(run.shared)):
         config = recipe(**run.recipe_arguments)
-    config.dataset = dataset_of(
-        run.shared.data_dir, manifest["pack_size"], 1, run.shared.train.seed, installed_version("megatron-bridge")
-    )
-    for name, value in (engine_values(run, manifest.values) | dict(run.overrides)).items():
-        set_value(config, name, value)
-    for name, value in evaluation_values(
-        manifest["splits"].get("valid", {"packs": 0})["packs"],
-        config.train.global_batch_size,
-        _data_ranks(config.model, world_size),
-    ).items():
-        if name not in run.overrides:
-            set_value(config, name, value)
-    specs = getattr(config.dataset, names_of(installed_version("megatron-bridge")).specs_field)
+    version = installed_version("megatron-bridge")
+    config.dataset = dataset_of(run.shared.data_dir, manifest["pack_size"], 1, run.shared.train.seed, version)
+    _apply_values(config, run, manifest, world_size)
+    specs = getattr(config.dataset, names_of(version).specs_field)
     specs.pad_seq_to_mult = layout_multiple(config.model)
     check_layout(config, manifest.values, world_size)
     return config
 
-# %% ../../nbs/megatron/09_engine.ipynb #fa82e973
+# %% ../../nbs/megatron/09_engine.ipynb #19529a7e
 def balance_of(
     manifest: Mapping[str, Any],
 ) -> int:
@@ -588,7 +596,7 @@ def balance_of(
     train = manifest["splits"]["train"]
     return max(1, round(train["trained_tokens"] / max(1, train["sequences"])))
 
-# %% ../../nbs/megatron/09_engine.ipynb #6ee41850
+# %% ../../nbs/megatron/09_engine.ipynb #0d2a30a0
 def check_packs(
     config: Any,  # Megatron-Bridge's configuration
     data_dir: str | Path,
@@ -606,7 +614,19 @@ def check_packs(
     splits = ["train", *(["valid"] if config.validation.eval_iters else [])]
     return {split: validate_packs(Path(data_dir) / "splits" / split, **rules) for split in splits}
 
-# %% ../../nbs/megatron/09_engine.ipynb #8082cb38
+# %% ../../nbs/megatron/09_engine.ipynb #d6b6365d
+def _engine_name(standins: bool) -> str:
+    """Which Megatron this is."""
+    versions = ", ".join(f"{name} {installed_version(name)}" for name in ("megatron-bridge", "megatron-core"))
+    return versions + (f", {_standins().SAID}" if standins else "")
+
+
+def _trained_parameters(folder: Path) -> int:
+    """Parameters of a model in Hugging Face form; the routers' bias is not trained by gradients."""
+    named = shapes(folder).items()
+    return sum(math.prod(shape) for name, shape in named if not name.endswith("e_score_correction_bias"))
+
+# %% ../../nbs/megatron/09_engine.ipynb #446e143f
 def _start_line(run: MegatronConfig, config: Any, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What follows from settings, data and model, for the first line of the metrics."""
     train, steps, size = manifest["splits"]["train"], config.train.train_iters, config.train.global_batch_size
@@ -614,15 +634,9 @@ def _start_line(run: MegatronConfig, config: Any, manifest: Mapping[str, Any]) -
     sums = {"rows": train["sequences"], "tokens": train["tokens"], "trained_tokens": train["trained_tokens"]}
     return {
         "kind": "start",
-        "engine": f"megatron-bridge {installed_version('megatron-bridge')}, megatron-core "
-                  f"{installed_version('megatron-core')}"
-        + (f", {_standins().SAID}" if run.cpu_standins else ""),
+        "engine": _engine_name(run.cpu_standins),
         "recipe": run.recipe,
-        "parameters": sum(
-            math.prod(shape)
-            for name, shape in shapes(start_folder(run.shared)).items()
-            if not name.endswith("e_score_correction_bias")
-        ),  # the routers' bias is not trained by gradients
+        "parameters": _trained_parameters(start_folder(run.shared)),
         "packs": train["packs"],
         **sums,
         **{f"{name}_per_step": total * share for name, total in sums.items()},
@@ -632,85 +646,7 @@ def _start_line(run: MegatronConfig, config: Any, manifest: Mapping[str, Any]) -
         "plan": [list(phase) for phase in StageSchedule.from_config(run.shared.loss.stages).plan(steps)],
     }
 
-# %% ../../nbs/megatron/09_engine.ipynb #03a43435
-def _lone_process() -> None:
-    """What torchrun sets, for a process that nobody set it for."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    for name, value in {
-        "RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-    }.items():
-        os.environ.setdefault(name, str(value))
-
-# %% ../../nbs/megatron/09_engine.ipynb #904cdf24
-def _wait_for(file: Path, minutes: float = 60) -> None:
-    """Wait until the first process has written a file; `UserError` if it does not come."""
-    deadline = time.monotonic() + 60 * minutes
-    while not file.exists():
-        _require(
-            time.monotonic() < deadline,
-            str(file),
-            f"the first process has not written it in {minutes:g} minutes",
-            "look at its log; the folder of the run must be on a disk that all nodes see",
-        )
-        time.sleep(0.2)
-
-# %% ../../nbs/megatron/09_engine.ipynb #d0c253f4
-def _prepare(run: MegatronConfig, ready: Path, source: "Source | None") -> None:
-    """What the first process does before any training: the model to begin with, and a look at it."""
-    Path(run.shared.output_dir).mkdir(parents=True, exist_ok=True)
-    start = write_start(run.shared)
-    examine(run.shared, "before", start, 0, source)
-    write_atomic(ready, "\n")
-
-# %% ../../nbs/megatron/09_engine.ipynb #1933094b
-def begin_record(run: MegatronConfig, config: Any, manifest: Mapping[str, Any], step: TwoStageStep) -> None:
-    """Say what is about to happen, and begin metrics.jsonl unless the run goes on."""
-    if not config.validation.eval_iters:
-        print("no held-out loss: fewer held-out packs than data-parallel ranks", flush=True)
-    line, output = _start_line(run, config, manifest), Path(run.shared.output_dir)
-    _say_changes(run, output)
-    print(
-        f"{line['engine']}: {names_of(installed_version('megatron-bridge')).note}; recipe {run.recipe}; conversations "
-        f"count {step.balance} in the sample stage",
-        flush=True,
-    )
-    if run.shared.model.mtp_num_layers and any(stage != "token" for stage, _ in line["plan"]):
-        print(
-            "MTP depths: in a stage other than the token stage they are weighted like the loss; the PyTorch engine "
-            "averages them over tokens",
-            flush=True,
-        )
-    (output / STOP).unlink(missing_ok=True)  # it was obeyed
-    if config.checkpoint.load is None:
-        write_atomic(output / METRICS, "")
-        append_line(output, line)
-        before = output / "evaluation_before.json"
-        if before.exists():
-            append_line(
-                output,
-                {"kind": "valid", "step": 0}
-                | {
-                    name: value
-                    for name, value in json.loads(before.read_text()).items()
-                    if name in ("loss_token", "loss_sample", "trained_tokens", "conversations")
-                },
-            )
-
-# %% ../../nbs/megatron/09_engine.ipynb #52de8f98
-def _in_steps(run: MegatronConfig) -> MegatronConfig:
-    """The run with its length in steps; a batch that is given under Megatron's own name counts for the epochs."""
-    manifest = Manifest.load(run.shared.data_dir)
-    size = run.overrides.get("train.global_batch_size") or run.shared.train.packs_in_step(manifest["pack_size"])
-    counted = replace(run.shared.train, global_batch_size=size).in_steps(
-        manifest["splits"]["train"]["packs"], manifest["pack_size"]
-    )
-    return replace(
-        run, shared=replace(run.shared, train=replace(counted, global_batch_size=run.shared.train.global_batch_size))
-    )
-
-# %% ../../nbs/megatron/09_engine.ipynb #8320057c
+# %% ../../nbs/megatron/09_engine.ipynb #d444b016
 SETTINGS = "settings.json"  # in the output folder: what decided the steps up to now
 
 
@@ -721,63 +657,125 @@ def _say_changes(run: MegatronConfig, output: Path) -> None:
         print(f"{name} was {was!r} and is {is_now!r} from here on", flush=True)
     write_json(file, now)
 
-# %% ../../nbs/megatron/09_engine.ipynb #ec9747d5
+# %% ../../nbs/megatron/09_engine.ipynb #a01abcfa
+_OF_A_LOOK = ("loss_token", "loss_sample", "trained_tokens", "conversations")
+
+
+def _begin_metrics(output: Path, line: Mapping[str, Any]) -> None:
+    """A new metrics.jsonl: the first line, and what the look before found."""
+    write_atomic(output / METRICS, "")
+    append_line(output, line)
+    before = output / "evaluation_before.json"
+    if before.exists():
+        found = json.loads(before.read_text()).items()
+        append_line(output, {"kind": "valid", "step": 0} | {name: value for name, value in found if name in _OF_A_LOOK})
+
+# %% ../../nbs/megatron/09_engine.ipynb #923f75bb
+def begin_record(run: MegatronConfig, config: Any, manifest: Mapping[str, Any], step: TwoStageStep) -> None:
+    """Say what is about to happen, and begin metrics.jsonl unless the run goes on."""
+    if not config.validation.eval_iters:
+        print("no held-out loss: fewer held-out packs than data-parallel ranks", flush=True)
+    line, output = _start_line(run, config, manifest), Path(run.shared.output_dir)
+    _say_changes(run, output)
+    note = names_of(installed_version("megatron-bridge")).note
+    counts = f"conversations count {step.balance} in the sample stage"
+    print(f"{line['engine']}: {note}; recipe {run.recipe}; {counts}", flush=True)
+    if run.shared.model.mtp_num_layers and any(stage != "token" for stage, _ in line["plan"]):
+        how = "MTP depths: in a stage other than the token stage they are weighted like the loss"
+        print(f"{how}; the PyTorch engine averages them over tokens", flush=True)
+    (output / STOP).unlink(missing_ok=True)  # it was obeyed
+    if config.checkpoint.load is None:
+        _begin_metrics(output, line)
+
+# %% ../../nbs/megatron/09_engine.ipynb #a9bcb76e
+def _lone_process() -> None:
+    """What torchrun sets, for a process that nobody set it for."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in alone.items():
+        os.environ.setdefault(name, str(value))
+
+# %% ../../nbs/megatron/09_engine.ipynb #975e1cc1
+def _wait_for(file: Path, minutes: float = 60) -> None:
+    """Wait until the first process has written a file; `UserError` if it does not come."""
+    deadline = time.monotonic() + 60 * minutes
+    what = f"the first process has not written it in {minutes:g} minutes"
+    fix = "look at its log; the folder of the run must be on a disk that all nodes see"
+    while not file.exists():
+        _require(time.monotonic() < deadline, str(file), what, fix)
+        time.sleep(0.2)
+
+# %% ../../nbs/megatron/09_engine.ipynb #5f648bd9
+def _prepare(run: MegatronConfig, ready: Path, source: "Source | None") -> None:
+    """What the first process does before any training: the model to begin with, and a look at it."""
+    Path(run.shared.output_dir).mkdir(parents=True, exist_ok=True)
+    start = write_start(run.shared)
+    examine(run.shared, "before", start, 0, source)
+    write_atomic(ready, "\n")
+
+# %% ../../nbs/megatron/09_engine.ipynb #6a4f2800
+def _in_steps(run: MegatronConfig) -> MegatronConfig:
+    """The run with its length in steps; a batch that is given under Megatron's own name counts for the epochs."""
+    manifest, t = Manifest.load(run.shared.data_dir), run.shared.train
+    size = run.overrides.get("train.global_batch_size") or t.packs_in_step(manifest["pack_size"])
+    packs = manifest["splits"]["train"]["packs"]
+    counted = replace(t, global_batch_size=size).in_steps(packs, manifest["pack_size"])
+    train = replace(counted, global_batch_size=t.global_batch_size)
+    return replace(run, shared=replace(run.shared, train=train))
+
+# %% ../../nbs/megatron/09_engine.ipynb #5e02aca7
+def _order_of_packs(packs: int, size: int, seed: int) -> Callable[[int], list[int]]:
+    """What gives, for so many places in a run, the packs of its steps one after the other."""
+    return lambda places: [p for done in range(places // size) for p in packs_of_step(done, packs, size, seed)]
+
+# %% ../../nbs/megatron/09_engine.ipynb #7ecc4e94
+def _recorder(run: MegatronConfig, config: Any, step: TwoStageStep, packs: int, stop: StopSignals) -> Recorder:
+    """The listener of a run: its record, our learning rate unless Megatron's is asked for, and the model at the end."""
+    size, steps = config.train.global_batch_size, config.train.train_iters
+    timed = replace(run.shared, train=replace(run.shared.train, global_batch_size=size, train_iters=steps))
+    rate = partial(learning_rate, config=timed) if own_schedule(run.overrides, step.schedule) else None
+    write = partial(write_model, run.shared, config.peft)
+    return Recorder(run.shared.output_dir, step, rate, lambda done: done * size / packs, write, stop)
+
+# %% ../../nbs/megatron/09_engine.ipynb #2df54499
 def _finetune(run: MegatronConfig, stop: StopSignals) -> Recorder:
     """Megatron-Bridge's own `finetune` with our configuration, step and listener."""
     rank, manifest = int(os.environ["RANK"]), Manifest.load(run.shared.data_dir).values
-    config, schedule, packs = (
-        build_config(run, int(os.environ["WORLD_SIZE"])),
-        StageSchedule.from_config(run.shared.loss.stages),
-        manifest["splits"]["train"]["packs"],
-    )
-    step, size = TwoStageStep(schedule, balance_of(manifest)), config.train.global_batch_size
-    timed = replace(
-        run.shared, train=replace(run.shared.train, global_batch_size=size, train_iters=config.train.train_iters)
-    )
-    rate = partial(learning_rate, config=timed) if own_schedule(run.overrides, schedule) else None
+    config = build_config(run, int(os.environ["WORLD_SIZE"]))
+    packs, size = manifest["splits"]["train"]["packs"], config.train.global_batch_size
+    step = TwoStageStep(StageSchedule.from_config(run.shared.loss.stages), balance_of(manifest))
+    recorder = _recorder(run, config, step, packs, stop)
     if rank == 0:
         for split, check in check_packs(config, run.shared.data_dir).items():
             print(f"{split}: {check}")
         begin_record(run, config, manifest, step)
-    recorder = Recorder(
-        run.shared.output_dir,
-        step,
-        rate,
-        lambda done: done * size / packs,
-        partial(write_model, run.shared, config.peft),
-        stop,
-    )
-
-    def order(places: int) -> list[int]:
-        """The packs of all steps, one after the other."""
-        return [
-            pack for done in range(places // size) for pack in packs_of_step(done, packs, size, run.shared.train.seed)
-        ]
-
+    order = _order_of_packs(packs, size, run.shared.train.seed)
     with packs_in_order(order, installed_version("megatron-bridge")):
-        dotted("megatron.bridge.training.finetune.finetune")(
-            config, step, callbacks=recorder.register(dotted("megatron.bridge.training.callbacks.CallbackManager")())
-        )
+        callbacks = recorder.register(dotted("megatron.bridge.training.callbacks.CallbackManager")())
+        dotted("megatron.bridge.training.finetune.finetune")(config, step, callbacks=callbacks)
     return recorder
 
-# %% ../../nbs/megatron/09_engine.ipynb #6b52dc20
-def train(
-    run: MegatronConfig,
-    stop: StopSignals | None = None,  # what asks the training to end, besides a file STOP in the output folder
-) -> None:
-    """Train with Megatron-Bridge: metrics.jsonl, checkpoints/, evaluation_*.json and model/ are written to the
-    output folder. Start it on every rank, as torchrun does, or alone.
-    """
-    train_with(_in_steps(run), stop or StopSignals(), _finetune)
+# %% ../../nbs/megatron/09_engine.ipynb #5f32d3e7
+def _end(run: MegatronConfig, recorder: Recorder, began: float, source: "Source | None") -> None:
+    """The last lines, and the look at the trained model. One process calls it."""
+    output = Path(run.shared.output_dir)
+    if recorder.paused:
+        append_line(output, {"kind": "paused", "step": recorder.done})
+        return
+    if (output / "model").is_dir():
+        examine(run.shared, "after", output / "model", recorder.done, source)
+    append_line(output, {"kind": "end", "steps": recorder.done, "seconds": time.perf_counter() - began})
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #d69bd155
 def train_with(
     run: MegatronConfig,  # its length in steps
     stop: StopSignals,
     trainer: Callable[[MegatronConfig, StopSignals], Recorder],  # what hands the run to Megatron-Bridge
     source: "Source | None" = None,  # what is held out, and how it is looked at; None: the packs of the data
 ) -> None:
-    """All that is around a training by Megatron-Bridge: the lock, the model it begins with, the looks, the last lines."""
+    """All that is around a training by Megatron-Bridge: lock, first model, looks, and the last lines."""
     check_shared(run.shared)
     (_standins().check_standins if run.cpu_standins else require_megatron)()
     _lone_process()
@@ -792,18 +790,17 @@ def train_with(
         if first:
             _end(run, recorder, began, source)
 
-# %% ../../nbs/megatron/09_engine.ipynb #125fd0bf
-def _end(run: MegatronConfig, recorder: Recorder, began: float, source: "Source | None") -> None:
-    """The last lines, and the look at the trained model. One process calls it."""
-    output = Path(run.shared.output_dir)
-    if recorder.paused:
-        append_line(output, {"kind": "paused", "step": recorder.done})
-        return
-    if (output / "model").is_dir():
-        examine(run.shared, "after", output / "model", recorder.done, source)
-    append_line(output, {"kind": "end", "steps": recorder.done, "seconds": time.perf_counter() - began})
+# %% ../../nbs/megatron/09_engine.ipynb #91e43ab4
+def train(
+    run: MegatronConfig,
+    stop: StopSignals | None = None,  # what asks the training to end, besides a file STOP in the output folder
+) -> None:
+    """Train with Megatron-Bridge: metrics.jsonl, checkpoints/, evaluation_*.json and model/ are written to the
+    output folder. Start it on every rank, as torchrun does, or alone.
+    """
+    train_with(_in_steps(run), stop or StopSignals(), _finetune)
 
-# %% ../../nbs/megatron/09_engine.ipynb #169f43e9
+# %% ../../nbs/megatron/09_engine.ipynb #f30cc836
 def export_hf(
     checkpoint: str | Path,  # a folder of checkpoints that Megatron-Bridge wrote
     hf_model: str | Path,  # the model it was trained from, in Hugging Face form: configuration and tokenizer
@@ -811,12 +808,8 @@ def export_hf(
 ) -> Path:
     """Write a trained model in Hugging Face form."""
     require_megatron()
-    _require(
-        not Path(target).exists(),
-        str(target),
-        "the folder exists already",
-        "give another folder, results are never overwritten",
-    )
+    fix = "give another folder, results are never overwritten"
+    _require(not Path(target).exists(), str(target), "the folder exists already", fix)
     bridge = dotted("megatron.bridge.AutoBridge").from_hf_pretrained(str(hf_model))
     bridge.export_ckpt(str(checkpoint), str(target), show_progress=False)
     return Path(target)

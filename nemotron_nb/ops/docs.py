@@ -41,7 +41,7 @@ CHAPTERS: Mapping[str, str] = {
 }
 FRONT = ("index", "tour", "map")
 
-# %% ../../nbs/ops/11_docs.ipynb #df834a5a
+# %% ../../nbs/ops/11_docs.ipynb #359ca1a2
 @dataclass(frozen=True)
 class Page:
     """A notebook as a page of the site."""
@@ -55,7 +55,7 @@ class Page:
         """The folder it lies in, one of `CHAPTERS`."""
         return self.path.rpartition("/")[0]
 
-# %% ../../nbs/ops/11_docs.ipynb #6c02277a
+# %% ../../nbs/ops/11_docs.ipynb #03069227
 def page_of(
     notebook: Path,
     root: Path,  # the folder nbs/
@@ -186,11 +186,17 @@ def mathml(
     # it knows no distances between lines
     return convert(re.sub(r"\\\\\[\d+pt\]", r"\\\\", latex), display="block" if display else "inline")
 
-# %% ../../nbs/ops/11_docs.ipynb #0c798abe
+# %% ../../nbs/ops/11_docs.ipynb #d5e71987
 _HREF = re.compile(r'href="([^"#:]+)"')
 _HERE = re.compile(r'<li class="(toctree-l\d)"><a class="reference internal" href="#">')
 
 
+def _split(contents: str) -> tuple[str, str, str]:
+    """What stands before the entry of the page itself, the entry, and the rest; all, and twice nothing, without one."""
+    found = _HERE.search(contents)
+    return (contents[: found.start()], found[0], contents[found.end() :]) if found else (contents, "", "")
+
+# %% ../../nbs/ops/11_docs.ipynb #76226a50
 def moved_contents(
     contents: str,  # HTML, as Sphinx draws it for a page
     page: str,  # that page: its path without .html
@@ -210,13 +216,7 @@ def moved_contents(
     marked = _HERE.sub(r'<li class="\1 current"><a class="current reference internal" href="#">', here)
     return '<ul class="current">'.join(begin.rsplit("<ul>", 1)) + marked + rest if here else begin
 
-# %% ../../nbs/ops/11_docs.ipynb #f4f8455b
-def _split(contents: str) -> tuple[str, str, str]:
-    """What stands before the entry of the page itself, the entry, and the rest; all, and twice nothing, without one."""
-    found = _HERE.search(contents)
-    return (contents[: found.start()], found[0], contents[found.end() :]) if found else (contents, "", "")
-
-
+# %% ../../nbs/ops/11_docs.ipynb #8c5503df
 def _draw_contents_once(app: Any, page: str, template: str, context: dict[str, Any], tree: Any) -> None:
     """Called by Sphinx before a page is written: what draws the contents looks for what an earlier page has drawn."""
     draw = context.get("toctree")
@@ -234,7 +234,7 @@ def _draw_contents_once(app: Any, page: str, template: str, context: dict[str, A
 
     context["toctree"] = contents
 
-# %% ../../nbs/ops/11_docs.ipynb #08317d60
+# %% ../../nbs/ops/11_docs.ipynb #e022435d
 def setup(
     app: Any,  # Sphinx
 ) -> dict[str, bool]:
@@ -259,55 +259,62 @@ def setup(
     app.connect("html-page-context", _draw_contents_once, priority=100)  # the theme asks for the contents after that
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
-# %% ../../nbs/ops/11_docs.ipynb #5c5d092b
+# %% ../../nbs/ops/11_docs.ipynb #ac553487
 _CODE = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
-# %% ../../nbs/ops/11_docs.ipynb #959d50c6
+
 def _named(statement: ast.stmt) -> list[str]:
     """The names that a statement at the top of a module gives to something."""
     if isinstance(statement, _CODE):
         return [statement.name]
-    targets = (
-        statement.targets
-        if isinstance(statement, ast.Assign)
-        else [statement.target]
-        if isinstance(statement, ast.AnnAssign)
-        else []
-    )
+    if isinstance(statement, ast.Assign):
+        targets = statement.targets
+    else:
+        targets = [statement.target] if isinstance(statement, ast.AnnAssign) else []
     return [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
 
-# %% ../../nbs/ops/11_docs.ipynb #54e4c006
-def _head(node: ast.stmt, lines: Sequence[str]) -> str:
-    """The code of a function or class up to its docstring, or to the first method of a class."""
+# %% ../../nbs/ops/11_docs.ipynb #9116ce7b
+def _lineage(node: ast.ClassDef, top: Mapping[str, ast.stmt]) -> list[ast.ClassDef]:
+    """A class and the private classes of its module that it is made of, the first one first."""
+    bases = [base.id for base in node.bases if isinstance(base, ast.Name) and base.id.startswith("_")]
+    known = [top[name] for name in bases if isinstance(top.get(name), ast.ClassDef)]
+    return [*(part for base in known for part in _lineage(base, top)), node]
+
+
+def _members(node: ast.ClassDef, top: Mapping[str, ast.stmt], kinds: type | tuple[type, ...]) -> list[ast.stmt]:
+    """What stands in a class or in its private bases, of some kinds; of a name the last one."""
+    found = {}
+    for statement in (n for part in _lineage(node, top) for n in part.body if isinstance(n, kinds)):
+        found[ast.unparse(statement.target) if isinstance(statement, ast.AnnAssign) else statement.name] = statement
+    return list(found.values())
+
+# %% ../../nbs/ops/11_docs.ipynb #6759ca31
+def _head(node: ast.stmt, lines: Sequence[str], fields: Sequence[ast.stmt] = ()) -> str:
+    """The code of a function or class up to its docstring, or to the first method of a class, and the fields."""
     first, begin = node.body[0], min(n.lineno for n in (node, *node.decorator_list))
     documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
-    fields = [n for n in node.body if isinstance(n, ast.AnnAssign)] if isinstance(node, ast.ClassDef) else []
     head = lines[begin - 1 : first.lineno - documented]
-    return textwrap.dedent(
-        "\n".join([*head, *(line for n in fields if n is not first for line in lines[n.lineno - 1 : n.end_lineno])])
-    )
+    own = [line for n in fields if n is not first for line in lines[n.lineno - 1 : n.end_lineno]]
+    return textwrap.dedent("\n".join([*head, *own]))
 
 
-def _described(name: str, node: ast.stmt, lines: Sequence[str], level: int) -> str:
+def _described(name: str, node: ast.stmt, lines: Sequence[str], level: int, fields: Sequence[ast.stmt] = ()) -> str:
     """A function or class as Markdown: signature and docstring."""
-    return f"{'#' * level} {name}\n\n```python\n{_head(node, lines)}\n```\n\n{ast.get_docstring(node) or ''}\n"
+    return f"{'#' * level} {name}\n\n```python\n{_head(node, lines, fields)}\n```\n\n{ast.get_docstring(node) or ''}\n"
 
-# %% ../../nbs/ops/11_docs.ipynb #ccbe8ed7
-def _entry(name: str, node: ast.stmt, lines: Sequence[str]) -> str:
+# %% ../../nbs/ops/11_docs.ipynb #cab8addf
+def _entry(name: str, node: ast.stmt, lines: Sequence[str], top: Mapping[str, ast.stmt]) -> str:
     """A public name as Markdown; of a constant, what it is set to."""
     if not isinstance(node, _CODE):
         text = "\n".join(lines[node.lineno - 1 : node.end_lineno])
         return f"## {name}\n\n```python\n{text if len(text) <= 300 else text[:300] + ' ...'}\n```\n"
-    methods = (
-        [n for n in node.body if isinstance(n, _CODE[:2]) and not n.name.startswith("_")]
-        if isinstance(node, ast.ClassDef)
-        else []
-    )
-    return "\n".join(
-        [_described(name, node, lines, 2), *(_described(f"{name}.{n.name}", n, lines, 3) for n in methods)]
-    )
+    if not isinstance(node, ast.ClassDef):
+        return _described(name, node, lines, 2)
+    methods = [n for n in _members(node, top, _CODE[:2]) if not n.name.startswith("_")]
+    head = _described(name, node, lines, 2, _members(node, top, ast.AnnAssign))
+    return "\n".join([head, *(_described(f"{name}.{n.name}", n, lines, 3) for n in methods)])
 
-# %% ../../nbs/ops/11_docs.ipynb #d8889164
+# %% ../../nbs/ops/11_docs.ipynb #58564e7d
 def reference_page(
     module: str,  # dotted name
     page: Page,  # the notebook it comes from
@@ -316,19 +323,12 @@ def reference_page(
     text = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
     lines, top = text.splitlines(), {name: node for node in ast.parse(text).body for name in _named(node)}
     names = [n for n in ast.literal_eval(top["__all__"].value) if n != "setup"]
-    link = f"[{page.title}](../{page.path}.ipynb)"
-    return "\n".join(
-        [
-            f"# {module.removeprefix('nemotron_nb.')}\n",
-            f"{page.question} Explained in {link}.\n",
-            *(
-                _entry(n, top[n], lines) if n in top else f"## {n}\n\nOf another module, and offered here as well.\n"
-                for n in names
-            ),
-        ]
-    )
+    elsewhere = "## {}\n\nOf another module, and offered here as well.\n"
+    entries = [_entry(n, top[n], lines, top) if n in top else elsewhere.format(n) for n in names]
+    said = f"{page.question} Explained in [{page.title}](../{page.path}.ipynb).\n"
+    return "\n".join([f"# {module.removeprefix('nemotron_nb.')}\n", said, *entries])
 
-# %% ../../nbs/ops/11_docs.ipynb #25bf0a6a
+# %% ../../nbs/ops/11_docs.ipynb #a76324a5
 def modules_of(
     pages: Sequence[Page],
     root: Path,  # the folder nbs/
@@ -341,23 +341,23 @@ def modules_of(
             found[f"nemotron_nb.{name[1]}"] = page
     return found
 
-# %% ../../nbs/ops/11_docs.ipynb #2c608102
+# %% ../../nbs/ops/11_docs.ipynb #b48f4cad
+_RECIPES = (
+    "# Recipes\n",
+    "What `-c NAME` reads, for each family and stage. `default` holds the published numbers, `tiny` what a laptop "
+    "can run. Later layers win: `default`, the file of `-c`, the profile, the command line.\n",
+)
+
+
 def recipes_page(
     root: Path,  # papermill_runs/
 ) -> str:
     """Markdown: every recipe file, by family and stage."""
-    parts = [
-        "# Recipes\n",
-        "What `-c NAME` reads, for each family and stage. `default` holds the published numbers, `tiny` what a laptop "
-        "can run. Later layers win: `default`, the file of `-c`, the profile, the command line.\n",
-    ]
+    parts = [*_RECIPES]
     for path in sorted(root.glob("*/*/*.yaml")):
         family, stage = path.parts[-3:-1]
-        parts.append(
-            f"## {family} {stage}: "
-            f"{path.stem}\n\n`papermill_runs/{family}/{stage}/{path.name}`"
-            f"\n\n```yaml\n{path.read_text(encoding='utf-8').strip()}\n```\n"
-        )
+        title, place = f"## {family} {stage}: {path.stem}", f"`papermill_runs/{family}/{stage}/{path.name}`"
+        parts.append(f"{title}\n\n{place}\n\n```yaml\n{path.read_text(encoding='utf-8').strip()}\n```\n")
     return "\n".join(parts)
 
 # %% ../../nbs/ops/11_docs.ipynb #83cf8241
@@ -374,8 +374,8 @@ def _contents(pages: Sequence[Page], modules: Iterable[str]) -> str:
         if names
     )
 
-# %% ../../nbs/ops/11_docs.ipynb #9b209a02
-CONF = '''project = "nemotron_nb"
+# %% ../../nbs/ops/11_docs.ipynb #783927da
+CONF = """project = "nemotron_nb"
 extensions = ["myst_nb", "nemotron_nb.ops.docs"]
 nb_execution_mode = "off"
 html_theme = "furo"
@@ -386,9 +386,18 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 highlight_language = "python"
 suppress_warnings = ["mystnb.unknown_mime_type", "misc.highlighting_failure", "myst.header"]
-'''
+"""
 
-# %% ../../nbs/ops/11_docs.ipynb #4716d8e5
+# %% ../../nbs/ops/11_docs.ipynb #08c83880
+def _page_source(page: Page, nbs: Path) -> dict[str, Any]:
+    """A notebook as Sphinx is given it."""
+    notebook = json.loads((nbs / f"{page.path}.ipynb").read_text(encoding="utf-8"))
+    notebook["cells"] = page_cells(notebook["cells"])
+    for cell in (c for c in notebook["cells"] if c["cell_type"] == "markdown"):
+        cell["source"] = local_links("".join(cell["source"]), (nbs / page.path).parent, nbs)
+    return notebook
+
+
 def write_sources(
     target: Path,  # an empty folder
     root: Path,  # the checkout
@@ -398,14 +407,10 @@ def write_sources(
     pages = pages_of(nbs)
     modules = modules_of(pages, nbs)
     for page in pages:
-        notebook = json.loads((nbs / f"{page.path}.ipynb").read_text(encoding="utf-8"))
-        notebook["cells"] = page_cells(notebook["cells"])
-        for cell in (c for c in notebook["cells"] if c["cell_type"] == "markdown"):
-            cell["source"] = local_links("".join(cell["source"]), (nbs / page.path).parent, nbs)
+        notebook = _page_source(page, nbs)
         if page.path == "index":
-            notebook["cells"].append(
-                {"cell_type": "markdown", "id": "contents", "metadata": {}, "source": _contents(pages, modules)}
-            )
+            lists = {"cell_type": "markdown", "id": "contents", "metadata": {}, "source": _contents(pages, modules)}
+            notebook["cells"].append(lists)
         write_atomic(target / f"{page.path}.ipynb", json.dumps(notebook))
     for module, page in modules.items():
         write_atomic(target / f"api/{module.removeprefix('nemotron_nb.')}.md", reference_page(module, page))
@@ -414,16 +419,20 @@ def write_sources(
     shutil.copytree(nbs / "images", target / "images")
     return len(pages) + len(modules) + 1
 
-# %% ../../nbs/ops/11_docs.ipynb #4bdc2c5c
+# %% ../../nbs/ops/11_docs.ipynb #5d44c05d
+def _check_sphinx() -> None:
+    """`UserError` unless all that draws the site is installed."""
+    if importlib.util.find_spec("myst_nb") is None or importlib.util.find_spec("furo") is None:
+        what, fix = "Sphinx, MyST-NB or furo is not installed", "pip install 'nemotron_nb[docs]'"
+        raise UserError(what, where="make docs", fix=fix)
+
+
 def build_site(
     out: str | os.PathLike = "output/docs",  # replaced when the new site is complete
     root: Path | None = None,  # the checkout; None: where the library lies
 ) -> Path:
     """Build the site; its first page. What Sphinx complains about is a `UserError`."""
-    if importlib.util.find_spec("myst_nb") is None or importlib.util.find_spec("furo") is None:
-        raise UserError(
-            "Sphinx, MyST-NB or furo is not installed", where="make docs", fix="pip install 'nemotron_nb[docs]'"
-        )
+    _check_sphinx()
     out, root = Path(out).absolute(), root or project_root()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".docs-") as folder:
@@ -432,11 +441,8 @@ def build_site(
         command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", str(source), str(site)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise UserError(
-                f"the site was not built:\n{done.stderr.replace(str(source), 'nbs')[-4000:]}",
-                where="make docs",
-                fix="mend the pages that are named",
-            )
+            what = f"the site was not built:\n{done.stderr.replace(str(source), 'nbs')[-4000:]}"
+            raise UserError(what, where="make docs", fix="mend the pages that are named")
         shutil.rmtree(out, ignore_errors=True)
         os.replace(site, out)
     print(f"{count} pages: {out / 'index.html'}")

@@ -20,7 +20,7 @@ from typing import Any
 
 from ..core import UserError, write_atomic
 
-# %% ../../nbs/ops/10_readme.ipynb #cc8b51aa
+# %% ../../nbs/ops/10_readme.ipynb #15e98efd
 def moved_links(
     markdown: str,
     folder: str,  # where the relative links of the text start, seen from the new place
@@ -30,7 +30,7 @@ def moved_links(
         r"(\]\()(?![a-z]+:|/|#)([^)\s]+)", lambda found: found[1] + posixpath.normpath(f"{folder}/{found[2]}"), markdown
     )
 
-# %% ../../nbs/ops/10_readme.ipynb #33acfddf
+# %% ../../nbs/ops/10_readme.ipynb #11839b1c
 def readme(
     notebook: str | Path,  # nbs/index.ipynb
 ) -> str:
@@ -40,7 +40,7 @@ def readme(
     texts = ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]
     return moved_links("\n\n".join(texts), path.parent.name) + "\n"
 
-# %% ../../nbs/ops/10_readme.ipynb #7acf6274
+# %% ../../nbs/ops/10_readme.ipynb #b55c2585
 def write_readme(
     notebook: str | Path = "nbs/index.ipynb",
 ) -> Path:
@@ -58,7 +58,7 @@ PICTURES: Mapping[str, str] = {
     "before_after": "joined([strip(",
 }
 
-# %% ../../nbs/ops/10_readme.ipynb #44f864d3
+# %% ../../nbs/ops/10_readme.ipynb #57d492e0
 def stored_picture(
     cells: Sequence[Mapping[str, Any]],  # of a notebook, with outputs
     words: str,  # in the code of the cell
@@ -75,43 +75,44 @@ def stored_picture(
         f"no cell with {words!r} has left a picture", where="nbs/tour.ipynb", fix="run the tour and store its outputs"
     )
 
-# %% ../../nbs/ops/10_readme.ipynb #0558bd01
+# %% ../../nbs/ops/10_readme.ipynb #65c7c578
+_PAGE = '<meta charset="utf-8"><body style="margin:12px;background:#ffffff;font-family:sans-serif;font-size:13px">'
+
+
+def _browser_command(browser: str, folder: Path, width: int) -> list[str]:
+    """What takes the screenshot shot.png of page.html in a folder, in a browser without a window."""
+    quiet = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/user", "--hide-scrollbars")
+    shot, page = f"--screenshot={folder / 'shot.png'}", (folder / "page.html").as_uri()
+    return [browser, *quiet, f"--window-size={width},6000", shot, page]
+
+# %% ../../nbs/ops/10_readme.ipynb #a889923d
+def _cut_below(image: Any, margin: int = 12) -> bytes:
+    """A PNG of an RGB picture, without the white below its last line."""
+    from PIL import Image, ImageChops
+
+    bottom = ImageChops.difference(image, Image.new("RGB", image.size, "#ffffff")).getbbox()[3]
+    data = io.BytesIO()
+    image.crop((0, 0, image.width, bottom + margin)).quantize(64).save(data, "PNG", optimize=True)
+    return data.getvalue()
+
+# %% ../../nbs/ops/10_readme.ipynb #0eae17a3
 def screenshot(
     html: str,
     width: int = 900,  # pixels
     browser: str = "chromium",
 ) -> bytes:
     """HTML as a PNG, cut below its last line."""
-    from PIL import Image, ImageChops
+    from PIL import Image
 
     if shutil.which(browser) is None:
         raise UserError(f"there is no {browser} here", where="make pictures", fix="apt-get install chromium")
     with tempfile.TemporaryDirectory() as folder:
-        page, shot = Path(folder) / "page.html", Path(folder) / "shot.png"
-        page.write_text(
-            '<meta charset="utf-8"><body '
-            f'style="margin:12px;background:#ffffff;font-family:sans-serif;font-size:13px">{html}</body>',
-            encoding="utf-8",
-        )
-        command = [
-            browser,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            f"--user-data-dir={folder}/user",
-            "--hide-scrollbars",
-            f"--window-size={width},6000",
-            f"--screenshot={shot}",
-            page.as_uri(),
-        ]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
-        image = Image.open(shot).convert("RGB")
-    bottom = ImageChops.difference(image, Image.new("RGB", image.size, "#ffffff")).getbbox()[3]
-    data = io.BytesIO()
-    image.crop((0, 0, width, bottom + 12)).quantize(64).save(data, "PNG", optimize=True)
-    return data.getvalue()
+        (Path(folder) / "page.html").write_text(f"{_PAGE}{html}</body>", encoding="utf-8")
+        subprocess.run(_browser_command(browser, Path(folder), width), check=True, capture_output=True, timeout=120)
+        image = Image.open(Path(folder) / "shot.png").convert("RGB")
+    return _cut_below(image)
 
-# %% ../../nbs/ops/10_readme.ipynb #2ce865bc
+# %% ../../nbs/ops/10_readme.ipynb #43e385f3
 def write_pictures(
     tour: str | Path = "nbs/tour.ipynb",
     folder: str | Path = "nbs/images",

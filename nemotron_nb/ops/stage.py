@@ -56,6 +56,7 @@ class Stage:
     run: str = ""  # the function that does it, as module:name; empty: it is nothing but settings and a notebook
     report: str = ""  # the function that draws the report of a run folder again, as module:name
     plan: str = ""  # the function that says what a run of it needs, as module:name
+    packages: tuple[str, ...] = ()  # that it cannot do without and that training does not need: names to import
 
     @property
     def settings_class(self) -> type:
@@ -261,6 +262,7 @@ COMPRESS = Stage(
     ),
     run="nemotron_nb.stages.compress:compress_run",
     report="nemotron_nb.stages.compress:write_compression",
+    packages=("modelopt",),
     plan="nemotron_nb.stages.plan:plan_generation",
 )
 

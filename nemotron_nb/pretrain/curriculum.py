@@ -20,7 +20,17 @@ from ..core import UserError, nearest
 from .batch_size import read_batch_schedule, sample_begins
 from ..viz import Picture, joined, table
 
-# %% ../../nbs/pretrain/08_curriculum.ipynb #915bd926
+# %% ../../nbs/pretrain/08_curriculum.ipynb #d4fda5a2
+def _check_weights(weights: Mapping[str, float], where: str) -> None:
+    """`UserError` unless each source has a positive share."""
+    if not weights:
+        raise UserError("a phase without sources", where=where, fix="give weights: {source: share}")
+    for source, weight in weights.items():
+        if isinstance(weight, bool) or not (math.isfinite(weight) and weight > 0):
+            what, why = f"weight {weight} of {source!r}", "a share must be a positive number"
+            raise UserError(what, where=where, why=why, fix="leave the source out of this phase")
+
+# %% ../../nbs/pretrain/08_curriculum.ipynb #cb3dfac3
 @dataclass(frozen=True)
 class Phase:
     """A stretch of the training with one mixture. At most one of the three ends is given; the last phase has none."""
@@ -32,17 +42,11 @@ class Phase:
     until_fraction: float | None = None  # of all steps
 
     def __post_init__(self) -> None:
-        if not self.weights:
-            raise UserError(
-                "a phase without sources", where=f"phase {self.name!r}", fix="give weights: {source: share}"
-            )
-        for source, weight in self.weights.items():
-            if isinstance(weight, bool) or not (math.isfinite(weight) and weight > 0):
-                what, why = f"weight {weight} of {source!r}", "a share must be a positive number"
-                raise UserError(what, where=f"phase {self.name!r}", why=why, fix="leave the source out of this phase")
+        where = f"phase {self.name!r}"
+        _check_weights(self.weights, where)
         ends = [n for n in ("until_step", "until_tokens", "until_fraction") if getattr(self, n) is not None]
         if len(ends) > 1:
-            raise UserError(f"both {ends[0]} and {ends[1]}", where=f"phase {self.name!r}", fix="keep one of them")
+            raise UserError(f"both {ends[0]} and {ends[1]}", where=where, fix="keep one of them")
 
     def end(
         self,
@@ -59,24 +63,16 @@ class Phase:
             return round(self.until_fraction * steps)
         return self.until_step
 
-# %% ../../nbs/pretrain/08_curriculum.ipynb #78d75e4e
+# %% ../../nbs/pretrain/08_curriculum.ipynb #aed3ffde
 @dataclass(frozen=True)
-class Curriculum:
-    """What is mixed when."""
+class _Steps:
+    """The phases of a training, and the steps they are counted in."""
 
     phases: list[Phase]
     steps: int  # optimizer steps of the whole training
     batch_size: int  # samples of a step
     sequence_length: int  # tokens of a sample
     batch_schedule: str = ""  # a batch that grows: see read_batch_schedule; empty: each step has batch_size samples
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "sequence_length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}", where=name, fix="give at least 1")
-        if not self.phases:
-            raise UserError("no phases", where="phases", fix="give at least one, with weights")
-        _check_ends(self)
 
     @property
     def tokens_per_step(self) -> int:
@@ -95,6 +91,51 @@ class Curriculum:
         """Samples of the whole training."""
         return int(self.begins[-1])
 
+# %% ../../nbs/pretrain/08_curriculum.ipynb #f9086b30
+def _of_steps(curriculum: _Steps) -> tuple[int, int, np.ndarray | None]:
+    """What the end of a phase is counted with."""
+    grows = curriculum.begins * curriculum.sequence_length if curriculum.batch_schedule else None
+    return curriculum.steps, curriculum.tokens_per_step, grows
+
+# %% ../../nbs/pretrain/08_curriculum.ipynb #a8557f1f
+def _wrong_end(where: str, begin: int, end: int, steps: int) -> UserError | None:
+    """What is wrong with the step at which a phase ends; None: nothing."""
+    if end > steps:
+        what = f"ends at step {end:,}, and the training has {steps:,}"
+        return UserError(what, where=where, why="the phases behind it would never begin", fix="end it earlier")
+    if end <= begin:
+        return UserError(f"would have no step: it begins and ends at step {begin:,}", where=where, fix="end it later")
+    return None
+
+# %% ../../nbs/pretrain/08_curriculum.ipynb #de2c034d
+def _check_ends(curriculum: "Curriculum") -> None:
+    """`UserError` for a phase that has no step, or that lies beyond the last one."""
+    begin, count, steps = 0, len(curriculum.phases), curriculum.steps
+    for i, (phase, end) in enumerate(zip(curriculum.phases, curriculum.ends)):
+        where = f"phase {phase.name or i + 1}"
+        if phase.end(*_of_steps(curriculum)) is None and i < count - 1:
+            fix = "give it until_step, until_tokens or until_fraction"
+            raise UserError("does not say where it ends, and another phase follows", where=where, fix=fix)
+        if error := _wrong_end(where, begin, end, steps):
+            raise error
+        begin = end
+    if begin < steps:
+        what, fix = f"ends at step {begin:,}, and the training has {steps:,}", "let the last phase have no end"
+        raise UserError(what, where=where, why="the last steps would have nothing to read", fix=fix)
+
+# %% ../../nbs/pretrain/08_curriculum.ipynb #dafcf39d
+@dataclass(frozen=True)
+class Curriculum(_Steps):
+    """What is mixed when."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}", where=name, fix="give at least 1")
+        if not self.phases:
+            raise UserError("no phases", where="phases", fix="give at least one, with weights")
+        _check_ends(self)
+
     @cached_property
     def ends(self) -> list[int]:
         """The step at which each phase ends."""
@@ -105,37 +146,7 @@ class Curriculum:
         """The steps of each phase, counted from 0."""
         return [range(a, b) for a, b in zip([0, *self.ends], self.ends)]
 
-# %% ../../nbs/pretrain/08_curriculum.ipynb #6a833645
-def _of_steps(curriculum: Curriculum) -> tuple[int, int, np.ndarray | None]:
-    """What the end of a phase is counted with."""
-    grows = curriculum.begins * curriculum.sequence_length if curriculum.batch_schedule else None
-    return curriculum.steps, curriculum.tokens_per_step, grows
-
-
-def _check_ends(curriculum: Curriculum) -> None:
-    """`UserError` for a phase that has no step, or that lies beyond the last one."""
-    begin, count = 0, len(curriculum.phases)
-    for i, (phase, end) in enumerate(zip(curriculum.phases, curriculum.ends)):
-        where = f"phase {phase.name or i + 1}"
-        own = phase.end(*_of_steps(curriculum))
-        if own is None and i < count - 1:
-            fix = "give it until_step, until_tokens or until_fraction"
-            raise UserError("does not say where it ends, and another phase follows", where=where, fix=fix)
-        if end > curriculum.steps:
-            what = f"ends at step {end:,}, and the training has {curriculum.steps:,}"
-            raise UserError(what, where=where, why="the phases behind it would never begin", fix="end it earlier")
-        if end <= begin:
-            raise UserError(
-                f"would have no step: it begins and ends at step {begin:,}", where=where, fix="end it later"
-            )
-        begin = end
-    if begin < curriculum.steps:
-        what = f"ends at step {begin:,}, and the training has {curriculum.steps:,}"
-        raise UserError(
-            what, where=where, why="the last steps would have nothing to read", fix="let the last phase have no end"
-        )
-
-# %% ../../nbs/pretrain/08_curriculum.ipynb #e323b82f
+# %% ../../nbs/pretrain/08_curriculum.ipynb #29205ec2
 FAMILIES = ("nano3", "super3")
 
 
@@ -148,7 +159,7 @@ def published_curriculum(
     folder = importlib.resources.files("nemotron_nb") / "pretrain" / "assets"
     return json.loads((folder / f"{family}.json").read_text(encoding="utf-8"))
 
-
+# %% ../../nbs/pretrain/08_curriculum.ipynb #6981b302
 def published_numbers(content: Any, path: str = "") -> Iterator[tuple[str, Any, str, str]]:
     """(name, value, source, what contradicts it) of each number, in order."""
     if isinstance(content, Mapping) and "source" in content:
@@ -158,7 +169,7 @@ def published_numbers(content: Any, path: str = "") -> Iterator[tuple[str, Any, 
         for name, part in items:
             yield from published_numbers(part, f"{path}.{name}".lstrip("."))
 
-
+# %% ../../nbs/pretrain/08_curriculum.ipynb #7bca2214
 def published_table(family: str) -> Picture:
     """The published numbers of a family with their sources, and the contradictions."""
     content = published_curriculum(family)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ON_BAD', 'SHARD_SIZE', 'LEAST_SHARDS', 'UNIT_BYTES', 'read_size', 'DocumentsConfig', 'DocumentSource',
            'DocumentsPlan', 'plan_documents', 'Take', 'Shard', 'deal', 'write_shard', 'shard_count',
-           'DocumentsManifest', 'documents_picture', 'shard_weight', 'read_megatron_blend', 'prepare_documents']
+           'documents_picture', 'DocumentsManifest', 'shard_weight', 'read_megatron_blend', 'prepare_documents']
 
 # %% ../../nbs/pretrain/05_documents.ipynb #81b53cd7
 import dataclasses
@@ -50,7 +50,7 @@ from nemotron_nb.pretrain.tokens import (
 from .world import write_world
 from ..viz import Picture, bars, joined, table
 
-# %% ../../nbs/pretrain/05_documents.ipynb #002a88d2
+# %% ../../nbs/pretrain/05_documents.ipynb #4b7bdd11
 ON_BAD = ("quarantine", "fail")
 SHARD_SIZE, LEAST_SHARDS = "256MB", 32  # where neither num_shards nor shard_size is given
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -66,7 +66,40 @@ def read_size(
         raise UserError(f"{text!r} is not a size", where="shard_size", fix="write it as in 256MB or 64MiB")
     return size
 
-# %% ../../nbs/pretrain/05_documents.ipynb #9420b0bc
+# %% ../../nbs/pretrain/05_documents.ipynb #22efe4bf
+_CHOICES = {"on_bad": ON_BAD, "executor": EXECUTORS, "encoder": ("auto", *TIERS)}
+
+
+def _check_choices(config: "DocumentsConfig") -> None:
+    """`UserError` for an unknown word, and for a number of files beside a size of them."""
+    for name, known in _CHOICES.items():
+        if (given := getattr(config, name)) not in known:
+            raise UserError(f"unknown {name} {given!r}", where=name, fix=nearest(given, known))
+    if config.num_shards is not None and config.shard_size is not None:
+        why = "both say how many files there are"
+        raise UserError("num_shards and shard_size are both given", where="num_shards", why=why, fix="keep one of them")
+    if config.shard_size is not None:
+        read_size(config.shard_size)
+
+# %% ../../nbs/pretrain/05_documents.ipynb #ea133fa1
+_LEAST = {"num_shards": 1, "valid_shards": 0, "test_shards": 0, "sample": 1, "workers": 0}
+
+
+def _check_numbers(config: "DocumentsConfig") -> None:
+    """`UserError` for a number that is too small, and for shards that are all held out."""
+    for name, low in _LEAST.items():
+        if getattr(config, name) is not None and getattr(config, name) < low:
+            raise UserError(f"{name} is {getattr(config, name)}", where=name, fix=f"give at least {low}")
+    held_out = config.valid_shards + config.test_shards
+    if config.num_shards is not None and config.num_shards <= held_out and config.compat != "nvidia":
+        what = f"{config.num_shards} shards, and {held_out} of them for validation and test"
+        why, fix = "no document would be left to train on", f"give at least {held_out + 1}"
+        raise UserError(what, where="num_shards", why=why, fix=fix)
+    if not 0 <= config.max_bad_fraction <= 1:
+        what = f"max_bad_fraction is {config.max_bad_fraction}"
+        raise UserError(what, where="max_bad_fraction", fix="give a share from 0 to 1")
+
+# %% ../../nbs/pretrain/05_documents.ipynb #ec838b6d
 @dataclass(frozen=True)
 class DocumentsConfig:
     """Settings of a preparation of documents."""
@@ -95,7 +128,8 @@ class DocumentsConfig:
     executor: str = "local"  # or ray: the same units on a Ray cluster
 
     def __post_init__(self) -> None:
-        _check_config(self)
+        _check_choices(self)
+        _check_numbers(self)
         self.row_settings("")
 
     def row_settings(self, text_field: str, max_rows: int = 0) -> DocumentSettings:
@@ -104,36 +138,7 @@ class DocumentsConfig:
         limits = (self.min_doc_chars, self.max_doc_tokens, self.dtype, self.compat)
         return DocumentSettings(self.tokenizer, field, *limits, max_rows)
 
-# %% ../../nbs/pretrain/05_documents.ipynb #a2e5d255
-_CHOICES = {"on_bad": ON_BAD, "executor": EXECUTORS, "encoder": ("auto", *TIERS)}
-
-# %% ../../nbs/pretrain/05_documents.ipynb #114c6477
-def _check_config(config: DocumentsConfig) -> None:
-    """`UserError` for the first setting that makes no sense."""
-    for name, known in _CHOICES.items():
-        if getattr(config, name) not in known:
-            given = getattr(config, name)
-            raise UserError(f"unknown {name} {given!r}", where=name, fix=nearest(given, known))
-    if config.num_shards is not None and config.shard_size is not None:
-        why = "both say how many files there are"
-        raise UserError("num_shards and shard_size are both given", where="num_shards", why=why, fix="keep one of them")
-    if config.shard_size is not None:
-        read_size(config.shard_size)
-    for name, low in {"num_shards": 1, "valid_shards": 0, "test_shards": 0, "sample": 1, "workers": 0}.items():
-        if getattr(config, name) is not None and getattr(config, name) < low:
-            raise UserError(f"{name} is {getattr(config, name)}", where=name, fix=f"give at least {low}")
-    held_out = config.valid_shards + config.test_shards
-    if config.num_shards is not None and config.num_shards <= held_out and config.compat != "nvidia":
-        what = f"{config.num_shards} shards, and {held_out} of them for validation and test"
-        raise UserError(
-            what, where="num_shards", why="no document would be left to train on", fix=f"give at least {held_out + 1}"
-        )
-    if not 0 <= config.max_bad_fraction <= 1:
-        raise UserError(
-            f"max_bad_fraction is {config.max_bad_fraction}", where="max_bad_fraction", fix="give a share from 0 to 1"
-        )
-
-# %% ../../nbs/pretrain/05_documents.ipynb #4ce0a036
+# %% ../../nbs/pretrain/05_documents.ipynb #0aa048b5
 UNIT_BYTES = 8 << 20  # a unit of work
 
 
@@ -151,13 +156,13 @@ class DocumentSource:
         """Split and name: what its counts and folders go by."""
         return self.dataset.name if self.part == "all" else f"{self.part}/{self.dataset.name}"
 
-
+# %% ../../nbs/pretrain/05_documents.ipynb #e0a3709c
 @functools.lru_cache(maxsize=4096)
 def _units(path: str, size: int, changed: int) -> tuple[Unit, ...]:
     """The units of a file. Size and time are arguments so that an edited file is planned again."""
     return tuple(document_units(path, UNIT_BYTES))
 
-# %% ../../nbs/pretrain/05_documents.ipynb #fee2ff50
+
 def _source(part: str, dataset: Dataset, downloads: Path) -> DocumentSource:
     """The files of a dataset and their units."""
     files = [str(p) for p in document_files(dataset, downloads)]
@@ -165,21 +170,14 @@ def _source(part: str, dataset: Dataset, downloads: Path) -> DocumentSource:
     units = tuple(u for f, s in zip(files, stats) for u in _units(f, s.st_size, s.st_mtime_ns))
     return DocumentSource(part, dataset, tuple(files), units)
 
-# %% ../../nbs/pretrain/05_documents.ipynb #dbad0fe4
+# %% ../../nbs/pretrain/05_documents.ipynb #bf2e6eac
 _WAYS = (
-    "path",
-    "blend_path",
-    "output_dir",
-    "cache_dir",
-    "workers",
-    "executor",
-    "encoder",
-    "on_bad",
-    "max_bad_fraction",
+    *("path", "blend_path", "output_dir", "cache_dir"),
+    *("workers", "executor", "encoder", "on_bad", "max_bad_fraction"),
 )
 _OWN_CODE = ("pretrain/documents", "pretrain/world", "data/blend")
 
-# %% ../../nbs/pretrain/05_documents.ipynb #fc700451
+
 @dataclass(frozen=True)
 class DocumentsPlan:
     """What is going to be done."""
@@ -206,7 +204,7 @@ class DocumentsPlan:
         version = document_version(self.config.row_settings(""), self.tokenizer)
         return digest([settings, parts, known, version])
 
-# %% ../../nbs/pretrain/05_documents.ipynb #08d50770
+# %% ../../nbs/pretrain/05_documents.ipynb #e2b6dac6
 def _world_blend(config: DocumentsConfig, runs: Path) -> Path:
     """The blend of the corpus that the library makes; written into the user's cache folder if it is not there."""
     name = f"world-{digest([config.world_megabytes, code_digest(('pretrain/world', 'data/sample'))])}"
@@ -227,7 +225,7 @@ def _blend(config: DocumentsConfig, runs: Path) -> Blend:
     name = folder_name(Path(config.path.rstrip("/")).name.split(".")[0].replace("*", "")) or "documents"
     return Blend({"all": (Dataset(name, config.path),)})
 
-# %% ../../nbs/pretrain/05_documents.ipynb #916f7716
+# %% ../../nbs/pretrain/05_documents.ipynb #bd2dc25c
 def plan_documents(
     config: DocumentsConfig,
 ) -> DocumentsPlan:
@@ -244,7 +242,7 @@ def plan_documents(
     sources = tuple(_source(part, d, runs / "downloads") for part, datasets in parts for d in datasets)
     return DocumentsPlan(config, tokenizer, sources, runs)
 
-# %% ../../nbs/pretrain/05_documents.ipynb #6df9345b
+# %% ../../nbs/pretrain/05_documents.ipynb #0e317a46
 @dataclass(frozen=True)
 class Take:
     """Documents of a tokenized unit that go into a shard: those whose number is `remainder` modulo `modulus`."""
@@ -266,7 +264,7 @@ class Shard:
     weight: float  # of the dataset in the blend
     takes: tuple[Take, ...]
 
-# %% ../../nbs/pretrain/05_documents.ipynb #c5d937f0
+# %% ../../nbs/pretrain/05_documents.ipynb #5bd22011
 def deal(
     folders: Sequence[str],  # of a dataset's units, in order
     counts: Sequence[int],  # documents of each
@@ -276,7 +274,7 @@ def deal(
     firsts = [0, *np.cumsum(counts).tolist()]
     return [tuple(Take(f, a, num_shards, k) for f, a in zip(folders, firsts)) for k in range(num_shards)]
 
-# %% ../../nbs/pretrain/05_documents.ipynb #ee82e679
+# %% ../../nbs/pretrain/05_documents.ipynb #a9da4767
 _WRITTEN_TOGETHER = 1 << 22  # tokens that are handed to the writer at a time
 
 
@@ -286,7 +284,18 @@ def _chosen(take: Take, unit: TokenizedUnit) -> np.ndarray:
     numbers = take.first + (unit.rows if take.by_row else np.arange(count))
     return np.flatnonzero(numbers % take.modulus == take.remainder)
 
-# %% ../../nbs/pretrain/05_documents.ipynb #315fec5c
+
+def _portions(chosen: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
+    """The chosen documents, some at a time."""
+    groups = np.cumsum(lengths, dtype=np.int64) // _WRITTEN_TOGETHER
+    yield from (part for part in np.split(chosen, np.flatnonzero(np.diff(groups)) + 1) if len(part))
+
+# %% ../../nbs/pretrain/05_documents.ipynb #2b7051ad
+def _facts(facts: IndexedFacts, text_bytes: int) -> dict[str, int | str]:
+    """What the manifest says about a shard."""
+    return dataclasses.asdict(facts) | {"text_bytes": text_bytes}
+
+
 def write_shard(
     folder: str | Path,  # of the output
     shard: Shard,
@@ -306,18 +315,7 @@ def write_shard(
     finally:
         writer.discard()
 
-
-def _portions(chosen: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
-    """The chosen documents, some at a time."""
-    groups = np.cumsum(lengths, dtype=np.int64) // _WRITTEN_TOGETHER
-    yield from (part for part in np.split(chosen, np.flatnonzero(np.diff(groups)) + 1) if len(part))
-
-# %% ../../nbs/pretrain/05_documents.ipynb #3e5ed08a
-def _facts(facts: IndexedFacts, text_bytes: int) -> dict[str, int | str]:
-    """What the manifest says about a shard."""
-    return dataclasses.asdict(facts) | {"text_bytes": text_bytes}
-
-# %% ../../nbs/pretrain/05_documents.ipynb #e62f7ffe
+# %% ../../nbs/pretrain/05_documents.ipynb #82483fdf
 def shard_count(
     config: DocumentsConfig,
     source: DocumentSource,
@@ -336,21 +334,17 @@ def shard_count(
     least = LEAST_SHARDS if held_out and config.shard_size is None else held_out + 1
     return min(documents, config.num_shards or max(by_size, least))
 
-# %% ../../nbs/pretrain/05_documents.ipynb #1084d8ca
+# %% ../../nbs/pretrain/05_documents.ipynb #efd2fef4
 def _split_of(part: str, number: int, num_shards: int, config: DocumentsConfig) -> str:
     """The split of a shard: the last ones are for test, those before them for validation."""
     if part != "all":
         return part
     left = num_shards - number
-    return (
-        "test"
-        if left <= config.test_shards
-        else "valid"
-        if left <= config.test_shards + config.valid_shards
-        else "train"
-    )
+    if left <= config.test_shards:
+        return "test"
+    return "valid" if left <= config.test_shards + config.valid_shards else "train"
 
-
+# %% ../../nbs/pretrain/05_documents.ipynb #8793f93d
 def _dealt_shards(plan: DocumentsPlan, tasks: Sequence[Sequence[DocumentTask]]) -> list[Shard]:
     """All shards, dataset by dataset."""
     shards = []
@@ -364,7 +358,7 @@ def _dealt_shards(plan: DocumentsPlan, tasks: Sequence[Sequence[DocumentTask]]) 
             shards.append(Shard(name, split, source.dataset.name, source.dataset.weight, takes))
     return shards
 
-# %% ../../nbs/pretrain/05_documents.ipynb #a164223e
+# %% ../../nbs/pretrain/05_documents.ipynb #94235dd2
 def _row_takes(path: str, modulus: int, remainder: int, own: Sequence[DocumentTask]) -> list[Take]:
     """What a shard takes of one file: rows by their number in it."""
     takes, first = [], 0
@@ -373,6 +367,15 @@ def _row_takes(path: str, modulus: int, remainder: int, own: Sequence[DocumentTa
             takes.append(Take(task.folder, first, modulus, remainder, by_row=True))
             first += TokenizedUnit(Path(task.folder)).record["rows"]
     return takes
+
+# %% ../../nbs/pretrain/05_documents.ipynb #c949d040
+def _shuffled_splits(deck: Sequence[Shard], config: DocumentsConfig) -> list[Shard]:
+    """The shards shuffled as one deck; the first are for test, the next for validation."""
+    deck = list(deck)
+    random.Random(config.seed).shuffle(deck)
+    borders = {"test": config.test_shards, "valid": config.test_shards + config.valid_shards, "train": len(deck)}
+    splits = [next(s for s, border in borders.items() if i < border) for i in range(len(deck))]
+    return [dataclasses.replace(shard, split=split) for shard, split in zip(deck, splits)]
 
 
 def _nvidia_shards(plan: DocumentsPlan, tasks: Sequence[Sequence[DocumentTask]]) -> list[Shard]:
@@ -384,13 +387,32 @@ def _nvidia_shards(plan: DocumentsPlan, tasks: Sequence[Sequence[DocumentTask]])
             takes = [t for path, modulus, rest in rows for t in _row_takes(path, modulus, rest, own)]
             name = f"datasets/{source.dataset.name}/shard_{k:06d}"
             shards.append(Shard(name, source.part, source.dataset.name, source.dataset.weight, tuple(takes)))
-    deck = shards.copy()
-    random.Random(config.seed).shuffle(deck)
-    borders = {"test": config.test_shards, "valid": config.test_shards + config.valid_shards, "train": len(deck)}
-    splits = [next(s for s, border in borders.items() if i < border) for i in range(len(deck))]
-    return [dataclasses.replace(shard, split=split) for shard, split in zip(deck, splits)]
+    return _shuffled_splits(shards, config)
 
-# %% ../../nbs/pretrain/05_documents.ipynb #321eb35c
+# %% ../../nbs/pretrain/05_documents.ipynb #0f302987
+def _lost(values: Mapping[str, Any]) -> dict[str, int]:
+    """Rows that are no document, documents left out, and documents cut, by reason."""
+    kinds = ("rejects", "left_out", "cut")
+    return {f"{kind}: {reason}": n for kind in kinds for reason, n in values[kind].items()}
+
+
+def documents_picture(values: Mapping[str, Any]) -> Picture:
+    """The book of a preparation: documents by split and dataset, and the rows that are none."""
+    rows = [
+        {"split": split, "dataset": name, "documents": d["documents"], "tokens": d["tokens"]}
+        | {"MB of text": d["text_bytes"] / 1e6}
+        for split, part in values["splits"].items()
+        for name, d in part["datasets"].items()
+    ]
+    title = f"{values['documents']:,} documents of {values['rows']:,} rows, {values['tokens']:,} tokens"
+    pictures = [table(rows, title=title)]
+    if lost := _lost(values):
+        pictures.append(bars(lost, title="rows that are no document, documents left out, documents cut"))
+        examples = [[reason, found] for reason, found in values["examples"].items()]
+        pictures.append(table(examples, header=["reason", "the first case"]))
+    return joined(pictures)
+
+# %% ../../nbs/pretrain/05_documents.ipynb #3b74c38c
 @dataclass(frozen=True)
 class DocumentsManifest:
     """What a preparation of documents made."""
@@ -431,30 +453,7 @@ class DocumentsManifest:
     def _repr_html_(self) -> str:
         return self.picture().html
 
-# %% ../../nbs/pretrain/05_documents.ipynb #73e211d5
-def documents_picture(values: Mapping[str, Any]) -> Picture:
-    """The book of a preparation: documents by split and dataset, and the rows that are none."""
-    rows = [
-        {
-            "split": split,
-            "dataset": name,
-            "documents": d["documents"],
-            "tokens": d["tokens"],
-            "MB of text": d["text_bytes"] / 1e6,
-        }
-        for split, part in values["splits"].items()
-        for name, d in part["datasets"].items()
-    ]
-    lost = {f"{kind}: {reason}": n for kind in ("rejects", "left_out", "cut") for reason, n in values[kind].items()}
-    title = f"{values['documents']:,} documents of {values['rows']:,} rows, {values['tokens']:,} tokens"
-    pictures = [table(rows, title=title)]
-    if lost:
-        pictures.append(bars(lost, title="rows that are no document, documents left out, documents cut"))
-        examples = [[reason, found] for reason, found in values["examples"].items()]
-        pictures.append(table(examples, header=["reason", "the first case"]))
-    return joined(pictures)
-
-# %% ../../nbs/pretrain/05_documents.ipynb #af0f3bd7
+# %% ../../nbs/pretrain/05_documents.ipynb #e6e0f3d3
 def _by_dataset(shards: Sequence[tuple[Shard, dict[str, Any]]]) -> dict[str, dict[str, int]]:
     """Documents, tokens and bytes of text of each dataset in some shards."""
     sums: dict[str, Counter[str]] = {}
@@ -463,14 +462,14 @@ def _by_dataset(shards: Sequence[tuple[Shard, dict[str, Any]]]) -> dict[str, dic
         own.update({n: facts[n] for n in ("documents", "tokens", "text_bytes")})
     return {name: dict(own) for name, own in sums.items()}
 
-# %% ../../nbs/pretrain/05_documents.ipynb #88e6a891
+# %% ../../nbs/pretrain/05_documents.ipynb #4c3e429b
 def shard_weight(shard: Shard, facts: Mapping[str, Any], datasets: Mapping[str, Mapping[str, int]], compat: str) -> str:
     """The weight of a shard, as blend.json writes it."""
     if compat == "nvidia":
         return str(shard.weight)
     return f"{shard.weight * facts['tokens'] / datasets[shard.dataset]['tokens']:.10g}"
 
-# %% ../../nbs/pretrain/05_documents.ipynb #dd3e7e24
+
 def _split_values(split: str, shards: Sequence[tuple[Shard, dict[str, Any]]], compat: str) -> dict[str, Any]:
     """What the manifest says about a split."""
     datasets = _by_dataset(shards)
@@ -480,7 +479,10 @@ def _split_values(split: str, shards: Sequence[tuple[Shard, dict[str, Any]]], co
     totals = {n: sum(d[n] for d in datasets.values()) for n in ("documents", "tokens", "text_bytes")}
     return {**totals, "datasets": datasets, "shards": listed}
 
-# %% ../../nbs/pretrain/05_documents.ipynb #f20655de
+# %% ../../nbs/pretrain/05_documents.ipynb #66e4727c
+_KEPT_SETTINGS = ("text_field", "min_doc_chars", "max_doc_tokens", "dtype", "compat", "sample")
+
+
 def _identity(plan: DocumentsPlan) -> dict[str, Any]:
     """What went in, by name and by digest."""
     config = plan.config
@@ -500,10 +502,7 @@ def _identity(plan: DocumentsPlan) -> dict[str, Any]:
         "vocab_size": plan.tokenizer.vocab_size,
         "end_token": end_token(plan.tokenizer, config.tokenizer),
         **{n: getattr(config.tokenizer, n) for n in ("add_bos", "add_eos")},
-        **{
-            n: getattr(config, n)
-            for n in ("text_field", "min_doc_chars", "max_doc_tokens", "dtype", "compat", "sample")
-        },
+        **{n: getattr(config, n) for n in _KEPT_SETTINGS},
     }
 
 # %% ../../nbs/pretrain/05_documents.ipynb #5c430fa4
@@ -539,38 +538,7 @@ def _check_ledger(ledger: Mapping[str, Any], config: DocumentsConfig) -> None:
         fix = "repair or remove them, or raise max_bad_fraction (with on_bad=quarantine) if losing them is meant"
         raise UserError(f"{what}\n{shown}", where=where, why=why, fix=fix)
 
-# %% ../../nbs/pretrain/05_documents.ipynb #742e0089
-def read_megatron_blend(
-    path: str | Path,  # a blend.json
-) -> dict[str, list[tuple[float, str]]]:
-    """(weight, path without ending) of shards by split. Relative paths begin at the file; odd items are errors."""
-    try:
-        content = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot be read: {error}", where=str(path), fix='write {"train": ["1.0", "path/of/shard"]}'
-        ) from None
-    if not isinstance(content, Mapping) or not content:
-        raise UserError(
-            "is not an object with splits", where=str(path), fix='write {"train": ["1.0", "path/of/shard"]}'
-        )
-    if unknown := [k for k in content if k not in SPLITS]:
-        raise UserError(f"unknown split {unknown[0]!r}", where=str(path), fix=nearest(unknown[0], SPLITS))
-    return {s: _pairs(items, f"{path}: {s}", Path(path).parent) for s, items in content.items() if items}
-
-# %% ../../nbs/pretrain/05_documents.ipynb #44b60245
-def _pairs(items: Any, where: str, folder: Path) -> list[tuple[float, str]]:
-    """Weights and paths of a flat list, or of a list of pairs."""
-    if isinstance(items, list) and items and all(isinstance(i, (list, tuple)) and len(i) == 2 for i in items):
-        items = [x for pair in items for x in pair]
-    if not isinstance(items, list) or len(items) % 2:
-        number = len(items) if isinstance(items, list) else type(items).__name__
-        raise UserError(
-            f"is not a list of weights and paths in turn ({number})", where=where, fix='write ["1.0", "path", ...]'
-        )
-    return [(_weight(w, where), str(folder / str(p).strip())) for w, p in zip(items[::2], items[1::2])]
-
-# %% ../../nbs/pretrain/05_documents.ipynb #b26d668a
+# %% ../../nbs/pretrain/05_documents.ipynb #a01115fc
 def _weight(given: Any, where: str) -> float:
     """A weight; `UserError` if it is no positive number."""
     try:
@@ -582,15 +550,46 @@ def _weight(given: Any, where: str) -> float:
         raise UserError(what, where=where, why="a share must be a positive number", fix="leave the shard out")
     return weight
 
-# %% ../../nbs/pretrain/05_documents.ipynb #5cf65923
-def _metadata(plan: DocumentsPlan, values: Mapping[str, Any]) -> dict[str, Any]:
-    """metadata.json, with the names that the published recipes read. Times are left empty: equal data, equal bytes."""
-    fields = ("name", "weight", "split", "subset")
-    datasets = [
+# %% ../../nbs/pretrain/05_documents.ipynb #60e7cc22
+def _pairs(items: Any, where: str, folder: Path) -> list[tuple[float, str]]:
+    """Weights and paths of a flat list, or of a list of pairs."""
+    if isinstance(items, list) and items and all(isinstance(i, (list, tuple)) and len(i) == 2 for i in items):
+        items = [x for pair in items for x in pair]
+    if not isinstance(items, list) or len(items) % 2:
+        number = len(items) if isinstance(items, list) else type(items).__name__
+        what = f"is not a list of weights and paths in turn ({number})"
+        raise UserError(what, where=where, fix='write ["1.0", "path", ...]')
+    return [(_weight(w, where), str(folder / str(p).strip())) for w, p in zip(items[::2], items[1::2])]
+
+# %% ../../nbs/pretrain/05_documents.ipynb #ed19394e
+def read_megatron_blend(
+    path: str | Path,  # a blend.json
+) -> dict[str, list[tuple[float, str]]]:
+    """(weight, path without ending) of shards by split. Relative paths begin at the file; odd items are errors."""
+    fix = 'write {"train": ["1.0", "path/of/shard"]}'
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot be read: {error}", where=str(path), fix=fix) from None
+    if not isinstance(content, Mapping) or not content:
+        raise UserError("is not an object with splits", where=str(path), fix=fix)
+    if unknown := [k for k in content if k not in SPLITS]:
+        raise UserError(f"unknown split {unknown[0]!r}", where=str(path), fix=nearest(unknown[0], SPLITS))
+    return {s: _pairs(items, f"{path}: {s}", Path(path).parent) for s, items in content.items() if items}
+
+# %% ../../nbs/pretrain/05_documents.ipynb #7051798a
+def _source_datasets(plan: DocumentsPlan) -> list[dict[str, Any]]:
+    """The datasets that went in."""
+    fields, default = ("name", "weight", "split", "subset"), plan.config.text_field
+    return [
         {"uri": s.dataset.path, **{n: getattr(s.dataset, n) for n in fields}}
-        | {"text_field": s.dataset.text_field or plan.config.text_field}
+        | {"text_field": s.dataset.text_field or default}
         for s in plan.sources
     ]
+
+
+def _metadata(plan: DocumentsPlan, values: Mapping[str, Any]) -> dict[str, Any]:
+    """metadata.json, with the names that the published recipes read. Times are left empty: equal data, equal bytes."""
     return {
         "path": ".",
         "type": "PretrainBlendsArtifact",
@@ -604,7 +603,7 @@ def _metadata(plan: DocumentsPlan, values: Mapping[str, Any]) -> dict[str, Any]:
         "num_shards": sum(len(s["shards"]) for s in values["splits"].values()),
         "blend_path": "blend.json",
         **{f"{s}_tokens": values["splits"].get(s, {}).get("tokens") for s in SPLITS},
-        "source_datasets": datasets,
+        "source_datasets": _source_datasets(plan),
         "tokenizer_uri": values["tokenizer"],
     }
 
@@ -628,19 +627,17 @@ def _alone(folder: Path) -> Iterator[None]:
             if [p.name for p in folder.iterdir()] == [".lock"]:
                 shutil.rmtree(folder)
 
-# %% ../../nbs/pretrain/05_documents.ipynb #26ef87f0
+# %% ../../nbs/pretrain/05_documents.ipynb #51aa6acc
 def _refuse_foreign(folder: Path) -> None:
     """A folder with files that no preparation wrote is not ours to fill."""
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     foreign = [n for n in names if n not in (*_OWN, "runs", ".lock") and not n.endswith(".tmp")]
     if foreign:
-        why = "they could be mistaken for prepared data"
-        raise UserError(
+        what, why = (
             f"the folder holds other files: {', '.join(foreign[:5])}",
-            where=str(folder),
-            why=why,
-            fix="give a new folder",
+            "they could be mistaken for prepared data",
         )
+        raise UserError(what, where=str(folder), why=why, fix="give a new folder")
 
 
 def _put_in_place(new: Path, folder: Path) -> None:
@@ -651,7 +648,7 @@ def _put_in_place(new: Path, folder: Path) -> None:
     for path in sorted(new.iterdir(), key=lambda p: (p.name == "manifest.json", p.name)):
         os.replace(path, folder / path.name)
 
-# %% ../../nbs/pretrain/05_documents.ipynb #6012075c
+# %% ../../nbs/pretrain/05_documents.ipynb #f7f5516e
 def _write_shards(plan: DocumentsPlan, shards: Sequence[Shard], folder: Path) -> list[tuple[Shard, dict[str, Any]]]:
     """Write all shards; (shard, what it holds) of those that hold something, in order."""
     work = functools.partial(write_shard, folder, dtype=plan.config.dtype, vocab_size=plan.tokenizer.vocab_size)
@@ -666,31 +663,42 @@ def _write_listed(path: Path, tasks: Sequence[Sequence[DocumentTask]]) -> None:
             with open(Path(task.folder) / "listed.jsonl", "rb") as listed:
                 shutil.copyfileobj(listed, file)
 
-# %% ../../nbs/pretrain/05_documents.ipynb #c6218ecd
+# %% ../../nbs/pretrain/05_documents.ipynb #26161282
+def _manifest_values(
+    plan: DocumentsPlan,
+    ledger: Mapping[str, Any],
+    shards: Sequence[Shard],
+    written: Sequence[tuple[Shard, dict[str, Any]]],
+) -> dict[str, Any]:
+    """What the manifest says: what went in, what was lost, what was written, and the shards that stayed empty."""
+    splits = {s: _split_values(s, [(x, f) for x, f in written if x.split == s], plan.config.compat) for s in SPLITS}
+    splits = {s: values for s, values in splits.items() if values["shards"]}
+    sums = {n: sum(s[n] for s in splits.values()) for n in ("documents", "tokens", "text_bytes")}
+    empty = sorted(s.name for s in set(shards) - {s for s, _ in written})
+    return _identity(plan) | dict(ledger) | sums | {"splits": splits, "empty_shards": empty}
+
+# %% ../../nbs/pretrain/05_documents.ipynb #f030b1ca
+def _blend_values(values: Mapping[str, Any], folder: Path) -> dict[str, list[str]]:
+    """blend.json: for each split a flat list of weights and absolute paths."""
+    parts, place = values["splits"].items(), folder.absolute()
+    return {s: [x for i in v["shards"] for x in (i["weight"], str(place / i["name"]))] for s, v in parts}
+
+
 def _write(
     plan: DocumentsPlan, tasks: Sequence[Sequence[DocumentTask]], ledger: Mapping[str, Any], new: Path, folder: Path
 ) -> dict[str, Any]:
     """Everything but the tokenized units, into an empty folder. Returns the values of the manifest."""
     nvidia = plan.config.compat == "nvidia"
     shards = (_nvidia_shards if nvidia else _dealt_shards)(plan, tasks)
-    written = _write_shards(plan, shards, new)
-    splits = {s: _split_values(s, [(x, f) for x, f in written if x.split == s], plan.config.compat) for s in SPLITS}
-    splits = {s: values for s, values in splits.items() if values["shards"]}
-    sums = {n: sum(s[n] for s in splits.values()) for n in ("documents", "tokens", "text_bytes")}
-    empty = sorted(s.name for s in set(shards) - {s for s, _ in written})
-    values = _identity(plan) | dict(ledger) | sums | {"splits": splits, "empty_shards": empty}
-    blend = {
-        s: [x for i in v["shards"] for x in (i["weight"], str(folder.absolute() / i["name"]))]
-        for s, v in splits.items()
-    }
+    values = _manifest_values(plan, ledger, shards, _write_shards(plan, shards, new))
     _write_listed(new / "dropped.jsonl", tasks)
     plan.tokenizer.save(new / "tokenizer", chat_template=None)
-    write_json(new / "blend.json", blend)
+    write_json(new / "blend.json", _blend_values(values, folder))
     write_json(new / "metadata.json", _metadata(plan, values))
     write_json(new / "manifest.json", values)
     return values
 
-# %% ../../nbs/pretrain/05_documents.ipynb #12ccf169
+# %% ../../nbs/pretrain/05_documents.ipynb #a07caf95
 def _sampled(plan: DocumentsPlan, rows: int) -> tuple[list[list[DocumentTask]], str]:
     """Tasks for the first rows of each dataset, done: unit after unit, until there are enough."""
     tasks: list[list[DocumentTask]] = []
@@ -705,22 +713,24 @@ def _sampled(plan: DocumentsPlan, rows: int) -> tuple[list[list[DocumentTask]], 
                 break
     return tasks, f"the first {rows:,} rows of each dataset"
 
-# %% ../../nbs/pretrain/05_documents.ipynb #5e8ad7d3
-def _prepare(
-    plan: DocumentsPlan, folder: Path, progress: Progress, secrets: Mapping[str, str]
-) -> DocumentsManifest:
-    """`prepare_documents`, alone in its folder."""
+# %% ../../nbs/pretrain/05_documents.ipynb #755301a9
+def _tokenized(plan: DocumentsPlan, progress: Progress) -> tuple[list[list[DocumentTask]], str]:
+    """The tasks of all datasets, done, and who did them in a sentence."""
     config = plan.config
     if config.sample:
-        tasks, tokenized = _sampled(plan, config.sample)
-    else:
-        tasks = [[plan.task(s, u) for u in s.units] for s in plan.sources]
-        todo = [t for own in tasks for t in own]
-        tokenized = tokenize_documents(todo, worker_count(config.workers), config.executor, progress)
+        return _sampled(plan, config.sample)
+    tasks = [[plan.task(s, u) for u in s.units] for s in plan.sources]
+    todo = [t for own in tasks for t in own]
+    return tasks, tokenize_documents(todo, worker_count(config.workers), config.executor, progress)
+
+
+def _prepare(plan: DocumentsPlan, folder: Path, progress: Progress, secrets: Mapping[str, str]) -> DocumentsManifest:
+    """`prepare_documents`, alone in its folder."""
+    tasks, tokenized = _tokenized(plan, progress)
     for folder_of_unit in {t.folder for own in tasks for t in own}:
         named_in_files(Path(folder_of_unit), secrets)
     ledger = _ledger(tasks)
-    _check_ledger(ledger, config)
+    _check_ledger(ledger, plan.config)
     new = folder / ".new.tmp"
     new.mkdir()
     try:
@@ -729,11 +739,11 @@ def _prepare(
         _put_in_place(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    if not config.cache_dir:
+    if not plan.config.cache_dir:
         shutil.rmtree(plan.runs, ignore_errors=True)
     return DocumentsManifest(named_in(values, secrets), folder, tokenized)
 
-# %% ../../nbs/pretrain/05_documents.ipynb #120e0267
+# %% ../../nbs/pretrain/05_documents.ipynb #bf3ecd8b
 def _found(folder: Path, key: str) -> DocumentsManifest:
     """The manifest of documents prepared before; `UserError` if they were prepared otherwise."""
     manifest = DocumentsManifest.load(folder)
@@ -744,7 +754,7 @@ def _found(folder: Path, key: str) -> DocumentsManifest:
         what, where=str(folder), why="results are never overwritten unasked", fix="use force, or another output_dir"
     )
 
-# %% ../../nbs/pretrain/05_documents.ipynb #c1e70fd1
+# %% ../../nbs/pretrain/05_documents.ipynb #7d630b81
 _DISK = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -754,7 +764,7 @@ _DISK = {
     errno.ENOTDIR: "a part of the path is a file",
 }
 
-# %% ../../nbs/pretrain/05_documents.ipynb #38ebd88a
+
 def prepare_documents(
     config: DocumentsConfig | DocumentsPlan,  # settings, or the plan that was made of them
     force: bool = False,  # prepare again, in place of what is there

@@ -24,7 +24,7 @@ from pathlib import Path
 from .judgement import Judgement, Reply, failed, said
 from .tasks import Task
 
-# %% ../../nbs/rl/08_code.ipynb #68bd1007
+# %% ../../nbs/rl/08_code.ipynb #7299e9e9
 @dataclass(frozen=True)
 class Limits:
     """What a program may use."""
@@ -35,7 +35,7 @@ class Limits:
     processes: int = 64  # all together
     disk: int = 64 << 20  # bytes of all its files, where there is a box
 
-
+# %% ../../nbs/rl/08_code.ipynb #caaa8923
 @dataclass(frozen=True)
 class Ran:
     """What a program did."""
@@ -62,12 +62,17 @@ def _can(wrap: str) -> str:
         return ""
     return told.stdout + told.stderr if tried.returncode == 0 else ""
 
-# %% ../../nbs/rl/08_code.ipynb #2f85eadd
+# %% ../../nbs/rl/08_code.ipynb #8cf51b3d
 _PYTHON = str(Path(sys.executable).resolve())
 _ALONE = ["--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
 _NOBODY = ["--uid", "65534", "--gid", "65534", "--clearenv", "--setenv", "PATH", "/usr/bin:/bin"]
 
 
+def _read_only(places: Sequence[str]) -> list[str]:
+    """Words that show folders, those that there are, to be read only."""
+    return [word for place in places if Path(place).exists() for word in ("--ro-bind", place, place)]
+
+# %% ../../nbs/rl/08_code.ipynb #938d7800
 def sandbox_command(
     folder: Path,  # the job; seen as /job, to be read only
     disk: int = Limits.disk,  # bytes that may be written in all
@@ -78,37 +83,31 @@ def sandbox_command(
     known = _can(wrap) if wrap else ""
     if not known:
         return [], "limits"
-    def reads(places: Sequence[str]) -> list[str]:
-        """Words that show folders."""
-        return [word for place in places if Path(place).exists() for word in ("--ro-bind", place, place)]
-
-    system = reads(("/usr", "/bin", "/lib", "/lib64", sys.base_prefix))
+    system = _read_only(("/usr", "/bin", "/lib", "/lib64", sys.base_prefix))
     size = ["--size", str(disk)] if "--size" in known else []
     no_spaces = ["--disable-userns"] if "--disable-userns" in known else []
     writes = [*size, "--tmpfs", "/tmp", "--proc", "/proc", "--dev", "/dev", *size, "--tmpfs", "/dev/shm"]
     closed = ["--ro-bind", str(folder), "/job", "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"]
-    seen = [*system, *writes, *reads(shown), *closed]
+    seen = [*system, *writes, *_read_only(shown), *closed]
     return [wrap, *_ALONE, *no_spaces, *_NOBODY, "--setenv", "HOME", "/tmp", *seen], "bubblewrap"
 
-# %% ../../nbs/rl/08_code.ipynb #66f5f4e0
+# %% ../../nbs/rl/08_code.ipynb #6b29e84c
 def _limit(limits: Limits, output: int) -> None:
     """In the child, before the program starts."""
-    cpu = max(1, int(limits.seconds))
-    for what, most in (
-        (resource.RLIMIT_CPU, cpu),
-        (resource.RLIMIT_AS, limits.memory),
-        (resource.RLIMIT_FSIZE, output),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_NOFILE, 256),
-    ):
-        resource.setrlimit(what, (most, most))
+    most = {
+        resource.RLIMIT_CPU: max(1, int(limits.seconds)),
+        resource.RLIMIT_AS: limits.memory,
+        resource.RLIMIT_FSIZE: output,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_NOFILE: 256,
+    }
+    for what, value in most.items():
+        resource.setrlimit(what, (value, value))
     soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
-    resource.setrlimit(
-        resource.RLIMIT_NPROC,
-        (limits.processes if hard == resource.RLIM_INFINITY else min(limits.processes, hard), hard),
-    )
+    processes = limits.processes if hard == resource.RLIM_INFINITY else min(limits.processes, hard)
+    resource.setrlimit(resource.RLIMIT_NPROC, (processes, hard))
 
-
+# %% ../../nbs/rl/08_code.ipynb #0312562c
 def _wait(process: subprocess.Popen, seconds: float) -> int | None:
     """The exit status, or None where the time was over; the session of the process is killed in any case."""
     try:
@@ -122,7 +121,14 @@ def _wait(process: subprocess.Popen, seconds: float) -> int | None:
             pass
         process.wait()
 
-# %% ../../nbs/rl/08_code.ipynb #e889ddcb
+# %% ../../nbs/rl/08_code.ipynb #48736b9d
+def _write_files(folder: Path, files: Mapping[str, str]) -> None:
+    """The files of a job, in a folder that whoever runs it may enter."""
+    folder.chmod(0o755)
+    for file, content in files.items():
+        (folder / file).write_text(content, encoding="utf-8", errors="replace")
+
+# %% ../../nbs/rl/08_code.ipynb #46f9c034
 def run_command(
     words: Sequence[str],  # "{job}" in them is the folder of the files
     files: Mapping[str, str],  # name -> content
@@ -133,17 +139,14 @@ def run_command(
 ) -> Ran:
     """Run a command of this machine on some files in a box; it and all it started are gone afterwards."""
     with tempfile.TemporaryDirectory() as name, tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout:
-        folder = Path(name)
-        folder.chmod(0o755)
-        for file, content in files.items():
-            (folder / file).write_text(content, encoding="utf-8", errors="replace")
+        _write_files(Path(name), files)
         stdin.write(given)
         stdin.seek(0)
-        before, sandbox = sandbox_command(folder, limits.disk, shown)
+        before, sandbox = sandbox_command(Path(name), limits.disk, shown)
         job = "/job" if before else name
         process = subprocess.Popen(
             [*before, *(word.replace("{job}", job) for word in words)], stdin=stdin, stdout=stdout,
-            stderr=subprocess.STDOUT if errors else subprocess.DEVNULL, cwd=folder, start_new_session=True,
+            stderr=subprocess.STDOUT if errors else subprocess.DEVNULL, cwd=name, start_new_session=True,
             env={"PATH": "/usr/bin:/bin", "HOME": name}, preexec_fn=lambda: _limit(limits, limits.output),
         )  # fmt: skip
         code = _wait(process, limits.seconds)
@@ -212,33 +215,20 @@ for given in job["inputs"]:
         break
 """
 
-# %% ../../nbs/rl/08_code.ipynb #115865f7
-def run_tests(
-    source: str,  # Python
-    inputs: Sequence[str],  # its standard input in each test
-    limits: Limits = Limits(),  # of each test
-) -> list[Ran]:
-    """What a program does in each test, all in one box; the first test that does not end well is the last.
-
-    `NoSandbox` if the box does not work.
-    """
+# %% ../../nbs/rl/08_code.ipynb #6f640860
+def _driver_input(inputs: Sequence[str], limits: Limits) -> bytes:
+    """What the driver reads: the inputs of the tests, and the limits of each."""
     boxed = sandbox_command(Path("."))[1] == "bubblewrap" and Path("/proc/self/ns/pid").exists()
     space = os.readlink("/proc/self/ns/pid") if boxed else ""  # the driver stops all it sees only where it is not here
     given = [base64.b64encode(text.encode("utf-8", "replace")).decode() for text in inputs]
     rules = {"seconds": limits.seconds, "output": limits.output, "processes": limits.processes, "space": space}
-    whole = Limits(
-        limits.seconds * len(inputs) + 10, limits.memory, 2 * limits.output * len(inputs) + (1 << 16),
-        limits.processes + 2, limits.disk,
-    )  # fmt: skip
-    words = [_PYTHON, "-I", "-S", "{job}/driver.py", "{job}/program.py"]
-    files = {"driver.py": _TOOLS + _DRIVER, "program.py": source}
-    ran = run_command(words, files, json.dumps(rules | {"inputs": given}).encode(), whole)
-    begun, *lines = ran.output.split("\n")
-    if begun != "begun":
-        raise NoSandbox(f"the driver did not begin; exit status {ran.code}, {ran.sandbox}")
-    found = [_ran(line, ran.sandbox) for line in lines if line]
-    ended = len(found) == len(inputs) or bool(found and found[-1].code != 0)
-    return found if ended else [*found, Ran("", -9, ran.sandbox)]
+    return json.dumps(rules | {"inputs": given}).encode()
+
+
+def _limits_of_all(limits: Limits, tests: int) -> Limits:
+    """The limits of the box, from those of each test: time and output add up, and the driver needs some itself."""
+    seconds, output = limits.seconds * tests + 10, 2 * limits.output * tests + (1 << 16)
+    return Limits(seconds, limits.memory, output, limits.processes + 2, limits.disk)
 
 # %% ../../nbs/rl/08_code.ipynb #1ae833b7
 def _ran(line: str, sandbox: str) -> Ran:
@@ -249,14 +239,36 @@ def _ran(line: str, sandbox: str) -> Ran:
     except (ValueError, TypeError):
         return Ran("", -9, sandbox)
 
-# %% ../../nbs/rl/08_code.ipynb #4acb1792
-MOST_TESTS = 50
+# %% ../../nbs/rl/08_code.ipynb #15c452af
+def run_tests(
+    source: str,  # Python
+    inputs: Sequence[str],  # its standard input in each test
+    limits: Limits = Limits(),  # of each test
+) -> list[Ran]:
+    """What a program does in each test, all in one box; the first test that does not end well is the last.
+
+    `NoSandbox` if the box does not work.
+    """
+    words = [_PYTHON, "-I", "-S", "{job}/driver.py", "{job}/program.py"]
+    files = {"driver.py": _TOOLS + _DRIVER, "program.py": source}
+    ran = run_command(words, files, _driver_input(inputs, limits), _limits_of_all(limits, len(inputs)))
+    begun, *lines = ran.output.split("\n")
+    if begun != "begun":
+        raise NoSandbox(f"the driver did not begin; exit status {ran.code}, {ran.sandbox}")
+    found = [_ran(line, ran.sandbox) for line in lines if line]
+    ended = len(found) == len(inputs) or bool(found and found[-1].code != 0)
+    return found if ended else [*found, Ran("", -9, ran.sandbox)]
+
+# %% ../../nbs/rl/08_code.ipynb #671165f0
 _BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 
 
 def _lines(text: str) -> list[str]:
     """The lines without blanks at their ends and without empty ones at the end of the text."""
     return [line.rstrip() for line in text.rstrip().splitlines()]
+
+# %% ../../nbs/rl/08_code.ipynb #97339985
+MOST_TESTS = 50
 
 
 def _tests(task: Task) -> tuple[Sequence[str], Sequence[str]] | None:
@@ -266,7 +278,16 @@ def _tests(task: Task) -> tuple[Sequence[str], Sequence[str]] | None:
     good = isinstance(inputs, list) and isinstance(outputs, list) and 0 < len(inputs) == len(outputs) <= MOST_TESTS
     return (inputs, outputs) if good and all(isinstance(x, str) for x in [*inputs, *outputs]) else None
 
-# %% ../../nbs/rl/08_code.ipynb #d27fe15f
+# %% ../../nbs/rl/08_code.ipynb #875b6bc1
+def _judge_runs(runs: Sequence[Ran], outputs: Sequence[str]) -> Judgement:
+    """The first run that fails decides; a run that is missing stands behind one that failed."""
+    for number, (ran, wanted) in enumerate(zip(runs, outputs, strict=False), 1):
+        if ran.code != 0 or _lines(ran.output) != _lines(wanted):
+            why = "out of time" if ran.code is None else f"exit status {ran.code}" if ran.code else ran.output
+            return said(0, f"test {number}, {ran.sandbox}", why, wanted)
+    return said(1, f"all tests, {runs[0].sandbox}", f"{len(outputs)} passed", f"{len(outputs)} tests")
+
+# %% ../../nbs/rl/08_code.ipynb #9f4f5d69
 def verify_code(
     task: Task,
     reply: Reply,
@@ -275,18 +296,12 @@ def verify_code(
     """The program passes all tests."""
     tests = _tests(task)
     if tests is None:
-        return failed(
-            "unit_tests", f"no tests, more than {MOST_TESTS}, or inputs and outputs that are no pairs of texts"
-        )
+        detail = f"no tests, more than {MOST_TESTS}, or inputs and outputs that are no pairs of texts"
+        return failed("unit_tests", detail)
     blocks = _BLOCK.findall(reply.answer)
     if not reply.good_form or not blocks or not blocks[-1].strip():
         return said(0, "no_program", reply.text[-60:], "a fenced block")
     try:
-        runs = run_tests(blocks[-1], tests[0], limits)
+        return _judge_runs(run_tests(blocks[-1], tests[0], limits), tests[1])
     except NoSandbox as error:
         return failed("sandbox", str(error))
-    for number, (ran, wanted) in enumerate(zip(runs, tests[1], strict=False), 1):
-        if ran.code != 0 or _lines(ran.output) != _lines(wanted):
-            why = "out of time" if ran.code is None else f"exit status {ran.code}" if ran.code else ran.output
-            return said(0, f"test {number}, {ran.sandbox}", why, wanted)
-    return said(1, f"all tests, {runs[0].sandbox}", f"{len(tests[0])} passed", f"{len(tests[0])} tests")

@@ -29,7 +29,7 @@ from nemotron_nb.rl.rollout import (
 from .tasks import Task
 from ..viz import Picture, png
 
-# %% ../../nbs/rl/18_effort.ipynb #2e875181
+# %% ../../nbs/rl/18_effort.ipynb #38a2314d
 @dataclass(frozen=True)
 class EffortSettings:
     """Which tasks are asked for little effort or given a budget, and what a short answer is worth."""
@@ -45,11 +45,7 @@ class EffortSettings:
     budget_scale: str = "log"  # uniform or log: how budgets are spread
 
     def __post_init__(self) -> None:
-        shares = (self.low_start, self.low_end, self.budget_share)
-        if not all(0 <= s <= 1 for s in shares) or self.weight < 0 or self.penalty < 0 or self.bound < 1:
-            said = f"shares {shares}, weight {self.weight}, penalty {self.penalty}, bound {self.bound}"
-            fix = "let shares be in 0 to 1, weights at least 0, the bound at least 1"
-            raise UserError(said, where="grpo.effort", fix=fix)
+        _check_effort(self)
         _ = self.policy  # refuses budgets that are none
 
     @property
@@ -67,6 +63,16 @@ class EffortSettings:
     def low_share(self, step: int, steps: int) -> float:
         """The share of tasks that are asked for little effort; it moves in a straight line."""
         return self.low_start + (self.low_end - self.low_start) * (step / (steps - 1) if steps > 1 else 0.0)
+
+# %% ../../nbs/rl/18_effort.ipynb #3bdf01c2
+def _check_effort(settings: EffortSettings) -> None:
+    """`UserError` for shares that are none, and for weights below 0."""
+    shares = (settings.low_start, settings.low_end, settings.budget_share)
+    fits = settings.weight >= 0 and settings.penalty >= 0 and settings.bound >= 1
+    if not (all(0 <= s <= 1 for s in shares) and fits):
+        numbers = f"weight {settings.weight}, penalty {settings.penalty}, bound {settings.bound}"
+        fix = "let shares be in 0 to 1, weights at least 0, the bound at least 1"
+        raise UserError(f"shares {shares}, {numbers}", where="grpo.effort", fix=fix)
 
 # %% ../../nbs/rl/18_effort.ipynb #5155a0ea
 def effort_reward(
@@ -107,7 +113,17 @@ def effort_picture(settings: EffortSettings) -> Picture:
     axis.legend(fontsize=8)
     return png(figure, "Reward under low effort. " + "; ".join(ends))
 
-# %% ../../nbs/rl/18_effort.ipynb #f663eaf4
+# %% ../../nbs/rl/18_effort.ipynb #2e42587d
+def _mark_low(task: Task, marker: str) -> Task:
+    """The task with the marker at the end of its last user turn; as it was where there is none."""
+    last = max((k for k, m in enumerate(task.messages) if m["role"] == "user"), default=None)
+    if last is None:
+        return task
+    marked = {**task.messages[last], "content": task.messages[last]["content"] + marker}
+    messages = (*task.messages[:last], marked, *task.messages[last + 1 :])
+    return replace(task, messages=messages, extra={**task.extra, "effort": "low"})
+
+# %% ../../nbs/rl/18_effort.ipynb #09667ca0
 def with_effort(
     name: str,  # of the task in its step
     task: Task,
@@ -120,18 +136,25 @@ def with_effort(
     chance, size = Draw(f"effort/{name}", max(step, 0), 0, seed).uniforms(0, 2).tolist()
     low = settings.low_share(step, steps)
     if chance < low:
-        last = max((k for k, m in enumerate(task.messages) if m["role"] == "user"), default=None)
-        if last is None:
-            return task
-        marked = {**task.messages[last], "content": task.messages[last]["content"] + settings.policy.low_effort_marker}
-        messages = (*task.messages[:last], marked, *task.messages[last + 1 :])
-        return replace(task, messages=messages, extra={**task.extra, "effort": "low"})
+        return _mark_low(task, settings.policy.low_effort_marker)
     if chance < low + (1 - low) * settings.budget_share:
         budget = draw_budget(settings.max_budget + 1, settings.policy, size)
         return replace(task, extra={**task.extra, "budget": budget})
     return task
 
-# %% ../../nbs/rl/18_effort.ipynb #2870f110
+# %% ../../nbs/rl/18_effort.ipynb #3dbee0bb
+def _join_segments(parts: Sequence[tuple[tuple[int, ...], str]]) -> tuple[Segment, ...]:
+    """The segments of parts (ids, who) laid end to end; what one writer wrote in two parts is one."""
+    segments: list[Segment] = []
+    for ids, who in parts:
+        end = segments[-1].end if segments else 0
+        if ids and segments and segments[-1].who == who:
+            segments[-1] = Segment(segments[-1].start, end + len(ids), who)
+        elif ids:
+            segments.append(Segment(end, end + len(ids), who))
+    return tuple(segments)
+
+# %% ../../nbs/rl/18_effort.ipynb #ef337b50
 # e.g. partial(continue_all, model, end_id=..., max_new_tokens=...)
 Draws = Callable[[Sequence[Ask]], list[Continuation]]
 
@@ -145,32 +168,38 @@ class _Budgeted:
     forced: tuple[int, ...] = ()  # what closed it
     rest: Continuation = Continuation((), (), False)
 
-    def rollout(self, prompt: tuple[int, ...], budget: int, close: int) -> Rollout:
-        """The finished answer."""
-        parts = [(prompt, PROMPT), (self.first.ids, MODEL), (self.forced, FORCED), (self.rest.ids, MODEL)]
-        segments: list[Segment] = []
-        for ids, who in parts:
-            end = segments[-1].end if segments else 0
-            if ids and segments and segments[-1].who == who:
-                segments[-1] = Segment(segments[-1].start, end + len(ids), who)
-            elif ids:
-                segments.append(Segment(end, end + len(ids), who))
-        draw, ended = self.ask.draw, self.first.ended or self.rest.ended
-        thought = len(self.first.ids) - (self.first.ids[-1:] == (close,))
-        info = {"budget": budget, "thought": thought, "cut": bool(self.forced)}
-        return Rollout(
-            draw.task,
-            draw.step,
-            draw.member,
-            tuple(i for ids, _ in parts for i in ids),
-            tuple(segments),
-            self.first.logp + self.rest.logp,
-            ENDED if ended else TRUNCATED,
-            draw.seed,
-            info=info,
-        )
 
-# %% ../../nbs/rl/18_effort.ipynb #03cb4cb4
+def _budgeted_rollout(answer: _Budgeted, budget: int, close: int) -> Rollout:
+    """The finished answer. close: the token that closes a thought."""
+    first, rest, draw = answer.first, answer.rest, answer.ask.draw
+    parts = [(answer.ask.context, PROMPT), (first.ids, MODEL), (answer.forced, FORCED), (rest.ids, MODEL)]
+    thought = len(first.ids) - (first.ids[-1:] == (close,))
+    return Rollout(
+        draw.task,
+        draw.step,
+        draw.member,
+        tuple(i for ids, _ in parts for i in ids),
+        _join_segments(parts),
+        first.logp + rest.logp,
+        ENDED if first.ended or rest.ended else TRUNCATED,
+        draw.seed,
+        info={"budget": budget, "thought": thought, "cut": bool(answer.forced)},
+    )
+
+# %% ../../nbs/rl/18_effort.ipynb #814a0866
+def _ask_for_rest(
+    answer: _Budgeted, budget: int, close: int, tokenizer: ChatTokenizer, max_new_tokens: int
+) -> Ask | None:
+    """What is drawn behind the thought, which is closed if it did not close itself; None where nothing follows."""
+    drawn = answer.first
+    if drawn.ended or len(drawn.ids) == max_new_tokens:
+        return None
+    if drawn.ids[-1] != close:
+        answer.forced = tuple(ThoughtBudget(budget, tokenizer).closing(list(drawn.ids)))
+    context = answer.ask.context + drawn.ids + answer.forced
+    return Ask(context, answer.ask.draw, len(drawn.ids), max_new_tokens - len(drawn.ids))
+
+# %% ../../nbs/rl/18_effort.ipynb #e7651000
 def sample_budgeted(
     draw: Draws,
     prompts: Mapping[str, Sequence[int]],  # name of the task -> ids of its prompt, the thought opened
@@ -190,16 +219,11 @@ def sample_budgeted(
         for k, n in enumerate(names)
     ]
     answers = [_Budgeted(ask, found) for ask, found in zip(asks, draw(asks), strict=True)]
-    going = []
-    for answer, name in zip(answers, names, strict=True):
-        drawn = answer.first
-        if drawn.ended or len(drawn.ids) == max_new_tokens:
-            continue
-        if drawn.ids[-1] != close:
-            answer.forced = tuple(ThoughtBudget(budgets[name], tokenizer).closing(list(drawn.ids)))
-        context = answer.ask.context + drawn.ids + answer.forced
-        going.append((answer, Ask(context, answer.ask.draw, len(drawn.ids), max_new_tokens - len(drawn.ids))))
+    rests = [
+        _ask_for_rest(a, budgets[n], close, tokenizer, max_new_tokens) for a, n in zip(answers, names, strict=True)
+    ]
+    going = [(a, ask) for a, ask in zip(answers, rests, strict=True) if ask is not None]
     for (answer, _), found in zip(going, draw([ask for _, ask in going]) if going else [], strict=True):
         answer.rest = found
-    done = [a.rollout(a.ask.context, budgets[n], close) for a, n in zip(answers, names, strict=True)]
+    done = [_budgeted_rollout(a, budgets[n], close) for a, n in zip(answers, names, strict=True)]
     return [done[k : k + group] for k in range(0, len(done), group)]

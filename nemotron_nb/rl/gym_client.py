@@ -23,7 +23,13 @@ from ..core import UserError, nearest
 from .judgement import Judgement, Reply, failed, said
 from .tasks import FAMILIES, Task, task_row
 
-# %% ../../nbs/rl/12_gym.ipynb #7a9af858
+# %% ../../nbs/rl/12_gym.ipynb #b5c2e373
+def _message(text: str) -> dict[str, Any]:
+    """A message of the assistant."""
+    content = [{"type": "output_text", "text": text, "annotations": []}]
+    return {"type": "message", "id": "m", "role": "assistant", "status": "completed", "content": content}
+
+
 def response_items(reply: Reply) -> list[dict[str, Any]]:
     """An answer as items of the Responses API. In bad form all of it is the message."""
     if not reply.good_form:
@@ -39,28 +45,14 @@ def response_items(reply: Reply) -> list[dict[str, Any]]:
         items.append({"type": "function_call", "call_id": f"c{k}", "name": call.name, "arguments": arguments})
     return items
 
-# %% ../../nbs/rl/12_gym.ipynb #207e91a7
-def _message(text: str) -> dict[str, Any]:
-    """A message of the assistant."""
-    content = [{"type": "output_text", "text": text, "annotations": []}]
-    return {"type": "message", "id": "m", "role": "assistant", "status": "completed", "content": content}
-
-
+# %% ../../nbs/rl/12_gym.ipynb #08d52741
 def verify_body(task: Task, reply: Reply) -> dict[str, Any]:
     """What is posted to /verify: the row, and the answer."""
-    response = {
-        "id": "resp",
-        "created_at": 0.0,
-        "model": "policy",
-        "object": "response",
-        "output": response_items(reply),
-        "parallel_tool_calls": False,
-        "tool_choice": "auto",
-        "tools": [],
-    }
-    return task_row(task) | {"response": response}
+    fixed = {"id": "resp", "created_at": 0.0, "model": "policy", "object": "response"}
+    free = {"parallel_tool_calls": False, "tool_choice": "auto", "tools": []}
+    return task_row(task) | {"response": {**fixed, "output": response_items(reply), **free}}
 
-# %% ../../nbs/rl/12_gym.ipynb #381003f0
+# %% ../../nbs/rl/12_gym.ipynb #3bd43cc1
 class _Failed(Exception):
     """A request without a usable answer."""
 
@@ -68,7 +60,7 @@ class _Failed(Exception):
         super().__init__(why)
         self.again = again  # may another attempt help?
 
-# %% ../../nbs/rl/12_gym.ipynb #8cbf10e5
+
 class _Stay(urllib.request.HTTPRedirectHandler):
     """Follows no redirection: a row would be sent to whoever is named there."""
 
@@ -77,27 +69,36 @@ class _Stay(urllib.request.HTTPRedirectHandler):
         return None
 
 
+def _opener(url: str) -> urllib.request.OpenerDirector:
+    """What sends a request: no redirection, and no proxy for a server on this machine."""
+    local = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+    return urllib.request.build_opener(_Stay, *([urllib.request.ProxyHandler({})] if local else []))
+
+# %% ../../nbs/rl/12_gym.ipynb #f6732be1
 MOST_BYTES = 4 << 20  # of an answer
 
 
+def _read_all(response: Any, deadline: float) -> bytes:
+    """The body of an answer; `_Failed` where it is too long, `TimeoutError` where the time is over."""
+    data = b""
+    while piece := response.read1(65536):
+        data += piece
+        if len(data) > MOST_BYTES:
+            raise _Failed(f"an answer longer than {MOST_BYTES} bytes", again=False)
+        if time.monotonic() > deadline:
+            raise TimeoutError
+    return data
+
+# %% ../../nbs/rl/12_gym.ipynb #54a20690
 def _posted(url: str, body: bytes, deadline: float) -> Any:
     """The JSON that a server answers; `_Failed` where there is none. `deadline` is a time of the monotonic clock."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise _Failed("the time is over", again=False)
-    local = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
-    opener = urllib.request.build_opener(_Stay, *([urllib.request.ProxyHandler({})] if local else []))
     asked = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"}, method="POST")
     try:
-        with opener.open(asked, timeout=left) as response:
-            data = b""
-            while piece := response.read1(65536):
-                data += piece
-                if len(data) > MOST_BYTES:
-                    raise _Failed(f"an answer longer than {MOST_BYTES} bytes", again=False)
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-        return json.loads(data)
+        with _opener(url).open(asked, timeout=left) as response:
+            return json.loads(_read_all(response, deadline))
     except urllib.error.HTTPError as error:
         with error:
             words = " ".join(error.read(500).decode("utf-8", "replace").split())
@@ -107,7 +108,7 @@ def _posted(url: str, body: bytes, deadline: float) -> Any:
     except (ValueError, RecursionError):
         raise _Failed("the answer is no JSON", again=False) from None
 
-# %% ../../nbs/rl/12_gym.ipynb #43e5b7e0
+# %% ../../nbs/rl/12_gym.ipynb #9793fe8b
 @dataclass(frozen=True)
 class GymServer:
     """A resources server of NeMo Gym, and how patiently it is asked."""
@@ -126,7 +127,7 @@ class GymServer:
         if self.deadline <= 0 or self.retries < 0 or self.strikes < 1 or self.quarantine < 0 or self.backoff < 0:
             raise UserError("a limit below what makes sense", where="gym", fix="deadline above 0, strikes at least 1")
 
-# %% ../../nbs/rl/12_gym.ipynb #4985b6e2
+# %% ../../nbs/rl/12_gym.ipynb #da460f99
 def _judgement_of(found: Any) -> Judgement:
     """The judgement in what a server answered; `_Failed` if there is none in it."""
     reward = found.get("reward") if isinstance(found, Mapping) else None
@@ -135,7 +136,7 @@ def _judgement_of(found: Any) -> Judgement:
     shown = {k: found[k] for k in ("extracted_answer", "library_reward") if found.get(k) is not None}
     return said(float(reward), "gym", ", ".join(f"{k} {v}" for k, v in shown.items()))
 
-
+# %% ../../nbs/rl/12_gym.ipynb #8a363a14
 def _asked(
     server: GymServer, body: bytes, sleep: Callable[[float], None]
 ) -> tuple[Judgement | None, str, int]:
@@ -189,8 +190,21 @@ class GymClient:
         self._note("failed", attempts, strike=None if why.startswith("HTTP 4") else True)
         return failed("gym", f"{why} ({attempts} attempts)")
 
-# %% ../../nbs/rl/12_gym.ipynb #859f6577
+# %% ../../nbs/rl/12_gym.ipynb #22ca14cd
 Script = Callable[[dict[str, Any], int], tuple[int, bytes, float]]  # (body, requests before) -> (status, body, seconds)
+
+
+def _send(handler: BaseHTTPRequestHandler, status: int, data: bytes) -> None:
+    """Answer a request; a redirection leads to a port where nobody listens."""
+    try:
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(data)))
+        if status in (301, 302, 307):
+            handler.send_header("Location", "http://127.0.0.1:9/verify")
+        handler.end_headers()
+        handler.wfile.write(data)
+    except ConnectionError:
+        pass  # a client that has gone away is no news
 
 
 def _handler(script: Script, log: list[dict[str, Any]]) -> type:
@@ -205,15 +219,7 @@ def _handler(script: Script, log: list[dict[str, Any]]) -> type:
             log.append(body)
             status, data, delay = script(body, len(log) - 1)
             time.sleep(delay)
-            try:
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                if status in (301, 302, 307):
-                    self.send_header("Location", "http://127.0.0.1:9/verify")
-                self.end_headers()
-                self.wfile.write(data)
-            except ConnectionError:
-                pass  # a client that has gone away is no news
+            _send(self, status, data)
 
         def log_message(self, *_: Any) -> None:
             """Say nothing."""

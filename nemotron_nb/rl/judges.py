@@ -46,27 +46,33 @@ def rule_score(
     found = judge(task, reply, switched_on)
     return 3.0 if found.reward is None else 2.0 + 3.0 * found.reward
 
-# %% ../../nbs/rl/14_judges.ipynb #0cbbacba
+# %% ../../nbs/rl/14_judges.ipynb #2badc4eb
+def _size(reply: Reply) -> int:
+    """Characters of an answer with its thought."""
+    return len(reply.text.strip())
+
+
+def _rule_verdict(duel: Duel, switched_on: Sequence[str]) -> Verdict:
+    """The better one wins by how much better it is; of two that are equal the shorter, then the left."""
+    one, other = (rule_score(duel.task, reply, switched_on) for reply in (duel.first, duel.second))
+    equal = 3.0 if _size(duel.first) <= _size(duel.second) else 4.0
+    ranking = min(6.0, max(1.0, 3.5 - 2.5 * (one - other) / 4.0)) if one != other else equal
+    return Verdict(one, other, ranking)
+
+# %% ../../nbs/rl/14_judges.ipynb #f9b1dd99
 def rule_judge(
     switched_on: Sequence[str] = (),
 ) -> Compare:
     """A judge that goes by rules. No network, no model, always the same verdicts."""
 
-    def size(reply: Reply) -> int:
-        """Characters of an answer with its thought."""
-        return len(reply.text.strip())
-
     def compare(duels: Sequence[Duel]) -> Iterator[tuple[int, Verdict]]:
         """The verdicts, in order."""
         for place, duel in enumerate(duels):
-            one, other = (rule_score(duel.task, reply, switched_on) for reply in (duel.first, duel.second))
-            equal = 3.0 if size(duel.first) <= size(duel.second) else 4.0
-            ranking = min(6.0, max(1.0, 3.5 - 2.5 * (one - other) / 4.0)) if one != other else equal
-            yield place, Verdict(one, other, ranking)
+            yield place, _rule_verdict(duel, switched_on)
 
     return compare
 
-# %% ../../nbs/rl/14_judges.ipynb #e6cf452d
+# %% ../../nbs/rl/14_judges.ipynb #cb200cf3
 _AGAIN = "That holds no verdict: {}. Write the JSON object with score_1, score_2 and ranking."
 
 
@@ -86,7 +92,7 @@ def _verdict_of(endpoint: Endpoint, duel: Duel, tries: int) -> Verdict:
         asked = [*asked, *told]
     return found
 
-
+# %% ../../nbs/rl/14_judges.ipynb #c9809cf9
 def endpoint_judge(
     endpoint: Endpoint,
     tries: int = 3,  # answers of the model that may fail to be a verdict, less one
@@ -177,36 +183,7 @@ def verdicts_within(
     why = broken[0] if broken else f"no verdict within {seconds:g} s"
     return [no_verdict(why) if v is None else v for v in found]
 
-# %% ../../nbs/rl/14_judges.ipynb #65b3204a
-@dataclass(frozen=True)
-class CircleJudge:
-    """Judges groups by comparing their answers in a circle."""
-
-    compare: Compare
-    length: LengthControl = LengthControl()
-    deadline: float = 600.0  # seconds for all comparisons of a step
-
-    def judge_groups(
-        self,
-        groups: Sequence[tuple[Task, Sequence[Reply | None]]],  # None: the rollout was lost
-    ) -> list[list[Judgement]]:
-        """The judgement of each answer."""
-        present = [[k for k, reply in enumerate(replies) if reply is not None] for _, replies in groups]
-        circles = [circular_pairs(len(there)) if len(there) > 1 else [] for there in present]
-        duels = [
-            Duel(task, replies[there[a]], replies[there[b]])
-            for (task, replies), there, circle in zip(groups, present, circles, strict=True)
-            for a, b in circle
-        ]
-        verdicts = iter(verdicts_within(self.compare, duels, self.deadline))
-        found = []
-        for (_, replies), there, circle in zip(groups, present, circles, strict=True):
-            placed = standings(len(there), circle, [next(verdicts) for _ in circle])
-            judged = dict(zip(there, _judgements([replies[k] for k in there], placed, self.length), strict=True))
-            found.append([judged.get(k, failed("circle", "the rollout was lost")) for k in range(len(replies))])
-        return found
-
-# %% ../../nbs/rl/14_judges.ipynb #bcba95c0
+# %% ../../nbs/rl/14_judges.ipynb #7ddbeae1
 def _shown(reply: Reply) -> tuple[str, str]:
     """(thought, answer) whose length counts; all of a text in bad form counts as both."""
     return (reply.thought, reply.answer) if reply.good_form else (reply.text, reply.text)
@@ -222,7 +199,7 @@ def _judgement(placed: Standing, adjusted: Adjusted | None) -> Judgement:
     found += "" if placed.balanced else ", on one side only"
     return said(adjusted.score, "circle", found, "", score=placed.reward, **sides, **adjusted.parts)
 
-
+# %% ../../nbs/rl/14_judges.ipynb #302f30a8
 def _judgements(replies: Sequence[Reply], placed: Sequence[Standing], rules: LengthControl) -> list[Judgement]:
     """The judgements of a group. Length control weighs those that were judged."""
     there = [k for k, p in enumerate(placed) if p.reward is not None]
@@ -231,10 +208,59 @@ def _judgements(replies: Sequence[Reply], placed: Sequence[Standing], rules: Len
     scored = dict(zip(there, adjust([placed[k].reward for k in there], texts, rules), strict=True))
     return [_judgement(p, scored.get(k)) for k, p in enumerate(placed)]
 
-# %% ../../nbs/rl/14_judges.ipynb #42aeffa0
+# %% ../../nbs/rl/14_judges.ipynb #217d3e01
+def _circle_duels(
+    task: Task, replies: Sequence[Reply | None]
+) -> tuple[list[int], list[tuple[int, int]], list[Duel]]:
+    """(the answers of a group that are there, pairs of positions among them, the duels of the pairs)."""
+    there = [k for k, reply in enumerate(replies) if reply is not None]
+    circle = circular_pairs(len(there)) if len(there) > 1 else []
+    return there, circle, [Duel(task, replies[there[a]], replies[there[b]]) for a, b in circle]
+
+# %% ../../nbs/rl/14_judges.ipynb #86ee35f9
+@dataclass(frozen=True)
+class CircleJudge:
+    """Judges groups by comparing their answers in a circle."""
+
+    compare: Compare
+    length: LengthControl = LengthControl()
+    deadline: float = 600.0  # seconds for all comparisons of a step
+
+    def judge_groups(
+        self,
+        groups: Sequence[tuple[Task, Sequence[Reply | None]]],  # None: the rollout was lost
+    ) -> list[list[Judgement]]:
+        """The judgement of each answer."""
+        circles = [_circle_duels(task, replies) for task, replies in groups]
+        duels = [duel for *_, fought in circles for duel in fought]
+        verdicts = iter(verdicts_within(self.compare, duels, self.deadline))
+        found = []
+        for (_, replies), (there, circle, _) in zip(groups, circles, strict=True):
+            placed = standings(len(there), circle, [next(verdicts) for _ in circle])
+            judged = dict(zip(there, _judgements([replies[k] for k in there], placed, self.length), strict=True))
+            found.append([judged.get(k, failed("circle", "the rollout was lost")) for k in range(len(replies))])
+        return found
+
+# %% ../../nbs/rl/14_judges.ipynb #2c11a945
 JUDGES = ("", "rule", "endpoint", "model")
 
-# %% ../../nbs/rl/14_judges.ipynb #33873890
+
+def _check_genrm(settings: "GenrmSettings") -> None:
+    """`UserError` for a judge that nobody knows, that lacks what it needs, or that has no time."""
+    if settings.judge not in JUDGES:
+        raise UserError(f"unknown judge {settings.judge!r}", where="genrm.judge", fix=nearest(settings.judge, JUDGES))
+    needed = {"endpoint": ("base_url", "model"), "model": ("model",)}.get(settings.judge, ())
+    if missing := [name for name in needed if not getattr(settings, name)]:
+        raise UserError(
+            f"judge={settings.judge} without {missing[0]}",
+            where="genrm",
+            why="nobody could be asked",
+            fix=f"give genrm.{missing[0]}, or judge=rule, which needs nothing",
+        )
+    if settings.deadline <= 0 or settings.tries < 1 or settings.max_new_tokens < 1:
+        raise UserError("a limit below 1", where="genrm", fix="let deadline, tries and max_new_tokens be above 0")
+
+# %% ../../nbs/rl/14_judges.ipynb #52c30a7a
 @dataclass(frozen=True)
 class GenrmSettings:
     """Who compares the answers of a group, and how patiently."""
@@ -256,25 +282,21 @@ class GenrmSettings:
     length: LengthControl = LengthControl()
 
     def __post_init__(self) -> None:
-        if self.judge not in JUDGES:
-            raise UserError(f"unknown judge {self.judge!r}", where="genrm.judge", fix=nearest(self.judge, JUDGES))
-        needed = {"endpoint": ("base_url", "model"), "model": ("model",)}.get(self.judge, ())
-        if missing := [name for name in needed if not getattr(self, name)]:
-            raise UserError(
-                f"judge={self.judge} without {missing[0]}",
-                where="genrm",
-                why="nobody could be asked",
-                fix=f"give genrm.{missing[0]}, or judge=rule, which needs nothing",
-            )
-        if self.deadline <= 0 or self.tries < 1 or self.max_new_tokens < 1:
-            raise UserError("a limit below 1", where="genrm", fix="let deadline, tries and max_new_tokens be above 0")
+        _check_genrm(self)
 
     @property
     def on(self) -> bool:
         """Are answers compared?"""
         return bool(self.judge)
 
-# %% ../../nbs/rl/14_judges.ipynb #ccd91c5a
+# %% ../../nbs/rl/14_judges.ipynb #5465a584
+def _endpoint_of(settings: GenrmSettings) -> Endpoint:
+    """The server of judge=endpoint."""
+    same = ("base_url", "model", "api_key_env", "timeout", "retries", "concurrency", "cache_dir")
+    options = {name: getattr(settings, name) for name in ("temperature", "top_p", "max_tokens")}
+    return Endpoint(**{name: getattr(settings, name) for name in same}, options=options)
+
+
 def circle_judge(
     settings: GenrmSettings,
     switched_on: Sequence[str] = (),  # environments that are off unless they are named
@@ -282,10 +304,7 @@ def circle_judge(
 ) -> CircleJudge:
     """The judge that the settings ask for."""
     if settings.judge == "endpoint":
-        same = ("base_url", "model", "api_key_env", "timeout", "retries", "concurrency", "cache_dir")
-        options = {name: getattr(settings, name) for name in ("temperature", "top_p", "max_tokens")}
-        endpoint = Endpoint(**{name: getattr(settings, name) for name in same}, options=options)
-        compare = endpoint_judge(endpoint, settings.tries)
+        compare = endpoint_judge(_endpoint_of(settings), settings.tries)
     elif settings.judge == "model":
         if write is None:
             raise UserError("judge=model, and no model was loaded", where="genrm.judge", fix="give write")

@@ -42,22 +42,29 @@ LOST: Mapping[str, Reason] = {
     "in_validation": Reason("the same task is measured on", "nothing: what is measured on is not trained on"),
 }
 
-# %% ../../nbs/rl/23_prepare.ipynb #f8fc1350
+# %% ../../nbs/rl/23_prepare.ipynb #8c2af28c
+SAMPLE = "sample"
+
+
 def _check_numbers(files: "TaskFiles") -> None:
     """`UserError` for a number that leaves nothing."""
     for name, least in (("val_rows", 0), ("sample_tasks", 1), ("sample", 1)):
         value = getattr(files, name)
         if value is not None and value < least:
             raise UserError(f"{name} is {value}", where=f"data.{name}", fix=f"give at least {least}")
+
+# %% ../../nbs/rl/23_prepare.ipynb #345828f9
+def _check_pairs(files: "TaskFiles") -> None:
+    """`UserError` for an odd number of tasks that come in pairs."""
     for name in ("val_rows", "sample_tasks") if files.preferences == "judge" else ():
         if getattr(files, name) % 2:
             why = "each pair is two tasks, one for each order, and one of them would be trained on"
             said, fix = f"{name} is {getattr(files, name)}", "give an even number"
             raise UserError(said, where=f"data.{name}", why=why, fix=fix)
 
-
-def _check_files(files: "TaskFiles") -> None:
-    """`UserError` for settings that cannot be meant."""
+# %% ../../nbs/rl/23_prepare.ipynb #9eb4fd0b
+def _check_words(files: "TaskFiles") -> None:
+    """`UserError` for a word that nobody knows, or that does not fit the others."""
     if files.compat not in COMPAT:
         raise UserError(f"unknown compat {files.compat!r}", where="data.compat", fix="give nvidia, or nothing")
     if files.preferences not in USES:
@@ -67,15 +74,15 @@ def _check_files(files: "TaskFiles") -> None:
         why = "the project's own tasks can be checked, and need no judge"
         fix = "leave one of them out"
         raise UserError("preferences=chat with path=sample", where="data.preferences", why=why, fix=fix)
-    _check_numbers(files)
+
+# %% ../../nbs/rl/23_prepare.ipynb #4e9db869
+def _check_paths(files: "TaskFiles") -> None:
+    """`UserError` where what is trained on would be measured on."""
     if files.val_path and files.val_path == files.path:
         why, fix = "what is trained on would be measured on", "leave it out: the last val_rows tasks are kept apart"
         raise UserError("val_path is the file that is trained on", where="data.val_path", why=why, fix=fix)
 
-# %% ../../nbs/rl/23_prepare.ipynb #8c7fdfa9
-SAMPLE = "sample"
-
-
+# %% ../../nbs/rl/23_prepare.ipynb #f776161c
 @dataclass(frozen=True)
 class TaskFiles:
     """Which tasks a run has, and where their questions lie."""
@@ -92,9 +99,10 @@ class TaskFiles:
     output_dir: str = "auto"  # auto: a folder that is named after its content
 
     def __post_init__(self) -> None:
-        _check_files(self)
+        for check in (_check_words, _check_numbers, _check_pairs, _check_paths):
+            check(self)
 
-# %% ../../nbs/rl/23_prepare.ipynb #4c5b77d7
+# %% ../../nbs/rl/23_prepare.ipynb #d2ca17b4
 def origin_files(
     said: Sequence[str],  # REPOSITORY=FILE
 ) -> dict[str, str]:
@@ -108,13 +116,13 @@ def origin_files(
         files[repository] = file
     return files
 
-
+# %% ../../nbs/rl/23_prepare.ipynb #358c6ded
 def _files(path: str, split: str) -> list[str]:
     """The files that a path means. A single file has no splits."""
     single = Path(path).expanduser().is_file()
     return [str(file) for file in resolve(Dataset("tasks", path, split="" if single else split), Path(path).parent)]
 
-
+# %% ../../nbs/rl/23_prepare.ipynb #f16f9844
 def _rows_in(path: str, split: str = "") -> Iterator[tuple[str, int, Any]]:
     """(file, line, row) of every row; a row that cannot be read is a `Reject`."""
     for file in _files(path, split):
@@ -139,24 +147,21 @@ def fetching(
 
     return fetch
 
-# %% ../../nbs/rl/23_prepare.ipynb #3e515d13
-def _task_of(row: Any, file: str, line: int, fetch: Fetch, compat: str) -> tuple[Task, Any, tuple[str, ...], bool]:
-    """(task, the row that is written, repairs, was it a placeholder); `BadTask` or `LostRow` where it is no task.
-
-    So is one whose truth is at fault, unless the old behaviour is asked for: no answer to it could be judged.
-    """
+# %% ../../nbs/rl/23_prepare.ipynb #d7b72ff0
+def _read_row(
+    row: Any, file: str, line: int, fetch: Fetch, compat: str
+) -> tuple[Task, dict[str, Any], tuple[str, ...], bool]:
+    """(task, the row that is written, repairs, was it a placeholder?); `BadTask` or `LostRow` if it is none."""
     if isinstance(row, Reject):
         raise BadTask(row.reason, row.detail)
     placeholder = isinstance(row, Mapping) and PLACEHOLDER in row
     row = resolve_row(row, fetch, compat) if placeholder else row
     task, words = parse_task(row, file, line)
-    if compat:
-        return task, row, words, placeholder
-    if fault := truth_fault(task):
+    if not compat and (fault := truth_fault(task)):
         raise BadTask("bad_truth", f"no answer could be judged: {fault}")
-    return task, task_row(task), words, placeholder
+    return task, row if compat else task_row(task), words, placeholder
 
-# %% ../../nbs/rl/23_prepare.ipynb #5c91593e
+# %% ../../nbs/rl/23_prepare.ipynb #d61163f0
 @dataclass
 class Funnel:
     """What became of the rows of one file."""
@@ -184,29 +189,23 @@ class Funnel:
         """Read one row, or write down why not. `BadTask` and `LostRow` become rejects."""
         self.rows += 1
         try:
-            task, row, words, placeholder = _task_of(row, file, line, fetch, compat)
+            task, written, words, placeholder = _read_row(row, file, line, fetch, compat)
         except (BadTask, LostRow) as error:
             self.rejects.append(Reject(file, line, error.reason, error.detail))
             return
         self.resolved += placeholder
         self.repairs.update(words)
-        self.tasks.append((task, row))
+        self.tasks.append((task, written))
 
-# %% ../../nbs/rl/23_prepare.ipynb #1aa4f652
+# %% ../../nbs/rl/23_prepare.ipynb #c613e245
 def _without(funnel: Funnel, names: Iterable[str] = ()) -> list[tuple[Task, dict[str, Any]]]:
     """The tasks without those of these names and without a second coming; what goes is listed."""
     kept, seen, held = [], {}, set(names)
     for task, row in funnel.tasks:
         if task.id in held or task.id in seen:
             reason = "in_validation" if task.id in held else "duplicate_task"
-            funnel.rejects.append(
-                Reject(
-                    task.source,
-                    task.line,
-                    reason,
-                    f"as in line {seen.get(task.id, '?')}" if task.id in seen else "it is measured on",
-                )
-            )
+            detail = f"as in line {seen.get(task.id, '?')}" if task.id in seen else "it is measured on"
+            funnel.rejects.append(Reject(task.source, task.line, reason, detail))
             continue
         seen[task.id] = task.line
         kept.append((task, row))
@@ -232,7 +231,7 @@ def distinct_tasks(
         f"there are no {count} different tasks", where="data.sample_tasks", fix=f"give at most {len(found)}"
     )
 
-# %% ../../nbs/rl/23_prepare.ipynb #e1d45e12
+# %% ../../nbs/rl/23_prepare.ipynb #27c0eb76
 def _sampled_pairs(settings: TaskFiles) -> tuple[Funnel, Funnel]:
     """(to train on, to measure on) of the project's own preferences; a pair is two tasks, one for each order."""
     train, val = Funnel(), Funnel()
@@ -246,7 +245,7 @@ def _sampled_pairs(settings: TaskFiles) -> tuple[Funnel, Funnel]:
         funnel.rejects, funnel.rows = [], len(funnel.tasks)  # what comes twice by chance is no loss
     return train, val
 
-
+# %% ../../nbs/rl/23_prepare.ipynb #a77e03bb
 def _sampled(settings: TaskFiles) -> tuple[Funnel, Funnel]:
     """(to train on, to measure on) of the project's own tasks."""
     if settings.preferences == "judge":
@@ -255,6 +254,52 @@ def _sampled(settings: TaskFiles) -> tuple[Funnel, Funnel]:
     tasks = distinct_tasks(settings.sample_tasks, "train", [t.id for t in held])[: settings.sample]
     train, val = (Funnel(len(some), [(t, task_row(t)) for t in some]) for some in (tasks, held))
     return train, val
+
+# %% ../../nbs/rl/23_prepare.ipynb #86db4bdb
+def _split_last(train: Funnel, count: int) -> tuple[list, list]:
+    """(to train on, the last ones); `UserError` where nothing would be left to train on."""
+    if len(train.tasks) <= count:
+        why = f"of {train.rows} rows {len(train.tasks)} are tasks: {dict(Counter(r.reason for r in train.rejects))}"
+        raise UserError(
+            f"{count} tasks to measure on, and nothing is left to train on",
+            where="data.val_rows",
+            why=why,
+            fix="give fewer, or val_path=FILE, or more rows",
+        )
+    return train.tasks[:-count], train.tasks[-count:]
+
+# %% ../../nbs/rl/23_prepare.ipynb #1ed061e3
+def _read(settings: TaskFiles) -> tuple[Funnel, Funnel]:
+    """(to train on, to measure on) of files. `UserError` where nothing would be left to train on."""
+    fetch, train, val = fetching(origin_files(settings.origins)), Funnel(), Funnel()
+    for file, line, row in itertools.islice(_rows_in(settings.path, settings.split), settings.sample):
+        train.add_all(file, line, row, fetch, settings)
+    train.tasks = _without(train)
+    if settings.val_path:
+        for file, line, row in itertools.islice(_rows_in(settings.val_path, settings.split), settings.val_rows):
+            val.add_all(file, line, row, fetch, settings)
+        val.tasks = _without(val)
+    elif settings.val_rows:
+        train.tasks, val.tasks = _split_last(train, settings.val_rows)
+    return train, val
+
+# %% ../../nbs/rl/23_prepare.ipynb #b168b563
+def _manifest(key: str, sources: Sequence[Mapping[str, str]], train: Funnel, val: Funnel) -> dict[str, Any]:
+    """What manifest.json holds."""
+    return {
+        "train": "train/data.jsonl",
+        "val": "val/data.jsonl" if val.tasks else "",
+        "test": "",
+        "mode": "resolve",
+        "key": key,
+        "rows": train.rows + val.rows,
+        "resolved": train.resolved + val.resolved,
+        "tasks": {"train": len(train.tasks), "val": len(val.tasks)},
+        "environments": dict(Counter(t.environment for t, _ in train.tasks)),
+        "rejects": dict(Counter(r.reason for r in (*train.rejects, *val.rejects))),
+        "repairs": dict(train.repairs + val.repairs),
+        "sources": list(sources),
+    }
 
 # %% ../../nbs/rl/23_prepare.ipynb #a51bd1cb
 def _told(values: Mapping[str, Any]) -> Picture:
@@ -308,7 +353,15 @@ class Prepared:
     def _repr_html_(self) -> str:
         return self.picture().html
 
-# %% ../../nbs/rl/23_prepare.ipynb #634d299a
+# %% ../../nbs/rl/23_prepare.ipynb #c55852df
+def _sources(settings: TaskFiles) -> list[dict[str, str]]:
+    """Role, path and digest of every file that is read."""
+    named = [("rows", settings.path), ("rows to measure on", settings.val_path)] if settings.path != SAMPLE else []
+    named += [(f"questions of {name}", file) for name, file in origin_files(settings.origins).items()]
+    files = [(role, file) for role, path in named if path for file in _files(path, settings.split)]
+    return [{"role": role, "path": file, "digest": file_digest(file, 64)} for role, file in files]
+
+# %% ../../nbs/rl/23_prepare.ipynb #50ac4874
 def task_key(
     settings: TaskFiles,
 ) -> tuple[str, list[dict[str, str]]]:
@@ -316,73 +369,52 @@ def task_key(
     if not settings.path:
         fix = "give a file of rows: data.path=rows.jsonl (data prep rl: path=rows.jsonl), or path=sample"
         raise UserError("no tasks are given", where="data.path", fix=fix)
-    named = [("rows", settings.path), ("rows to measure on", settings.val_path)] if settings.path != SAMPLE else []
-    named += [(f"questions of {name}", file) for name, file in origin_files(settings.origins).items()]
-    files = [(role, file) for role, path in named if path for file in _files(path, settings.split)]
-    sources = [{"role": role, "path": file, "digest": file_digest(file, 64)} for role, file in files]
+    sources = _sources(settings)
     own = {k: v for k, v in asdict(settings).items() if k not in ("output_dir", "path", "val_path", "origins")}
     if not settings.preferences:
         own.pop("preferences")  # the names of folders stay what they were before there was a choice
-    return digest(
-        [own, settings.path if settings.path == SAMPLE else "", [[s["role"], s["digest"]] for s in sources]]
-    ), sources
+    path = settings.path if settings.path == SAMPLE else ""
+    return digest([own, path, [[s["role"], s["digest"]] for s in sources]]), sources
 
-# %% ../../nbs/rl/23_prepare.ipynb #508dad64
-def _read(settings: TaskFiles) -> tuple[Funnel, Funnel]:
-    """(to train on, to measure on) of files. `UserError` where nothing would be left to train on."""
-    fetch, train, val = fetching(origin_files(settings.origins)), Funnel(), Funnel()
-    for file, line, row in itertools.islice(_rows_in(settings.path, settings.split), settings.sample):
-        train.add_all(file, line, row, fetch, settings)
-    train.tasks = _without(train)
-    if settings.val_path:
-        for file, line, row in itertools.islice(_rows_in(settings.val_path, settings.split), settings.val_rows):
-            val.add_all(file, line, row, fetch, settings)
-        val.tasks = _without(val)
-    elif settings.val_rows:
-        if len(train.tasks) <= settings.val_rows:
-            why = f"of {train.rows} rows {len(train.tasks)} are tasks: {dict(Counter(r.reason for r in train.rejects))}"
-            raise UserError(
-                f"{settings.val_rows} tasks to measure on, and nothing is left to train on",
-                where="data.val_rows",
-                why=why,
-                fix="give fewer, or val_path=FILE, or more rows",
-            )
-        train.tasks, val.tasks = train.tasks[: -settings.val_rows], train.tasks[-settings.val_rows :]
-    return train, val
+# %% ../../nbs/rl/23_prepare.ipynb #32eadd26
+def _find(folder: Path, key: str) -> Prepared:
+    """The tasks that a folder holds; `UserError` if they are others."""
+    found = Prepared.load(folder)
+    if found.values.get("key") != key:
+        raise UserError(
+            "the folder holds other tasks",
+            where=str(folder),
+            why="results are never overwritten",
+            fix="give another output_dir, or --force",
+        )
+    return found
 
-
-def _manifest(key: str, sources: Sequence[Mapping[str, str]], train: Funnel, val: Funnel) -> dict[str, Any]:
-    """What manifest.json holds."""
-    return {
-        "train": "train/data.jsonl",
-        "val": "val/data.jsonl" if val.tasks else "",
-        "test": "",
-        "mode": "resolve",
-        "key": key,
-        "rows": train.rows + val.rows,
-        "resolved": train.resolved + val.resolved,
-        "tasks": {"train": len(train.tasks), "val": len(val.tasks)},
-        "environments": dict(Counter(t.environment for t, _ in train.tasks)),
-        "rejects": dict(Counter(r.reason for r in (*train.rejects, *val.rejects))),
-        "repairs": dict(train.repairs + val.repairs),
-        "sources": list(sources),
-    }
-
-# %% ../../nbs/rl/23_prepare.ipynb #abbdba7f
+# %% ../../nbs/rl/23_prepare.ipynb #6b2b2ad9
 def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
     """Rows as JSON lines."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
-# %% ../../nbs/rl/23_prepare.ipynb #8bc6938d
-def _no_task(path: str, train: Funnel) -> UserError:
-    """What is said where no row is a task: how many were lost to what, and the first of them."""
-    counts = Counter(r.reason for r in train.rejects)
-    lost = ", ".join(f"{reason} {n}" for reason, n in counts.items()) or "nothing was lost"
-    first = "".join(f"; line {r.line}: {r.detail}" for r in train.rejects[:1])
-    fix = "rows must have the form of NeMo Gym: nbs/rl/01_tasks.ipynb"
-    return UserError("no row is a task", where=path, why=f"{train.rows} rows were read: {lost}{first}", fix=fix)
+# %% ../../nbs/rl/23_prepare.ipynb #5991b7c8
+def _write_folder(folder: Path, train: Funnel, val: Funnel, manifest: Mapping[str, Any]) -> None:
+    """Both files, the rejects and the manifest; the folder appears when it is whole."""
+    with new_folder(folder, same_content=True) as new:
+        write_atomic(new / "train" / "data.jsonl", _lines(row for _, row in train.tasks))
+        if val.tasks:
+            write_atomic(new / "val" / "data.jsonl", _lines(row for _, row in val.tasks))
+        write_atomic(new / "rejects.jsonl", _lines(asdict(r) for r in (*train.rejects, *val.rejects)))
+        write_json(new / "manifest.json", manifest)
 
+# %% ../../nbs/rl/23_prepare.ipynb #abb4e65d
+def _check_train(train: Funnel, path: str) -> None:
+    """`UserError` where no row is a task."""
+    if not train.tasks:
+        counts = Counter(r.reason for r in train.rejects)
+        lost = ", ".join(f"{reason} {n}" for reason, n in counts.items()) or "nothing was lost"
+        first = "".join(f"; line {r.line}: {r.detail}" for r in train.rejects[:1])
+        fix = "rows must have the form of NeMo Gym: nbs/rl/01_tasks.ipynb"
+        raise UserError("no row is a task", where=path, why=f"{train.rows} rows were read: {lost}{first}", fix=fix)
 
+# %% ../../nbs/rl/23_prepare.ipynb #6f23c94b
 def prepare_tasks(
     settings: TaskFiles,
     output_root: str | os.PathLike = "output/tasks",  # where output_dir is "auto"
@@ -392,25 +424,11 @@ def prepare_tasks(
     key, sources = task_key(settings)
     folder = Path(output_root) / key if settings.output_dir == "auto" else Path(settings.output_dir)
     if (folder / "manifest.json").is_file() and not force:
-        found = Prepared.load(folder)
-        if found.values.get("key") != key:
-            raise UserError(
-                "the folder holds other tasks",
-                where=str(folder),
-                why="results are never overwritten",
-                fix="give another output_dir, or --force",
-            )
-        return found
+        return _find(folder, key)
     train, val = _sampled(settings) if settings.path == SAMPLE else _read(settings)
     train.tasks = _without(train, [t.id for t, _ in val.tasks])
-    if not train.tasks:
-        raise _no_task(settings.path, train)
+    _check_train(train, settings.path)
     if folder.exists() and (force or not any(folder.iterdir())):
         shutil.rmtree(folder)
-    with new_folder(folder, same_content=True) as new:
-        write_atomic(new / "train" / "data.jsonl", _lines(row for _, row in train.tasks))
-        if val.tasks:
-            write_atomic(new / "val" / "data.jsonl", _lines(row for _, row in val.tasks))
-        write_atomic(new / "rejects.jsonl", _lines(asdict(r) for r in (*train.rejects, *val.rejects)))
-        write_json(new / "manifest.json", _manifest(key, sources, train, val))
+    _write_folder(folder, train, val, _manifest(key, sources, train, val))
     return Prepared.load(folder)

@@ -22,14 +22,9 @@ from .judgement import read_reply
 from .judges import Duel, rule_judge
 from .tasks import Task, parse_task
 
-# %% ../../nbs/rl/15_sample_tasks.ipynb #26484d56
+# %% ../../nbs/rl/15_sample_tasks.ipynb #aa302c5b
 SYSTEM = "Answer in one short sentence."
 KINDS = ("sum", "no_tool", "tool")
-_ASKED: Mapping[str, str] = {
-    "price": "How much does the {} lamp cost?",
-    "weight": "How many grams does the {} lamp weigh?",
-    "stock": "How many {} lamps are in stock?",
-}
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,7 @@ class SampleTask:
     truth: Mapping[str, Any]
     thought: str  # of a careful answer
 
-# %% ../../nbs/rl/15_sample_tasks.ipynb #3c8f271f
+# %% ../../nbs/rl/15_sample_tasks.ipynb #e3818c4e
 _SUMS = ("What is {} + {}?", "How much is {} + {}?", "Add {} and {}.")
 
 
@@ -50,6 +45,13 @@ def _sum(rng: random.Random) -> SampleTask:
     a, b, asked = rng.randrange(2, 6), rng.randrange(2, 6), rng.choice(_SUMS)
     truth = {"expected_answer": str(a + b), "grading_mode": "one_number"}
     return SampleTask("sum", asked.format(a, b), truth, f"{a} + {b} = {a + b}.")
+
+# %% ../../nbs/rl/15_sample_tasks.ipynb #884b7bf6
+_ASKED: Mapping[str, str] = {
+    "price": "How much does the {} lamp cost?",
+    "weight": "How many grams does the {} lamp weigh?",
+    "stock": "How many {} lamps are in stock?",
+}
 
 
 def _look_up(kind: str, rng: random.Random) -> SampleTask:
@@ -60,7 +62,7 @@ def _look_up(kind: str, rng: random.Random) -> SampleTask:
     words = "I look it up." if kind == "tool" else "I cannot look it up."
     return SampleTask(kind, _ASKED[wanted].format(lamp), truth, f"{lamp}, {wanted}: {words}")
 
-
+# %% ../../nbs/rl/15_sample_tasks.ipynb #02b30085
 def draw_task(
     kind: str,
     rng: random.Random,
@@ -70,42 +72,40 @@ def draw_task(
         raise UserError(f"unknown kind {kind!r}", where="sample tasks", fix=f"use {', '.join(KINDS)}")
     return _sum(rng) if kind == "sum" else _look_up(kind, rng)
 
-# %% ../../nbs/rl/15_sample_tasks.ipynb #2d9e42a1
+# %% ../../nbs/rl/15_sample_tasks.ipynb #2d036e6e
 def _prompt(task: SampleTask) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(messages, tools)."""
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": task.question}]
     return messages, [LOOKUPS[0]] if task.kind == "tool" else []
 
 
+def _row_of(task: SampleTask) -> dict[str, Any]:
+    """A task as a row of NeMo Gym."""
+    messages, tools = _prompt(task)
+    flat = [{"type": "function", **t["function"]} for t in tools]
+    agent = {"type": "responses_api_agents", "name": "mathematics" if task.kind == "sum" else "calls"}
+    parameters = {"input": messages, **({"tools": flat} if flat else {})}
+    return {"responses_create_params": parameters, **task.truth, "agent_ref": agent, "kind": task.kind}
+
+# %% ../../nbs/rl/15_sample_tasks.ipynb #c6e0935c
 def sample_tasks(
     count: int,
     kinds: Sequence[str] = KINDS,  # in turn
     seed: str = "train",
 ) -> list[Task]:
     """Tasks as a file of rows gives them, the same for the same seed. One may come twice: sums are few."""
-    found = []
-    for i in range(count):
-        task = draw_task(kinds[i % len(kinds)], random.Random(f"rl/{seed}/{i}"))
-        messages, tools = _prompt(task)
-        flat = [{"type": "function", **t["function"]} for t in tools]
-        agent = {"type": "responses_api_agents", "name": "mathematics" if task.kind == "sum" else "calls"}
-        row = {
-            "responses_create_params": {"input": messages, **({"tools": flat} if flat else {})},
-            **task.truth,
-            "agent_ref": agent,
-            "kind": task.kind,
-        }
-        found.append(parse_task(row, f"sample/{seed}", i + 1)[0])
-    return found
+    drawn = (draw_task(kinds[i % len(kinds)], random.Random(f"rl/{seed}/{i}")) for i in range(count))
+    return [parse_task(_row_of(task), f"sample/{seed}", i)[0] for i, task in enumerate(drawn, 1)]
 
 
 def kind_of(task: Task) -> str:
     """The kind of a sample task, as reports name it; of any other task its environment."""
     return str(task.extra.get("kind") or task.environment)
 
-# %% ../../nbs/rl/15_sample_tasks.ipynb #d16be5da
-SLIPS: Mapping[str, float] = {"sum": 0.4, "no_tool": 0.5, "tool": 0.3}  # share of careless answers
-_OFTEN: Mapping[str, int] = {"sum": 2, "no_tool": 1, "tool": 2}  # sums and calls take longer to learn
+# %% ../../nbs/rl/15_sample_tasks.ipynb #87eb432c
+def _words(thought: str, answer: str | None) -> dict[str, Any]:
+    """A turn that says something, or nothing yet."""
+    return {"role": "assistant", "reasoning_content": thought, "content": answer}
 
 
 def _call(task: SampleTask) -> dict[str, Any]:
@@ -115,12 +115,7 @@ def _call(task: SampleTask) -> dict[str, Any]:
     turn = _words(f"{lamp}, {wanted}: I look it up.", None)
     return turn | {"tool_calls": [{"id": "c", "type": "function", "function": function}]}
 
-
-def _words(thought: str, answer: str | None) -> dict[str, Any]:
-    """A turn that says something, or nothing yet."""
-    return {"role": "assistant", "reasoning_content": thought, "content": answer}
-
-
+# %% ../../nbs/rl/15_sample_tasks.ipynb #b8721aec
 def _careful(task: SampleTask) -> dict[str, Any]:
     """The right turn."""
     if task.kind == "tool":
@@ -137,7 +132,11 @@ def _careless(task: SampleTask, rng: random.Random) -> dict[str, Any]:
         return _call(task)
     return _words(task.thought.replace("I look it up.", "I cannot look it up."), "I do not know.")
 
-# %% ../../nbs/rl/15_sample_tasks.ipynb #098c7e78
+# %% ../../nbs/rl/15_sample_tasks.ipynb #8079148d
+SLIPS: Mapping[str, float] = {"sum": 0.4, "no_tool": 0.5, "tool": 0.3}  # share of careless answers
+_OFTEN: Mapping[str, int] = {"sum": 2, "no_tool": 1, "tool": 2}  # sums and calls take longer to learn
+
+
 def careless_answer(
     task: SampleTask,
     rng: random.Random,
@@ -146,7 +145,7 @@ def careless_answer(
     """An assistant's turn, right or not."""
     return _careless(task, rng) if rng.random() < (SLIPS[task.kind] if share is None else share) else _careful(task)
 
-
+# %% ../../nbs/rl/15_sample_tasks.ipynb #673fdd9f
 def careless_chat(
     rng: random.Random,
     share: float | None = None,  # of slips; None: that of SLIPS
@@ -167,15 +166,15 @@ def write_careless_chats(
     chats = (careless_chat(random.Random(f"careless/{i}"), share) for i in range(count))
     return write_atomic(path, "".join(json.dumps(chat, ensure_ascii=False) + "\n" for chat in chats))
 
-# %% ../../nbs/rl/15_sample_tasks.ipynb #bba62941
-_GUESSES = tuple(sorted({value for lamp in LAMPS.values() for value in lamp.values()}))
-
-
+# %% ../../nbs/rl/15_sample_tasks.ipynb #5c8ddee9
 def _ruled(task: Task, answers: Sequence[str]) -> int:
     """What the rule judge says of two answers, from -3 (the first is far better) to 3."""
     first, second = (read_reply(f"Hm.\n</think>\n{text}<|im_end|>") for text in answers)
     (_, verdict), *_ = rule_judge()([Duel(task, first, second)])
     return round(verdict.ranking - 3.5)
+
+# %% ../../nbs/rl/15_sample_tasks.ipynb #2e1db016
+_GUESSES = tuple(sorted({value for lamp in LAMPS.values() for value in lamp.values()}))
 
 
 def sample_preference(rng: random.Random) -> dict[str, Any]:
@@ -186,7 +185,7 @@ def sample_preference(rng: random.Random) -> dict[str, Any]:
     said = {"response1": answers[0], "response2": answers[1], "overall_preference": _ruled(task, answers)}
     return {"context": [dict(m) for m in task.messages], **said}
 
-# %% ../../nbs/rl/15_sample_tasks.ipynb #789f500e
+# %% ../../nbs/rl/15_sample_tasks.ipynb #8b773da9
 VERDICT_SLIPS = 0.35  # share of careless verdicts
 
 
@@ -201,6 +200,13 @@ def careless_verdict(
     verdict = {"score_1": 5, "score_2": 2, "ranking": 2} if first else {"score_1": 2, "score_2": 5, "ranking": 5}
     return _words(f"Answer {2 if better else 1} guesses.", json.dumps(verdict))
 
+# %% ../../nbs/rl/15_sample_tasks.ipynb #bec5d876
+def _verdict_line(rng: random.Random, share: float) -> str:
+    """A chat in which a judge is asked about a pair of answers, and says its verdict; one line of JSON."""
+    row = sample_preference(rng)
+    asked = judge_messages(row["context"], row["response1"], row["response2"])
+    return json.dumps({"messages": [*asked, careless_verdict(row, rng, share)]}, ensure_ascii=False)
+
 
 def write_careless_verdicts(
     path: str | os.PathLike,
@@ -208,10 +214,5 @@ def write_careless_verdicts(
     share: float = VERDICT_SLIPS,  # of slips
 ) -> Path:
     """Chats for the start of a judge, one a line."""
-    lines = []
-    for i in range(count):
-        rng = random.Random(f"verdict/{i}")
-        row = sample_preference(rng)
-        asked = judge_messages(row["context"], row["response1"], row["response2"])
-        lines.append(json.dumps({"messages": [*asked, careless_verdict(row, rng, share)]}, ensure_ascii=False))
+    lines = [_verdict_line(random.Random(f"verdict/{i}"), share) for i in range(count)]
     return write_atomic(path, "".join(f"{line}\n" for line in lines))

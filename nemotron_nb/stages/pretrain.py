@@ -51,7 +51,7 @@ from ..viz import Picture, table
 if TYPE_CHECKING:
     from nemotron_nb.ops.artifacts import Artifact, Source
 
-# %% ../../nbs/stages/04_pretrain.ipynb #4459a6bb
+# %% ../../nbs/stages/04_pretrain.ipynb #5b2884ed
 def check_documents(
     settings: DocumentsConfig,
 ) -> None:
@@ -63,7 +63,7 @@ def check_documents(
         where = f"blend_path={settings.blend_path}"
         raise UserError("there is no such file", where=where, fix="give the path of a blend file")
 
-
+# %% ../../nbs/stages/04_pretrain.ipynb #3bcd8a61
 def with_world(
     settings: DocumentsConfig,
     root: Path,  # the folder that prepared documents lie in
@@ -79,7 +79,7 @@ def with_world(
     said = f"text: a little world of {settings.world_megabytes:g} MB that the project makes itself {verb} {folder}"
     return dataclasses.replace(settings, blend_path=str(blend)), said
 
-# %% ../../nbs/stages/04_pretrain.ipynb #748e60b3
+# %% ../../nbs/stages/04_pretrain.ipynb #d4165238
 def plan_data(
     settings: DocumentsConfig,
     family: str,
@@ -97,7 +97,7 @@ def plan_data(
     plan = plan_documents(dataclasses.replace(settings, cache_dir=settings.cache_dir or str(root / "runs")))
     return dataclasses.replace(plan, config=dataclasses.replace(plan.config, output_dir=str(root / plan.key))), said
 
-
+# %% ../../nbs/stages/04_pretrain.ipynb #5737e0cd
 def prepare_data(
     effective: Effective,  # settings of a run
     prepared: str | os.PathLike = "",  # a folder of documents that were prepared for this run already
@@ -128,38 +128,49 @@ def check_start(
         raise UserError(what, where="scheduler.lr_wsd_decay_iters", fix=fix)
     check_weights_and_record(settings)
 
-# %% ../../nbs/stages/04_pretrain.ipynb #1fd53a64
+# %% ../../nbs/stages/04_pretrain.ipynb #dc59a76f
+_Row = tuple[str, Any, str]  # what follows, the number, what it is counted in
+
+
+def _size_rows(t: Any, length: int) -> list[_Row]:
+    """Tokens of a step and of the run; `t` is the section train, its length in steps."""
+    read = t.packs_read(t.train_iters, length) * length
+    rows = [
+        ("tokens in a step", t.global_batch_size * length, f"{t.global_batch_size:,} samples of {length:,} tokens"),
+        ("tokens in the run", read, f"{t.train_iters:,} steps"),
+    ]
+    if t.step_batch_size_schedule:
+        rows.append(("a batch that grows", t.step_batch_size_schedule, "samples in a step from so many tokens on"))
+    return rows
+
+# %% ../../nbs/stages/04_pretrain.ipynb #05bef82c
+def _schedule_rows(t: Any, s: Any, length: int) -> list[_Row]:
+    """Warm-up and way down of the learning rate; `s` is the section scheduler."""
+    step = t.global_batch_size * length
+    warm_up = max(s.lr_warmup_iters, steps_of_samples(s.lr_warmup_samples, t, length))
+    share = f"{warm_up / t.train_iters:.1%} of the run, {warm_up * step:,.0f} tokens"
+    rows = [("warm-up", f"{warm_up:,.2f} steps", share)]
+    if s.lr_decay_style == "WSD":
+        down = s.lr_wsd_decay_iters
+        share = f"{down / t.train_iters:.1%} of the run, {s.lr_wsd_decay_style}, to {s.min_lr:g}"
+        rows.append(("way down", f"{down:,} steps", share))
+    return rows
+
+# %% ../../nbs/stages/04_pretrain.ipynb #791cf257
 def following(
     settings: PretrainConfig,
     manifest: DocumentsManifest | None = None,  # of the prepared documents, where there are any
 ) -> Picture:
     """What follows from the settings: sizes of a step and of the run, the schedule, passes over the text."""
-    t, s, length = settings.train, settings.scheduler, settings.dataset.sequence_length
+    t, length = settings.train, settings.dataset.sequence_length
     tokens = manifest["splits"]["train"]["tokens"] if manifest else 0
     if t.epochs and not manifest:
         rows = [("steps", "known when the documents are prepared", f"{t.epochs:g} epochs")]
-        return table(rows, header=["follows", "", ""], title="What follows from them")
-    t = t.in_steps(tokens // length, length)
-    step = t.global_batch_size * length
-    rows = [("tokens in a step", step, f"{t.global_batch_size:,} samples of {length:,} tokens")]
-    read = t.packs_read(t.train_iters, length) * length
-    rows.append(("tokens in the run", read, f"{t.train_iters:,} steps"))
-    if t.step_batch_size_schedule:
-        rows.append(("a batch that grows", t.step_batch_size_schedule, "samples in a step from so many tokens on"))
-    warm_up = max(s.lr_warmup_iters, steps_of_samples(s.lr_warmup_samples, t, length))
-    rows.append(
-        ("warm-up", f"{warm_up:,.2f} steps", f"{warm_up / t.train_iters:.1%} of the run, {warm_up * step:,.0f} tokens")
-    )
-    if s.lr_decay_style == "WSD":
-        down = s.lr_wsd_decay_iters
-        rows.append(
-            (
-                "way down",
-                f"{down:,} steps",
-                f"{down / t.train_iters:.1%} of the run, {s.lr_wsd_decay_style}, to {s.min_lr:g}",
-            )
-        )
+    else:
+        t = t.in_steps(tokens // length, length)
+        rows = [*_size_rows(t, length), *_schedule_rows(t, settings.scheduler, length)]
     if tokens:
+        read = t.packs_read(t.train_iters, length) * length
         rows.append(("passes over the text", round(read / tokens, 2), f"{tokens:,} tokens to train on"))
     return table(rows, header=["follows", "", ""], title="What follows from them")
 
@@ -170,7 +181,7 @@ def notebook_settings(
     """The settings of the run notebook: those of a run folder that was opened, or files, env.toml and overrides."""
     return pretrain_config(parameters.family, parameters.config, parameters.overrides, notebook_layer(parameters))
 
-# %% ../../nbs/stages/04_pretrain.ipynb #68300ef7
+# %% ../../nbs/stages/04_pretrain.ipynb #87562400
 def reading_table(
     effective: Effective,
     manifest: DocumentsManifest,
@@ -181,9 +192,10 @@ def reading_table(
     s = effective.settings
     length = s.dataset.sequence_length
     t = s.train.in_steps(manifest["splits"]["train"]["tokens"] // length, length)
-    return passes_table(SequenceReader(manifest, s.dataset, t.train_iters, t.global_batch_size, t.seed, None, t.step_batch_size_schedule))
+    counted = (t.train_iters, t.global_batch_size, t.seed, None, t.step_batch_size_schedule)
+    return passes_table(SequenceReader(manifest, s.dataset, *counted))
 
-# %% ../../nbs/stages/04_pretrain.ipynb #a0908430
+# %% ../../nbs/stages/04_pretrain.ipynb #8e5a3341
 def data_artifact(
     effective: Effective,
     manifest: DocumentsManifest,
@@ -201,7 +213,7 @@ def data_artifact(
         store, settings.family, manifest.folder, blend if Path(blend).is_file() else "", command, "pretrain"
     )
 
-
+# %% ../../nbs/stages/04_pretrain.ipynb #f1a54612
 def consumed(
     effective: Effective,
     manifest: DocumentsManifest,
@@ -213,30 +225,24 @@ def consumed(
     note_artifacts(folder, inputs)
     return inputs
 
-# %% ../../nbs/stages/04_pretrain.ipynb #1401086d
+# %% ../../nbs/stages/04_pretrain.ipynb #921231f3
 def _measured(run: Run) -> list[str]:
     """Loss and bits per byte on held-out documents, before and after."""
     if any(not isinstance(e.get("bits_per_byte"), float) for e in (run.before, run.after)):
         return []
     (a, b), (c, d) = ((e["loss_token"], e["bits_per_byte"]) for e in (run.before, run.after))
-    return [
-        f"Held-out documents: {b:.3f} bits per byte before, {d:.3f} after (loss {a:.3f}, then {c:.3f} nats a token)."
-    ]
+    bits = f"{b:.3f} bits per byte before, {d:.3f} after"
+    return [f"Held-out documents: {bits} (loss {a:.3f}, then {c:.3f} nats a token)."]
 
 
 def _work(run: Run) -> list[str]:
     """Steps, tokens and time."""
     steps = run.lines("train")
     tokens, seconds = sum(s["tokens"] for s in steps), sum(s["seconds"] for s in steps)
-    return (
-        [
-            f"{len(steps):,} steps, {tokens:,} tokens in {seconds:.1f} s: {tokens / max(seconds, 1e-9):,.0f} a second."
-        ]
-        if steps
-        else []
-    )
+    speed = f"{tokens / max(seconds, 1e-9):,.0f} a second"
+    return [f"{len(steps):,} steps, {tokens:,} tokens in {seconds:.1f} s: {speed}."] if steps else []
 
-
+# %% ../../nbs/stages/04_pretrain.ipynb #5dab6ff5
 def headline(
     run: Run,
 ) -> list[str]:
@@ -248,13 +254,12 @@ def headline(
     if run.state == "done":
         family, model = run.config.get("family", "nano3"), run.folder / "model"
         sizes = "tiny" if run.config.get("model.name") == "tiny" else "default"
-        said.append(
-            f"The model lies in {model}. Fine-tune it: nemotron {family} sft -c {sizes} --art.model ModelArtifact-pretrain"
-        )
+        tune = f"nemotron {family} sft -c {sizes} --art.model ModelArtifact-pretrain"
+        said.append(f"The model lies in {model}. Fine-tune it: {tune}")
     return said
 
-# %% ../../nbs/stages/04_pretrain.ipynb #9331876e
-_Part = tuple[bool, str, str, Callable[[], Picture]]  # is there anything to draw, title, how to read it, how it is drawn
+# %% ../../nbs/stages/04_pretrain.ipynb #ff34b411
+_Part = tuple[bool, str, str, Callable[[], Picture]]  # is there anything to draw, title, how to read it, how to draw it
 
 
 def _of_training(run: Run) -> list[_Part]:
@@ -271,6 +276,17 @@ def _of_training(run: Run) -> list[_Part]:
         (steps, "Speed", "Every token is a label; a dip is a slow step.", lambda: speed_picture(run.metrics)),
     ]
 
+# %% ../../nbs/stages/04_pretrain.ipynb #3257ec0a
+_HOW_TO_READ = {
+    "Bits per byte by source": "To how many bits a byte the model would compress held-out text, against 8; tokenizers "
+    "can be compared by it.",
+    "Loss by position": "Does a longer context help? Bins double; a line that still falls at its end would gain from "
+    "longer samples.",
+    "How a text goes on": "Beginnings of held-out documents, continued greedily.",
+    "A needle in a haystack": "A sentence with a number in a long text, asked for at its end: what it is worth to have "
+    "read it, in nats. The dotted line is the length of a sample.",
+}
+
 
 def _of_the_model(run: Run) -> list[_Part]:
     """What the base model knows, before and after."""
@@ -278,20 +294,16 @@ def _of_the_model(run: Run) -> list[_Part]:
     from nemotron_nb.train.needle import needle_picture
 
     pair, both = (run.before, run.after), bool(run.before and run.after)
-    bits = "To how many bits a byte the model would compress held-out text, against 8; tokenizers can be compared by it."
-    position = "Does a longer context help? Bins double; a line that still falls at its end would gain from longer samples."
-    goes_on = "Beginnings of held-out documents, continued greedily."
-    needles = bool(run.after and run.after.get("needles"))
-    hay = "A sentence with a number in a long text, asked for at its end: what it is worth to have read it, in nats. The dotted line is the length of a sample."
-    length = int(run.config.get("dataset.sequence_length") or 0)
-    return [
-        (both, "Bits per byte by source", bits, lambda: bits_table(*pair)),
-        (both, "Loss by position", position, lambda: positions_picture(*pair)),
-        (both, "How a text goes on", goes_on, lambda: continuations_table(*pair)),
-        (needles, "A needle in a haystack", hay, lambda: needle_picture(run.after["needles"], length)),
+    length, needles = int(run.config.get("dataset.sequence_length") or 0), bool(run.after and run.after.get("needles"))
+    drawn = [
+        (both, lambda: bits_table(*pair)),
+        (both, lambda: positions_picture(*pair)),
+        (both, lambda: continuations_table(*pair)),
+        (needles, lambda: needle_picture(run.after["needles"], length)),
     ]
+    return [(there, *words, draw) for words, (there, draw) in zip(_HOW_TO_READ.items(), drawn, strict=True)]
 
-
+# %% ../../nbs/stages/04_pretrain.ipynb #07c1e16d
 def _of_the_run(run: Run) -> list[_Part]:
     """Where it came from, and what is needed to repeat it."""
     lineage = "Digests say which bytes they were; `nemotron lineage NAME` follows each of them back to the text."
@@ -305,7 +317,7 @@ def _of_the_run(run: Run) -> list[_Part]:
         (bool(run.env), "Code and machine", repeat, lambda: environment_picture(run.env)),
     ]
 
-# %% ../../nbs/stages/04_pretrain.ipynb #2deed2ee
+# %% ../../nbs/stages/04_pretrain.ipynb #24727ba3
 def sections(
     run: Run,
 ) -> list[Section]:
@@ -313,17 +325,25 @@ def sections(
     plan = [*_of_training(run), *_of_the_model(run), *_of_the_run(run)]
     return [Section(title, how, draw()) for there, title, how, draw in plan if there]
 
-
+# %% ../../nbs/stages/04_pretrain.ipynb #d06acc04
 BASE_TASKS = {"mmlu": 5, "arc_challenge": 25, "winogrande": 5, "hellaswag": 0, "openbookqa": 0}
-# of lm-evaluation-harness, with shots: the five of the open recipe for base models; the recipe says the shots of two, MMLU's
-# are those of its authors, and what nothing is said of is asked without
+# of lm-evaluation-harness, with shots: the five of the open recipe for base models; the recipe says the shots of two,
+# MMLU's are those of its authors, and what nothing is said of is asked without
+_HARNESS = (
+    "#!/bin/sh\n"
+    "# lm-evaluation-harness on this base model: no chat template. pip install lm_eval; it downloads its tasks.\n"
+    "set -e\n"
+)
 
 
 def write_harness(
     folder: str | os.PathLike,  # a run folder
     tasks: Mapping[str, int] = MappingProxyType(BASE_TASKS),  # name -> shots
 ) -> Path:
-    """Write the commands that measure the base model with lm-evaluation-harness: harness.sh in the run folder. Nothing is run."""
+    """Write the commands that measure the base model with lm-evaluation-harness: harness.sh in the run folder.
+
+    Nothing is run.
+    """
     model = (Path(folder) / "model").absolute()
     commands = [
         shlex.join([
@@ -333,10 +353,9 @@ def write_harness(
         ])
         for task, shots in tasks.items()
     ]  # fmt: skip
-    text = "#!/bin/sh\n# lm-evaluation-harness on this base model: no chat template. pip install lm_eval; it downloads its tasks.\nset -e\n"
-    return write_atomic(Path(folder) / "harness.sh", text + "\n".join(commands) + "\n")
+    return write_atomic(Path(folder) / "harness.sh", _HARNESS + "\n".join(commands) + "\n")
 
-
+# %% ../../nbs/stages/04_pretrain.ipynb #d82e03f8
 def write_report(
     folder: str | os.PathLike,  # a run folder
 ) -> Path:

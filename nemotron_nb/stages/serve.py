@@ -98,6 +98,20 @@ def tidy_message(
     said = said.removeprefix("\n") if thought is not None else said
     return (said.rstrip() if calls else said) or None, None if thought is None else thought.removesuffix("\n")
 
+# %% ../../nbs/stages/13_serve.ipynb #23a8f2ac
+def _listing(base: type, folder: str) -> type:
+    """The manager of models, which lists the one that is served; what else lies in the hub's cache would be refused."""
+
+    class Manager(base):  # type: ignore[misc, valid-type]
+        """Knows one model."""
+
+        @staticmethod
+        def get_gen_models(cache_dir: str | None = None) -> list[dict[str, Any]]:
+            """What /v1/models answers; most clients ask it first."""
+            return [{"id": folder, "object": "model", "created": 0, "owned_by": "nemotron_nb"}]
+
+    return Manager
+
 # %% ../../nbs/stages/13_serve.ipynb #58eb904e
 _asked: ContextVar[Sequence[Mapping[str, Any]]] = ContextVar("tools of the request", default=())
 
@@ -230,7 +244,7 @@ def serve_with_transformers(
     from transformers.cli.serve import Serve
     from transformers.cli.serving import chat_completion, model_manager
 
-    _exchange(model_manager, "ModelManager", _loading(model_manager.ModelManager, folder))
+    _exchange(model_manager, "ModelManager", _loading(_listing(model_manager.ModelManager, folder), folder))
     _exchange(chat_completion, "ChatCompletionHandler", _answering(chat_completion.ChatCompletionHandler))
     _exchange(chat_completion, "parse_tool_calls", _reading)
     _exchange(chat_completion, "get_tool_call_config", _delimiters)

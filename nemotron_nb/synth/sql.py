@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INDUSTRIES', 'DIRT', 'YEARS', 'Rows', 'Concept', 'CONCEPTS', 'STEPS', 'Industry', 'SqlWorld', 'draw_world',
            'database_of', 'Asked', 'ask_count', 'ask_having', 'ask_never', 'ask_sum', 'ask_top', 'ask_above_average',
-           'ask_rank', 'ask_case', 'ask_running', 'ask_every_year', 'draw', 'prove', 'write', 'SqlSettings',
+           'ask_rank', 'ask_case', 'ask_running', 'ask_every_year', 'SqlSettings', 'draw', 'spelled', 'prove', 'write',
            'judge_sql']
 
 # %% ../../nbs/synth/40_sql.ipynb #84e4e633
@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .row import PASSED, REFUSED, Proof, RowDraft
+from .row import PASSED, REFUSED, UNVERIFIED, Proof, RowDraft
+from .sql_servers import ENGINES, engine_named, table_made, translated, why_absent
 from .steps import SynthSettings, Workshop
 from .verify_sql import SqlData, SqlTable, query_of, result_digests, run_query, verify_sql
 
@@ -314,6 +315,17 @@ CONCEPTS: Mapping[str, Concept] = {
     "every_year": ask_every_year,
 }  # fmt: skip
 
+# %% ../../nbs/synth/40_sql.ipynb #5852bf57
+@dataclass(frozen=True)
+class SqlSettings(SynthSettings):
+    """Settings of the pipeline sql."""
+
+    engine: str = "sqlite"  # or postgresql, mariadb: whose dialect is asked for, and where it is run
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        engine_named(self.engine)
+
 # %% ../../nbs/synth/40_sql.ipynb #08aeb5c3
 def draw(draft: RowDraft, workshop: Workshop) -> None:
     """A world and a question."""
@@ -325,18 +337,30 @@ def draw(draft: RowDraft, workshop: Workshop) -> None:
     draft.answer = asked.query
 
 # %% ../../nbs/synth/40_sql.ipynb #83effcac
+def spelled(
+    query: str,  # of the grammar: what SQLite understands
+    engine: str,
+) -> str:
+    """The query in the dialect of an engine."""
+    return query if engine == "sqlite" else translated(query, engine)
+
+
 def prove(draft: RowDraft, workshop: Workshop) -> None:
     """Run the query wherever it should and should not matter, and compare it with the loops."""
-    world, asked = draft.facts["world"], draft.facts["asked"]
-    data = database_of(world)
-    expected = result_digests(data, asked.query, asked.ordered)
-    for proof in verify_sql(data, asked.query, asked.ordered, expected):
+    world, asked, engine = draft.facts["world"], draft.facts["asked"], workshop.settings.engine
+    reason, missing = why_absent(engine)
+    if reason:
+        draft.prove(Proof(f"{engine}: runs", UNVERIFIED, reason, {"why": missing}))
+    data, query = database_of(world), spelled(asked.query, engine)
+    expected = result_digests(data, query, asked.ordered, engine)
+    for proof in verify_sql(data, query, asked.ordered, expected, engine):
         draft.prove(proof)
-    found = run_query(data, asked.query, asked.ordered)
+    found = run_query(data, query, asked.ordered, engine)
     same = found == (asked.answer if asked.ordered else sorted(asked.answer, key=repr))
     status, reason = (PASSED, "") if same else (REFUSED, "loops_disagree")
     draft.prove(Proof("plain loops", status, reason, {"rows": len(found)}))
-    draft.check = {"data": data.as_json(), "ordered": asked.ordered, "expected": expected}
+    draft.answer = query
+    draft.check = {"data": data.as_json(), "ordered": asked.ordered, "expected": expected, "engine": engine}
 
 # %% ../../nbs/synth/40_sql.ipynb #256f92e7
 _STYLES = ("{q}", "Could you tell me: {q}", "For the quarterly report. {q}", "{q} Thanks.", "A colleague asks: {q}")
@@ -353,35 +377,33 @@ def _literal(value: Any) -> str:
     return "NULL" if value is None else f"'{value}'" if isinstance(value, str) else str(value)
 
 
-def _shown(table: SqlTable) -> str:
+def _shown(table: SqlTable, engine: str) -> str:
     """A table as a prompt shows it: how it is made, and its first rows."""
+    create = table.create if engine == "sqlite" else table_made(table.create, engine)[0]
     rows = ", ".join("(" + ", ".join(map(_literal, row)) + ")" for row in table.rows[:3])
-    return f"{table.create};\nINSERT INTO {table.name} VALUES {rows};"
+    return f"{create};\nINSERT INTO {table.name} VALUES {rows};"
 
 # %% ../../nbs/synth/40_sql.ipynb #4c7739bd
 def write(draft: RowDraft, workshop: Workshop) -> None:
     """The chat."""
     world, asked, rng = draft.facts["world"], draft.facts["asked"], draft.rng("write")
-    tables = [_shown(t) for t in database_of(world).tables]
+    engine = workshop.settings.engine
+    tables = [_shown(t, engine) for t in database_of(world).tables]
     rng.shuffle(tables)
     question = rng.choice(_STYLES).format(q=asked.words)
     w = world.industry
     dirt = _DIRT_WORDS[world.dirt].format(measure=w.measure)
     thought = f"The question is about {w.facts}. {dirt}{w.distractor} looks alike, and nobody asks for it."
-    order = "Write one SQLite query that answers the question."
+    order = f"Write one {ENGINES[engine].words} query that answers the question."
     prompt = f"{order}\n\n" + "\n".join(tables) + f"\n\nQuestion: {question}"
     draft.messages = [
         {"role": "user", "content": prompt},
-        {"role": "assistant", "reasoning_content": thought, "content": f"```sql\n{asked.query}\n```"},
+        {"role": "assistant", "reasoning_content": thought, "content": f"```sql\n{draft.answer}\n```"},
     ]
 
 
 STEPS = (("draw", draw), ("prove", prove), ("write", write))
 
-
-@dataclass(frozen=True)
-class SqlSettings(SynthSettings):
-    """Settings of the pipeline sql. The grammar has none of its own."""
 
 # %% ../../nbs/synth/40_sql.ipynb #71453942
 def judge_sql(
@@ -390,6 +412,7 @@ def judge_sql(
     """The proofs of a finished row, from what it carries. `LookupError` if it carries no database."""
     check = row["synth"]["check"]
     query = query_of(row["messages"][-1]["content"])
+    engine = check.get("engine", "sqlite")  # older rows do not say it
     if not query:
         return [Proof("sql block", REFUSED, "no_query")]
-    return verify_sql(SqlData.of_json(check["data"]), query, check["ordered"], check["expected"])
+    return verify_sql(SqlData.of_json(check["data"]), query, check["ordered"], check["expected"], engine)

@@ -35,19 +35,20 @@ def submitted(place, name, steps, *words):
 
 def test_each_step_is_a_job_behind_the_one_before(cluster, place):
     first = {"name": "first", "stage": "pretrain", "config": ["tiny"], "settings": SMALL}
-    steps = [first, first | {"name": "second", "takes": {"run.model": "first"}}]
+    rows = {"name": "rows", "stage": "synth", "pipeline": "tool_world", "config": ["tiny"], "settings": ["rows=8"]}
+    steps = [first, first | {"name": "second", "takes": {"run.model": "first"}}, rows]
     done, folder = submitted(place, "chain", steps)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((folder / "jobs.json").read_text())
-    assert [(row["step"], row["after"]) for row in rows] == [("first", ""), ("second", rows[0]["job"])]
+    assert [(row["step"], row["after"]) for row in rows] == [("first", ""), ("second", rows[0]["job"]), ("rows", rows[1]["job"])]
     assert f"afterok:{rows[0]['job']}" in cluster.run("scontrol", "show", "job", rows[1]["job"])
     again, _ = submitted(place, "chain", steps)
     assert again.returncode == 1 and "jobs of this recipe wait or run" in again.stderr
-    cluster.wait_for(lambda: all(job(row["job"]).ended for row in rows), 280, "the end of both")
+    cluster.wait_for(lambda: all(job(row["job"]).ended for row in rows), 280, "the end of all")
     logs = "".join(path.read_text() for path in sorted(folder.glob("*.slurm.log")))
-    assert list(read_journal(folder)["done"]) == ["first", "second"], logs
+    assert list(read_journal(folder)["done"]) == ["first", "second", "rows"], logs
     card = json.loads((folder / "card.json").read_text())
-    assert [step["state"] for step in card["steps"]] == ["done", "done"]
+    assert [step["state"] for step in card["steps"]] == ["done"] * 3 and card["steps"][2]["data"] == "art://SynthArtifact-tool_world:v1"
     assert "ModelArtifact-pretrain:v2" in card["lineage"] and "ModelArtifact-pretrain:v1" in card["lineage"]
     none, _ = submitted(place, "chain", steps)
     assert none.returncode == 0 and json.loads((folder / "jobs.json").read_text()) == rows, "nothing is left to submit"
