@@ -36,7 +36,6 @@ from ..ops.run_folder import list_runs, run_state, slug
 from ..ops.stage import COMPRESS, EVAL, STAGES, Stage, command_words, runner
 from ..rl.sample_tasks import kind_of, write_careless_chats
 from ..rl.tasks import read_tasks
-from ..rl.training import step_file
 from .synth import OWN_LICENCE, rows_folder, rows_summary, synth_config, synth_run, synth_stage
 from ..synth.pipelines import pipeline_named
 from ..viz import Picture, escape, table
@@ -613,6 +612,8 @@ def reward_measures(
     if not lines:
         return []
     first, last = lines[0] if len(lines) > 1 else {}, lines[-1]
+    from nemotron_nb.rl.training import step_file  # PyTorch, which is loaded where there are rewards to show
+
     ledgers = [_by_task(step_file(run.folder, "ledger", line["step"], True)) for line in (lines[0], last)]
     found = [Measure("held-out reward", first.get("reward"), last["reward"], "higher", reach=paired_reach(*ledgers))]
     kinds = _task_kinds(run.folder)
