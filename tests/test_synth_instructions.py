@@ -1,6 +1,7 @@
 """Exercises in following instructions: all turns keep all of them, and one that is broken is found."""
 
 import random
+import re
 
 import pytest
 from synth_rows import configs_of, prepared, reason, reasons, right, spoilt
@@ -14,7 +15,7 @@ from nemotron_nb.synth.row import Drop
 
 
 def rows():
-    return right("instructions", 200, 260)
+    return right("instructions", 200, 320)
 
 
 def test_right_rows_pass_and_are_prepared(tmp_path):
@@ -40,7 +41,7 @@ def test_each_instruction_is_kept_alone_and_broken_by_a_text_for_others(name):
         plan = Plan(shape="bullets" if name == "no_markdown" else "sections", parts=5, marks="!", words=[(topic.things[0], 1)], extras=["Weigh 3, not 4"], sentences=25)
         others += bool(broken_instructions(write_text(rng, topic, plan), asked))
     assert kept >= 15
-    assert others >= (0 if name in ("characters", "word_limit", "forbidden", "once", "keywords") else 20)
+    assert others >= (0 if name in ("characters", "word_limit", "forbidden", "once", "keywords", "no_period", "letter", "figures", "in_order", "short_words", "different_words") else 20)
 
 
 def test_what_goes_together_mostly_works():
@@ -88,6 +89,21 @@ BREAK = {
     "startend:start_checker": lambda text, a: "Hm. " + text,
     "startend:end_checker": lambda text, a: text + " Or not.",
     "startend:quotation": lambda text, a: text + ".",
+    "punctuation:no_period": lambda text, a: text + ".",
+    "change_case:title_case": lambda text, a: text + " a",
+    "combination:two_responses": lambda text, a: text.replace("******", ""),
+    "detectable_format:code_block": lambda text, a: text.replace("```", ""),
+    "keywords:letter_frequency": lambda text, a: text.replace(a["letter"], "").replace(a["letter"].upper(), ""),
+    "detectable_content:numbers": lambda text, a: re.sub(r"\d", "", text),
+    "detectable_content:number_placeholders": lambda text, a: text.replace("[", "("),
+    "keywords:in_order": lambda text, a: re.sub(a["keywords"][1], "x", text, flags=re.I),
+    "keywords:in_every_sentence": lambda text, a: text + " And more.",
+    "keywords:start_end": lambda text, a: text + " more",
+    "length_constraints:nth_paragraph_first_word": lambda text, a: "Hm " + text,
+    "length_constraints:word_length": lambda text, a: text + " incomprehensible",
+    "length_constraints:unique_words": lambda text, a: "one",
+    "change_case:capital_word_frequency": lambda text, a: text.lower(),
+    "combination:repeat_prompt": lambda text, a: "Hm. " + text,
 }
 
 
@@ -132,6 +148,11 @@ WRONGS = {unsay: {"instruction_not_said"}, lose_a_turn: {"other_turns"}, empty_a
 def test_planted_wrongs_are_refused(spoil):
     wrong = spoilt(rows(), spoil)
     assert len(wrong) >= 40 and set(reasons("instructions", wrong)) <= WRONGS[spoil]
+
+
+def test_every_check_but_one_has_a_maker():
+    made = {INSTRUCTIONS[n](random.Random(0), topic_named("running a library")).name for n in INSTRUCTIONS}
+    assert set(CHECKS) - made == {"detectable_format:constrained_response"}  # three texts in all: nothing to make
 
 
 def test_settings():

@@ -25,7 +25,7 @@ from nemotron_nb.synth.verify_json import closed, verify_json
 from nemotron_nb.synth.verify_lean import verify_lean, without_comments
 from nemotron_nb.synth.verify_python import ProgramTests, verify_python
 from nemotron_nb.synth.verify_tools import Office, ToolGoal, exchanges_of, says, verify_tools
-from nemotron_nb.synth.verify_translation import same_numbers, values_of, verify_translated_chat, verify_translation
+from nemotron_nb.synth.verify_translation import parts_of, same_numbers, values_of, verify_translated_chat, verify_translation
 
 BOXED = sandbox_command(Path("."))[1] == "bubblewrap"
 boxed = pytest.mark.skipif(not BOXED, reason="bubblewrap is not installed, or cannot make a box here")
@@ -333,6 +333,17 @@ def spoil(text, source, kind, facts, rng):
     elif kind == "not translated":
         return source
     return "\n\n".join(paragraphs)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("we know $ a $ and $ x^2 + \\alpha $ too", ("a", "x^2+\\alpha")), ("it costs $ 5 and $ 6", ()), ("$ 5, $ 6 or $7", ()),
+        ("the $a$ and $ b $.", ("a", "b")), ("either $ 5 or nothing $ at all", ()), ("\\$ a $ b", ()),
+    ],
+)  # fmt: skip
+def test_a_formula_may_have_blanks_inside_and_money_is_none(text, found):
+    assert parts_of(text).maths == found
 
 
 WRONGS = ("fence", "comment", "code", "boxed", "formula", "link", "fence lost", "number", "paragraph lost", "one left", "not translated")

@@ -10,6 +10,7 @@ __all__ = ['TOPICS', 'Drawn', 'INSTRUCTIONS', 'STEPS', 'Topic', 'topic_named', '
 # %% ../../nbs/synth/44_instructions.ipynb #d59d57b3
 import json
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,19 +108,22 @@ class Plan:
     parts: int = 0  # paragraphs, items, lines, sections
     sentences: int = 0  # all together; 0: two a paragraph
     longest: int = 0  # words of a sentence; 0: any
+    widest: int = 0  # letters of a word; 0: any
+    each: str = ""  # a word that every sentence has
     separator: str = "\n\n"
     splitter: str = "Part"
     first: str = ""  # what it begins with
     last: str = ""  # what it ends with, as its last sentence
     title: str = ""
     marks: str = ".!?"  # that a sentence may end with
-    letters: str = ""  # "lower" or "upper"
+    letters: str = ""  # "lower", "upper" or "title"
     words: list[tuple[str, int]] = field(default_factory=list)  # that must come, and how often
     banned: list[str] = field(default_factory=list)
     extras: list[str] = field(default_factory=list)  # sentences that must come
     bold: int = 0  # sentences to highlight
     quoted: bool = False
     postscript: str = ""
+    code: bool = False  # does a block of code come last?
 
 # %% ../../nbs/synth/44_instructions.ipynb #3cf5a25a
 def _sentence(rng: random.Random, topic: Topic, plan: Plan) -> str:
@@ -128,7 +132,9 @@ def _sentence(rng: random.Random, topic: Topic, plan: Plan) -> str:
         said = draw_sentence(rng, topic)
         named = {w.lower() for w in words_of(said)}
         counted = {w.lower() for w, _ in plan.words}
-        if not named & (set(plan.banned) | counted) and (not plan.longest or len(words_of(said)) <= plan.longest):
+        small = not plan.longest or len(words_of(said)) <= plan.longest
+        narrow = not plan.widest or max(map(len, named)) <= plan.widest
+        if small and narrow and not named & (set(plan.banned) | counted):
             return said
     raise Drop("no_sentence", "the plan allows none")
 
@@ -142,7 +148,7 @@ def _with_word(rng: random.Random, topic: Topic, plan: Plan, word: str) -> str:
 def _sentences(rng: random.Random, topic: Topic, plan: Plan) -> list[str]:
     """All sentences of a text, without marks at their ends."""
     needed = [_with_word(rng, topic, plan, word) for word, count in plan.words for _ in range(count)]
-    count = plan.sentences or max(2 * max(plan.parts, 1), len(needed) + 2, plan.bold + 2)
+    count = plan.sentences or max(2 * max(plan.parts, 1), len(needed) + len(plan.extras) + 2, plan.bold + 2)
     free = count - len(needed) - len(plan.extras) - bool(plan.last)
     if free < 0:
         raise Drop("no_room", f"{count} sentences are too few for what must be in them")
@@ -154,6 +160,7 @@ def _sentences(rng: random.Random, topic: Topic, plan: Plan) -> list[str]:
 def _marked(rng: random.Random, said: Sequence[str], plan: Plan) -> list[str]:
     """Sentences with their marks, some of them highlighted."""
     marks = plan.marks.replace("?", "") or "!"
+    said = [f"{s.rstrip('?')} with the {plan.each}{'?' * s.endswith('?')}" for s in said] if plan.each else said
     ended = [s if s[-1] in ".!?" else s + rng.choice(marks + marks[0] * 4) for s in said]
     if plan.bold >= len(ended):
         raise Drop("no_room", f"{plan.bold} of {len(ended)} sentences to highlight")
@@ -192,7 +199,9 @@ def write_text(
     text = f"<<{plan.title}>>\n\n{body}" if plan.title else body
     text = f"{plan.first} {text}" if plan.first else text
     text = f"{text}\n\nP.S. {draw_sentence(rng, topic)}." if plan.postscript else text
-    text = {"lower": text.lower(), "upper": text.upper()}.get(plan.letters, text)
+    text = f"{text}\n\n```\n{rng.choice(topic.deeds)}({rng.choice(topic.things)})\n```" if plan.code else text
+    in_title_case = re.sub(r"(?<![\w'-])[a-z]", lambda found: found[0].upper(), text)
+    text = {"lower": text.lower(), "upper": text.upper(), "title": in_title_case}.get(plan.letters, text)
     return f'"{text}"' if plan.quoted else text
 
 # %% ../../nbs/synth/44_instructions.ipynb #698cff9e
@@ -464,7 +473,125 @@ _COUNTED: Mapping[str, Drawn] = {
     "sentence_count": _sentence_count, "short_sentences": _short_sentences, "word_limit": _word_limit,
     "characters": _characters, "begin": _begin, "end": _end, "highlights": _highlights,
 }  # fmt: skip
-INSTRUCTIONS: Mapping[str, Drawn] = {**_PLAIN, **_COUNTED}
+
+# %% ../../nbs/synth/44_instructions.ipynb #2168616d
+_FORMS: Mapping[str, Drawn] = {
+    "no_period": _fixed(
+        "punctuation:no_period", "No full stops.|Do not use a full stop anywhere.", {"marks": "!"}, "end", "shape"),
+    "title_case": _fixed(
+        "change_case:title_case", "Begin Every Word With a Capital.|Use title case: every word begins with a capital.",
+        {"letters": "title"}, "case", "shape", "start", "end", "count"),
+    "two_answers": _fixed(
+        "combination:two_responses", "Give two different answers, parted by ******.|Two answers, with ****** between.",
+        {"parts": 2, "separator": "\n\n******\n\n"}, "shape", "paragraphs", "bold"),
+    "code": _fixed(
+        "detectable_format:code_block", "Close with a block of code.|End with a fenced code block.", {"code": True},
+        "end", "bold", "case", "digits", "shape", "paragraphs", "sentences", "longest", "widest", "start"),
+}  # fmt: skip
+_RICH = {  # letter -> a sentence that has six of it and more
+    "e": "Every season needs the same steady effort", "o": "No good book on work comes too soon",
+    "a": "A fair day always has a plan at hand", "p": "Plain paper helps to keep plans",
+}  # fmt: skip
+
+
+def _letter(rng: random.Random, topic: Topic) -> Instruction:
+    letter, n = rng.choice(sorted(_RICH)), rng.randint(4, 6)
+    words = rng.choice(("Use the letter {x} at least {n} times.", "The letter {x} must come {n} times or more."))
+    arguments = {"letter": letter, "let_frequency": n, "let_relation": "at least"}
+    said = words.format(x=letter, n=_NUMBERS[n])
+    return Instruction("keywords:letter_frequency", arguments, said, {"extras": [_RICH[letter]]}, ("longest",))
+
+# %% ../../nbs/synth/44_instructions.ipynb #81f3c233
+def _figures(rng: random.Random, topic: Topic) -> Instruction:
+    n = rng.randint(1, 3)
+    words = rng.choice(("Use at least {n} numbers, in digits.", "There must be {n} or more numbers in digits."))
+    said = rng.sample(("Count to {x}", "Wait {x} minutes", "Do it {x} times", "Take {x} of them"), n)
+    sets = {"extras": [s.format(x=rng.randint(2, 90)) for s in said]}
+    arguments = {"number": n, "relation": "at least"}
+    return Instruction("detectable_content:numbers", arguments, words.format(n=_NUMBERS[n]), sets, ("digits",))
+
+
+def _placeholders(rng: random.Random, topic: Topic) -> Instruction:
+    n = rng.randint(1, 3)
+    words = rng.choice(("Leave at least {n} placeholders like [name].", "Put {n} or more placeholders in [brackets]."))
+    forms = ("Ask [name] about it", "Meet at [place]", "Do it on [day]", "Bring [object] along")
+    sets = {"extras": rng.sample(forms, n)}
+    arguments = {"num_placeholders": n}
+    return Instruction("detectable_content:number_placeholders", arguments, words.format(n=_NUMBERS[n]), sets)
+
+# %% ../../nbs/synth/44_instructions.ipynb #1fd29474
+def _capitals(rng: random.Random, topic: Topic) -> Instruction:
+    n = rng.randint(1, 3)
+    words = rng.choice(("Write at least {n} words in CAPITALS.", "Use {n} or more words in capital letters only."))
+    sets = {"extras": rng.sample(("This is IMPORTANT", "Do NOT hurry", "SAFETY comes first", "NEVER give up"), n)}
+    arguments = {"capital_frequency": n, "capital_relation": "at least"}
+    return Instruction("change_case:capital_word_frequency", arguments, words.format(n=_NUMBERS[n]), sets, ("case",))
+
+
+def _in_order(rng: random.Random, topic: Topic) -> Instruction:
+    first, second = rng.sample(topic.things, 2)
+    words = rng.choice(("Use the words {a} and {b} in this order.", "Mention {a} first and {b} after it."))
+    sets = {"extras": [f"The {first} comes before the {second}"]}
+    said = words.format(a=first, b=second)
+    return Instruction("keywords:in_order", {"keywords": [first, second]}, said, sets, ("count", "longest"))
+
+# %% ../../nbs/synth/44_instructions.ipynb #7eb72f9a
+def _everywhere(rng: random.Random, topic: Topic) -> Instruction:
+    word = rng.choice(topic.things)
+    words = rng.choice(("Every sentence must have the word {w}.", "Use the word {w} in each sentence."))
+    claims = ("count", "shape", "start", "end", "sentences", "paragraphs", "bold", "longest")
+    sets = {"each": word, "banned": [word]}
+    return Instruction("keywords:in_every_sentence", {"keyword": word}, words.format(w=word), sets, claims)
+
+
+def _same_ends(rng: random.Random, topic: Topic) -> Instruction:
+    word = rng.choice(("Patience", "Care", "Order", "Time", "Practice"))
+    words = rng.choice(("The first word is also the last one.", "Begin and end with the same word."))
+    sets = {"first": f"{word}:", "last": f"What you need is {word.lower()}"}
+    return Instruction("keywords:start_end", {}, words, sets, ("start", "end", "shape", "longest"))
+
+# %% ../../nbs/synth/44_instructions.ipynb #fa99b532
+def _first_word(rng: random.Random, topic: Topic) -> Instruction:
+    n, word = rng.randint(2, 4), rng.choice(("Friends", "Listen", "Today", "Welcome"))
+    words = rng.choice(("Write {n} paragraphs, with {w} as first word.", "Begin with {w} and write {n} paragraphs."))
+    arguments = {"num_paragraphs": n, "nth_paragraph": 1, "first_word": word}
+    sets = {"parts": n, "first": f"{word}:"}
+    claims = ("shape", "paragraphs", "start", "bold")
+    return Instruction(
+        "length_constraints:nth_paragraph_first_word", arguments, words.format(n=_NUMBERS[n], w=word), sets, claims
+    )
+
+
+def _short_words(rng: random.Random, topic: Topic) -> Instruction:
+    n = rng.randint(7, 8)
+    words = rng.choice(("No word may have more than {n} letters.", "Use words of at most {n} letters."))
+    claims = ("count", "case", "start", "end", "shape", "digits")
+    return Instruction("length_constraints:word_length", {"max_length": n}, words.format(n=n), {"widest": n}, claims)
+
+# %% ../../nbs/synth/44_instructions.ipynb #cf4c4bb1
+def _different_words(rng: random.Random, topic: Topic) -> Instruction:
+    n = rng.randint(15, 24)
+    words = rng.choice(("Use at least {n} different words.", "Your vocabulary: {n} different words or more."))
+    sets, said = {"sentences": 12}, words.format(n=n)
+    claims = ("sentences", "longest", "each")
+    return Instruction("length_constraints:unique_words", {"num_words": n}, said, sets, claims)
+
+
+def _repeat(rng: random.Random, topic: Topic) -> Instruction:
+    forms = ("What do I need for {t}?", "How does one begin with {t}?", "Why do people like {t}?")
+    prompt = rng.choice(forms).format(t=topic.name)
+    words = rng.choice(('First repeat this, word for word: "{p}"', 'Begin by repeating "{p}" and go on.'))
+    claims = ("start", "shape", "paragraphs", "sentences", "bold", "case", "longest", "widest", "count", "each")
+    arguments = {"prompt_to_repeat": prompt}
+    return Instruction("combination:repeat_prompt", arguments, words.format(p=prompt), {"first": prompt}, claims)
+
+# %% ../../nbs/synth/44_instructions.ipynb #764ac7ac
+_MORE: Mapping[str, Drawn] = {
+    "letter": _letter, "figures": _figures, "placeholders": _placeholders, "capitals": _capitals,
+    "in_order": _in_order, "everywhere": _everywhere, "same_ends": _same_ends, "first_word": _first_word,
+    "short_words": _short_words, "different_words": _different_words, "repeat": _repeat,
+}  # fmt: skip
+INSTRUCTIONS: Mapping[str, Drawn] = {**_PLAIN, **_COUNTED, **_FORMS, **_MORE}
 
 # %% ../../nbs/synth/44_instructions.ipynb #7136dfcc
 def _touches(instruction: Instruction) -> set[str]:

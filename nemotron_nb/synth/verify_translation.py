@@ -22,11 +22,16 @@ from .row import PASSED, REFUSED, UNVERIFIED, Proof
 # %% ../../nbs/synth/23_verify_translation.ipynb #97d241c4
 _FENCE = re.compile(r"^(```+|~~~+)([^\n`]*)\n(.*?)^\1[ \t]*$", re.S | re.M)
 _INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
-_MATHS = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$\w])\$([^$\n]*[^$\n\s\\])\$(?![\d\w])", re.S)
+_MATHS = re.compile(
+    r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$\w])\$([^$\n]*[^$\n\s\\])\$(?![\d\w])"
+    # with blanks inside it is a formula if it holds no word, and no amount of money comes next
+    r"|(?<![\\$\w])\$ ((?:\\[A-Za-z]+|[A-Za-z](?![A-Za-z])|[^$\nA-Za-z])+?) \$(?!\s*\d|\w)",
+    re.S,
+)
 _LINK = re.compile(r"\bhttps?://[^\s<>\"'()\[\]{}]*[^\s<>\"'()\[\]{}.,;:!?]")
 _WORDS = re.compile(r"\\(?:text|textrm|textbf|mbox)\{[^{}]*\}")
 
-
+# %% ../../nbs/synth/23_verify_translation.ipynb #2df02857
 def _boxed(text: str) -> list[str]:
     """What stands in the boxes of a text, with the braces in it."""
     found = []
