@@ -145,6 +145,88 @@ def test_next_word_is_the_pattern_where_any_three_kinds_meet(tables):
     assert_cut_alike(tables, "".join(map("".join, itertools.product("aAǅラ1 \n\r\u00a0\u0301,/", repeat=3))))
 
 
+@given(text=texts)
+def test_the_short_way_through_ascii_is_the_pattern_or_none(tables, text):
+    data, kinds, start = np.frombuffer(text.encode() or b"a", np.uint8), en._byte_kinds(tables.classes), 0
+    while start < len(data):
+        stop = en.next_word(data, start, len(data), tables.classes)
+        found = en._ascii_word(data, start, len(data), kinds)
+        assert found == stop or found == -1 and not bytes(data[start : stop + 2]).isascii(), bytes(data[start : stop + 2])
+        start = stop
+
+
+@given(words=st.lists(st.binary(min_size=1, max_size=24).map(lambda w: w.replace(b"\x01", b"\x00")), min_size=1, max_size=30))
+def test_the_memo_is_a_dictionary(words):
+    """Words of all lengths around the limits of a slot, with zeros in them, in a table that is nearly full."""
+    memo, known = en.Memo(np.zeros((64, 4), np.uint64), np.zeros(800, np.uint8), np.zeros(200, np.int32), np.zeros(3, np.int64)), {}
+    text, out = en._as_text(words), np.zeros(5, np.int32)
+    ends = list(itertools.accumulate(map(len, words), initial=0))
+    with np.errstate(over="ignore"):
+        for i, (start, stop) in enumerate(itertools.pairwise(ends)):
+            key = en._key(text.wide, start, stop)
+            slot = en._memo_slot(memo, *key, text.bytes, start, stop)
+            assert bool(memo.slots[slot, 2]) == (words[i] in known)
+            if words[i] not in known:
+                known[words[i]] = np.arange(i, i + 1 + i % 5, dtype=np.int32)
+                en._keep(memo, slot, key, text.bytes, start, stop, known[words[i]], len(known[words[i]]))
+            count = en._recall(memo, slot, out, 0)
+            assert out[:count].tolist() == known[words[i]].tolist()
+
+
+# Special tokens on the way
+
+spelt = st.lists(st.one_of(texts, st.sampled_from([*SPECIAL_TOKENS, "<", "|im_end|>", "<think", "</s", ">"])), max_size=8).map("".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(batch=st.lists(spelt, min_size=1, max_size=5), cuts=st.lists(st.integers(0, 400), max_size=12))
+def test_special_tokens_stand_in_runs_alone(compiled, batch, cuts):
+    """Runs with borders anywhere, also inside the spelling of a special token, and across texts."""
+    letters = "".join(batch)
+    borders = sorted({min(c, len(letters)) for c in cuts})
+    runs = [(a, b) for a, b in zip(borders[::2], borders[1::2])]
+    place = [len(letters[:i].encode()) for i in range(len(letters) + 1)]
+    ids, offsets = compiled.encode_trusted(batch, np.array([(place[a], place[b]) for a, b in runs], np.int64).reshape(-1, 2))
+    begin = 0
+    for text, start, end in zip(batch, offsets, offsets[1:]):
+        inside = [(max(a - begin, 0), min(b - begin, len(text))) for a, b in runs if a - begin < len(text) and b > begin]
+        marks = [0, *(x for pair in inside for x in pair), len(text)]
+        pieces = [(text[a:b], k % 2 == 1) for k, (a, b) in enumerate(itertools.pairwise(marks))]
+        assert ids[start:end].tolist() == encode_apart(compiled.tokenizer, pieces), pieces
+        begin += len(text)
+
+
+def encode_apart(tokenizer: ChatTokenizer, pieces: Sequence[tuple[str, bool]]) -> list[int]:
+    """`encode_pieces`, but no special token stretches over the border of two pieces: the runs of this test touch."""
+    ids, waiting = [], ""
+    for text, trusted in pieces:
+        for k, part in enumerate(tokenizer.special_pattern.split(text) if trusted else [text]):
+            if k % 2:
+                ids += [*tokenizer.encode(waiting, special=False), tokenizer.special_ids[part]]
+            waiting = "" if k % 2 else waiting + part
+    return ids + tokenizer.encode(waiting, special=False)
+
+
+def test_special_tokens_everywhere_are_the_full_tokenizer(compiled):
+    r = random.Random(0)
+    pieces = [*SPECIAL_TOKENS, "a", " lamp", "\n", "<", "s>", "\u00e9", "[INST", "<<s>"]
+    batch = ["".join(r.choices(pieces, k=r.randrange(9))) for _ in range(400)]
+    ids, offsets = compiled.encode_trusted(batch)
+    assert [ids[a:b].tolist() for a, b in itertools.pairwise(offsets)] == [TINY.encode(text, special=True) for text in batch]
+    assert compiled.recognises and not en.make_encoder(TINY, "tokenizers").recognises
+
+
+def test_a_long_word_beside_special_tokens_is_left_over(compiled):
+    before, long = compiled.left_over, "a" * (en.LONGEST_WORD + 1)
+    batch = ["<s>one", f"<s>{long}</s><think>", "two</s>", f"{long}<s>"]
+    runs = np.array([[0, 3], [6, 9], [9 + len(long), 20 + 2 * len(long) + 17]])
+    ids, offsets = compiled.encode_trusted(batch, runs)
+    wanted = [[("<s>", True), ("one", False)], [("<s>", True), (long, False), ("</s><think>", True)], [("two</s>", True)], [(long + "<s>", False)]]
+    wanted[3] = [(long, True), ("<s>", True)]
+    assert [ids[a:b].tolist() for a, b in itertools.pairwise(offsets)] == [TINY.encode_pieces(w) for w in wanted]
+    assert compiled.left_over == before + 2
+
+
 # Words over two letters and merges of any tokens made so far, in any order: ties, overlaps and odd orders are frequent.
 two_letters = st.lists(st.sampled_from([b"a", b"b"]), min_size=1, max_size=40).map(b"".join)
 
@@ -176,8 +258,9 @@ def test_merging_with_a_heap_is_merging_by_hand(word, seed):
     byte_ids[[97, 98]] = ids[b"a"], ids[b"b"]
     with np.errstate(over="ignore"):
         scratch, pairs = en._new_scratch(64), en._new_pairs(triples, en._fill_pairs)
-        count = en._merge_word(np.frombuffer(word, np.uint8), 0, len(word), byte_ids, pairs, scratch)
-    assert scratch.ids[:count].tolist() == by_hand
+        for merge in (en._merge_long, en._merge_short):
+            count = merge(np.frombuffer(word, np.uint8), 0, len(word), byte_ids, pairs, scratch)
+            assert scratch.ids[:count].tolist() == by_hand, merge
 
 
 def merged_by_ids(word: bytes, ids: Mapping[bytes, int]) -> list[bytes]:
@@ -222,7 +305,7 @@ def test_only_the_segment_with_the_long_run_is_left_over(tekken_by_tiktoken):
 
 def test_memo_is_bounded_and_begins_again(compiled):
     backend, r = compiled._backend, random.Random(2)
-    slots = backend._memo.counts.size
+    slots = len(backend._memo.slots)
     many = ["".join(r.choices("abcdefghijklmnopqrstuvwxyz", k=7)) for _ in range(slots)]
     for _ in range(2):
         assert_same(compiled, [" ".join(many)])
@@ -355,9 +438,34 @@ def test_tables_return_from_the_cache(tables, tmp_path, monkeypatch):
     pytest.importorskip("numba")
     assert en.make_encoder(TINY, "numba", cache_dir=tmp_path / "new").note.endswith("tables derived")
     monkeypatch.setattr(en, "derive_tables", None)
+    monkeypatch.setattr(en, "first_difference", None)
     encoder = en.make_encoder(TINY, "numba", cache_dir=tmp_path / "new")
-    assert encoder.note.endswith("tables read from the cache")
+    assert encoder.note.endswith("tables read from the cache; tried before on this machine")
     assert_same(encoder, ["the lamp costs 24 euros"])
+
+
+@pytest.mark.parametrize("what", ["tables", "processor", "package", "tokenizer", "damage"])
+def test_a_trial_is_held_again_when_what_it_depends_on_changes(tables, tmp_path, monkeypatch, what):
+    pytest.importorskip("numba")
+    monkeypatch.setattr(en, "derive_tables", lambda tokenizer: tables)
+    held = []
+    monkeypatch.setattr(en, "first_difference", lambda encoder, texts: held.append(encoder.tier) or "")
+    tokenizer = TINY
+    for _ in range(2):
+        en.make_encoder(tokenizer, "numba", cache_dir=tmp_path)
+    assert held == ["numba"]
+    if what == "tables":
+        en._write_tables(en._tables_path(TINY, tmp_path), replace(tables, classes=tables.classes[::-1].copy()))
+    elif what == "processor":
+        monkeypatch.setattr(en, "_machine", lambda tier: [tier, "another"])
+    elif what == "package":
+        monkeypatch.setattr(en.tokenizers, "__version__", "9.9")
+    elif what == "tokenizer":
+        tokenizer = changed(lambda c: c["model"].update(ignore_merges=True))
+    else:
+        en._proof(TINY, "numba", tmp_path).write_text("{")
+    encoder = en.make_encoder(tokenizer, "numba", cache_dir=tmp_path)
+    assert held == ["numba"] * 2 and "tried before" not in encoder.note
 
 
 def test_damaged_tables_are_derived_again(tables, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The mask against an oracle that renders every prefix, against inference, against forged turns; and the fast way against the slow one."""
 
 import dataclasses
+import importlib.util
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron_nb.core import UserError
+from nemotron_nb.data.encoder import make_encoder, table_folder
 from nemotron_nb.data.mask import (
     LOSS_MODES,
     Draft,
@@ -31,6 +33,8 @@ from nemotron_nb.data.template import Chunk, render
 from nemotron_nb.data.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer("tiny")
+# by segments of plain text; and by whole chunks, for the encoder that finds special tokens itself
+ENCODERS = [None, *([make_encoder(TOKENIZER, "numba", cache_dir=table_folder())] if importlib.util.find_spec("numba") else [])]
 modes = st.sampled_from(LOSS_MODES)
 
 
@@ -105,11 +109,12 @@ def test_parity_for_every_trained_turn(chat, mode):
 def test_drafts_encoded_together_equal_the_slow_way(chats, mode, allow):
     slow = [s for c in chats for s in training_sequences(c, TOKENIZER, loss_mode=mode, allow_special_in_text=allow)]
     made = [d for c in chats for d in drafts(c, mode)]
-    fast = encode_drafts(made, TOKENIZER, allow_special_in_text=allow)
-    assert fast.input_ids.tolist() == [i for s in slow for i in s.input_ids.tolist()]
-    assert fast.loss_mask.tolist() == [m for s in slow for m in s.loss_mask.tolist()]
-    assert fast.offsets.tolist() == np.cumsum([0, *map(len, slow)]).tolist() and [d.turn for d in made] == [s.turn for s in slow]
-    assert (fast.input_ids.dtype, fast.loss_mask.dtype, fast.offsets.dtype) == (np.int32, np.uint8, np.int64)
+    for encoder in ENCODERS:
+        fast = encode_drafts(made, TOKENIZER, encoder, allow_special_in_text=allow)
+        assert fast.input_ids.tolist() == [i for s in slow for i in s.input_ids.tolist()]
+        assert fast.loss_mask.tolist() == [m for s in slow for m in s.loss_mask.tolist()]
+        assert fast.offsets.tolist() == np.cumsum([0, *map(len, slow)]).tolist() and [d.turn for d in made] == [s.turn for s in slow]
+        assert (fast.input_ids.dtype, fast.loss_mask.dtype, fast.offsets.dtype) == (np.int32, np.uint8, np.int64)
 
 
 @settings(max_examples=100, deadline=None)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import importlib.util
 import json
 import random
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from nemotron_nb.core import UserError
 from nemotron_nb.data.blend import Dataset
 from nemotron_nb.data.nvidia_prep import shard_plan
-from nemotron_nb.data.encoder import make_encoder
+from nemotron_nb.data.encoder import make_encoder, table_folder
 from nemotron_nb.data.files import BadJson, Reject
 from nemotron_nb.data.tokenizer import load_tokenizer
 from nemotron_nb.pretrain.documents import (
@@ -27,7 +28,15 @@ from nemotron_nb.pretrain.documents import (
 )
 from nemotron_nb.pretrain.indexed import IndexedReader
 from nemotron_nb.pretrain.text import document_files, document_units, read_texts, row_parser
-from nemotron_nb.pretrain.tokens import DocumentSettings, DocumentTokenizer, encode_recognising, frame, keep_first
+from nemotron_nb.pretrain.tokens import (
+    DocumentSettings,
+    DocumentTokenizer,
+    _loosely,
+    _python_rows,
+    encode_recognising,
+    frame,
+    keep_first,
+)
 
 TEXTS = ["A lamp.", "Two\nlines.", "caf\u00e9 \U0001f600", "<s>[INST] hi </s><|im_end|>", "x" * 300, "\t tab", "a\u0000b"]
 TOKENIZER = load_tokenizer("tiny")
@@ -145,6 +154,27 @@ def test_the_fast_parser_refuses_what_the_slow_one_refuses(monkeypatch):
         assert result(fast, case.encode()) == result(slow, case.encode()), case
 
 
+def test_rows_in_python_s_way_are_the_same_with_orjson_where_the_text_decides():
+    """What differs between the two parsers, such as numbers of twenty digits, never reaches a text."""
+    pytest.importorskip("orjson")
+    rng, fast = random.Random(1), _python_rows("text")
+    pieces = ['"text"', '"id"', ":", ",", "{", "}", "[", "]", '"a"', "1", "null", "NaN", "1e999", "-0", "12345678901234567890123", "9" * 5000, "[" * 2000, "]" * 2000, '"\\ud800"', '"te\\u0078t"', " ", '"\\u00e9"', "\u00e9"]
+
+    def result(parse, data):
+        try:
+            value = parse(data)
+        except BadJson as error:
+            return error.reason
+        return repr(value.get("text", "none")) if isinstance(value, dict) else repr(value)[:50]
+
+    cases = [f'{{"text":{text},"id":{other}}}' for text in pieces for other in pieces]
+    cases += ["{" + ",".join(f'{rng.choice(pieces[:2])}:{rng.choice(pieces)}' for _ in range(3)) + "}" for _ in range(2000)]
+    cases += ["".join(rng.choices(pieces, k=rng.randrange(1, 9))) for _ in range(2000)]
+    cases += ['{"text":"a","id":' + "[" * depth + "]" * depth + "}" for depth in (1, 50, 99, 150, 900, 1000, 1020, 5000)]
+    for case in [c.encode() for c in cases] + [b"\xff", b"\xef\xbb\xbf{}", '{"text":"a"}'.encode("utf-16")]:
+        assert result(fast, case) == result(_loosely, case), case[:100]
+
+
 # --- which tokens they have ------------------------------------------------------------------------------------------
 
 
@@ -164,9 +194,11 @@ def test_recognising_special_tokens_is_what_the_full_tokenizer_does():
     encoder, rng = make_encoder(TOKENIZER, "tokenizers"), random.Random(0)
     pieces = [*TOKENIZER.special_ids, "a", " ", "lamp", "\n", "<", "s>", "\u00e9", "[INST"]
     texts = ["".join(rng.choices(pieces, k=rng.randrange(0, 9))) for _ in range(300)]
-    ids, offsets = encode_recognising(texts, TOKENIZER, encoder)
-    for text, a, b in zip(texts, offsets, offsets[1:]):
-        assert ids[a:b].tolist() == TOKENIZER.encode(text, special=True), text
+    compiled = [make_encoder(TOKENIZER, "numba", cache_dir=table_folder())] if importlib.util.find_spec("numba") else []
+    for way in (encoder, *compiled):
+        ids, offsets = encode_recognising(texts, TOKENIZER, way)
+        for text, a, b in zip(texts, offsets, offsets[1:]):
+            assert ids[a:b].tolist() == TOKENIZER.encode(text, special=True), text
     plain, _ = encode_recognising(["a lamp"], TOKENIZER, encoder)
     assert plain.tolist() == TOKENIZER.encode("a lamp", special=False)
 

@@ -1,6 +1,7 @@
 """The order of samples is Megatron-Core's, step by step, and any sample can be read without those before it."""
 
 import logging
+import tracemalloc
 import typing
 
 import numpy as np
@@ -19,6 +20,7 @@ from nemotron_nb.pretrain.order import (
     draw_blend,
     draw_order,
     normalise,
+    order_bytes,
     read_batch,
     read_sample,
     walk_samples,
@@ -141,6 +143,54 @@ def test_every_token_is_read_once_in_a_pass(files):
     row = np.concatenate([reader[d] for d in order.documents])
     read = np.concatenate([read_sample(reader, order, int(i)).tokens for i in np.argsort(order.shuffle)])
     assert np.array_equal(read, row[: len(read)]) and len(row) - len(read) <= 50
+
+
+def order_by_parts(lengths, asked, sequence_length, seed):
+    """`draw_order` in the plain way: each shuffled part an array of its own, then joined."""
+    tokens, state = int(lengths.sum()), np.random.RandomState(seed)
+    epochs = native.count_epochs(tokens, asked, sequence_length)
+    count = (epochs * tokens - 1) // sequence_length
+    apart, before = native._needs_own_pass(tokens, asked, sequence_length, epochs)
+
+    def shuffled(values):
+        state.shuffle(values)
+        return values
+
+    documents = np.concatenate([shuffled(np.tile(np.arange(len(lengths), dtype=np.int32), n)) for n in ((epochs - 1, 1) if apart else (epochs,))])
+    borders = (0, before, count) if apart else (0, count)
+    shuffle = np.concatenate([shuffled(np.arange(a, b, dtype=np.uint32)) for a, b in zip(borders, borders[1:])])
+    return documents, np.cumsum(lengths[documents], dtype=np.int64), shuffle
+
+
+def test_shuffled_where_they_lie_and_counted_by_pieces_the_arrays_are_the_same(monkeypatch):
+    rng, apart = np.random.default_rng(3), set()
+    monkeypatch.setattr(native, "_PIECE", 7)
+    for seed in range(60):
+        lengths = rng.integers(1, 50, rng.integers(1, 60)).astype(np.int32) * (1 << 20 if seed % 5 == 0 else 1)
+        length = int(rng.integers(1, max(2, lengths.sum() // 2)))
+        asked = None if seed % 3 == 0 else int(rng.integers(1, 4 * max(1, lengths.sum() // length)))
+        if asked and asked > 100_000 or lengths.sum() // length > 100_000 or lengths.sum() <= length:
+            continue
+        order = draw_order(lengths, asked, length, seed)
+        for got, wanted in zip((order.documents, order.ends, order.shuffle), order_by_parts(lengths, asked, length, seed)):
+            assert np.array_equal(got, wanted) and got.dtype == wanted.dtype
+        apart.add(native._needs_own_pass(int(lengths.sum()), asked, length, order.epochs)[0])
+    assert apart == {True, False}
+
+
+def test_drawing_an_order_takes_no_more_memory_than_it_weighs(monkeypatch):
+    monkeypatch.setattr(native, "_PIECE", 1 << 14)
+    lengths = np.random.default_rng(4).integers(5, 60, 1_500_000).astype(np.int32)
+    for asked, epochs in ((None, 1), (2_000_000, 2)):
+        tracemalloc.start()
+        try:
+            order = draw_order(lengths, asked, 32, 7)
+            highest = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        weighs = order_bytes(len(lengths), len(order), epochs)
+        assert order.epochs == epochs and weighs == sum(a.nbytes for a in (order.documents, order.ends, order.shuffle))
+        assert highest < 1.02 * weighs, (highest, weighs)
 
 
 def test_the_compiled_deal_gives_the_same_integers(monkeypatch):

@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['CAPITAL', 'SMALL', 'NUMBER', 'BREAK', 'SPACE', 'SIGN', 'BEFORE', 'LONGEST_WORD', 'Encoded', 'Backend', 'TIERS',
            'AUTO_BYTES', 'merge_steps', 'vocabulary', 'character_classes', 'next_word', 'Tables', 'derive_tables',
-           'Pairs', 'Scratch', 'Memo', 'merges_follow_ids', 'unknown_in', 'wrong_in', 'trial_texts', 'first_difference',
-           'SegmentEncoder', 'table_folder', 'make_encoder']
+           'Pairs', 'Scratch', 'Memo', 'Text', 'Marks', 'marks_of', 'merges_follow_ids', 'unknown_in', 'wrong_in',
+           'trial_texts', 'first_difference', 'SegmentEncoder', 'table_folder', 'make_encoder']
 
 # %% ../../nbs/data/06_encoder.ipynb #a880362e
 import functools
 import importlib
+import importlib.resources
 import io
 import itertools
 import json
 import os
 import re
+import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -27,7 +29,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, pre_tokenizers
 
-from ..core import UserError, digest, nearest, write_atomic
+from ..core import UserError, digest, file_digest, nearest, write_atomic, write_json
 from .tokenizer import BYTE_OF, WORDS_PATTERN, ChatTokenizer, cache_folder
 
 # %% ../../nbs/data/06_encoder.ipynb #e3a47d7a
@@ -55,7 +57,7 @@ def vocabulary(
 
     Entries that no byte string can spell are never met, and left out.
     """
-    model = json.loads(tokenizer.full.to_str())["model"]
+    model = json.loads(tokenizer.description)["model"]
     spelt = {token: bytes(map(BYTE_OF.__getitem__, token)) for token in model["vocab"] if BYTE_OF.keys() >= set(token)}
     ids = {
         spelt[token]: i for token, i in model["vocab"].items() if token in spelt and token not in tokenizer.special_ids
@@ -184,6 +186,79 @@ def next_word(
         stop += 1
     return stop
 
+# %% ../../nbs/data/06_encoder.ipynb #f5011f16
+_OTHER = 128  # stands in the place of a class: the byte belongs to a character that is not ASCII
+
+# %% ../../nbs/data/06_encoder.ipynb #48eae27d
+def _byte_kinds(classes: np.ndarray) -> np.ndarray:
+    """uint8 [256]: the class of each ASCII character, and `_OTHER` for all other bytes."""
+    kinds = np.full(256, _OTHER, np.uint8)
+    kinds[:128] = classes[:128]
+    return kinds
+
+# %% ../../nbs/data/06_encoder.ipynb #cc5a05e8
+def _kind_at(text: np.ndarray, i: int, end: int, kinds: np.ndarray) -> int:
+    """What `_byte_kinds` says of the byte at `i`; nothing at the end."""
+    return int(kinds[text[i]]) if i < end else 0
+
+# %% ../../nbs/data/06_encoder.ipynb #2c7eee69
+def _ascii_letters(text: np.ndarray, i: int, end: int, kinds: np.ndarray) -> int:
+    """Where letters end that begin at `i`: capitals, then small ones. -1 if another character has a say in it."""
+    kind = _kind_at(text, i, end, kinds)
+    while kind & CAPITAL:
+        i += 1
+        kind = _kind_at(text, i, end, kinds)
+    while kind & SMALL:
+        i += 1
+        kind = _kind_at(text, i, end, kinds)
+    return -1 if kind & _OTHER else i
+
+# %% ../../nbs/data/06_encoder.ipynb #b465aab8
+def _ascii_signs(text: np.ndarray, i: int, end: int, kinds: np.ndarray) -> int:
+    """Where signs end that begin at `i`, with the line breaks and slashes after them. -1 as above."""
+    kind = _kind_at(text, i, end, kinds)
+    while kind & SIGN:
+        i += 1
+        kind = _kind_at(text, i, end, kinds)
+    if kind & _OTHER:
+        return -1
+    while i < end and (text[i] == 10 or text[i] == 13 or text[i] == 47):
+        i += 1
+    return i
+
+# %% ../../nbs/data/06_encoder.ipynb #663c3f4a
+def _ascii_spaces(text: np.ndarray, start: int, end: int, kinds: np.ndarray) -> int:
+    """`_spaces`, or -1 as above."""
+    i, line_break = start, -1
+    kind = _kind_at(text, i, end, kinds)
+    while kind & SPACE:
+        i += 1
+        if kind & BREAK:
+            line_break = i
+        kind = _kind_at(text, i, end, kinds)
+    if kind & _OTHER:
+        return -1
+    if line_break >= 0:
+        return line_break
+    return i if i == end or i <= start + 1 else i - 1
+
+# %% ../../nbs/data/06_encoder.ipynb #46a9e506
+def _ascii_word(text: np.ndarray, start: int, end: int, kinds: np.ndarray) -> int:
+    """`next_word` where ASCII alone decides; -1 where it does not."""
+    first = _kind_at(text, start, end, kinds)
+    if first & NUMBER:
+        return start + 1
+    letters = start + 1 if first & BEFORE else start
+    kind = _kind_at(text, letters, end, kinds)
+    if kind & (CAPITAL | SMALL):
+        return _ascii_letters(text, letters, end, kinds)
+    if (first | kind) & _OTHER:
+        return -1
+    signs = start + 1 if text[start] == 32 else start
+    if _kind_at(text, signs, end, kinds) & SIGN:
+        return _ascii_signs(text, signs, end, kinds)
+    return _ascii_spaces(text, start, end, kinds)
+
 # %% ../../nbs/data/06_encoder.ipynb #9d0bfe9d
 @dataclass(frozen=True, eq=False)
 class Tables:
@@ -219,8 +294,7 @@ _LOW = 0xFFFFFFFF
 class Pairs(NamedTuple):
     """The merges as a hash table of pairs of ids."""
 
-    keys: np.ndarray  # int64 [slots], left << 32 | right, or -1
-    ranks: np.ndarray  # int32 [slots]
+    slots: np.ndarray  # int64 [slots, 2], left << 32 | right, or -1, and the place in the list: side by side in memory
     unions: np.ndarray  # int32 [M], the id that each merge makes
 
 # %% ../../nbs/data/06_encoder.ipynb #a3e856a6
@@ -234,22 +308,27 @@ class Scratch(NamedTuple):
     heap: np.ndarray  # int64 [3W], rank << 32 | start
 
 # %% ../../nbs/data/06_encoder.ipynb #bf00d117
-def _pair_slot(keys: np.ndarray, left: int, right: int) -> int:
+def _pair_slot(pairs: Pairs, left: int, right: int) -> int:
     """The slot of a pair, or the empty slot where it would be."""
     key = np.int64(left) << np.int64(32) | np.int64(right)
-    last = np.int64(keys.size - 1)
+    last = np.int64(pairs.slots.shape[0] - 1)
     slot = np.int64((np.uint64(key) * _GOLDEN) >> _HALF) & last
-    while keys[slot] != key and keys[slot] != _EMPTY:
+    while pairs.slots[slot, 0] != key and pairs.slots[slot, 0] != _EMPTY:
         slot = (slot + 1) & last
     return slot
 
 # %% ../../nbs/data/06_encoder.ipynb #80db05ed
-def _fill_pairs(merges: np.ndarray, keys: np.ndarray, ranks: np.ndarray) -> None:
+def _fill_pairs(merges: np.ndarray, pairs: Pairs) -> None:
     """Put all merges into an empty table."""
     for rank in range(merges.shape[0]):
-        slot = _pair_slot(keys, merges[rank, 0], merges[rank, 1])
-        keys[slot] = np.int64(merges[rank, 0]) << np.int64(32) | np.int64(merges[rank, 1])
-        ranks[slot] = rank
+        slot = _pair_slot(pairs, merges[rank, 0], merges[rank, 1])
+        pairs.slots[slot, 0] = np.int64(merges[rank, 0]) << np.int64(32) | np.int64(merges[rank, 1])
+        pairs.slots[slot, 1] = rank
+
+# %% ../../nbs/data/06_encoder.ipynb #e98b25cd
+def _rank_of(pairs: Pairs, left: int, right: int) -> int:
+    """The place of a pair in the list of merges, or -1. Empty slots hold -1 there, too."""
+    return pairs.slots[_pair_slot(pairs, left, right), 1]
 
 # %% ../../nbs/data/06_encoder.ipynb #36db73df
 def _push(heap: np.ndarray, size: int, value: int) -> None:
@@ -280,11 +359,11 @@ def _offer(i: int, length: int, pairs: Pairs, scratch: Scratch, size: int) -> in
     scratch.ranks[i] = -1
     if scratch.after[i] >= length:
         return size
-    slot = _pair_slot(pairs.keys, scratch.ids[i], scratch.ids[scratch.after[i]])
-    if pairs.keys[slot] == _EMPTY:
+    rank = _rank_of(pairs, scratch.ids[i], scratch.ids[scratch.after[i]])
+    if rank < 0:
         return size
-    scratch.ranks[i] = pairs.ranks[slot]
-    _push(scratch.heap, size, np.int64(pairs.ranks[slot]) << np.int64(32) | np.int64(i))
+    scratch.ranks[i] = rank
+    _push(scratch.heap, size, np.int64(rank) << np.int64(32) | np.int64(i))
     return size + 1
 
 # %% ../../nbs/data/06_encoder.ipynb #f093391b
@@ -297,7 +376,7 @@ def _gather(length: int, scratch: Scratch) -> int:
     return count
 
 # %% ../../nbs/data/06_encoder.ipynb #d06faf30
-def _merge_word(text: np.ndarray, start: int, stop: int, byte_ids: np.ndarray, pairs: Pairs, scratch: Scratch) -> int:
+def _merge_long(text: np.ndarray, start: int, stop: int, byte_ids: np.ndarray, pairs: Pairs, scratch: Scratch) -> int:
     """Byte-pair encoding of one word into the front of `scratch.ids`. How many ids it has."""
     length, size = stop - start, 0
     for i in range(length):
@@ -320,139 +399,316 @@ def _merge_word(text: np.ndarray, start: int, stop: int, byte_ids: np.ndarray, p
             size = _offer(scratch.before[i], length, pairs, scratch, size)
     return _gather(length, scratch)
 
+# %% ../../nbs/data/06_encoder.ipynb #6f985efa
+_NEVER = np.int32((1 << 31) - 1)  # behind every place in the list
+
+# %% ../../nbs/data/06_encoder.ipynb #1aee8e43
+def _first_pair(ranks: np.ndarray, count: int) -> int:
+    """The pair that stands first in the list, of the pairs that begin at the first `count - 1` pieces."""
+    first = 0
+    for i in range(1, count - 1):
+        if ranks[i] < ranks[first]:
+            first = i
+    return first
+
+# %% ../../nbs/data/06_encoder.ipynb #f542b864
+def _set_rank(i: int, count: int, pairs: Pairs, scratch: Scratch) -> None:
+    """Write down the rank of the pair of pieces `i` and `i + 1`; `_NEVER` where they do not merge."""
+    rank = _rank_of(pairs, scratch.ids[i], scratch.ids[i + 1]) if i + 1 < count else np.int64(-1)
+    scratch.ranks[i] = rank if rank >= 0 else _NEVER
+
+# %% ../../nbs/data/06_encoder.ipynb #68404c87
+def _merge_short(text: np.ndarray, start: int, stop: int, byte_ids: np.ndarray, pairs: Pairs, scratch: Scratch) -> int:
+    """The same for a word of a few bytes: the pieces stand side by side, and the best pair is looked for each time."""
+    count = stop - start
+    for i in range(count):
+        scratch.ids[i] = byte_ids[text[start + i]]
+    for i in range(count):
+        _set_rank(i, count, pairs, scratch)
+    while count > 1:
+        first = _first_pair(scratch.ranks, count)
+        if scratch.ranks[first] == _NEVER:
+            break
+        scratch.ids[first] = pairs.unions[scratch.ranks[first]]
+        count -= 1
+        for i in range(first + 1, count):
+            scratch.ids[i], scratch.ranks[i] = scratch.ids[i + 1], scratch.ranks[i + 1]
+        _set_rank(first, count, pairs, scratch)
+        if first > 0:
+            _set_rank(first - 1, count, pairs, scratch)
+    return count
+
+# %% ../../nbs/data/06_encoder.ipynb #4322b298
+_SHORT = 32  # bytes of a word up to which looking at all pairs is quicker than a heap
+
+# %% ../../nbs/data/06_encoder.ipynb #82c33ee0
+def _merge_word(text: np.ndarray, start: int, stop: int, byte_ids: np.ndarray, pairs: Pairs, scratch: Scratch) -> int:
+    """Byte-pair encoding of one word into the front of `scratch.ids`, in the quicker of two ways. How many ids."""
+    if stop - start <= _SHORT:
+        return _merge_short(text, start, stop, byte_ids, pairs, scratch)
+    return _merge_long(text, start, stop, byte_ids, pairs, scratch)
+
 # %% ../../nbs/data/06_encoder.ipynb #f7a1113b
 _KEPT_BYTES = 64  # longer words are rare, and not worth their place in the memo
-_FNV = np.uint64(0x100000001B3)  # the prime of the FNV hash
-_FOLD = np.uint64(29)
+_INSIDE = 16  # bytes of a word that stand in its slot
+_SPREAD = np.uint64(0xC2B2AE3D27D4EB4F)  # an odd number without a pattern, as in the hash function xxHash
+_ALL_BITS = np.uint64(0xFFFFFFFFFFFFFFFF)
+_PADDING = 24  # bytes behind a text that may be read with it, and are not looked at
 
 # %% ../../nbs/data/06_encoder.ipynb #a9882798
 class Memo(NamedTuple):
     """Words met before and their ids."""
 
-    hashes: np.ndarray  # uint64 [slots]
-    starts: np.ndarray  # int32 [slots], where the word begins in `text`
-    lengths: np.ndarray  # int32 [slots], its bytes
-    firsts: np.ndarray  # int32 [slots], where its ids begin in `ids`
-    counts: np.ndarray  # int32 [slots], how many; 0 = the slot is empty
-    text: np.ndarray  # uint8, the words end to end
-    ids: np.ndarray  # int32, their ids end to end
+    # [slots, 4]: the first eight bytes of the word; the next eight, or a hash of all; length, number of ids, and where
+    # a long word begins in `text`; up to two ids, or where more begin in `ids`. All zero: the slot is empty
+    slots: np.ndarray  # uint64
+    text: np.ndarray  # uint8, long words end to end
+    ids: np.ndarray  # int32, ids of words that have more than two, end to end
     used: np.ndarray  # int64 [3], how many slots, bytes and ids are taken
 
+# %% ../../nbs/data/06_encoder.ipynb #7bd5eecb
+class Text(NamedTuple):
+    """Bytes to read one by one, and eight at a time from any of them on."""
+
+    bytes: np.ndarray  # uint8 [N]
+    wide: np.ndarray  # uint64 [N - 7], the eight bytes from each on; the first is the lowest
+
+# %% ../../nbs/data/06_encoder.ipynb #268689a1
+def _as_text(parts: Iterable[bytes]) -> Text:
+    """Some byte strings end to end, and the padding behind them."""
+    data = b"".join([*parts, bytes(_PADDING)])
+    eight = np.frombuffer(data, np.uint64, 1)
+    return Text(np.frombuffer(data, np.uint8), np.lib.stride_tricks.as_strided(eight, (len(data) - 7,), (1,)))
+
 # %% ../../nbs/data/06_encoder.ipynb #4fc9d14e
-def _hash(text: np.ndarray, start: int, stop: int) -> int:
-    """A 64-bit hash of some bytes."""
-    value = _GOLDEN ^ np.uint64(stop - start)
-    for i in range(start, stop):
-        value = (value ^ np.uint64(text[i])) * _FNV
-        value ^= value >> _FOLD
-    return value ^ (value >> _HALF)
+def _eight(wide: np.ndarray, i: int, count: int) -> int:
+    """1 to 8 bytes from `i` on, as a number."""
+    return wide[i] & (_ALL_BITS >> np.uint64(64 - 8 * count))
+
+# %% ../../nbs/data/06_encoder.ipynb #1babf7bb
+def _hash(wide: np.ndarray, start: int, stop: int) -> int:
+    """A 64-bit hash of some bytes, eight at a time."""
+    value = _GOLDEN
+    for i in range(start, stop, 8):
+        value = (value ^ _eight(wide, i, min(8, stop - i))) * _SPREAD
+        value ^= value >> _HALF
+    return value
+
+# %% ../../nbs/data/06_encoder.ipynb #d5a4134b
+def _key(wide: np.ndarray, start: int, stop: int) -> tuple[int, int]:
+    """What stands in the slot of a word: its bytes, as two numbers; of a long one the first eight and a hash."""
+    length = stop - start
+    if length <= 8:
+        return _eight(wide, start, length), np.uint64(0)
+    if length <= _INSIDE:
+        return wide[start], _eight(wide, start + 8, length - 8)
+    return wide[start], _hash(wide, start, stop)
 
 # %% ../../nbs/data/06_encoder.ipynb #19218030
-def _memo_slot(memo: Memo, key: int, text: np.ndarray, start: int, stop: int) -> int:
+def _same_long(memo: Memo, facts: int, text: np.ndarray, start: int, stop: int) -> bool:
+    """Is the long word of a slot the word at hand?"""
+    shift, i = np.int64(facts >> _HALF) - start, start
+    while i < stop and memo.text[shift + i] == text[i]:
+        i += 1
+    return i == stop
+
+# %% ../../nbs/data/06_encoder.ipynb #3cc8e94d
+def _memo_slot(memo: Memo, low: int, high: int, text: np.ndarray, start: int, stop: int) -> int:
     """The slot of a word, or the empty slot where it would be."""
-    last = np.int64(memo.counts.size - 1)
-    slot = np.int64(key) & last
-    while memo.counts[slot] != 0:
-        if memo.hashes[slot] == key and memo.lengths[slot] == stop - start:
-            shift, i = memo.starts[slot] - start, start
-            while i < stop and memo.text[shift + i] == text[i]:
-                i += 1
-            if i == stop:
+    last, length = np.int64(memo.slots.shape[0] - 1), np.uint64(stop - start)
+    mixed = (low ^ high * _SPREAD ^ length) * _GOLDEN
+    slot = np.int64(mixed >> _HALF) & last
+    while memo.slots[slot, 2] != 0:
+        facts = memo.slots[slot, 2]
+        if memo.slots[slot, 0] == low and memo.slots[slot, 1] == high and facts & _LENGTH == length:
+            if stop - start <= _INSIDE or _same_long(memo, facts, text, start, stop):
                 break
         slot = (slot + 1) & last
     return slot
 
 # %% ../../nbs/data/06_encoder.ipynb #00b4ab2a
+_LENGTH, _SIXTEEN = np.uint64(0xFFFF), np.uint64(16)
+
+# %% ../../nbs/data/06_encoder.ipynb #56dbb4dd
 def _keep(
-    memo: Memo, slot: int, key: int, text: np.ndarray, start: int, stop: int, ids: np.ndarray, first: int, count: int
+    memo: Memo, slot: int, key: tuple[int, int], text: np.ndarray, start: int, stop: int, ids: np.ndarray, count: int
 ) -> None:
-    """Write a word and its ids into an empty slot."""
-    memo.hashes[slot], memo.starts[slot], memo.lengths[slot] = key, memo.used[1], stop - start
-    memo.firsts[slot], memo.counts[slot] = memo.used[2], count
-    for i in range(stop - start):
-        memo.text[memo.used[1] + i] = text[start + i]
-    for i in range(count):
-        memo.ids[memo.used[2] + i] = ids[first + i]
+    """Write a word and its ids, which stand at the front of `ids`, into an empty slot."""
+    at = (np.uint64(memo.used[1]) << _HALF) | (np.uint64(count) << _SIXTEEN) | np.uint64(stop - start)
+    memo.slots[slot, 0], memo.slots[slot, 1], memo.slots[slot, 2] = key[0], key[1], at
     memo.used[0] += 1
-    memo.used[1] += stop - start
+    if stop - start > _INSIDE:
+        for i in range(start, stop):
+            memo.text[memo.used[1] + i - start] = text[i]
+        memo.used[1] += stop - start
+    if count <= 2:
+        memo.slots[slot, 3] = np.uint64(ids[0]) | (np.uint64(ids[count - 1]) << _HALF)
+        return
+    memo.slots[slot, 3] = np.uint64(memo.used[2])
+    for i in range(count):
+        memo.ids[memo.used[2] + i] = ids[i]
     memo.used[2] += count
+
+# %% ../../nbs/data/06_encoder.ipynb #2d9403fc
+def _recall(memo: Memo, slot: int, out: np.ndarray, size: int) -> int:
+    """Write the ids of a kept word behind the first `size` of `out`. How many there are then."""
+    count, held = np.int64((memo.slots[slot, 2] >> _SIXTEEN) & _LENGTH), memo.slots[slot, 3]
+    if count <= 2:
+        out[size] = np.int32(held & np.uint64(_LOW))
+        out[size + count - 1] = np.int32(held >> _HALF)
+    else:
+        for i in range(count):
+            out[size + i] = memo.ids[np.int64(held) + i]
+    return size + count
 
 # %% ../../nbs/data/06_encoder.ipynb #aa9839d4
 def _has_room(memo: Memo, length: int, count: int) -> bool:
     """May one more word of this length be kept? A third of the slots stays empty, so that every search ends soon."""
-    slots = memo.used[0] * 3 < memo.counts.size * 2
+    slots = memo.used[0] * 3 < memo.slots.shape[0] * 2
     return slots and memo.used[1] + length <= memo.text.size and memo.used[2] + count <= memo.ids.size
 
 # %% ../../nbs/data/06_encoder.ipynb #b65d34f3
-def _begin_memo(memo: Memo, text: np.ndarray, offsets: np.ndarray, ids: np.ndarray) -> None:
+def _begin_memo(memo: Memo, text: Text, offsets: np.ndarray, ids: np.ndarray) -> None:
     """Forget all words, and begin with some entries of a vocabulary: each is a word with one id.
 
     One call, so that no other thread sees half of it.
     """
-    memo.counts[:] = 0
+    memo.slots[:] = 0
     memo.used[:] = 0
     for i in range(ids.size):
-        key = _hash(text, offsets[i], offsets[i + 1])
-        slot = _memo_slot(memo, key, text, offsets[i], offsets[i + 1])
-        _keep(memo, slot, key, text, offsets[i], offsets[i + 1], ids, i, 1)
+        start, stop = offsets[i], offsets[i + 1]
+        key = _key(text.wide, start, stop)
+        slot = _memo_slot(memo, key[0], key[1], text.bytes, start, stop)
+        _keep(memo, slot, key, text.bytes, start, stop, ids[i : i + 1], 1)
+
+# %% ../../nbs/data/06_encoder.ipynb #c0e6054a
+class Marks(NamedTuple):
+    """Special tokens as a tree: from its root, each byte leads on to another node, or nowhere."""
+
+    nodes: np.ndarray  # int32 [nodes, 256], the node behind each byte, or 0
+    ids: np.ndarray  # int32 [nodes], the special token that ends here, or -1
+
+
+def marks_of(
+    special_ids: Mapping[str, int],  # as in `ChatTokenizer.special_ids`
+) -> Marks:
+    """The tree of some special tokens."""
+    nodes, ids = [[0] * 256], [-1]
+    for token, number in special_ids.items():
+        node = 0
+        for byte in token.encode():
+            if not nodes[node][byte]:
+                nodes[node][byte] = len(nodes)
+                nodes.append([0] * 256)
+                ids.append(-1)
+            node = nodes[node][byte]
+        ids[node] = number
+    return Marks(np.array(nodes, np.int32), np.array(ids, np.int32))
+
+# %% ../../nbs/data/06_encoder.ipynb #96228468
+def _mark_at(text: np.ndarray, i: int, end: int, marks: Marks) -> tuple[int, int]:
+    """Where the longest special token ends that begins at `i` and ends before `end`, and its id; `i` and -1: none."""
+    node, stop, number = marks.nodes[0, text[i]], i, np.int32(-1)
+    while node:
+        i += 1
+        if marks.ids[node] >= 0:
+            stop, number = i, marks.ids[node]
+        node = marks.nodes[node, text[i]] if i < end else np.int32(0)
+    return stop, number
+
+# %% ../../nbs/data/06_encoder.ipynb #9757bdcf
+def _next_mark(
+    text: np.ndarray, start: int, end: int, runs: np.ndarray, run: int, marks: Marks
+) -> tuple[int, int, int, int]:
+    """The first special token from `start` on that lies in one of the runs from number `run` on: where it begins and
+    ends, its id, and the number of its run. Without one, `end`, `end`, -1 and the first run that goes on behind it.
+    """
+    while run < runs.shape[0] and runs[run, 0] < end:
+        last = min(runs[run, 1], end)
+        for i in range(max(start, runs[run, 0]), last):
+            if marks.nodes[0, text[i]]:
+                stop, number = _mark_at(text, i, last, marks)
+                if number >= 0:
+                    return i, stop, number, run
+        if runs[run, 1] > end:
+            break
+        run += 1
+    return end, end, np.int32(-1), run
 
 # %% ../../nbs/data/06_encoder.ipynb #310101fd
 LONGEST_WORD = 1 << 16  # bytes of the longest word that the compiled code merges itself
 
 # %% ../../nbs/data/06_encoder.ipynb #5fdd972c
+class _Engine(NamedTuple):
+    """All that the loops look up."""
+
+    classes: np.ndarray  # uint8 [0x110000]
+    kinds: np.ndarray  # uint8 [256]
+    byte_ids: np.ndarray  # int32 [256]
+    pairs: Pairs
+    memo: Memo
+    scratch: Scratch
+    marks: Marks
+
+# %% ../../nbs/data/06_encoder.ipynb #16e26fe0
 def _new_word(
-    text: np.ndarray,
-    start: int,
-    stop: int,
-    byte_ids: np.ndarray,
-    pairs: Pairs,
-    memo: Memo,
-    scratch: Scratch,
-    slot: int,
-    key: int,
-    out: np.ndarray,
+    text: np.ndarray, start: int, stop: int, engine: _Engine, slot: int, key: tuple[int, int], out: np.ndarray,
     size: int,
 ) -> int:
-    """Write the ids of a word that the memo does not know, and keep them if there is room. How many there are."""
-    count = _merge_word(text, start, stop, byte_ids, pairs, scratch)
+    """Write the ids of a word that the memo does not know, and keep them if there is room. How many there are then."""
+    memo, ids = engine.memo, engine.scratch.ids
+    count = _merge_word(text, start, stop, engine.byte_ids, engine.pairs, engine.scratch)
     for i in range(count):
-        out[size + i] = scratch.ids[i]
+        out[size + i] = ids[i]
     if stop - start <= _KEPT_BYTES and _has_room(memo, stop - start, count):
-        _keep(memo, slot, key, text, start, stop, scratch.ids, 0, count)
-    return count
+        _keep(memo, slot, key, text, start, stop, ids, count)
+    return size + count
 
 # %% ../../nbs/data/06_encoder.ipynb #e444323d
+def _encode_plain(text: Text, start: int, end: int, engine: _Engine, out: np.ndarray, size: int) -> int:
+    """Write the ids of plain text behind the first `size` of `out`. How many there are then; -1: a word is too long."""
+    while start < end:
+        stop = _ascii_word(text.bytes, start, end, engine.kinds)
+        if stop < 0:
+            stop = next_word(text.bytes, start, end, engine.classes)
+        if stop == start:
+            return -1
+        key = _key(text.wide, start, stop)
+        slot = _memo_slot(engine.memo, key[0], key[1], text.bytes, start, stop)
+        if engine.memo.slots[slot, 2]:
+            size = _recall(engine.memo, slot, out, size)
+        elif stop - start > engine.scratch.ids.size:
+            return -1
+        else:
+            size = _new_word(text.bytes, start, stop, engine, slot, key, out, size)
+        start = stop
+    return size
+
+# %% ../../nbs/data/06_encoder.ipynb #8dd31cc8
 def _encode_segments(
-    text: np.ndarray,  # uint8, UTF-8 of all segments end to end
+    text: Text,  # UTF-8 of all segments end to end
     offsets: np.ndarray,  # int64 [S+1]
-    classes: np.ndarray,
-    byte_ids: np.ndarray,  # int32 [256]
-    pairs: Pairs,
-    memo: Memo,
-    scratch: Scratch,
+    runs: np.ndarray,  # int64 [R, 2], where special tokens may stand: stretches of `text` in their order
+    engine: _Engine,
     out: np.ndarray,  # int32, room for as many ids as there are bytes
     ends: np.ndarray,  # int64 [S+1], where the ids of each segment begin in `out`
     outside: np.ndarray,  # uint8 [S], 1 = a word is too long, and no ids were written
 ) -> int:
     """The ids of all segments, end to end. How many there are."""
-    size = 0
+    size, run = 0, 0
     for s in range(offsets.size - 1):
         ends[s], outside[s] = size, 0
         start, end = offsets[s], offsets[s + 1]
         while start < end:
-            stop = next_word(text, start, end, classes)
-            key = _hash(text, start, stop)
-            slot = _memo_slot(memo, key, text, start, stop)
-            if memo.counts[slot] > 0:
-                for i in range(memo.firsts[slot], memo.firsts[slot] + memo.counts[slot]):
-                    out[size] = memo.ids[i]
-                    size += 1
-            elif stop - start > scratch.ids.size or stop == start:
-                outside[s], size = 1, ends[s]
+            stop, behind, number, run = _next_mark(text.bytes, start, end, runs, run, engine.marks)
+            size = _encode_plain(text, start, stop, engine, out, size)
+            if size < 0:
+                size, outside[s] = ends[s], 1
                 break
-            else:
-                size += _new_word(text, start, stop, byte_ids, pairs, memo, scratch, slot, key, out, size)
-            start = stop
+            if number >= 0:
+                out[size] = number
+                size += 1
+            start = behind
     ends[offsets.size - 1] = size
     return size
 
@@ -466,8 +722,10 @@ class _Refused(Exception):
 
 # %% ../../nbs/data/06_encoder.ipynb #a43e6975
 _PARTS = (
-    _class_at, _run, _letters, _spaces, next_word, _pair_slot, _push, _pop, _offer, _gather, _merge_word, _hash,
-    _memo_slot, _keep, _has_room, _new_word,
+    _class_at, _run, _letters, _spaces, next_word, _kind_at, _ascii_letters, _ascii_signs, _ascii_spaces, _ascii_word,
+    _pair_slot, _rank_of, _push, _pop, _offer, _gather, _merge_long, _first_pair, _set_rank, _merge_short, _merge_word,
+    _eight, _hash, _key, _same_long, _memo_slot, _keep, _recall, _has_room, _mark_at, _next_mark, _new_word,
+    _encode_plain,
 )
 
 # %% ../../nbs/data/06_encoder.ipynb #ddd9c3b3
@@ -493,6 +751,8 @@ def _compile(function: Callable) -> Callable:
 @functools.cache
 def _kernels() -> tuple[Callable, Callable, Callable]:
     """`_encode_segments`, `_fill_pairs` and `_begin_memo`, ready to be compiled at their first call."""
+    if sys.byteorder != "little":
+        raise _Refused("on this machine the first of eight bytes is the highest", "use the tier 'tokenizers'")
     register_jitable = _optional("numba.extending").register_jitable
     for part in _PARTS:
         register_jitable(_nrt=False, forceinline=True)(part)
@@ -502,6 +762,7 @@ def _kernels() -> tuple[Callable, Callable, Callable]:
 # ids int32 [N], offsets int64 [S+1], indices of the segments left out
 Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]
 Backend = Callable[[Sequence[str], Sequence[bytes]], Encoded]
+_NOWHERE = np.zeros((0, 2), np.int64)  # no run in which a special token may stand
 
 
 def _offsets(lengths: Iterable[int], count: int) -> np.ndarray:
@@ -514,19 +775,18 @@ def _offsets(lengths: Iterable[int], count: int) -> np.ndarray:
 def _new_pairs(merges: np.ndarray, fill: Callable) -> Pairs:
     """The hash table of the merges, at most half full."""
     slots = max(16, 1 << (2 * len(merges) - 1).bit_length())
-    pairs = Pairs(np.full(slots, _EMPTY), np.zeros(slots, np.int32), np.ascontiguousarray(merges[:, 2]))
-    fill(merges, pairs.keys, pairs.ranks)
+    pairs = Pairs(np.full((slots, 2), _EMPTY), np.ascontiguousarray(merges[:, 2]))
+    fill(merges, pairs)
     return pairs
 
 # %% ../../nbs/data/06_encoder.ipynb #dae75455
 def _new_memo(tables: Tables) -> Memo:
-    """An empty memo of at least 131 072 slots, at least eight for each entry of the vocabulary; 60 bytes a slot,
+    """An empty memo of at least 131 072 slots, at least eight for each entry of the vocabulary; 56 bytes a slot,
     all in all.
     """
     slots = max(1 << 17, 1 << (8 * len(tables.ids) - 1).bit_length())
-    numbers = (np.zeros(slots, np.int32) for _ in range(4))
-    text, ids = np.zeros(16 * slots + len(tables.text), np.uint8), np.zeros(4 * slots + len(tables.ids), np.int32)
-    return Memo(np.zeros(slots, np.uint64), *numbers, text, ids, np.zeros(3, np.int64))
+    text, ids = np.zeros(8 * slots + len(tables.text), np.uint8), np.zeros(4 * slots, np.int32)
+    return Memo(np.zeros((slots, 4), np.uint64), text, ids, np.zeros(3, np.int64))
 
 # %% ../../nbs/data/06_encoder.ipynb #3ce68e10
 def _new_scratch(longest: int) -> Scratch:
@@ -537,25 +797,24 @@ def _new_scratch(longest: int) -> Scratch:
 class _CompiledTables:
     """The compiled loops with their tables."""
 
-    def __init__(self, tables: Tables, whole_words: bool, longest: int = LONGEST_WORD):
+    def __init__(
+        self, tables: Tables, whole_words: bool, special_ids: Mapping[str, int], longest: int = LONGEST_WORD
+    ):
         """`whole_words`: a word that is an entry of the vocabulary becomes that entry, whatever the merges say."""
         self._encode, fill_pairs, self._begin_memo = _kernels()
-        self._tables, self._whole_words = tables, whole_words
         single = np.flatnonzero(np.diff(tables.offsets) == 1)
-        self._byte_ids = np.zeros(256, np.int32)
-        self._byte_ids[tables.text[tables.offsets[single]]] = tables.ids[single]
-        self._pairs, self._scratch = _new_pairs(tables.merges, fill_pairs), _new_scratch(longest)
-        self._memo = _new_memo(tables)
+        byte_ids = np.zeros(256, np.int32)
+        byte_ids[tables.text[tables.offsets[single]]] = tables.ids[single]
+        kept = tables.ids if whole_words else tables.ids[:0]
+        self._kept = _as_text([tables.text.tobytes()]), tables.offsets, kept
+        kinds, pairs = _byte_kinds(tables.classes), _new_pairs(tables.merges, fill_pairs)
+        self._memo, scratch, marks = _new_memo(tables), _new_scratch(longest), marks_of(special_ids)
+        self._engine = _Engine(tables.classes, kinds, byte_ids, pairs, self._memo, scratch, marks)
         self._begin()
 
     def _begin(self) -> None:
         """Empty the memo, but for the vocabulary where its entries are words."""
-        self._begin_memo(
-            self._memo,
-            self._tables.text,
-            self._tables.offsets,
-            self._tables.ids if self._whole_words else self._tables.ids[:0],
-        )
+        self._begin_memo(self._memo, *self._kept)
 
 # %% ../../nbs/data/06_encoder.ipynb #00de839e
 class _Compiled(_CompiledTables):
@@ -564,8 +823,8 @@ class _Compiled(_CompiledTables):
     Each compiled call holds Python's lock from begin to end, so threads may share it.
     """
 
-    def __call__(self, texts: Sequence[str], raw: Sequence[bytes]) -> Encoded:
-        """The ids of some texts."""
+    def __call__(self, texts: Sequence[str], raw: Sequence[bytes], runs: np.ndarray = _NOWHERE) -> Encoded:
+        """The ids of some texts; in `runs` (see `_encode_segments`) special tokens are recognised."""
         if not _has_room(self._memo, _KEPT_BYTES, _KEPT_BYTES):
             self._begin()
         offsets = _offsets(map(len, raw), len(raw))
@@ -574,11 +833,7 @@ class _Compiled(_CompiledTables):
             np.empty(len(raw) + 1, np.int64),
             np.empty(len(raw), np.uint8),
         )
-        text = np.frombuffer(b"".join(raw), np.uint8)
-        size = self._encode(
-            text, offsets, self._tables.classes, self._byte_ids, self._pairs, self._memo, self._scratch, out, ends,
-            outside,
-        )
+        size = self._encode(_as_text(raw), offsets, runs, self._engine, out, ends, outside)
         return out[:size].copy(), ends, np.flatnonzero(outside)
 
 # %% ../../nbs/data/06_encoder.ipynb #ccfff036
@@ -713,17 +968,19 @@ def _merges_follow_ids(tables: Tables) -> bool:
     )
 
 # %% ../../nbs/data/06_encoder.ipynb #ce35bff2
-def _backend(tier: str, tables: Tables, whole_words: bool) -> Backend:
-    """The backend of a fast tier, not yet tried; refused if it cannot be right."""
+def _backend(tier: str, tables: Tables, whole_words: bool, special_ids: Mapping[str, int]) -> Backend:
+    """The backend of a fast tier, neither checked nor tried."""
+    return _Compiled(tables, whole_words, special_ids) if tier == "numba" else _by_tiktoken(tables)
+
+# %% ../../nbs/data/06_encoder.ipynb #70c74d27
+def _check(tier: str, tables: Tables, whole_words: bool) -> None:
+    """Refuse a fast tier that cannot be right."""
     if wrong := wrong_in(tables):
         raise _Refused(wrong, "use the tier 'tokenizers'")
-    if tier == "numba":
-        return _Compiled(tables, whole_words)
-    if not whole_words or not _merges_follow_ids(tables):
+    if tier == "tiktoken" and not (whole_words and _merges_follow_ids(tables)):
         raise _Refused(
             "the merges are not those that tiktoken would make of the ids", "use the tier 'numba' or 'tokenizers'"
         )
-    return _by_tiktoken(tables)
 
 # %% ../../nbs/data/06_encoder.ipynb #91e34bff
 _NASTY = (
@@ -801,17 +1058,41 @@ def first_difference(
 ) -> str:
     """Where an encoder's ids differ from the reference, as a clause; empty if nowhere.
 
-    Each text is encoded twice, so that kept answers are tried too.
+    Each text is encoded twice, so that kept answers are tried too; where the encoder recognises special tokens, a
+    third time with special tokens before, behind and between them.
     """
-    expected = [encoder.tokenizer.encode(text, special=False) for text in texts]
-    for _ in range(2):
-        ids, offsets = encoder.encode(texts)
-        for i, text in enumerate(texts):
+    plain = functools.partial(encoder.tokenizer.encode, special=False)
+    trials = [(encoder.encode, plain, texts), (encoder.encode, plain, texts)]
+    if encoder.recognises:
+        special = list(encoder.tokenizer.special_ids)
+        marked = [f"{a}{mark}{b}{mark[:-1]}" for mark, (a, b) in zip(special, itertools.pairwise(texts))]
+        trials.append((encoder.encode_trusted, functools.partial(encoder.tokenizer.encode, special=True), marked))
+    for encode, reference, given in trials:
+        (ids, offsets), expected = encode(given), list(map(reference, given))
+        for i, text in enumerate(given):
             if ids[offsets[i] : offsets[i + 1]].tolist() != expected[i]:
                 return f"it gives other ids than the package tokenizers for {text[:40]!r}"
     return ""
 
 # %% ../../nbs/data/06_encoder.ipynb #0715db1e
+def _put_in(
+    ids: np.ndarray, offsets: np.ndarray, outside: Sequence[int], left: Sequence[Sequence[int]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and offsets with those of the segments that were left out."""
+    lengths, parts, done = np.diff(offsets), [], 0
+    for i, more in zip(outside, left):
+        parts += [ids[done : offsets[i]], np.array(more, ids.dtype)]
+        done, lengths[i] = offsets[i], len(more)
+    return np.concatenate([*parts, ids[done:]]), _offsets(lengths, len(lengths))
+
+# %% ../../nbs/data/06_encoder.ipynb #d1cc2d66
+def _pieces_of(raw: bytes, start: int, runs: np.ndarray) -> list[tuple[str, bool]]:
+    """A segment, whose first byte is number `start` of all, as pieces: text, and whether it lies in a run."""
+    inside = np.clip(runs[(runs[:, 1] > start) & (runs[:, 0] < start + len(raw))] - start, 0, len(raw))
+    borders = [0, *inside.ravel().tolist(), len(raw)]
+    return [(raw[a:b].decode(), k % 2 == 1) for k, (a, b) in enumerate(itertools.pairwise(borders)) if a < b]
+
+# %% ../../nbs/data/06_encoder.ipynb #5ce9904d
 class _Segments:
     """Texts to ids by a backend, and by the reference where the backend gives up."""
 
@@ -823,7 +1104,7 @@ class _Segments:
         self.tier = tier  # "numba", "tiktoken" or "tokenizers"
         self.note = note  # why this tier
         self.left_over = 0  # segments so far that were outside the tier's domain and went to the package tokenizers
-        self._backend, self._reference, self._cache_dir = backend, _by_tokenizers(tokenizer), cache_dir
+        self._backend, self._cache_dir = backend, cache_dir
 
     def encode(
         self,
@@ -833,24 +1114,38 @@ class _Segments:
 
         A text with a lone surrogate, which is no Unicode, is a UserError.
         """
-        ids, offsets, outside = self._backend(texts, [_utf8(text, i) for i, text in enumerate(texts)])
-        return (ids, offsets) if len(outside) == 0 else self._completed(texts, ids, offsets, outside)
-
-    def _completed(
-        self, texts: Sequence[str], ids: np.ndarray, offsets: np.ndarray, outside: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The same with the segments that were left out, put in by the reference."""
+        ids, offsets, outside = self._backend(texts, _utf8(texts))
+        if len(outside) == 0:
+            return ids, offsets
         self.left_over += len(outside)
-        left, begins, _ = self._reference([texts[i] for i in outside], [])
-        lengths, parts, done = np.diff(offsets), [], 0
-        for k, i in enumerate(outside):
-            parts += [ids[done : offsets[i]], left[begins[k] : begins[k + 1]]]
-            done, lengths[i] = offsets[i], begins[k + 1] - begins[k]
-        return np.concatenate([*parts, ids[done:]]), _offsets(lengths, len(lengths))
+        return _put_in(ids, offsets, outside, [self.tokenizer.encode(texts[i], special=False) for i in outside])
+
+    @property
+    def recognises(self) -> bool:
+        """Can this tier find special tokens itself, as `encode_trusted` asks?"""
+        return isinstance(self._backend, _Compiled)
 
 # %% ../../nbs/data/06_encoder.ipynb #5391297a
 class SegmentEncoder(_Segments):
     """Texts to ids, many at once: exactly `tokenizer.encode(text, special=False)` of each. Made by `make_encoder`."""
+
+    def encode_trusted(
+        self,
+        texts: Sequence[str],
+        runs: np.ndarray | None = None,  # int64 [R, 2] stretches of the bytes of all texts, in order; None: all of them
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `encode`, but special tokens that are spelt out in a run become special tokens: `encode_pieces` of each
+        text. Only for tiers that are able to (`recognises`).
+        """
+        raw = _utf8(texts)
+        offsets = _offsets(map(len, raw), len(raw))
+        runs = np.array([[0, offsets[-1]]]) if runs is None else runs
+        ids, ends, outside = self._backend(texts, raw, runs)
+        if len(outside) == 0:
+            return ids, ends
+        self.left_over += len(outside)
+        pieces = (_pieces_of(raw[i], offsets[i], runs) for i in outside)
+        return _put_in(ids, ends, outside, list(map(self.tokenizer.encode_pieces, pieces)))
 
     def __reduce__(self) -> tuple[Callable, tuple[Any, ...], dict[str, str]]:
         """Made again, and tried again, where it is unpickled."""
@@ -860,14 +1155,15 @@ class SegmentEncoder(_Segments):
         return f"SegmentEncoder of {self.tokenizer.name!r} by {self.tier}: {self.note}"
 
 # %% ../../nbs/data/06_encoder.ipynb #b088d2ea
-def _utf8(text: str, i: int) -> bytes:
-    """The bytes of a text."""
+def _utf8(texts: Sequence[str]) -> list[bytes]:
+    """The bytes of some texts."""
     try:
-        return text.encode()
+        return [text.encode() for text in texts]
     except UnicodeEncodeError as error:
+        number = next(i for i, text in enumerate(texts) if text == error.object)
         raise UserError(
-            f"a lone surrogate, U+{ord(text[error.start]):04X}",
-            where=f"text {i}, character {error.start}",
+            f"a lone surrogate, U+{ord(error.object[error.start]):04X}",
+            where=f"text {number}, character {error.start}",
             why="it is half a character, and has no bytes in UTF-8",
             fix="repair or drop the record that holds it",
         ) from error
@@ -918,23 +1214,63 @@ def _tables(tokenizer: ChatTokenizer, cache_dir: str | os.PathLike | None) -> tu
         said += f", and not cached ({error.strerror})"
     return tables, said
 
+# %% ../../nbs/data/06_encoder.ipynb #58eb5d3a
+def _machine(tier: str) -> list[str]:
+    """What decides the machine code of a tier: package, its version, and the processor."""
+    package = _optional(tier)
+    if tier != "numba":
+        return [tier, package.__version__]
+    binding = _optional("llvmlite.binding")
+    return [tier, package.__version__, binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()]
+
+# %% ../../nbs/data/06_encoder.ipynb #90505826
+def _proof(tokenizer: ChatTokenizer, tier: str, cache_dir: str | os.PathLike | None) -> Path | None:
+    """Where a passed trial is kept; None where nothing is kept, or where the tables are not."""
+    path = _tables_path(tokenizer, cache_dir) if cache_dir is not None else None
+    if path is None or not path.exists():
+        return None
+    with open(path, "rb") as file:
+        tables = file.read(64).decode(errors="replace")
+    code = file_digest(Path(str(importlib.resources.files("nemotron_nb"))) / "data" / "encoder.py")
+    source = digest(tokenizer.source, 64)  # of all of it: `tokenizer.digest` does not say whether merges are ignored
+    name = digest([tables, source, tokenizers.__version__, np.__version__, code, *_machine(tier)])
+    return path.with_name(f"trial-{name}.json")
+
+# %% ../../nbs/data/06_encoder.ipynb #b36d6043
+def _read_proof(path: Path | None) -> dict[str, Any] | None:
+    """What a passed trial left: whether whole words go before merges. None: there was none."""
+    try:
+        kept = json.loads(path.read_bytes()) if path else None
+    except (OSError, ValueError):
+        return None
+    return kept if isinstance(kept, dict) and isinstance(kept.get("whole_words"), bool) else None
+
+
+def _write_proof(path: Path | None, whole_words: bool) -> None:
+    """Keep a passed trial, if there is a place for it."""
+    try:
+        if path:
+            write_json(path, {"whole_words": whole_words})
+    except OSError:  # then it is held again the next time
+        pass
+
 # %% ../../nbs/data/06_encoder.ipynb #78a4f3a8
 TIERS = ("numba", "tiktoken", "tokenizers")
 # below this, "auto" stays with the package tokenizers: getting ready would take longer than the work
 AUTO_BYTES = 16 << 20
 
 # %% ../../nbs/data/06_encoder.ipynb #4158f793
-def _proven(tokenizer: ChatTokenizer, tier: str, cache_dir: str | os.PathLike | None) -> SegmentEncoder:
-    """An encoder of a fast tier that has passed the trial."""
+def _tried(
+    tokenizer: ChatTokenizer, tier: str, tables: Tables, cache_dir: str | os.PathLike | None, note: str
+) -> SegmentEncoder:
+    """An encoder of a fast tier that passes the trial now."""
     if unknown := unknown_in(tokenizer):
         raise _Refused(unknown, "use the tier 'tokenizers'")
-    _optional(tier)
-    tables, said = _tables(tokenizer, cache_dir)
-    note = f"same ids as the package tokenizers on all trial texts{said}"
     try:
-        encoder = SegmentEncoder(
-            tokenizer, tier, note, _backend(tier, tables, tokenizer.plain.model.ignore_merges), cache_dir
-        )
+        whole_words = tokenizer.plain.model.ignore_merges
+        _check(tier, tables, whole_words)
+        backend = _backend(tier, tables, whole_words, tokenizer.special_ids)
+        encoder = SegmentEncoder(tokenizer, tier, note, backend, cache_dir)
         difference = first_difference(encoder, trial_texts(tables))
     except _Refused:
         raise
@@ -943,6 +1279,21 @@ def _proven(tokenizer: ChatTokenizer, tier: str, cache_dir: str | os.PathLike | 
     if difference:
         raise _Refused(difference, "use the tier 'tokenizers', and report this text")
     encoder.left_over = 0
+    return encoder
+
+# %% ../../nbs/data/06_encoder.ipynb #7b30be01
+def _proven(tokenizer: ChatTokenizer, tier: str, cache_dir: str | os.PathLike | None) -> SegmentEncoder:
+    """An encoder of a fast tier that has passed the trial, now or before."""
+    _optional(tier)
+    if cache_dir is None and (unknown := unknown_in(tokenizer)):  # before tables are derived in vain
+        raise _Refused(unknown, "use the tier 'tokenizers'")
+    tables, said = _tables(tokenizer, cache_dir)
+    note, proof = f"same ids as the package tokenizers on all trial texts{said}", _proof(tokenizer, tier, cache_dir)
+    if (kept := _read_proof(proof)) is not None:
+        backend = _backend(tier, tables, kept["whole_words"], tokenizer.special_ids)
+        return SegmentEncoder(tokenizer, tier, f"{note}; tried before on this machine", backend, cache_dir)
+    encoder = _tried(tokenizer, tier, tables, cache_dir, note)
+    _write_proof(proof, tokenizer.plain.model.ignore_merges)
     return encoder
 
 # %% ../../nbs/data/06_encoder.ipynb #f4920076

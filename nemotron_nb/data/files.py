@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILE_REJECTS', 'MAX_DEPTH', 'UNIT_BYTES', 'MAX_LINE_BYTES', 'MAX_BLANK_LINES', 'Reason', 'Reject', 'BadJson',
-           'parse_json', 'Unit', 'file_format', 'open_chats', 'holds_nothing', 'units', 'read_unit']
+           'deeper_than', 'parse_json', 'Unit', 'file_format', 'open_chats', 'holds_nothing', 'units', 'read_unit']
 
 # %% ../../nbs/data/01_files.ipynb #26f9aec1
 import codecs
@@ -117,12 +117,12 @@ def _no_number(text: str) -> Any:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_number, parse_constant=_no_number)
 
 # %% ../../nbs/data/01_files.ipynb #2ead81ee
-def _deeper_than(value: Any, levels: int) -> bool:
+def deeper_than(value: Any, levels: int) -> bool:
     """Does a value hold more than `levels` objects and lists inside each other?"""
     if not isinstance(value, (dict, list)):
         return False
     inner = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(_deeper_than(v, levels - 1) for v in inner)
+    return levels == 0 or any(deeper_than(v, levels - 1) for v in inner)
 
 # %% ../../nbs/data/01_files.ipynb #cfb433bf
 def _decoded(text: str) -> Any:
@@ -147,7 +147,7 @@ def parse_json(
     except UnicodeDecodeError as e:
         raise BadJson("not_utf8", f"byte {e.start} of the line is not UTF-8") from None
     value = _decoded(text)
-    if text.count("{") + text.count("[") > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
+    if text.count("{") + text.count("[") > MAX_DEPTH and deeper_than(value, MAX_DEPTH):
         raise BadJson("too_deep", f"more than {MAX_DEPTH} levels")
     if "\\ud" in text or "\\uD" in text:
         _check_unicode(value)

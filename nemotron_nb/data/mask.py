@@ -648,6 +648,78 @@ def _laid_out(source: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple
     slices = [source[a:b] for a, b in zip(starts.tolist(), ends.tolist())]
     return (np.concatenate(slices) if slices else source[:0]), offsets
 
+# %% ../../nbs/data/08_mask.ipynb #ff1b509d
+_Chunks = Mapping[int, tuple[Piece, ...]]  # the pieces of chunks, by the id of each chunk
+# the number of each chunk, by the same id; int32 ids of the numbered chunks end to end; int64, where each begins
+_Numbered = tuple[dict[int, int], np.ndarray, np.ndarray]
+
+# %% ../../nbs/data/08_mask.ipynb #4991974a
+def _from_atoms(atoms: np.ndarray, ids: np.ndarray, offsets: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(ids of all atoms end to end, where each begins); there are `count` ids that a special token may have."""
+    # Special tokens stand behind the segments in one list: id k is its entry len(ids) + k.
+    words = np.concatenate([np.asarray(ids, np.int32), np.arange(count, dtype=np.int32)])
+    special, offsets = atoms < 0, np.asarray(offsets, np.int64)
+    starts, ends = (
+        np.where(special, len(ids) - 1 - atoms + i, offsets[np.where(special, 0, atoms + i)]) for i in (0, 1)
+    )
+    return _laid_out(words, starts, ends)
+
+# %% ../../nbs/data/08_mask.ipynb #80e6d2a4
+def _by_segments(
+    chunks: _Chunks, tokenizer: ChatTokenizer, encoder: SegmentEncoder | None, allow_special_in_text: bool
+) -> _Numbered:
+    """Chunks by way of their distinct segments, for any encoder of plain text."""
+    pool = _Pool(tokenizer, allow_special_in_text)
+    numbers = {key: pool.add(pieces) for key, pieces in chunks.items()}
+    encoded = (encoder or _BatchEncoder(tokenizer)).encode(list(pool.segments))
+    flat, offsets = _from_atoms(np.array(pool.atoms, np.int64), *encoded, max(tokenizer.special_ids.values()) + 1)
+    return numbers, flat, offsets[np.array(pool.ends)]
+
+# %% ../../nbs/data/08_mask.ipynb #40ed4d08
+class _Stretches:
+    """Texts end to end, and the stretches of their bytes that the format wrote."""
+
+    def __init__(self) -> None:
+        self.borders: list[int] = []  # begin and end of each stretch
+        self._size = 0  # bytes of all texts so far
+
+    def measure(self, pieces: tuple[Piece, ...]) -> None:
+        """Note where the format speaks in one more text. Stretches that touch are one, as a token may lie in two."""
+        for text, by_format in pieces:
+            begin = self._size
+            self._size += len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
+            if by_format and self.borders[-1:] == [begin]:
+                self.borders[-1] = self._size
+            elif by_format:
+                self.borders += [begin, self._size]
+
+# %% ../../nbs/data/08_mask.ipynb #aa22014b
+class _Runs(_Stretches):
+    """The distinct chunks of some drafts as texts, with their stretches."""
+
+    def __init__(self, allow_special_in_text: bool):
+        super().__init__()
+        self._allow = allow_special_in_text
+        self._numbers: dict[tuple[Piece, ...], int] = {}
+        self.texts: list[str] = []
+
+    def add(self, pieces: tuple[Piece, ...]) -> int:
+        """The number of a chunk."""
+        number = self._numbers.setdefault(pieces, len(self._numbers))
+        if number == len(self.texts):
+            self.texts.append("".join([text for text, _ in pieces]))
+            if not self._allow:
+                self.measure(pieces)
+        return number
+
+# %% ../../nbs/data/08_mask.ipynb #03af07e0
+def _by_runs(chunks: _Chunks, encoder: Any, allow_special_in_text: bool) -> _Numbered:
+    """Chunks as whole texts, for an encoder that recognises special tokens."""
+    runs = _Runs(allow_special_in_text)
+    numbers = {key: runs.add(pieces) for key, pieces in chunks.items()}
+    borders = None if allow_special_in_text else np.array(runs.borders, np.int64).reshape(-1, 2)
+    return numbers, *encoder.encode_trusted(runs.texts, borders)
+
 # %% ../../nbs/data/08_mask.ipynb #422449b6
 def encode_drafts(
     drafts: Sequence[Draft],
@@ -657,23 +729,13 @@ def encode_drafts(
     allow_special_in_text: bool = False,  # let special tokens spelt out in messages become tokens
 ) -> Encoded:
     """Drafts as ids and masks, the same as `encode_chunks` gives one by one. Each distinct segment is encoded once."""
-    pool = _Pool(tokenizer, allow_special_in_text)
-    numbers = {id(c): c for d in drafts for c in d.chunks}
-    numbers = {key: pool.add(c.pieces) for key, c in numbers.items()}
-    ids, offsets = (encoder or _BatchEncoder(tokenizer)).encode(list(pool.segments))
-    # Special tokens stand behind the segments in one list: id k is its entry len(ids) + k.
-    words = np.concatenate(
-        [np.asarray(ids, np.int32), np.arange(max(tokenizer.special_ids.values()) + 1, dtype=np.int32)]
-    )
-    atoms = np.array(pool.atoms, np.int64)
-    special, offsets = atoms < 0, np.asarray(offsets, np.int64)
-    starts, ends = (
-        np.where(special, len(ids) - 1 - atoms + i, offsets[np.where(special, 0, atoms + i)]) for i in (0, 1)
-    )
-    flat, atom_offsets = _laid_out(words, starts, ends)
-    chunk_offsets = atom_offsets[np.array(pool.ends)]
+    distinct = {id(c): c.pieces for d in drafts for c in d.chunks}
+    if getattr(encoder, "recognises", False):
+        numbers, flat, ends = _by_runs(distinct, encoder, allow_special_in_text)
+    else:
+        numbers, flat, ends = _by_segments(distinct, tokenizer, encoder, allow_special_in_text)
     picked = np.array([numbers[id(c)] for d in drafts for c in d.chunks], np.int64)
-    input_ids, chunk_starts = _laid_out(flat, chunk_offsets[picked], chunk_offsets[picked + 1])
+    input_ids, chunk_starts = _laid_out(flat, ends[picked], ends[picked + 1])
     trained = np.fromiter(itertools.chain.from_iterable(d.trained for d in drafts), np.uint8, len(picked))
     loss_mask = np.repeat(trained, np.diff(chunk_starts))
     return Encoded(input_ids, loss_mask, chunk_starts[np.cumsum([0, *(len(d.chunks) for d in drafts)])])

@@ -33,7 +33,7 @@ class Chunk(NamedTuple):
     @property
     def text(self) -> str:
         """The characters of the chunk."""
-        return "".join(text for text, _ in self.pieces)
+        return "".join([text for text, _ in self.pieces])
 
 # %% ../../nbs/data/07_template.ipynb #04845f87
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"

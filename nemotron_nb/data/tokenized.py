@@ -315,7 +315,7 @@ def _drafts(chat: Chat, settings: RowSettings, tools: "_Tools", record: UnitReco
 
 # %% ../../nbs/data/20_tokenized.ipynb #78faeb47
 def _as_nvidia(
-    value: Any, line: int, unit: Unit, settings: RowSettings, special: SpecialTokens, record: UnitRecord
+    value: Any, line: int, unit: Unit, settings: RowSettings, special: SpecialTokens | None, record: UnitRecord
 ) -> list[Draft]:
     """What NVIDIA's preparation makes of a row."""
     names = {n: getattr(settings, n) for n in ("messages_field", "tools_field", "used_in_filter", "used_in_field")}
@@ -354,7 +354,7 @@ class _Tools:
     tokenizer: ChatTokenizer
     template: Template
     encoder: SegmentEncoder
-    special: SpecialTokens
+    special: SpecialTokens | None  # None: the encoder recognises them itself
 
 # %% ../../nbs/data/20_tokenized.ipynb #c1de5d4f
 @functools.lru_cache(maxsize=2)
@@ -364,12 +364,9 @@ def _tools(tokenizer: str, template: str, version: str, tier: str, num_bytes: in
     `version` keeps an edited file from meeting an old copy of it.
     """
     loaded = load_tokenizer(tokenizer)
-    return _Tools(
-        loaded,
-        chat_template(template, tokenizer),
-        make_encoder(loaded, tier, num_bytes, tables),
-        SpecialTokens(loaded.special_ids),
-    )
+    encoder = make_encoder(loaded, tier, num_bytes, tables)
+    special = None if encoder.recognises else SpecialTokens(loaded.special_ids)
+    return _Tools(loaded, chat_template(template, tokenizer), encoder, special)
 
 # %% ../../nbs/data/20_tokenized.ipynb #cdf0dc5d
 def _tools_of(task: Task) -> _Tools:

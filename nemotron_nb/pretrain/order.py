@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['EXTRA', 'SEPARATE_BELOW', 'SURPLUS', 'count_epochs', 'walk_samples', 'SampleOrder', 'draw_order', 'order_picture',
-           'deal_samples', 'BlendOrder', 'normalise', 'draw_blend', 'Sample', 'read_sample', 'blend_sizes', 'Mixture',
-           'count_passes', 'SampleBatch', 'read_batch']
+           'deal_samples', 'BlendOrder', 'normalise', 'draw_blend', 'order_bytes', 'blend_bytes', 'Sample',
+           'read_sample', 'blend_sizes', 'Mixture', 'count_passes', 'SampleBatch', 'read_batch']
 
 # %% ../../nbs/pretrain/06_order.ipynb #5bec3b3a
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ class SampleOrder:
 
 # %% ../../nbs/pretrain/06_order.ipynb #e303d59a
 SEPARATE_BELOW = 0.80  # share of the last pass that must be needed to mix it with the others
+_MOST_BY_FOUR = np.iinfo(np.uint32).max - 1  # samples from which on their numbers take eight bytes; so in Megatron
 
 
 def _needs_own_pass(tokens: int, num_samples: int | None, sequence_length: int, epochs: int) -> tuple[bool, int]:
@@ -93,10 +95,25 @@ def _needs_own_pass(tokens: int, num_samples: int | None, sequence_length: int, 
     return num_samples - before < int(SEPARATE_BELOW * ((tokens - EXTRA) // sequence_length)), before
 
 
-def _shuffled(values: np.ndarray, state: np.random.RandomState) -> np.ndarray:
-    """The values in a random order; the array itself is shuffled."""
-    state.shuffle(values)
+def _shuffle_between(values: np.ndarray, borders: Sequence[int], state: np.random.RandomState) -> np.ndarray:
+    """The array itself, each of its stretches between two borders shuffled by itself, one after the other."""
+    for start, end in itertools.pairwise(borders):
+        state.shuffle(values[start:end])
     return values
+
+
+_PIECE = 1 << 20  # documents whose ends are counted at a time
+
+
+def _ends(lengths: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """int64 [N]: tokens up to the end of each document, in the order in which they are laid."""
+    ends, before = np.empty(len(documents), np.int64), 0
+    for first in range(0, len(documents), _PIECE):
+        piece = ends[first : first + _PIECE]
+        np.cumsum(lengths[documents[first : first + _PIECE]], out=piece)
+        piece += before
+        before = piece[-1]
+    return ends
 
 # %% ../../nbs/pretrain/06_order.ipynb #9cd1da42
 def draw_order(
@@ -115,13 +132,12 @@ def draw_order(
         what = f"has {tokens:,} tokens, and one sample needs {sequence_length + EXTRA:,}"
         raise UserError(what, where=where, why="the split would be empty", fix="give more text, or shorter samples")
     apart, before = _needs_own_pass(tokens, num_samples, sequence_length, epochs)
-    state, numbers = np.random.RandomState(seed), np.arange(len(lengths), dtype=np.int32)
-    passes = (epochs - 1, 1) if apart else (epochs,)
-    documents = np.concatenate([_shuffled(np.tile(numbers, n), state) for n in passes])
-    kind = np.int64 if count >= np.iinfo(np.uint32).max - 1 else np.uint32
-    borders = (0, before, count) if apart else (0, count)
-    shuffle = np.concatenate([_shuffled(np.arange(a, b, dtype=kind), state) for a, b in zip(borders, borders[1:])])
-    return SampleOrder(documents, np.cumsum(lengths[documents], dtype=np.int64), shuffle, epochs, sequence_length)
+    state, laid = np.random.RandomState(seed), epochs * len(lengths)
+    documents = np.tile(np.arange(len(lengths), dtype=np.int32), epochs)
+    _shuffle_between(documents, (0, laid - len(lengths), laid) if apart else (0, laid), state)
+    kind = np.int64 if count >= _MOST_BY_FOUR else np.uint32
+    shuffle = _shuffle_between(np.arange(count, dtype=kind), (0, before, count) if apart else (0, count), state)
+    return SampleOrder(documents, _ends(lengths, documents), shuffle, epochs, sequence_length)
 
 # %% ../../nbs/pretrain/06_order.ipynb #a4b5d484
 def _check_length(sequence_length: int, num_samples: int | None, where: str) -> None:
@@ -161,15 +177,15 @@ def deal_samples(weights: Sequence[float], size: int) -> np.ndarray:
     return which
 
 
-def _deal_into(which: np.ndarray, weights: np.ndarray, given: np.ndarray) -> None:
-    """`deal_samples`, in the form that numba compiles."""
+def _deal_into(which: np.ndarray, within: np.ndarray, weights: np.ndarray, given: np.ndarray) -> None:
+    """`deal_samples` and `_count_within`, in the form that numba compiles."""
     for i in range(len(which)):
         dataset, most = 0, weights[0] * max(float(i), 1.0) - given[0]
         for d in range(1, len(weights)):
             behind = weights[d] * max(float(i), 1.0) - given[d]
             if behind > most:
                 dataset, most = d, behind
-        which[i] = dataset
+        which[i], within[i] = dataset, given[dataset]
         given[dataset] += 1
 
 
@@ -177,7 +193,7 @@ _COMPILE_FROM = 1 << 20  # comparisons; below, compiling takes longer than the l
 
 # %% ../../nbs/pretrain/06_order.ipynb #1bb80ce9
 @cache
-def _compiled() -> Callable[[np.ndarray, np.ndarray, np.ndarray], None] | None:
+def _compiled() -> Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], None] | None:
     """The compiled loop; None where numba is not installed."""
     try:
         from numba import njit
@@ -215,12 +231,12 @@ def draw_blend(
     shares = normalise(normalise(weights))  # twice, as Megatron does: it moves the last bit
     assert len(shares) < 32_767, "datasets are numbered with 16 bits"
     compiled = _compiled() if size * len(shares) >= _COMPILE_FROM else None
-    if compiled:
-        which = np.zeros(size, np.int16)
-        compiled(which, shares, np.zeros(len(shares), np.int64))
-    else:
+    if not compiled:
         which = deal_samples(shares.tolist(), size)
-    return BlendOrder(which, _count_within(which, len(shares)))
+        return BlendOrder(which, _count_within(which, len(shares)))
+    which, within = np.zeros(size, np.int16), np.zeros(size, np.int64)
+    compiled(which, within, shares, np.zeros(len(shares), np.int64))
+    return BlendOrder(which, within)
 
 # %% ../../nbs/pretrain/06_order.ipynb #ccfd17e6
 def _count_within(which: np.ndarray, datasets: int) -> np.ndarray:
@@ -230,6 +246,22 @@ def _count_within(which: np.ndarray, datasets: int) -> np.ndarray:
     within = np.empty(len(which), np.int64)
     within[order] = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
     return within
+
+# %% ../../nbs/pretrain/06_order.ipynb #c74d5802
+def order_bytes(
+    documents: int,  # of the dataset
+    samples: int,  # that are laid out, as `draw_order` rounds them up
+    epochs: int = 1,
+) -> int:
+    """Memory that the `SampleOrder` of one dataset takes, and that it takes to draw it."""
+    return documents * epochs * (4 + 8) + samples * (8 if samples >= _MOST_BY_FOUR else 4)
+
+
+def blend_bytes(
+    samples: int,  # of the blend
+) -> int:
+    """Memory that a `BlendOrder` takes, and, where numba is installed, that it takes to draw it."""
+    return samples * (2 + 8)
 
 # %% ../../nbs/pretrain/06_order.ipynb #7d0bfc5f
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ import functools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ import numpy as np
 from .. import __version__
 from ..core import UserError, digest, hub_file, nearest, new_folder, write_json
 from ..data.encoder import AUTO_BYTES, SegmentEncoder, make_encoder, table_folder
-from ..data.files import BadJson, Reject, Unit
+from ..data.files import MAX_DEPTH, BadJson, Reject, Unit, deeper_than
 from ..data.tokenized import Progress, code_digest, in_processes
 from ..data.tokenizer import BUILT_IN, ChatTokenizer, load_tokenizer
 from .indexed import IndexedReader, IndexedWriter, dtype_named
@@ -106,6 +106,8 @@ def encode_recognising(
     encoder: SegmentEncoder,
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `encoder.encode`, but special tokens that a text spells become special tokens, as in `transformers`."""
+    if encoder.recognises:
+        return encoder.encode_trusted(texts)
     pieces = [tokenizer.special_pattern.split(text) for text in texts]
     ids, offsets = encoder.encode([plain for parts in pieces for plain in parts[::2]])
     if all(len(parts) == 1 for parts in pieces):
@@ -230,13 +232,36 @@ def _tools(section: DocumentTokenizer, version: str, tier: str, large: bool) -> 
     bos = tokenizer.special_ids["<s>"] if section.add_bos else None
     return _Tools(tokenizer, make_encoder(tokenizer, tier, AUTO_BYTES * large, table_folder()), bos, eos)
 
-# %% ../../nbs/pretrain/04_tokens.ipynb #a15fcf3a
+# %% ../../nbs/pretrain/04_tokens.ipynb #274e9c10
 def _loosely(data: bytes) -> Any:
-    """A row as Python's own parser takes it: so does NVIDIA's preparation."""
+    """A row as Python's own parser takes it."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise BadJson("not_json", str(error)) from None
+
+# %% ../../nbs/pretrain/04_tokens.ipynb #a15fcf3a
+def _python_rows(
+    field: str,  # that holds the text
+) -> Callable[[bytes], Any]:
+    """What makes a value of a line as Python's own parser does, since NVIDIA's preparation uses it. `orjson` is quicker
+    and has the last word only where the two cannot differ: a field of text, nothing nested so deeply that Python stops.
+    """
+    try:
+        from orjson import loads
+    except ImportError:
+        return _loosely
+
+    def parse(data: bytes) -> Any:
+        """The value of one line; `BadJson` if Python refuses it."""
+        try:
+            value = loads(data)
+        except ValueError:
+            return _loosely(data)
+        sure = type(value) is dict and type(value.get(field)) is str and not deeper_than(value, MAX_DEPTH)
+        return value if sure else _loosely(data)
+
+    return parse
 
 # %% ../../nbs/pretrain/04_tokens.ipynb #f4994747
 def _as_nvidia(task: DocumentTask, line: int, found: str | Reject) -> str | Reject:
@@ -260,7 +285,7 @@ class _Row:
 def _admitted(task: DocumentTask, book: DocumentBook) -> Iterator[_Row]:
     """The rows that become documents; the others go into the book."""
     settings, nvidia = task.settings, task.settings.compat == "nvidia"
-    parse = _loosely if nvidia else None
+    parse = _python_rows(settings.text_field) if nvidia else None
     for line, found in read_texts(task.unit, settings.text_field, parse=parse, anything=nvidia):
         if settings.max_rows and book.rows == settings.max_rows:
             return
@@ -307,6 +332,11 @@ def _encode(
         book.cut_tokens += lost
     return ids, lengths
 
+# %% ../../nbs/pretrain/04_tokens.ipynb #cb07d7f9
+def _utf8_size(text: str) -> int:
+    """Bytes of a text in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
+
 # %% ../../nbs/pretrain/04_tokens.ipynb #11e9e190
 def _tokenize(task: DocumentTask, tools: _Tools, folder: Path, book: DocumentBook) -> None:
     """Write the documents of a unit and its tables."""
@@ -318,7 +348,7 @@ def _tokenize(task: DocumentTask, tools: _Tools, folder: Path, book: DocumentBoo
             kept = lengths > 0  # an empty text without an end token is nothing
             writer.add(ids, lengths[kept])
             numbers.append(np.array([row.number for row in batch], np.int64)[kept])
-            sizes.append(np.array([len(row.text.encode()) for row in batch], np.int64)[kept])
+            sizes.append(np.array([_utf8_size(row.text) for row in batch], np.int64)[kept])
         whole = [np.concatenate([np.zeros(0, np.int64), *parts]) for parts in (numbers, sizes)]
         np.save(folder / "rows.npy", whole[0])
         np.save(folder / "text_bytes.npy", whole[1])
