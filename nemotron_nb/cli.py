@@ -6,7 +6,7 @@
 __all__ = ['app', 'Config', 'Overrides', 'Run', 'Batch', 'DryRun', 'All', 'AsJson', 'Planned', 'GpuKind', 'Price', 'Utilisation',
            'Exact', 'Name', 'Project', 'Entity', 'OPTIONS', 'Groups', 'GROUPS', 'IMPORTS', 'RECIPE', 'RECIPES',
            'FAMILIES', 'Artifacts', 'rl_app', 'Switched', 'data_prep', 'data_prep_pretrain', 'sft', 'pretrain',
-           'evaluation', 'rl', 'budget', 'import_artifact', 'Option', 'importable', 'report', 'runs', 'artifacts',
+           'evaluation', 'budget', 'rl', 'import_artifact', 'Option', 'importable', 'report', 'runs', 'artifacts',
            'lineage', 'compare', 'inspect', 'clean_data', 'rl_judge', 'rl_profile', 'chat', 'serve', 'main']
 
 # %% ../nbs/90_cli.ipynb #bcdf1490
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from nemotron_nb.ops.profiles import Profile
     from nemotron_nb.stages.sft import Show
 
-# %% ../nbs/90_cli.ipynb #ab9c6cc1
+# %% ../nbs/90_cli.ipynb #dc503f60
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -52,35 +52,96 @@ def _say_version(asked: bool) -> None:
         print(f"nemotron_nb {nemotron_nb.__version__}, Python {sys.version.split()[0]}")
         raise typer.Exit()
 
+# %% ../nbs/90_cli.ipynb #d76b3e16
+def _option(kind: Any, *names: str, **about: Any) -> Any:
+    """A type with what typer should know."""
+    return Annotated[kind, typer.Option(*names, **about)]
+
+
+_VERSION = _option(bool, "--version", callback=_say_version, is_eager=True, help="Print the version and leave.")
+
 
 @app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and leave.")] = False,
-) -> None:
+def _options(version: _VERSION = False) -> None:
     """Train NVIDIA Nemotron 3 on text and chats: prepare data, train, look at the result."""
 
+# %% ../nbs/90_cli.ipynb #1cdd1fc4
+Config = Annotated[
+    list[str],
+    typer.Option(
+        "--config",
+        "-c",
+        metavar="NAME|FILE",
+        help="A configuration's name, such as tiny, or a path to a YAML file. Given several times, they are layers in "
+        "their order.",
+        show_default="default",
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the files, e.g. optimizer.lr=1e-4"),
+]
 
-Config = Annotated[list[str], typer.Option("--config", "-c", metavar="NAME|FILE", help="A configuration's name, such as tiny, or a path to a YAML file. Given several times, they are layers in their order.", show_default="default")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the files, e.g. optimizer.lr=1e-4")]
-Run = Annotated[str, typer.Option("--run", "-r", metavar="PROFILE", help="Attached: submit with a profile of env.toml, follow the log, end with the job's exit code.")]
-Batch = Annotated[str, typer.Option("--batch", "-b", metavar="PROFILE", help="Detached: submit with a profile of env.toml, and leave.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", "-d", help="Show the settings that differ from the recipe, where each comes from, and the job script; run nothing.")]
+# %% ../nbs/90_cli.ipynb #33113943
+Run = Annotated[
+    str,
+    typer.Option(
+        "--run",
+        "-r",
+        metavar="PROFILE",
+        help="Attached: submit with a profile of env.toml, follow the log, end with the job's exit code.",
+    ),
+]
+Batch = Annotated[
+    str,
+    typer.Option("--batch", "-b", metavar="PROFILE", help="Detached: submit with a profile of env.toml, and leave."),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        "-d",
+        help="Show the settings that differ from the recipe, where each comes from, and the job script; run nothing.",
+    ),
+]
 All = Annotated[bool, typer.Option("--all", help="With --dry-run: show every setting.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the table as JSON.")]
-Planned = Annotated[bool, typer.Option("--plan", help="Calculate whether the run fits the machine, how long it will take and what would be better; run nothing.")]
-GpuKind = Annotated[str, typer.Option("--gpu", metavar="KIND", help="With --plan: the kind of GPU, e.g. h100-80, h200-141, b200-192; else that of the profile.")]
+
+# %% ../nbs/90_cli.ipynb #9ec7fb35
+Planned = Annotated[
+    bool,
+    typer.Option(
+        "--plan",
+        help="Calculate whether the run fits the machine, how long it will take and what would be better; run nothing.",
+    ),
+]
+GpuKind = Annotated[
+    str,
+    typer.Option(
+        "--gpu",
+        metavar="KIND",
+        help="With --plan: the kind of GPU, e.g. h100-80, h200-141, b200-192; else that of the profile.",
+    ),
+]
 Price = Annotated[float | None, typer.Option("--price", min=0, help="With --plan: of a GPU hour.")]
-Utilisation = Annotated[str, typer.Option("--utilisation", metavar="LOW,HIGH", help="With --plan: shares of the GPU's peak that are reached.")]
+Utilisation = Annotated[
+    str,
+    typer.Option("--utilisation", metavar="LOW,HIGH", help="With --plan: shares of the GPU's peak that are reached."),
+]
 Exact = Annotated[bool, typer.Option("--exact", help="With --plan: count parameters in Megatron's own model, too.")]
+
+# %% ../nbs/90_cli.ipynb #9e6ec474
 Name = Annotated[str, typer.Option("--name", "-n", help="Name to register it under; empty: the usual one.")]
 Project = Annotated[str, typer.Option("--project", "-p", help="Project of Weights & Biases, noted with it.")]
 Entity = Annotated[str, typer.Option("--entity", "-e", help="Entity of Weights & Biases, noted with it.")]
+_HTML = Annotated[str, typer.Option("--html", help="Write a page to this file as well.")]
 
-# %% ../nbs/90_cli.ipynb #c6bd1f91
+# %% ../nbs/90_cli.ipynb #7fac4f9f
 def _place(run: str, batch: str) -> tuple["Profile | None", str]:
     """The profile that was asked for, if any, and the mode: "run" or "batch"."""
     if run and batch:
-        raise UserError("--run and --batch together", where="command line", fix="give one: --run waits for the job, --batch does not")
+        fix = "give one: --run waits for the job, --batch does not"
+        raise UserError("--run and --batch together", where="command line", fix=fix)
     if not (run or batch):
         return None, "run"
     from nemotron_nb.ops.profiles import load_profile
@@ -90,7 +151,7 @@ def _place(run: str, batch: str) -> tuple["Profile | None", str]:
         print(f"note: {visible(note)}", file=sys.stderr)
     return profile, "batch" if batch or profile.detach else "run"
 
-# %% ../nbs/90_cli.ipynb #dc6df125
+# %% ../nbs/90_cli.ipynb #dfe42a40
 def _theme() -> str:
     """The theme of env.toml; monokai where it names none. `UserError` for one that Pygments does not know."""
     from pygments.styles import get_all_styles
@@ -113,7 +174,7 @@ def _show(text: str, language: str, theme: str) -> None:
 
     Console().print(Syntax(text, language, theme=theme, background_color="default", word_wrap=False), soft_wrap=True)
 
-
+# %% ../nbs/90_cli.ipynb #5666e01e
 def _print_json(value: Any) -> None:
     """A table or a plan for a program to read."""
     print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
@@ -124,16 +185,19 @@ def _show_notes(effective: "Effective") -> None:
     for note in effective.notes:
         print(f"note: {note}", flush=True)
 
-
+# %% ../nbs/90_cli.ipynb #a489a60a
 def _plan(effective: "Effective", follows: str, script: str) -> dict[str, Any]:
     """What --dry-run --json prints."""
     from nemotron_nb.ops.config import changed_names
 
     changed = changed_names(effective.origins)
-    settings = [{"setting": name, "value": value, "from": effective.origins[name], "changed": name in changed} for name, value in effective.values.items()]
+    settings = [
+        {"setting": name, "value": value, "from": effective.origins[name], "changed": name in changed}
+        for name, value in effective.values.items()
+    ]
     return {"settings": settings, "notes": list(effective.notes), "follows": follows, "script": script}
 
-
+# %% ../nbs/90_cli.ipynb #b47eeb4b
 def _show_plan(effective: "Effective", follows: str, script: str, whole: bool = False, as_json: bool = False) -> None:
     """What --dry-run prints: notes, the settings, what follows from them, and the job script if there is one."""
     if as_json:
@@ -145,7 +209,7 @@ def _show_plan(effective: "Effective", follows: str, script: str, whole: bool = 
     if script:
         _show(f"\n# The job script:\n\n{script}", "bash", theme)
 
-
+# %% ../nbs/90_cli.ipynb #e9a46390
 def _warned(stage: Stage, effective: "Effective", profile: "Profile | None") -> "Effective":
     """The settings with a note where the profile's machine cannot hold the run."""
     from nemotron_nb.stages.plan import warning_of
@@ -153,8 +217,15 @@ def _warned(stage: Stage, effective: "Effective", profile: "Profile | None") -> 
     warning = warning_of(stage, effective.settings, profile)
     return dataclasses.replace(effective, notes=(*effective.notes, f"warning: {warning}")) if warning else effective
 
-
-def _show_needs(stage: Stage, profile: "Profile | None", as_json: bool, given: Mapping[str, Any], effective: "Effective", *parts: str) -> None:
+# %% ../nbs/90_cli.ipynb #1dfa26b6
+def _show_needs(
+    stage: Stage,
+    profile: "Profile | None",
+    as_json: bool,
+    given: Mapping[str, Any],
+    effective: "Effective",
+    *parts: str,
+) -> None:
     """What --plan prints: what a run needs, and what was assumed."""
     from nemotron_nb.stages.plan import UTILISATION, Asked, gpu_of, plan_stage, read_utilisation
 
@@ -167,8 +238,7 @@ def _show_needs(stage: Stage, profile: "Profile | None", as_json: bool, given: M
         print(f"note: {note}")
     print("\n".join([*([f"warning: {answer.warning}"] if answer.warning else []), "", str(answer.picture)]))
 
-
-# %% ../nbs/90_cli.ipynb #28f2782c
+# %% ../nbs/90_cli.ipynb #e38bb855
 @contextmanager
 def _progress() -> Iterator[dict[str, Any]]:
     """What to give `prepare` so that a bar with rate and time left stands on stderr while the block runs."""
@@ -188,58 +258,41 @@ def _typed() -> str:
     """The command as it was typed."""
     return shlex.join(["nemotron", *sys.argv[1:]])
 
-
+# %% ../nbs/90_cli.ipynb #82b526b4
 def _forced(overrides: list[str]) -> tuple[list[str], bool]:
     """The overrides without force=true, and whether it was there."""
     from nemotron_nb.ops.config import read_override
 
     said = [read_override(text)["force"] for text in overrides if text.partition("=")[0] == "force"]
     if said and not isinstance(said[-1], bool):
-        raise UserError(f"expected true or false, got {said[-1]!r}", where="command line: force", fix="write force=true")
+        raise UserError(
+            f"expected true or false, got {said[-1]!r}", where="command line: force", fix="write force=true"
+        )
     return [text for text in overrides if text.partition("=")[0] != "force"], bool(said and said[-1])
 
-# %% ../nbs/90_cli.ipynb #30fd4cfe
-def data_prep(
-    family: str,
-    config: list[str],  # what -c was given
-    overrides: list[str],
-    *,
-    force: bool = False,
-    dry_run: bool = False,
-    profile: "Profile | None" = None,  # of a cluster; None: this machine
-    mode: str = "run",  # on a cluster: "run" waits for the job, "batch" does not
-    command: str = "",  # as typed
-    show: "Show",  # how a plan is shown
-) -> None:
-    """Prepare data here, or in a job, and print what became of it."""
-    from nemotron_nb.ops.config import data_prep_config, job_configs
-    from nemotron_nb.stages.sft import check_place, cluster_layer, job_script, on_cluster
+# %% ../nbs/90_cli.ipynb #86001feb
+def _job_arguments(family: str, config: list[str], overrides: list[str], force: bool) -> list[str]:
+    """What a job that prepares data is given: the same words, with files where they lie."""
+    from nemotron_nb.ops.config import job_configs
 
-    overrides, asked = _forced(overrides)
-    effective = data_prep_config(family, config, overrides, cluster_layer(profile))
-    if not dry_run:
-        check_place(effective.settings.run, profile)
-    dry_run, script = dry_run or (profile is not None and profile.dry_run), ""
-    if on_cluster(profile):
-        arguments = [family, *job_configs(config), *overrides, *(["force=true"] if force or asked else [])]
-        script = job_script(STAGES["data_prep"], profile, arguments, effective.settings.run, mode)
-    if dry_run:
-        show(effective, "", script)
-    elif script:
-        _submit_data_prep(effective, profile, mode, script)
-    else:
-        _data_prep_here(effective, family, force or asked)
+    return [family, *job_configs(config), *overrides, *(["force=true"] if force else [])]
 
 
-def _submit_data_prep(effective: "Effective", profile: "Profile", mode: str, script: str) -> None:
-    """Prepare data in a job."""
-    from nemotron_nb.stages.sft import check_chats, hand_over
+def _follow_job(script: str, profile: "Profile", mode: str, name: str) -> None:
+    """Submit a script, and follow the job if it is waited for; its exit code becomes that of the command."""
     from nemotron_nb.ops.slurm import submit
+    from nemotron_nb.stages.sft import hand_over
 
-    check_chats(effective.settings.data)
     job = submit(script)
-    if code := hand_over(job, mode, Path(f"{profile.job_name or 'nemotron-data-prep'}-{job}.log")):
+    if code := hand_over(job, mode, Path(f"{profile.job_name or name}-{job}.log")):
         raise typer.Exit(code)
+
+# %% ../nbs/90_cli.ipynb #abb57124
+def _say_manifest(manifest: Any) -> None:
+    """What became of the rows, and who tokenized them."""
+    print(manifest)
+    if manifest.tokenized:
+        print(f"\ntokenized: {manifest.tokenized}")
 
 
 def _data_prep_here(effective: "Effective", family: str, force: bool) -> None:
@@ -253,15 +306,64 @@ def _data_prep_here(effective: "Effective", family: str, force: bool) -> None:
     settings = plan.config
     with _progress() as told:
         manifest = prepare(plan, force=force, secrets=effective.secrets, **told)
-    print(manifest)
-    if manifest.tokenized:
-        print(f"\ntokenized: {manifest.tokenized}")
-    store = Store(effective.settings.run.store)
-    artifact = log_data(store, family, settings.output_dir, settings.blend_path, _typed())
+    _say_manifest(manifest)
+    store, folder = Store(effective.settings.run.store), settings.output_dir
+    artifact = log_data(store, family, folder, settings.blend_path, _typed())
     store.tag(artifact.address, PREPARED)
-    print(f"\nprepared data: {settings.output_dir}\nto look at: {settings.output_dir}/report.html\nregistered: {artifact.address}")
+    print(f"\nprepared data: {folder}\nto look at: {folder}/report.html\nregistered: {artifact.address}")
 
-# %% ../nbs/90_cli.ipynb #a918a211
+# %% ../nbs/90_cli.ipynb #753fa21e
+def data_prep(
+    family: str,
+    config: list[str],  # what -c was given
+    overrides: list[str],
+    *,
+    force: bool = False,
+    dry_run: bool = False,
+    profile: "Profile | None" = None,  # of a cluster; None: this machine
+    mode: str = "run",  # on a cluster: "run" waits for the job, "batch" does not
+    command: str = "",  # as typed
+    show: "Show",  # how a plan is shown
+) -> None:
+    """Prepare data here, or in a job, and print what became of it."""
+    from nemotron_nb.ops.config import data_prep_config
+    from nemotron_nb.stages.sft import check_chats, check_place, cluster_layer, job_script, on_cluster
+
+    overrides, asked = _forced(overrides)
+    effective = data_prep_config(family, config, overrides, cluster_layer(profile))
+    if not dry_run:
+        check_place(effective.settings.run, profile)
+    dry_run, script = dry_run or (profile is not None and profile.dry_run), ""
+    if on_cluster(profile):
+        arguments = _job_arguments(family, config, overrides, force or asked)
+        script = job_script(STAGES["data_prep"], profile, arguments, effective.settings.run, mode)
+    if dry_run:
+        show(effective, "", script)
+    elif script:
+        check_chats(effective.settings.data)
+        _follow_job(script, profile, mode, "nemotron-data-prep")
+    else:
+        _data_prep_here(effective, family, force or asked)
+
+# %% ../nbs/90_cli.ipynb #d47d1883
+def _documents_here(effective: "Effective", family: str, force: bool) -> None:
+    """Prepare documents on this machine, and register them."""
+    from nemotron_nb.ops.artifacts import Store, log_data
+    from nemotron_nb.pretrain.documents import prepare_documents
+    from nemotron_nb.stages.pretrain import plan_data
+
+    plan, said = plan_data(effective.settings.data, family, effective.settings.run.output_root)
+    settings = plan.config
+    if said:
+        print(said, flush=True)
+    with _progress() as told:
+        manifest = prepare_documents(plan, force=force, secrets=effective.secrets, **told)
+    _say_manifest(manifest)
+    store, folder = Store(effective.settings.run.store), settings.output_dir
+    artifact = log_data(store, family, folder, settings.blend_path, _typed(), "pretrain")
+    print(f"\nprepared documents: {folder}\nfor Megatron: {folder}/blend.json\nregistered: {artifact.address}")
+
+# %% ../nbs/90_cli.ipynb #3cdca2e2
 def data_prep_pretrain(
     family: str,
     config: list[str],  # what -c was given
@@ -275,10 +377,9 @@ def data_prep_pretrain(
     show: "Show",  # how a plan is shown
 ) -> None:
     """Prepare documents here, or in a job, and print what became of them."""
-    from nemotron_nb.ops.config import documents_prep_config, job_configs
-    from nemotron_nb.ops.slurm import submit
+    from nemotron_nb.ops.config import documents_prep_config
     from nemotron_nb.stages.pretrain import check_documents
-    from nemotron_nb.stages.sft import check_place, cluster_layer, hand_over, job_script, on_cluster
+    from nemotron_nb.stages.sft import check_place, cluster_layer, job_script, on_cluster
 
     overrides, asked = _forced(overrides)
     effective = documents_prep_config(family, config, overrides, cluster_layer(profile))
@@ -287,37 +388,16 @@ def data_prep_pretrain(
         check_place(effective.settings.run, profile)
         check_documents(effective.settings.data)
     if on_cluster(profile):
-        arguments = [family, *job_configs(config), *overrides, *(["force=true"] if force or asked else [])]
+        arguments = _job_arguments(family, config, overrides, force or asked)
         script = job_script(STAGES["data_prep_pretrain"], profile, arguments, effective.settings.run, mode)
     if told:
-        return show(effective, "", script)
-    if not script:
-        return _documents_here(effective, family, force or asked)
-    job = submit(script)
-    if code := hand_over(job, mode, Path(f"{profile.job_name or 'nemotron-data-prep-pretrain'}-{job}.log")):
-        raise typer.Exit(code)
+        show(effective, "", script)
+    elif script:
+        _follow_job(script, profile, mode, "nemotron-data-prep-pretrain")
+    else:
+        _documents_here(effective, family, force or asked)
 
-
-def _documents_here(effective: "Effective", family: str, force: bool) -> None:
-    """Prepare documents on this machine, and register them."""
-    from nemotron_nb.ops.artifacts import Store, log_data
-    from nemotron_nb.pretrain.documents import prepare_documents
-    from nemotron_nb.stages.pretrain import plan_data
-
-    plan, said = plan_data(effective.settings.data, family, effective.settings.run.output_root)
-    settings = plan.config
-    if said:
-        print(said, flush=True)
-    with _progress() as told:
-        manifest = prepare_documents(plan, force=force, secrets=effective.secrets, **told)
-    print(manifest)
-    if manifest.tokenized:
-        print(f"\ntokenized: {manifest.tokenized}")
-    store = Store(effective.settings.run.store)
-    artifact = log_data(store, family, settings.output_dir, settings.blend_path, _typed(), "pretrain")
-    print(f"\nprepared documents: {settings.output_dir}\nfor Megatron: {settings.output_dir}/blend.json\nregistered: {artifact.address}")
-
-# %% ../nbs/90_cli.ipynb #da739dab
+# %% ../nbs/90_cli.ipynb #a8c6c12e
 @contextmanager
 def _told_as_it_goes(
     folder: Path,  # a run folder
@@ -348,12 +428,12 @@ def _told_as_it_goes(
         ended.set()
         teller.join()
 
-# %% ../nbs/90_cli.ipynb #1fc62f2b
+# %% ../nbs/90_cli.ipynb #3bea973d
 def _say_result(folder: Path, said: Iterable[str]) -> None:
     """Print what came of a run, and where its report is."""
     print("\n".join(["", *said, f"Report: {folder / 'report.html'}"]))
 
-
+# %% ../nbs/90_cli.ipynb #68435a61
 def _executed(folder: Path, steps: int, execute: Callable[[], None], headline: Callable[[], Iterable[str]]) -> Path:
     """A run whose notebook was executed here: told as it went, signals passed on to it, what came of it said."""
     from nemotron_nb.ops.run_folder import passing_signals_on
@@ -367,7 +447,35 @@ def _executed(folder: Path, steps: int, execute: Callable[[], None], headline: C
         raise typer.Exit(128 + request.number)
     return folder
 
+# %% ../nbs/90_cli.ipynb #f5c00b7c
+def _say_packs(manifest: Any) -> None:
+    """What there is to train on, and what became of chats that are not."""
+    from nemotron_nb.ops.report import preparation_notes
 
+    train = manifest["splits"]["train"]
+    chats = f"{train['conversations']:,} chats in {train['packs']:,} packs to train on"
+    print(f"data: {chats}, {train['trained_tokens']:,} trained tokens ({manifest.folder})")
+    print("".join(f"note: {note}\n" for note in preparation_notes(manifest.values)), end="")
+
+
+def _sft_here(effective: "Effective", config: list[str], resume: str, command: str) -> Path:
+    """Train on this machine: the data first, then the run folder, then the notebook."""
+    from nemotron_nb.ops.report import headline, read_run
+    from nemotron_nb.ops.run_folder import put_back
+    from nemotron_nb.stages.sft import Parameters, new_run, prepare_data, run_notebook
+
+    with _progress() as told:
+        manifest = prepare_data(effective, **told)
+    _say_packs(manifest)
+    if resume:
+        put_back(resume)
+    folder = Path(resume) if resume else new_run(effective, config, manifest["key"], command=command)
+    prepared = str(manifest.folder.absolute())
+    parameters = Parameters(effective.settings.family, str(folder.absolute() / "config.yaml"), prepared=prepared)
+    execute = partial(run_notebook, folder, parameters)
+    return _executed(folder, effective.settings.train.train_iters, execute, lambda: headline(read_run(folder)))
+
+# %% ../nbs/90_cli.ipynb #9a6f34c6
 def sft(
     family: str,
     config: list[str],  # what -c was given
@@ -383,7 +491,8 @@ def sft(
     """Train, here or in a job, and say where the report is."""
     from nemotron_nb.ops.config import derived, sft_config
     from nemotron_nb.ops.report import headline, read_run
-    from nemotron_nb.stages.sft import Plan, check_model_here, check_start, cluster_layer, launch, new_run, on_cluster, resumed_settings
+    from nemotron_nb.stages.sft import Plan, check_model_here, check_start, cluster_layer
+    from nemotron_nb.stages.sft import launch, new_run, on_cluster, resumed_settings
 
     asked = (resumed_settings(resume, overrides),) if resume else (config, overrides, cluster_layer(profile))
     effective = sft_config(family, *asked)
@@ -405,27 +514,38 @@ def sft(
         _say_result(folder, headline(read_run(folder)))
     return folder
 
-# %% ../nbs/90_cli.ipynb #9b269839
-def _sft_here(effective: "Effective", config: list[str], resume: str, command: str) -> Path:
-    """Train on this machine: the data first, then the run folder, then the notebook."""
-    from nemotron_nb.ops.report import headline, preparation_notes, read_run
-    from nemotron_nb.ops.run_folder import put_back
-    from nemotron_nb.stages.sft import Parameters, new_run, prepare_data, run_notebook
-
-    with _progress() as told:
-        manifest = prepare_data(effective, **told)
+# %% ../nbs/90_cli.ipynb #c5e9e5e9
+def _say_documents(manifest: Any, said: str) -> None:
+    """What there is to train on, and how many rows gave none of it."""
+    if said:
+        print(said)
     train = manifest["splits"]["train"]
-    print(f"data: {train['conversations']:,} chats in {train['packs']:,} packs to train on, {train['trained_tokens']:,} trained tokens ({manifest.folder})")
-    print("".join(f"note: {note}\n" for note in preparation_notes(manifest.values)), end="")
+    print(f"data: {train['documents']:,} documents, {train['tokens']:,} tokens to train on ({manifest.folder})")
+    lost = sum(manifest["rejects"].values()) + sum(manifest["left_out"].values())
+    if lost:
+        print(f"note: {lost:,} of {manifest['rows']:,} rows gave no document; see dropped.jsonl beside them")
+
+
+def _pretrain_here(effective: "Effective", config: list[str], resume: str, command: str) -> Path:
+    """Pretrain on this machine: the documents first, then the run folder, then the notebook."""
+    from nemotron_nb.ops.report import read_run
+    from nemotron_nb.ops.run_folder import put_back
+    from nemotron_nb.stages.pretrain import headline, prepare_data
+    from nemotron_nb.stages.sft import Parameters, new_run, run_notebook
+
+    stage = STAGES["pretrain"]
+    with _progress() as told:
+        manifest, said = prepare_data(effective, **told)
+    _say_documents(manifest, said)
     if resume:
         put_back(resume)
-    folder = Path(resume) if resume else new_run(effective, config, manifest["key"], command=command)
+    folder = Path(resume) if resume else new_run(effective, config, manifest["key"], command=command, stage=stage)
     prepared = str(manifest.folder.absolute())
     parameters = Parameters(effective.settings.family, str(folder.absolute() / "config.yaml"), prepared=prepared)
-    execute = partial(run_notebook, folder, parameters)
+    execute = partial(run_notebook, folder, parameters, stage.notebook)
     return _executed(folder, effective.settings.train.train_iters, execute, lambda: headline(read_run(folder)))
 
-# %% ../nbs/90_cli.ipynb #50d754f6
+# %% ../nbs/90_cli.ipynb #416d9a2c
 def pretrain(
     family: str,
     config: list[str],  # what -c was given
@@ -462,42 +582,45 @@ def pretrain(
         _say_result(folder, headline(read_run(folder)))
     return folder
 
-# %% ../nbs/90_cli.ipynb #677a60a4
-def _pretrain_here(effective: "Effective", config: list[str], resume: str, command: str) -> Path:
-    """Pretrain on this machine: the documents first, then the run folder, then the notebook."""
-    from nemotron_nb.ops.report import read_run
-    from nemotron_nb.ops.run_folder import put_back
-    from nemotron_nb.stages.pretrain import headline, prepare_data
-    from nemotron_nb.stages.sft import Parameters, new_run, run_notebook
-
-    with _progress() as told:
-        manifest, said = prepare_data(effective, **told)
-    if said:
-        print(said)
-    train = manifest["splits"]["train"]
-    print(f"data: {train['documents']:,} documents, {train['tokens']:,} tokens to train on ({manifest.folder})")
-    lost = sum(manifest["rejects"].values()) + sum(manifest["left_out"].values())
-    if lost:
-        print(f"note: {lost:,} of {manifest['rows']:,} rows gave no document; see dropped.jsonl beside them")
-    if resume:
-        put_back(resume)
-    folder = Path(resume) if resume else new_run(
-        effective, config, manifest["key"], command=command, stage=STAGES["pretrain"]
-    )
-    prepared = str(manifest.folder.absolute())
-    parameters = Parameters(effective.settings.family, str(folder.absolute() / "config.yaml"), prepared=prepared)
-    execute = partial(run_notebook, folder, parameters, STAGES["pretrain"].notebook)
-    return _executed(folder, effective.settings.train.train_iters, execute, lambda: headline(read_run(folder)))
-
-# %% ../nbs/90_cli.ipynb #7ba6fb81
-def evaluation(family: str, config: list[str], overrides: list[str], *, dry_run: bool = False, run: str = "", batch: str = "", whole: bool = False, as_json: bool = False) -> None:
+# %% ../nbs/90_cli.ipynb #372b4d8d
+def evaluation(
+    family: str,
+    config: list[str],
+    overrides: list[str],
+    *,
+    dry_run: bool = False,
+    run: str = "",
+    batch: str = "",
+    whole: bool = False,
+    as_json: bool = False,
+) -> None:
     """Compare a model with what it began from, here or in a job."""
     from nemotron_nb.stages.evaluate import evaluate_run
 
     profile, mode = _place(run, batch)
-    evaluate_run(family, config, overrides, dry_run, profile, mode, _typed(), show=partial(_show_plan, whole=whole, as_json=as_json))
+    show = partial(_show_plan, whole=whole, as_json=as_json)
+    evaluate_run(family, config, overrides, dry_run, profile, mode, _typed(), show=show)
 
 
+def budget(
+    family: str,
+    config: list[str],
+    overrides: list[str],
+    *,
+    dry_run: bool = False,
+    run: str = "",
+    batch: str = "",
+    whole: bool = False,
+    as_json: bool = False,
+) -> None:
+    """Run the budget stage, here or in a job."""
+    from nemotron_nb.stages.budget import budget_run
+
+    profile, mode = _place(run, batch)
+    show = partial(_show_plan, whole=whole, as_json=as_json)
+    budget_run(family, config, overrides, dry_run, profile, mode, _typed(), show=show)
+
+# %% ../nbs/90_cli.ipynb #922ddcc9
 def rl(
     family: str,
     config: list[str],  # what -c was given
@@ -532,24 +655,24 @@ def _rl_here(effective: "Effective", folder: Path) -> Path:
     execute = partial(execute_into, stage.notebook, folder, parameters, stage.ends)
     return _executed(folder, 0, execute, lambda: headline(folder))
 
-
-def budget(family: str, config: list[str], overrides: list[str], *, dry_run: bool = False, run: str = "", batch: str = "", whole: bool = False, as_json: bool = False) -> None:
-    """Run the budget stage, here or in a job."""
-    from nemotron_nb.stages.budget import budget_run
-
-    profile, mode = _place(run, batch)
-    budget_run(family, config, overrides, dry_run, profile, mode, _typed(), show=partial(_show_plan, whole=whole, as_json=as_json))
-
-
-# %% ../nbs/90_cli.ipynb #ebf9eeda
+# %% ../nbs/90_cli.ipynb #1f357e60
 def import_artifact(family: str, kind: str, stage: str, path: Path, name: str, about: dict[str, Any]) -> None:
     """Register data or a model that lies in a folder."""
     from nemotron_nb.stages.sft import import_folder
 
-    artifact = import_folder(family, kind, stage, path, _store(""), name, {k: v for k, v in about.items() if v not in ("", None)})
+    known = {k: v for k, v in about.items() if v not in ("", None)}
+    artifact = import_folder(family, kind, stage, path, _store(""), name, known)
     print(f"{artifact.address}\n  {artifact.path}\n  digest {artifact.digest}")
 
-# %% ../nbs/90_cli.ipynb #5453d0d8
+
+def _store(root: str) -> Any:
+    """The register of artifacts."""
+    from nemotron_nb.ops.artifacts import Store
+    from nemotron_nb.ops.profiles import env_section
+
+    return Store(Path(root or env_section("artifacts").get("root", "output/artifacts")).expanduser())
+
+# %% ../nbs/90_cli.ipynb #605e9578
 @dataclass(frozen=True)
 class Option:
     """An option that some stages have besides those of all."""
@@ -558,11 +681,6 @@ class Option:
     kind: Any  # its type, with typer's words about it
     default: Any = ""  # what it is where it is not typed
     setting: str = ""  # that it stands for; empty: it goes to the function that does the stage
-
-
-def _option(kind: Any, *names: str, **about: Any) -> Any:
-    """A type with what typer should know."""
-    return Annotated[kind, typer.Option(*names, **about)]
 
 
 _SAMPLE = _option(int | None, "--sample", min=1, help="Read only the first N rows of each dataset.")
@@ -574,6 +692,8 @@ _RANKS = _option(
 )
 _DATA = _option(str, "--art.data", metavar="NAME:VERSION", help="Prepared data, from the register of artifacts.")
 _MODEL = _option(str, "--art.model", metavar="NAME:VERSION", help="Weights to begin with, from the register.")
+
+# %% ../nbs/90_cli.ipynb #528f796c
 OPTIONS: Mapping[str, Option] = {
     "--sample": Option("sample", _SAMPLE, None, "sample"),
     "--force": Option("force", _FORCE, False),
@@ -584,11 +704,12 @@ OPTIONS: Mapping[str, Option] = {
     "--art.model": Option("model", _MODEL, "", "run.model"),
 }
 
-# %% ../nbs/90_cli.ipynb #f4c2086a
+# %% ../nbs/90_cli.ipynb #6488aa06
 _FIRST = (("overrides", Overrides, None), ("config", Config, ["default"]))
 _PLACE = (("dry_run", DryRun, False), ("run", Run, ""), ("batch", Batch, ""))
 _SHOWN = (("whole", All, False), ("as_json", AsJson, False))
-_NEEDS = (("plan", Planned, False), ("gpu", GpuKind, ""), ("price", Price, None), ("utilisation", Utilisation, ""), ("exact", Exact, False))
+_ASSUMED = (("gpu", GpuKind, ""), ("price", Price, None), ("utilisation", Utilisation, ""), ("exact", Exact, False))
+_NEEDS = (("plan", Planned, False), *_ASSUMED)
 
 
 def _with_parameters(function: Callable[..., None], parameters: Sequence[tuple[str, Any, Any]]) -> Callable[..., None]:
@@ -599,6 +720,13 @@ def _with_parameters(function: Callable[..., None], parameters: Sequence[tuple[s
     function.__annotations__ = {name: kind for name, kind, _ in parameters}
     return function
 
+# %% ../nbs/90_cli.ipynb #0b4f4b33
+def _check_assumed(given: Mapping[str, Any]) -> None:
+    """`UserError` for an option of --plan without it."""
+    if unused := [name for name, _, default in _ASSUMED if given[name] != default and not given["plan"]]:
+        what, why = f"--{unused[0]} without --plan", "it would change nothing, without a word"
+        raise UserError(what, where="command line", why=why, fix="add --plan, or leave it out")
+
 
 def _stage_command(stage: Stage, family: str) -> Callable[..., None]:
     """The command of a stage, for typer."""
@@ -607,8 +735,7 @@ def _stage_command(stage: Stage, family: str) -> Callable[..., None]:
     def do(overrides: list[str] | None, config: list[str], run: str, batch: str, **given: Any) -> None:
         """Say where and how, and hand over to the function of the stage."""
         profile, mode = _place(run, batch)
-        if unused := [name for name, _, default in _NEEDS[1:] if given[name] != default and not given["plan"]]:
-            raise UserError(f"--{unused[0]} without --plan", where="command line", why="it would change nothing, without a word", fix="add --plan, or leave it out")
+        _check_assumed(given)
         typed = [f"{o.setting}={given[o.parameter]}" for o in own if o.setting and given[o.parameter]]
         more = {o.parameter: given[o.parameter] for o in own if not o.setting}
         said = {"dry_run": given["dry_run"] or given["plan"], "profile": profile, "mode": mode, "command": _typed()}
@@ -625,7 +752,7 @@ def _stage_command(stage: Stage, family: str) -> Callable[..., None]:
     options = [(o.parameter, o.kind, o.default) for o in own]
     return _with_parameters(do, [*_FIRST, *_PLACE, *_SHOWN, *_NEEDS, *options])
 
-# %% ../nbs/90_cli.ipynb #98d0e3fb
+# %% ../nbs/90_cli.ipynb #27d565a5
 Groups = dict[tuple[str, ...], typer.Typer]  # of a family, by the words that lead to each
 GROUPS = {
     ("data",): "Prepare data, or register prepared data.",
@@ -643,7 +770,7 @@ def _group(groups: Groups, words: tuple[str, ...]) -> typer.Typer:
         _group(groups, words[:-1]).add_typer(groups[words], name=words[-1])
     return groups[words]
 
-
+# %% ../nbs/90_cli.ipynb #d4737e11
 def _examples(family: str, lines: Sequence[str]) -> str:
     """Examples for the foot of a help; empty where there are none."""
     shown = [f"  nemotron {family} {line.replace('{family}', family)}" for line in lines]
@@ -656,15 +783,13 @@ def _add_stage(groups: Groups, stage: Stage, family: str) -> None:
     about = {"help": stage.words, "epilog": _examples(family, stage.examples) or None}
     _group(groups, tuple(path)).command(word, **about)(_stage_command(stage, family))
 
-# %% ../nbs/90_cli.ipynb #51ab92e8
+# %% ../nbs/90_cli.ipynb #aa3b9d26
 IMPORTS = {  # kind -> type of its artifacts, what a folder of it is, examples
     "data": ("DataBlendsArtifact", "A folder that data preparation wrote.", ("data import sft prepared/ -n my-data",)),
     "model": ("ModelArtifact", "A folder that holds a model.", (
         "model import pretrain checkpoints/base --step 100000", "model import sft output/{family}/sft/RUN/model",
     )),
 }  # fmt: skip
-_HELP = {"data": "Register packs or documents that were prepared elsewhere.", "model": "Register a model of the stage {stage}."}
-_STEP = ("step", _option(int | None, "--step", "-s", help="The training step it was written at."), None)
 
 
 def importable(
@@ -674,6 +799,13 @@ def importable(
     """The stages whose artifacts of a kind some row makes or consumes."""
     names = [name.partition("-") for row in rows for name in (*row.consumes, *row.makes)]
     return list(dict.fromkeys(stage for begin, _, stage in names if begin == IMPORTS[kind][0] and stage))
+
+# %% ../nbs/90_cli.ipynb #36ea2ac7
+_HELP = {
+    "data": "Register packs or documents that were prepared elsewhere.",
+    "model": "Register a model of the stage {stage}.",
+}
+_STEP = ("step", _option(int | None, "--step", "-s", help="The training step it was written at."), None)
 
 
 def _import_command(family: str, kind: str, stage: str) -> Callable[..., None]:
@@ -695,15 +827,36 @@ def _add_imports(groups: Groups, rows: Sequence[Stage], family: str) -> None:
             about = {"help": _HELP[kind].format(stage=stage), "epilog": _examples(family, IMPORTS[kind][2])}
             _group(groups, (kind, "import")).command(stage, **about)(_import_command(family, kind, stage))
 
-# %% ../nbs/90_cli.ipynb #0c5e7d11
-RECIPE, RECIPES = "recipe", ("nano3", "super3")  # the word, and the families that have files in papermill_runs/<family>/recipe
+# %% ../nbs/90_cli.ipynb #fff83d8f
+RECIPE, RECIPES = "recipe", ("nano3", "super3")  # the word, and families with files in papermill_runs/<family>/recipe
 _RECIPE_HELP = "The whole recipe: every step a run of its own, resumable, with a report card at the end."
-_RECIPE_EXAMPLES = ("recipe -c tiny", "recipe -c tiny --dry-run", "recipe -c tiny sft.train.train_iters=500 --name longer", "recipe -c tiny --batch CLUSTER")
+_RECIPE_EXAMPLES = (
+    "recipe -c tiny",
+    "recipe -c tiny --dry-run",
+    "recipe -c tiny sft.train.train_iters=500 --name longer",
+    "recipe -c tiny --batch CLUSTER",
+)
 _NAMED = _option(str, "--name", metavar="NAME", help="Name of the recipe's folder; empty: that of the configuration.")
 _OUTPUT = _option(str, "--output", metavar="DIR", help="The folder that everything is written to.")
 _ONLY = _option(str, "--only", metavar="STEP", help="Do this step alone; those it takes from must be done.")
-_STEPS = Annotated[list[str] | None, typer.Argument(metavar="[STEP.KEY=VALUE]...", help="Settings of a step, e.g. sft.optimizer.lr=1e-3")]
-_ONE_CONFIG = _option(str, "--config", "-c", metavar="NAME|FILE", help="A recipe's name, such as tiny, or a path to a YAML file.")
+_STEPS = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[STEP.KEY=VALUE]...", help="Settings of a step, e.g. sft.optimizer.lr=1e-3"),
+]
+_ONE_CONFIG = _option(
+    str, "--config", "-c", metavar="NAME|FILE", help="A recipe's name, such as tiny, or a path to a YAML file."
+)
+
+# %% ../nbs/90_cli.ipynb #84853cfe
+def _recipe_profile(batch: str, only: str) -> "Profile | None":
+    """The cluster that the steps become jobs of; None: they are done here."""
+    profile, _ = _place("", batch)
+    if profile is not None and profile.executor != "slurm":
+        fix = "leave --batch out: the steps are then done here"
+        raise UserError(f"the profile {batch!r} is no cluster", where="--batch", fix=fix)
+    if profile is not None and only:
+        raise UserError("--only and --batch together", where="command line", fix="give one: each job does one step")
+    return profile
 
 
 def _recipe_command(family: str) -> Callable[..., None]:
@@ -713,18 +866,14 @@ def _recipe_command(family: str) -> Callable[..., None]:
         """Do the steps that are not done, here or in jobs, and draw the report card."""
         from nemotron_nb.stages.recipe import recipe_run
 
-        profile, _ = _place("", batch)
-        if profile is not None and profile.executor != "slurm":
-            raise UserError(f"the profile {batch!r} is no cluster", where="--batch", fix="leave --batch out: the steps are then done here")
-        if profile is not None and only:
-            raise UserError("--only and --batch together", where="command line", fix="give one: each job does one step")
+        profile = _recipe_profile(batch, only)
         recipe_run(family, config, typed or (), name, output, dry_run, only=only, profile=profile)
 
     steps = [("typed", _STEPS, None), ("config", _ONE_CONFIG, "default")]
     more = [("name", _NAMED, ""), ("output", _OUTPUT, "output"), ("dry_run", DryRun, False), ("only", _ONLY, "")]
     return _with_parameters(do, [*steps, *more, ("batch", Batch, "")])
 
-# %% ../nbs/90_cli.ipynb #a95e1c02
+# %% ../nbs/90_cli.ipynb #1adc6864
 FAMILIES = {"nano3": "Nemotron 3 Nano (30B-A3B)", "super3": "Nemotron 3 Super (120B-A12B)"}
 
 
@@ -736,7 +885,7 @@ def _usable(row: Stage) -> str:
     what = f"no stage has the option {unknown!r}: {nearest(unknown, OPTIONS)}"
     return f"the stage {row.name} is left out: {what}" if unknown else ""
 
-
+# %% ../nbs/90_cli.ipynb #033a0baa
 def _stages(family: str) -> list[Stage]:
     """The stages of a family, those from outside last. What is left out is said on stderr."""
     rows, refused = outside_stages()
@@ -745,7 +894,7 @@ def _stages(family: str) -> list[Stage]:
     known = [*STAGES.values(), *(row for row in rows if not _usable(row))]
     return [stage for stage in known if family in stage.families]
 
-
+# %% ../nbs/90_cli.ipynb #eed35e12
 def _family_app(family: str) -> typer.Typer:
     """The commands of one family of models."""
     about = f"{FAMILIES[family]}: prepare data, train, evaluate."
@@ -755,7 +904,8 @@ def _family_app(family: str) -> typer.Typer:
         _add_stage(groups, stage, family)
     _add_imports(groups, rows, family)
     if family in RECIPES:
-        groups[()].command(RECIPE, help=_RECIPE_HELP, epilog=_examples(family, _RECIPE_EXAMPLES))(_recipe_command(family))
+        about = {"help": _RECIPE_HELP, "epilog": _examples(family, _RECIPE_EXAMPLES)}
+        groups[()].command(RECIPE, **about)(_recipe_command(family))
     return groups[()]
 
 # %% ../nbs/90_cli.ipynb #d30b78e4
@@ -781,11 +931,13 @@ for _name, _model in FAMILIES.items():
     _about = f"{_model}: prepare data, train, evaluate."
     app.add_typer(typer.Typer(cls=_Family, no_args_is_help=True, help=_about, rich_markup_mode=None), name=_name)
 
-# %% ../nbs/90_cli.ipynb #2d087df4
-@app.command("report", help="Draw the report of a run again, from its folder alone.", epilog="Example:\n\n  nemotron report output/nano3/sft/RUN")
-def report(
-    run_dir: Annotated[Path, typer.Argument(help="A run folder, e.g. output/nano3/sft/...")],
-) -> None:
+# %% ../nbs/90_cli.ipynb #716eb6ba
+_RUN_DIR = Annotated[Path, typer.Argument(help="A run folder, e.g. output/nano3/sft/...")]
+_REPORT_HELP = "Draw the report of a run again, from its folder alone."
+
+
+@app.command("report", help=_REPORT_HELP, epilog="Example:\n\n  nemotron report output/nano3/sft/RUN")
+def report(run_dir: _RUN_DIR) -> None:
     """Draw the report of a run again."""
     from nemotron_nb.ops.report import headline, read_run
 
@@ -797,12 +949,15 @@ def report(
     said = headline(read_run(run_dir)) if stage == STAGES["sft"] else []
     print("\n".join([*said, f"Report: {path}"]))
 
+# %% ../nbs/90_cli.ipynb #6c140c10
+_ROOT = Annotated[
+    Path | None,
+    typer.Argument(help="The folder runs are written to; output where none is given.", show_default=False),
+]
+
 
 @app.command("runs", help="All runs and how they stand.", epilog="Example:\n\n  nemotron runs output")
-def runs(
-    output_root: Annotated[Path | None, typer.Argument(help="The folder runs are written to; output where none is given.", show_default=False)] = None,
-    as_json: AsJson = False,
-) -> None:
+def runs(output_root: _ROOT = None, as_json: AsJson = False) -> None:
     """List the runs and how they stand. A folder that was named and is not there is an error."""
     from nemotron_nb.ops.report import run_row
     from nemotron_nb.ops.run_folder import list_runs
@@ -810,23 +965,19 @@ def runs(
 
     root = output_root or Path("output")
     if output_root and not output_root.is_dir():
-        raise UserError("there is no such folder", where=str(output_root), fix="give the folder that runs are written to (run.output_root), or a folder in it; without one it is output")
+        folder = "the folder that runs are written to (run.output_root), or a folder in it"
+        fix = f"give {folder}; without one it is output"
+        raise UserError("there is no such folder", where=str(output_root), fix=fix)
     rows = [run_row(folder) for folder in list_runs(root)]
     if as_json:
         _print_json(rows)
     else:
         print(table(rows) if rows else f"no runs under {root}")
 
-# %% ../nbs/90_cli.ipynb #b7ac2044
-Artifacts = Annotated[str, typer.Option("--root", help="Folder of the register; empty: that of env.toml, else output/artifacts.")]
-
-
-def _store(root: str) -> Any:
-    """The register of artifacts."""
-    from nemotron_nb.ops.artifacts import Store
-    from nemotron_nb.ops.profiles import env_section
-
-    return Store(Path(root or env_section("artifacts").get("root", "output/artifacts")).expanduser())
+# %% ../nbs/90_cli.ipynb #72eeb4e7
+Artifacts = Annotated[
+    str, typer.Option("--root", help="Folder of the register; empty: that of env.toml, else output/artifacts.")
+]
 
 
 @app.command("artifacts", help="What was made: data and models, every version.")
@@ -838,14 +989,14 @@ def artifacts(root: Artifacts = "", as_json: AsJson = False) -> None:
     else:
         print(store.overview())
 
+# %% ../nbs/90_cli.ipynb #a309564f
+_ARTIFACT = Annotated[str, typer.Argument(help="NAME, NAME:VERSION or art://NAME:VERSION")]
+_PNG = Annotated[str, typer.Option("--png", help="Draw it to this file as well.")]
+_LINEAGE = "Example:\n\n  nemotron lineage ModelArtifact-sft:latest"
 
-@app.command("lineage", help="What an artifact was made from, down to the raw data.", epilog="Example:\n\n  nemotron lineage ModelArtifact-sft:latest")
-def lineage(
-    name: Annotated[str, typer.Argument(help="NAME, NAME:VERSION or art://NAME:VERSION")],
-    root: Artifacts = "",
-    png: Annotated[str, typer.Option("--png", help="Draw it to this file as well.")] = "",
-    as_json: AsJson = False,
-) -> None:
+
+@app.command("lineage", help="What an artifact was made from, down to the raw data.", epilog=_LINEAGE)
+def lineage(name: _ARTIFACT, root: Artifacts = "", png: _PNG = "", as_json: AsJson = False) -> None:
     """Print the tree an artifact was made from."""
     from nemotron_nb.core import write_atomic
 
@@ -858,31 +1009,7 @@ def lineage(
         drawn = write_atomic(png, tree.picture().png)
         print(f"\ndrawn: {drawn}", file=sys.stderr if as_json else sys.stdout)
 
-# %% ../nbs/90_cli.ipynb #0f5ed923
-@app.command("compare", help="Runs beside each other: curves, results, the settings that differ; or the checkpoints of a lineage.", epilog="Examples:\n\n  nemotron compare output/nano3/sft/RUN output/nano3/sft/OTHER\n\n  nemotron compare output/nano3/recipe/tiny --html compared.html\n\n  nemotron compare --lineage ModelArtifact-rl:v1 --data output/nano3/data_prep/KEY")
-def compare(
-    runs: Annotated[list[Path] | None, typer.Argument(metavar="RUN...", help="Run folders, or that of a recipe.")] = None,
-    html: Annotated[str, typer.Option("--html", help="Write a page to this file as well.")] = "",
-    of: Annotated[str, typer.Option("--lineage", metavar="NAME:VERSION", help="Measure every checkpoint that led to this model.")] = "",
-    data: Annotated[str, typer.Option("--data", metavar="DIR", help="With --lineage: prepared data to measure on.")] = "",
-    prompts: Annotated[int, typer.Option("--prompts", min=0, help="With --lineage: held-out turns that are continued; 0 = all.")] = 12,
-    root: Artifacts = "",
-) -> None:
-    """Compare runs, or checkpoints."""
-    from nemotron_nb.stages.compare import comparison_picture, lineage_table, measure_lineage
-    from nemotron_nb.stages.evaluate import eval_config
-
-    if bool(runs) == bool(of):
-        raise UserError("runs and --lineage together" if of else "nothing to compare", where="command line", fix="name run folders, or give --lineage NAME")
-    if not of:
-        return _show_picture(comparison_picture(runs), html)
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    asked = [f"data.dir={data}", f"data.num_prompts={prompts}", "data.questions=", "eval.thinking_budget=0"]
-    _show_picture(lineage_table(measure_lineage(_store(root), of, eval_config("nano3", "tiny", asked).settings)), html)
-
-# %% ../nbs/90_cli.ipynb #4855b3df
+# %% ../nbs/90_cli.ipynb #ac8e9c7b
 def _show_picture(picture: Any, html: str) -> None:
     """Print a picture; write it to a page as well, if one was asked for."""
     from nemotron_nb.core import write_atomic
@@ -891,52 +1018,125 @@ def _show_picture(picture: Any, html: str) -> None:
     if html:
         print(f"page: {write_atomic(html, picture.html)}")
 
+# %% ../nbs/90_cli.ipynb #46c73796
+_RUNS = Annotated[list[Path] | None, typer.Argument(metavar="RUN...", help="Run folders, or that of a recipe.")]
+_OF = _option(str, "--lineage", metavar="NAME:VERSION", help="Measure every checkpoint that led to this model.")
+_MEASURED_ON = _option(str, "--data", metavar="DIR", help="With --lineage: prepared data to measure on.")
+_PROMPTS = _option(int, "--prompts", min=0, help="With --lineage: held-out turns that are continued; 0 = all.")
+_COMPARE_HELP = "Runs beside each other: curves, results, the settings that differ; or the checkpoints of a lineage."
+_COMPARE_EXAMPLES = (
+    "Examples:\n\n  nemotron compare output/nano3/sft/RUN output/nano3/sft/OTHER\n\n"
+    "  nemotron compare output/nano3/recipe/tiny --html compared.html\n\n"
+    "  nemotron compare --lineage ModelArtifact-rl:v1 --data output/nano3/data_prep/KEY"
+)
 
-@app.command("inspect", help="One chat as the model will see it: its tokens, and which are trained.", epilog="Example:\n\n  nemotron inspect chats.jsonl:3 --html chat.html")
+
+@app.command("compare", help=_COMPARE_HELP, epilog=_COMPARE_EXAMPLES)
+def compare(
+    runs: _RUNS = None,
+    html: _HTML = "",
+    of: _OF = "",
+    data: _MEASURED_ON = "",
+    prompts: _PROMPTS = 12,
+    root: Artifacts = "",
+) -> None:
+    """Compare runs, or checkpoints."""
+    from nemotron_nb.stages.compare import comparison_picture
+
+    if bool(runs) == bool(of):
+        what = "runs and --lineage together" if of else "nothing to compare"
+        raise UserError(what, where="command line", fix="name run folders, or give --lineage NAME")
+    _show_picture(_of_lineage(root, of, data, prompts) if of else comparison_picture(runs), html)
+
+
+def _of_lineage(root: str, of: str, data: str, prompts: int) -> Any:
+    """The checkpoints of a lineage, measured on the same chats."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from nemotron_nb.stages.compare import lineage_table, measure_lineage
+    from nemotron_nb.stages.evaluate import eval_config
+
+    disable_progress_bar()
+    asked = [f"data.dir={data}", f"data.num_prompts={prompts}", "data.questions=", "eval.thinking_budget=0"]
+    return lineage_table(measure_lineage(_store(root), of, eval_config("nano3", "tiny", asked).settings))
+
+# %% ../nbs/90_cli.ipynb #61431cd7
+_FILE = Annotated[
+    str,
+    typer.Argument(
+        metavar="FILE[:LINE]",
+        help="A file of chats, and the line of one; of a folder or a glob the first file, of - standard input.",
+    ),
+]
+_TOKENIZER = _option(str, "--tokenizer", help="tiny, tekken, a folder, or a hub name.")
+_TEMPLATE = _option(str, "--template", help="A template's name, or a .jinja file.")
+_LOSS_MODE = _option(str, "--loss-mode", help="all, last_turn or flags.")
+_FULL = _option(bool, "--full", help="Show every token, nothing folded.")
+_ROLLOUT = _option(
+    bool,
+    "--rollout",
+    help="FILE holds rollouts of a run: one answer, who wrote each token, and how it was judged.",
+)
+_FOR_PROGRAM = _option(bool, "--json", help="Print it for a program: ids, mask, text, notes.")
+_INSPECT_HELP = "One chat as the model will see it: its tokens, and which are trained."
+
+# %% ../nbs/90_cli.ipynb #eb3e0d8a
+@app.command("inspect", help=_INSPECT_HELP, epilog="Example:\n\n  nemotron inspect chats.jsonl:3 --html chat.html")
 def inspect(
-    file: Annotated[str, typer.Argument(metavar="FILE[:LINE]", help="A file of chats, and the line of one; of a folder or a glob the first file, of - standard input.")],
-    html: Annotated[str, typer.Option("--html", help="Write a page to this file as well.")] = "",
-    tokenizer: Annotated[str, typer.Option("--tokenizer", help="tiny, tekken, a folder, or a hub name.")] = "tiny",
-    template: Annotated[str, typer.Option("--template", help="A template's name, or a .jinja file.")] = "nano3",
-    loss_mode: Annotated[str, typer.Option("--loss-mode", help="all, last_turn or flags.")] = "all",
-    full: Annotated[bool, typer.Option("--full", help="Show every token, nothing folded.")] = False,
-    rollout: Annotated[bool, typer.Option("--rollout", help="FILE holds rollouts of a run: one answer, who wrote each token, and how it was judged.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it for a program: ids, mask, text, notes.")] = False,
+    file: _FILE,
+    html: _HTML = "",
+    tokenizer: _TOKENIZER = "tiny",
+    template: _TEMPLATE = "nano3",
+    loss_mode: _LOSS_MODE = "all",
+    full: _FULL = False,
+    rollout: _ROLLOUT = False,
+    as_json: _FOR_PROGRAM = False,
 ) -> None:
     """Show one chat of a file."""
     from nemotron_nb.data.inspect import inspect_file
 
     path, _, line = file.rpartition(":") if file.rpartition(":")[2].isdigit() else (file, "", "")
     if rollout:
-        return _show_picture(load_named("nemotron_nb.stages.rl_tools:show_rollout", "inspect")(path, int(line or 1), full), html)
+        shown = load_named("nemotron_nb.stages.rl_tools:show_rollout", "inspect")
+        return _show_picture(shown(path, int(line or 1), full), html)
     how = {"tokenizer": tokenizer, "template": template, "loss_mode": loss_mode, "full": full, "as_json": as_json}
     code = inspect_file(path, int(line) if line else None, html=html or None, **how)
     if code:
         raise typer.Exit(code)
 
-# %% ../nbs/90_cli.ipynb #de293dbb
+# %% ../nbs/90_cli.ipynb #95c38d45
 _data = typer.Typer(no_args_is_help=True, help="Data without a model.", rich_markup_mode=None)
 app.add_typer(_data, name="data")
+_KIND = Annotated[str, typer.Argument(help="pretrain: documents; sft: chats.")]
+_GIVEN = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="FILE... [KEY=VALUE]...",
+        help="Files of rows, and settings of nemotron_nb.data.clean.Cleaning.",
+    ),
+]
+_OUT_FOLDER = Annotated[Path, typer.Option("--out", help="The folder to write; it must not exist.")]
+_CLEAN_HELP = (
+    "Documents (pretrain) or chats (sft) without duplicates, test questions, other languages, personal data, loops."
+)
+_CLEAN_EXAMPLE = (
+    "Example:\n\n  nemotron data clean sft chats.jsonl --out cleaned decontaminate=[test.jsonl] languages=[en]"
+)
 
 
-@_data.command("clean", help="Documents (pretrain) or chats (sft) without duplicates, test questions, other languages, personal data, loops.", epilog="Example:\n\n  nemotron data clean sft chats.jsonl --out cleaned decontaminate=[test.jsonl] languages=[en]")
-def clean_data(
-    kind: Annotated[str, typer.Argument(help="pretrain: documents; sft: chats.")],
-    given: Annotated[list[str], typer.Argument(metavar="FILE... [KEY=VALUE]...", help="Files of rows, and settings of nemotron_nb.data.clean.Cleaning.")],
-    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
-    as_json: AsJson = False,
-) -> None:
+@_data.command("clean", help=_CLEAN_HELP, epilog=_CLEAN_EXAMPLE)
+def clean_data(kind: _KIND, given: _GIVEN, out: _OUT_FOLDER, as_json: AsJson = False) -> None:
     """Clean rows: kept.jsonl, dropped.jsonl with a reason for each row, ledger.json."""
     from nemotron_nb.data.clean import clean, cleaning_of, ledger_table
 
     paths = [text for text in given if Path(text).exists() or "=" not in text]
     ledger = clean(paths, cleaning_of(kind, [text for text in given if text not in paths]), out)
     if as_json:
-        _print_json(ledger)
-    else:
-        print(f"{ledger_table(ledger)}\n\nkept: {out}/kept.jsonl\ndropped, with reasons: {out}/dropped.jsonl\nledger: {out}/ledger.json")
+        return _print_json(ledger)
+    dropped = f"dropped, with reasons: {out}/dropped.jsonl"
+    print(f"{ledger_table(ledger)}\n\nkept: {out}/kept.jsonl\n{dropped}\nledger: {out}/ledger.json")
 
-# %% ../nbs/90_cli.ipynb #5f0a1c22
+# %% ../nbs/90_cli.ipynb #e92710d9
 _PREVIEW = _option(int, "--preview", metavar="N", min=0, help="Make N rows, show them, and forget them.")
 _SYNTH_HELP = "Make rows, with a verifier for every domain; list pipelines; judge a file again; show a run."
 
@@ -955,10 +1155,11 @@ def _synth_command(name: str) -> Callable[..., None]:
 
     return _with_parameters(do, [*_FIRST, ("preview", _PREVIEW, 0), *_PLACE, *_SHOWN])
 
-# %% ../nbs/90_cli.ipynb #5f0a1c23
+# %% ../nbs/90_cli.ipynb #3bea66ab
 _ROWS_FILE = Annotated[Path, typer.Argument(metavar="FILE", help="A file of made rows.")]
-_ROWS_PLACE = Annotated[Path, typer.Argument(metavar="FOLDER|FILE", help="The folder of a run, or a file of made rows.")]
-_HTML = Annotated[str, typer.Option("--html", help="Write a page to this file as well.")]
+_ROWS_PLACE = Annotated[
+    Path, typer.Argument(metavar="FOLDER|FILE", help="The folder of a run, or a file of made rows.")
+]
 
 
 def _list_pipelines() -> None:
@@ -978,7 +1179,10 @@ def _show_rows(place: _ROWS_PLACE, html: _HTML = "") -> None:
     """What there is to see of a run, or of a file of rows."""
     _show_picture(load_named("nemotron_nb.stages.synth:show_rows", "synth show")(place), html)
 
-# %% ../nbs/90_cli.ipynb #5f0a1c24
+# %% ../nbs/90_cli.ipynb #1159f750
+_PIPELINE = "Examples:\n\n  nemotron synth {name} -c tiny\n\n  nemotron synth {name} --preview 3"
+
+
 def _synth_app() -> typer.Typer:
     """The commands of `nemotron synth`."""
     from nemotron_nb.synth.pipelines import PIPELINES
@@ -988,11 +1192,11 @@ def _synth_app() -> typer.Typer:
     made.command("check", help="Judge every row of a file again, from what it carries.")(_check_rows)
     made.command("show", help="Funnel, diversity, difficulty and cost of a run.")(_show_rows)
     for pipeline in PIPELINES.values():
-        example = f"Examples:\n\n  nemotron synth {pipeline.name} -c tiny\n\n  nemotron synth {pipeline.name} --preview 3"
-        made.command(pipeline.name, help=pipeline.words, epilog=example)(_synth_command(pipeline.name))
+        about = {"help": pipeline.words, "epilog": _PIPELINE.format(name=pipeline.name)}
+        made.command(pipeline.name, **about)(_synth_command(pipeline.name))
     return made
 
-
+# %% ../nbs/90_cli.ipynb #751a2beb
 class _Synth(_Family):
     """The commands of pipelines, made when they are asked for."""
 
@@ -1005,33 +1209,47 @@ class _Synth(_Family):
 
 app.add_typer(typer.Typer(cls=_Synth, no_args_is_help=True, help=_SYNTH_HELP, rich_markup_mode=None), name="synth")
 
-# %% ../nbs/90_cli.ipynb #c6797a90
-rl_app = typer.Typer(no_args_is_help=True, help="Rollouts judged again, and pass rates of tasks.", rich_markup_mode=None)
+# %% ../nbs/90_cli.ipynb #3f2c4fb3
+rl_app = typer.Typer(
+    no_args_is_help=True, help="Rollouts judged again, and pass rates of tasks.", rich_markup_mode=None
+)
 app.add_typer(rl_app, name="rl")
-Switched = Annotated[list[str] | None, typer.Option("--environment", help="Switch on an environment that is off: code. May be given several times.")]
+Switched = Annotated[
+    list[str] | None,
+    typer.Option("--environment", help="Switch on an environment that is off: code. May be given several times."),
+]
+_ROLLOUTS = Annotated[Path, typer.Argument(help="A file of rollouts in a run folder.")]
+_EVERY = Annotated[bool, typer.Option("--all", help="Show every answer.")]
+_JUDGE = "Example:\n\n  nemotron rl judge output/nano3/rl/RUN/rollouts/step_000030.jsonl"
 
 
-@rl_app.command("judge", help="Judge the answers of a run again, and show what changed.", epilog="Example:\n\n  nemotron rl judge output/nano3/rl/RUN/rollouts/step_000030.jsonl")
-def rl_judge(
-    rollouts: Annotated[Path, typer.Argument(help="A file of rollouts in a run folder.")],
-    environment: Switched = None,
-    whole: Annotated[bool, typer.Option("--all", help="Show every answer.")] = False,
-    html: Annotated[str, typer.Option("--html", help="Write a page to this file as well.")] = "",
-) -> None:
+@rl_app.command("judge", help="Judge the answers of a run again, and show what changed.", epilog=_JUDGE)
+def rl_judge(rollouts: _ROLLOUTS, environment: Switched = None, whole: _EVERY = False, html: _HTML = "") -> None:
     """Judge rollouts again."""
     from nemotron_nb.stages.rl_tools import judge_again
 
     _show_picture(judge_again(rollouts, environment or ()).picture(whole), html)
 
+# %% ../nbs/90_cli.ipynb #a7ec0100
+_TASKS = Annotated[Path, typer.Argument(help="A file of tasks, as data prep rl writes it.")]
+_OF_MODEL = _option(str, "--model", help="A run folder, or a folder in Hugging Face form.")
+_RATES = _option(Path, "--out", help="The file of pass rates; one that was begun is gone on with.")
+_GENERATIONS = _option(int, "--generations", min=2, help="Answers to each task.")
+_ANSWER_TOKENS = _option(int, "--max-new-tokens", min=1, help="Tokens of an answer.")
+_SEED = _option(int, "--seed", help="Names the draws.")
+_PROFILE = (
+    "Example:\n\n  nemotron rl profile output/nano3/data_prep_rl/KEY/train/data.jsonl --model output/nano3/rl/RUN"
+)
 
-@rl_app.command("profile", help="Measure how often a model solves each task.", epilog="Example:\n\n  nemotron rl profile output/nano3/data_prep_rl/KEY/train/data.jsonl --model output/nano3/rl/RUN")
+
+@rl_app.command("profile", help="Measure how often a model solves each task.", epilog=_PROFILE)
 def rl_profile(
-    tasks: Annotated[Path, typer.Argument(help="A file of tasks, as data prep rl writes it.")],
-    model: Annotated[str, typer.Option("--model", help="A run folder, or a folder in Hugging Face form.")],
-    out: Annotated[Path, typer.Option("--out", help="The file of pass rates; one that was begun is gone on with.")] = Path("pass_rates.jsonl"),
-    generations: Annotated[int, typer.Option("--generations", min=2, help="Answers to each task.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer.")] = 60,
-    seed: Annotated[int, typer.Option("--seed", help="Names the draws.")] = 0,
+    tasks: _TASKS,
+    model: _OF_MODEL,
+    out: _RATES = Path("pass_rates.jsonl"),
+    generations: _GENERATIONS = 8,
+    max_new_tokens: _ANSWER_TOKENS = 60,
+    seed: _SEED = 0,
     environment: Switched = None,
 ) -> None:
     """Measure pass rates of tasks."""
@@ -1039,17 +1257,35 @@ def rl_profile(
     from nemotron_nb.stages.rl_tools import profile_tasks
 
     found = profile_tasks(tasks, model, out, generations, max_new_tokens, seed, environment or ())
-    print(f"{rates_table(found)}\n\npass rates: {out}\ntrain by them: nemotron nano3 rl curriculum.on=true curriculum.profile={out}")
+    next_run = f"train by them: nemotron nano3 rl curriculum.on=true curriculum.profile={out}"
+    print(f"{rates_table(found)}\n\npass rates: {out}\n{next_run}")
 
-# %% ../nbs/90_cli.ipynb #c4a70001
-@app.command("chat", help="Talk to a model: a run folder, a folder in Hugging Face form, or art://NAME:VERSION. /help lists what can be typed.", epilog="Example:\n\n  nemotron chat output/nano3/sft/RUN --tools tools.json --think 200")
+# %% ../nbs/90_cli.ipynb #654f0a3b
+_MODEL_FOLDER = Annotated[
+    str, typer.Argument(help="A run folder, a folder in Hugging Face form, or art://NAME:VERSION.")
+]
+_SYSTEM = _option(str, "--system", help="Text of the system turn.")
+_TOOLS = _option(str, "--tools", metavar="FILE.json", help="Tools to declare; you give their results.")
+_THINK = _option(str, "--think", metavar="on|off|TOKENS", help="Thoughts: on, off, or at most this many tokens.")
+_TEMPERATURE = _option(float, "--temperature", min=0, help="0: always the likeliest token.")
+_TURN_TOKENS = _option(int, "--max-new-tokens", min=1, help="Tokens of a turn.")
+_CHAT_HELP = (
+    "Talk to a model: a run folder, a folder in Hugging Face form, or art://NAME:VERSION. "
+    "/help lists what can be typed."
+)
+
+# %% ../nbs/90_cli.ipynb #45614416
+_CHAT = "Example:\n\n  nemotron chat output/nano3/sft/RUN --tools tools.json --think 200"
+
+
+@app.command("chat", help=_CHAT_HELP, epilog=_CHAT)
 def chat(
-    model: Annotated[str, typer.Argument(help="A run folder, a folder in Hugging Face form, or art://NAME:VERSION.")],
-    system: Annotated[str, typer.Option("--system", help="Text of the system turn.")] = "",
-    tools: Annotated[str, typer.Option("--tools", metavar="FILE.json", help="Tools to declare; you give their results.")] = "",
-    think: Annotated[str, typer.Option("--think", metavar="on|off|TOKENS", help="Thoughts: on, off, or at most this many tokens.")] = "on",
-    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0: always the likeliest token.")] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of a turn.")] = 512,
+    model: _MODEL_FOLDER,
+    system: _SYSTEM = "",
+    tools: _TOOLS = "",
+    think: _THINK = "on",
+    temperature: _TEMPERATURE = 0.0,
+    max_new_tokens: _TURN_TOKENS = 512,
     root: Artifacts = "",
 ) -> None:
     """Talk to a model."""
@@ -1062,20 +1298,28 @@ def chat(
     print(obey(talk, f"/think {think}"), "(/help lists the commands)")
     chat_loop(talk, input, print)
 
-# %% ../nbs/90_cli.ipynb #c4a70002
-@app.command("serve", help="Serve a model with OpenAI's protocol: by vLLM where it is installed, else by transformers.", epilog="Example:\n\n  nemotron serve output/nano3/sft/RUN --dry-run")
+# %% ../nbs/90_cli.ipynb #dee30374
+_ENGINE = _option(str, "--engine", help="auto, vllm or transformers.")
+_HOST = _option(str, "--host", help="Address to listen at.")
+_PORT = _option(int, "--port", min=1, max=65535, help="Port to listen at.")
+_COMMAND_ONLY = _option(bool, "--dry-run", "-d", help="Print the command; start nothing.")
+_SERVE_HELP = "Serve a model with OpenAI's protocol: by vLLM where it is installed, else by transformers."
+
+
+@app.command("serve", help=_SERVE_HELP, epilog="Example:\n\n  nemotron serve output/nano3/sft/RUN --dry-run")
 def serve(
-    model: Annotated[str, typer.Argument(help="A run folder, a folder in Hugging Face form, or art://NAME:VERSION.")],
-    engine: Annotated[str, typer.Option("--engine", help="auto, vllm or transformers.")] = "auto",
-    host: Annotated[str, typer.Option("--host", help="Address to listen at.")] = "localhost",
-    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen at.")] = 8000,
-    dry_run: Annotated[bool, typer.Option("--dry-run", "-d", help="Print the command; start nothing.")] = False,
+    model: _MODEL_FOLDER,
+    engine: _ENGINE = "auto",
+    host: _HOST = "localhost",
+    port: _PORT = 8000,
+    dry_run: _COMMAND_ONLY = False,
     root: Artifacts = "",
 ) -> None:
     """Serve a model."""
-    load_named("nemotron_nb.stages.serve:start_server", "serve")(model, engine, host, port, dry_run, str(_store(root).root))
+    start = load_named("nemotron_nb.stages.serve:start_server", "serve")
+    start(model, engine, host, port, dry_run, str(_store(root).root))
 
-# %% ../nbs/90_cli.ipynb #2d027fa3
+# %% ../nbs/90_cli.ipynb #588ef95b
 class _Listener:
     """A stream that people may stop reading: after that, what is written to it goes nowhere."""
 
@@ -1086,7 +1330,7 @@ class _Listener:
         return getattr(self._stream, name)
 
     def _leave(self) -> None:
-        """Point the stream at nothing, so that what is still in its buffer does not fail again when the process ends."""
+        """Point the stream at nothing, so that what is still in its buffer does not fail again at the end."""
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, self._stream.fileno())
         os.close(nothing)
@@ -1106,7 +1350,7 @@ class _Listener:
         except BrokenPipeError:
             self._leave()
 
-
+# %% ../nbs/90_cli.ipynb #b4299b39
 def main() -> None:
     """The console script `nemotron`. An error of the user is told once, on stderr, with exit code 1."""
     sys.stdout, sys.stderr = _Listener(sys.stdout), _Listener(sys.stderr)

@@ -35,7 +35,7 @@ def test_stored_pictures_have_words(path):
 # A notebook whose cells are a lesson -> the lines of an export cell in the median. A new one is added, none is taken out.
 LESSONS = {
     "00_core": 12, "01_viz": 11, "02_rehearsal": 21, "03_connection": 15, "04_usage": 19, "05_endpoint": 15,
-    "92_api": 11,
+    "90_cli": 18, "92_api": 11,
     "data/01_files": 11, "data/02_levels": 13, "data/03_records": 10, "data/04_sample": 14, "data/05_tokenizer": 13,
     "data/06_encoder": 9, "data/07_template": 13, "data/08_mask": 12, "data/09_sandbox": 12,
     "data/10_jinja_template": 12, "data/11_nvidia_prep": 14, "data/12_reasoning": 12, "data/13_filters": 12,
@@ -59,9 +59,9 @@ LESSONS = {
     "train/25_modes": 14,
     "megatron/01_versions": 10, "megatron/02_names": 10, "megatron/03_data": 17, "megatron/04_step": 18,
     "megatron/05_recorder": 19, "megatron/06_lifecycle": 11, "megatron/07_kernels": 22, "megatron/08_cpu": 15,
-    "megatron/09_engine": 11, "megatron/10_compare": 15, "megatron/12_parameters": 23, "megatron/13_memory": 19,
-    "megatron/14_measure": 20, "megatron/15_time": 23, "megatron/16_plan": 26, "megatron/17_scale": 16,
-    "megatron/18_failures": 20,
+    "megatron/09_engine": 11, "megatron/10_compare": 15, "megatron/11_pretrain": 17, "megatron/12_parameters": 23,
+    "megatron/13_memory": 19, "megatron/14_measure": 20, "megatron/15_time": 23, "megatron/16_plan": 26,
+    "megatron/17_scale": 16, "megatron/18_failures": 20,
     "rl/01_tasks": 10, "rl/02_placeholders": 11, "rl/03_judgement": 14, "rl/04_answers": 10, "rl/05_structured": 13,
     "rl/06_instructions": 13, "rl/07_workplace": 11, "rl/08_code": 12, "rl/09_genrm": 14, "rl/10_judge_tasks": 19,
     "rl/11_environments": 15, "rl/12_gym": 15, "rl/13_length": 15, "rl/14_judges": 16, "rl/15_sample_tasks": 11,

@@ -41,7 +41,10 @@ from ..train.preflight import check_settings
 from ..train.sequences import SequenceReader
 from ..train.settings import TINY, TrainConfig
 
-# %% ../../nbs/megatron/11_pretrain.ipynb #a4e5a791
+# %% ../../nbs/megatron/11_pretrain.ipynb #5a9a2cf1
+_OF_A_PLACE = ("tokens", "labels", "loss_mask", "position_ids")
+
+
 def row_item(
     rows: Sequence[Row],  # what lies in one row of Megatron
     length: int,  # places in it
@@ -54,30 +57,32 @@ def row_item(
     sizes = [-(-len(row) // multiple) * multiple for row in rows]
     borders = np.cumsum([0, *sizes, *([length - sum(sizes)] if sum(sizes) < length else [])])
     if borders[-1] != length:
-        raise UserError(
-            f"{sum(sizes)} places in a row of {length}", where=rows[0].conversation_id, fix="give shorter samples"
-        )
-    names = ("tokens", "labels", "loss_mask", "position_ids")
-    item: dict[str, Any] = {name: np.zeros(length, np.int64) for name in names}
+        what = f"{sum(sizes)} places in a row of {length}"
+        raise UserError(what, where=rows[0].conversation_id, fix="give shorter samples")
+    item: dict[str, Any] = {name: np.zeros(length, np.int64) for name in _OF_A_PLACE}
     for row, begin in zip(rows, borders):
         here = slice(begin, begin + len(row))
-        for name, values in zip(names, (row.tokens, row.labels, row.mask, np.arange(len(row)))):
+        for name, values in zip(_OF_A_PLACE, (row.tokens, row.labels, row.mask, np.arange(len(row)))):
             item[name][here] = values
     return item | {"borders": borders.tolist(), "places": sum(map(len, rows))}
 
-# %% ../../nbs/megatron/11_pretrain.ipynb #41938a55
+# %% ../../nbs/megatron/11_pretrain.ipynb #b02baf70
+def _padded_borders(items: Sequence[dict[str, Any]]) -> Any:
+    """int32 [B,K]: the borders of each row, the last one repeated up to the longest list."""
+    import torch
+
+    most = max(len(item["borders"]) for item in items)
+    return torch.tensor([[*b, *[b[-1]] * (most - len(b))] for b in (item["borders"] for item in items)]).int()
+
+
 def collate_rows(
     items: Sequence[dict[str, Any]],  # of row_item
 ) -> dict[str, Any]:
     """The micro-batch that Megatron-Bridge's forward step takes: [B,T] tensors, and borders int32 [B,K]."""
     import torch
 
-    most = max(len(item["borders"]) for item in items)
-    borders = torch.tensor([[*b, *[b[-1]] * (most - len(b))] for b in (item["borders"] for item in items)]).int()
-    batch = {
-        name: torch.from_numpy(np.stack([item[name] for item in items]))
-        for name in ("tokens", "labels", "loss_mask", "position_ids")
-    }
+    borders = _padded_borders(items)
+    batch = {name: torch.from_numpy(np.stack([item[name] for item in items])) for name in _OF_A_PLACE}
     longest = borders.diff(dim=1).max(1, keepdim=True).values
     return batch | {
         "token_count": [item["places"] for item in items],
@@ -85,7 +90,7 @@ def collate_rows(
         **{f"max_seqlen_{side}": longest for side in ("q", "kv")},
     }
 
-# %% ../../nbs/megatron/11_pretrain.ipynb #0720a3a1
+# %% ../../nbs/megatron/11_pretrain.ipynb #500f8948
 class TrainRows:
     """The rows of a training, in the order in which Megatron counts them."""
 
@@ -105,7 +110,7 @@ class TrainRows:
         first = (int(i) - int(self.reader.begins[step])) * share
         return row_item(self.reader.rows(step, slice(first, first + share)), self.length, self.multiple)
 
-
+# %% ../../nbs/megatron/11_pretrain.ipynb #3ad6667e
 class HeldOutRows:
     """The held-out rows, over and over; `size` of them are one evaluation."""
 
@@ -147,7 +152,7 @@ def _data_of(train: TrainRows, held_out: HeldOutRows | None) -> Any:
     kind.rows = train, held_out
     return kind(dataloader_type="single")
 
-# %% ../../nbs/megatron/11_pretrain.ipynb #aa79a2e5
+# %% ../../nbs/megatron/11_pretrain.ipynb #282802cc
 SIZES = (
     "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
     "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_topk",
@@ -167,7 +172,7 @@ def take_sizes(
         setattr(model, name, getattr(own, name))
     return changed
 
-
+# %% ../../nbs/megatron/11_pretrain.ipynb #49fc4b06
 def begins_at_random(
     config: TrainConfig,
 ) -> bool:
@@ -189,7 +194,7 @@ def check_documents(
             what = f"samples of {length} tokens cannot be cut into {2 * context_ranks} equal parts"
             raise UserError(what, where=where, fix="give lengths that are multiples")
 
-# %% ../../nbs/megatron/11_pretrain.ipynb #61be306b
+# %% ../../nbs/megatron/11_pretrain.ipynb #304643b4
 _WITHOUT_GPU = {
     "model.pipeline_model_parallel_size": 1,
     "model.cuda_graph_impl": "none",
@@ -207,7 +212,28 @@ def _held_out_values(held_out: int, batch: int, ranks: int) -> dict[str, int]:
     size = max(ranks, min(batch, held_out) // ranks * ranks)
     return {"validation.eval_global_batch_size": size, "validation.eval_iters": -(-held_out // size)}
 
-# %% ../../nbs/megatron/11_pretrain.ipynb #01c21244
+# %% ../../nbs/megatron/11_pretrain.ipynb #f1904f25
+def _put_in(config: Any, source: DocumentSource, run: MegatronConfig, world_size: int) -> None:
+    """The rows as this layout wants them, and how many of them an evaluation sees."""
+    m, multiple = config.model, layout_multiple(config.model)
+    ranks = world_size // (m.tensor_model_parallel_size * m.pipeline_model_parallel_size * m.context_parallel_size)
+    values = _held_out_values(len(source.held_out), config.train.global_batch_size, max(1, ranks))
+    for name, value in values.items():
+        if name not in run.overrides:
+            set_value(config, name, value)
+    v = config.validation
+    held = HeldOutRows(source.held_out, source.size, multiple, max(1, v.eval_iters * v.eval_global_batch_size))
+    type(config.dataset).rows = TrainRows(source.reader, multiple), held
+
+# %% ../../nbs/megatron/11_pretrain.ipynb #bb55624f
+def _values(run: MegatronConfig, source: DocumentSource) -> dict[str, Any]:
+    """The needs of the engine, the shared settings, what a machine without a GPU lacks, and the overrides."""
+    values = engine_values(run, {"pack_size": source.size}) | (_WITHOUT_GPU if run.cpu_standins else {})
+    if begins_at_random(run.shared):
+        values["checkpoint.pretrained_checkpoint"] = None
+    return values | dict(run.overrides)
+
+
 def build_config(
     run: MegatronConfig,  # its length in steps
     source: DocumentSource,
@@ -221,30 +247,14 @@ def build_config(
     bridge = dotted("megatron.bridge.AutoBridge").from_hf_pretrained(str(start_folder(shared)))
     take_sizes(config.model, bridge.to_megatron_provider(load_weights=False))
     config.dataset = _data_of(TrainRows(source.reader, 1), None)
-    values = engine_values(run, {"pack_size": source.size}) | (_WITHOUT_GPU if run.cpu_standins else {})
-    if begins_at_random(shared):
-        values["checkpoint.pretrained_checkpoint"] = None
-    for name, value in (values | dict(run.overrides)).items():
+    for name, value in _values(run, source).items():
         set_value(config, name, value)
     _put_in(config, source, run, world_size)
     check_documents(shared, config.model.context_parallel_size)
     check_layout(config, {"pad_to_multiple": layout_multiple(config.model)}, world_size)
     return config
 
-
-def _put_in(config: Any, source: DocumentSource, run: MegatronConfig, world_size: int) -> None:
-    """The rows as this layout wants them, and how many of them an evaluation sees."""
-    m, multiple = config.model, layout_multiple(config.model)
-    ranks = world_size // (m.tensor_model_parallel_size * m.pipeline_model_parallel_size * m.context_parallel_size)
-    values = _held_out_values(len(source.held_out), config.train.global_batch_size, max(1, ranks))
-    for name, value in values.items():
-        if name not in run.overrides:
-            set_value(config, name, value)
-    v = config.validation
-    held = HeldOutRows(source.held_out, source.size, multiple, max(1, v.eval_iters * v.eval_global_batch_size))
-    type(config.dataset).rows = TrainRows(source.reader, multiple), held
-
-# %% ../../nbs/megatron/11_pretrain.ipynb #462063d4
+# %% ../../nbs/megatron/11_pretrain.ipynb #9d3a8f33
 PLACE = "place.json"  # in the output folder: what the place in the data is counted with
 
 
@@ -257,14 +267,19 @@ def check_place(
     was = json.loads(file.read_text()) if file.is_file() else known
     differing = [f"{k} {v!r}, here {known.get(k)!r}" for k, v in was.items() if known.get(k) != v]
     if differing:
-        what, why = (
-            f"the place in the data was counted with other settings: {'; '.join(differing)}",
-            "samples would be seen twice, or never",
-        )
-        raise UserError(what, where=str(file), why=why, fix="give data, seed, length and batch size that it began with")
+        what = f"the place in the data was counted with other settings: {'; '.join(differing)}"
+        why, fix = "samples would be seen twice, or never", "give data, seed, length and batch size that it began with"
+        raise UserError(what, where=str(file), why=why, fix=fix)
     write_json(file, known)
 
-# %% ../../nbs/megatron/11_pretrain.ipynb #ce4c7760
+# %% ../../nbs/megatron/11_pretrain.ipynb #6aeea512
+def _data_ranks(config: Any, known: Any) -> int:
+    """Data-parallel ranks, from the calculator of micro-batches that Megatron has made."""
+    times = getattr(known, "micro_batch_times_data_parallel_size", None)
+    whole = config.train.global_batch_size // known.get() if times is None else times
+    return whole // config.train.micro_batch_size
+
+
 class GrowingRecorder(Recorder):
     """A listener that also tells Megatron-Core how the batch grows."""
 
@@ -278,19 +293,14 @@ class GrowingRecorder(Recorder):
         from megatron.core import num_microbatches_calculator as calculator
 
         config, known = context.state.cfg, calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR
-        ranks = (
-            known.micro_batch_times_data_parallel_size
-            if hasattr(known, "micro_batch_times_data_parallel_size")
-            else (config.train.global_batch_size // known.get())
-        )
         calculator.reconfigure_num_microbatches_calculator(
             rank=1, rampup_batch_size=None, global_batch_size=config.train.global_batch_size,
-            micro_batch_size=config.train.micro_batch_size, data_parallel_size=ranks // config.train.micro_batch_size,
+            micro_batch_size=config.train.micro_batch_size, data_parallel_size=_data_ranks(config, known),
             step_batch_size_schedule=self.schedule, seq_length=self.sequence_length,
         )  # fmt: skip
         calculator.update_num_microbatches(context.state.train_state.consumed_train_samples, consistency_check=True)
 
-
+# %% ../../nbs/megatron/11_pretrain.ipynb #6877d056
 def _counts(source: DocumentSource) -> dict[str, Any]:
     """How much there is to train on, in the words of a manifest of packs."""
     found = source.found
@@ -302,26 +312,36 @@ def _counts(source: DocumentSource) -> dict[str, Any]:
     }
     return {"splits": {"train": train}}
 
-# %% ../../nbs/megatron/11_pretrain.ipynb #88deabe9
+
+def _recorder(
+    run: MegatronConfig, config: Any, step: TwoStageStep, source: DocumentSource, stop: StopSignals
+) -> GrowingRecorder:
+    """The listener of a run: its record, our learning rate unless Megatron's is asked for, and the model at the end."""
+    shared, t = run.shared, config.train
+    timed = replace(
+        shared, train=replace(shared.train, global_batch_size=t.global_batch_size, train_iters=t.train_iters)
+    )
+    rate = partial(learning_rate, config=timed) if own_schedule(run.overrides, step.schedule) else None
+    write, epoch = partial(write_model, shared, config.peft), lambda done: shared.packs_read(done) / len(source)
+    recorder = GrowingRecorder(shared.output_dir, step, rate, epoch, write, stop)
+    recorder.schedule, recorder.sequence_length = shared.train.step_batch_size_schedule, source.size
+    return recorder
+
+# %% ../../nbs/megatron/11_pretrain.ipynb #78707176
 def _pretrain(source: DocumentSource, run: MegatronConfig, stop: StopSignals) -> Recorder:
     """Megatron-Bridge's own `pretrain` with our configuration, rows, step and listener."""
     shared, rank = run.shared, int(os.environ["RANK"])
     config = build_config(run, source, int(os.environ["WORLD_SIZE"]))
-    schedule, size = StageSchedule.from_config(shared.loss.stages), config.train.global_batch_size
-    step = TwoStageStep(schedule, 1)
+    step = TwoStageStep(StageSchedule.from_config(shared.loss.stages), 1)
     if rank == 0:
         check_place(shared, source.place)
         begin_record(run, config, _counts(source), step)
-    timed = replace(shared, train=replace(shared.train, global_batch_size=size, train_iters=config.train.train_iters))
-    rate = partial(learning_rate, config=timed) if own_schedule(run.overrides, schedule) else None
-    write, epoch = partial(write_model, shared, config.peft), lambda done: shared.packs_read(done) / len(source)
-    recorder = GrowingRecorder(shared.output_dir, step, rate, epoch, write, stop)
-    recorder.schedule, recorder.sequence_length = shared.train.step_batch_size_schedule, source.size
+    recorder = _recorder(run, config, step, source, stop)
     callbacks = recorder.register(dotted("megatron.bridge.training.callbacks.CallbackManager")())
     dotted("megatron.bridge.training.pretrain.pretrain")(config, step, callbacks=callbacks)
     return recorder
 
-
+# %% ../../nbs/megatron/11_pretrain.ipynb #f3a23103
 def train(
     run: MegatronConfig,
     stop: StopSignals | None = None,  # what asks the training to end, besides a file STOP in the output folder
