@@ -17,11 +17,12 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ..core import UserError, digest, file_digest, hub_file, nearest, write_atomic, write_json
@@ -158,19 +159,34 @@ def any_of(
 
 # %% ../../nbs/data/05_tokenizer.ipynb #8952b53a
 @dataclass(frozen=True, eq=False, repr=False)
-class _Vocabulary:
-    """A tokenizer's entries: both of its forms, and which ids stand for special tokens."""
+class _Source:
+    """A tokenizer as a file holds it, both of its forms, and which ids stand for special tokens."""
 
     name: str
-    full: Tokenizer  # recognises special tokens
-    plain: Tokenizer  # cannot write one
+    source: bytes  # the tokenizer as JSON: a tokenizer.json
     special_ids: Mapping[str, int]  # every special token and its id
     digest: str  # of vocabulary, merges, special tokens and the way of cutting
+    vocab_size: int  # one more than the highest id
+    settled: bool = True  # is `source` what the package `tokenizers` writes itself?
 
-    @property
-    def vocab_size(self) -> int:
-        """One more than the highest id."""
-        return max(self.full.get_vocab().values()) + 1
+    @cached_property
+    def full(self) -> Tokenizer:
+        """Recognises special tokens."""
+        return Tokenizer.from_buffer(self.source)
+
+    @cached_property
+    def plain(self) -> Tokenizer:
+        """Cannot write a special token."""
+        return _without_special(json.loads(self.source))
+
+    @cached_property
+    def description(self) -> str:
+        """The tokenizer as the package `tokenizers` writes it."""
+        return self.source.decode() if self.settled else self.full.to_str()
+
+# %% ../../nbs/data/05_tokenizer.ipynb #a67ad8b6
+class _Vocabulary(_Source):
+    """A tokenizer's entries."""
 
     @property
     def im_end_id(self) -> int:
@@ -321,13 +337,12 @@ def chat_tokenizer(
     name: str,  # for messages
 ) -> ChatTokenizer:
     """Make a `ChatTokenizer` of a tokenizer of the `tokenizers` package, if it is fit for chats."""
-    content = json.loads(tokenizer.to_str())
+    source = tokenizer.to_str()
+    content = json.loads(source)
     _check_foreign(content, name)
-    special_ids, name_of_content = (
-        {token["content"]: token["id"] for token in content["added_tokens"]},
-        _digest(content),
-    )
-    return ChatTokenizer(name, tokenizer, _without_special(content), special_ids, name_of_content)
+    special_ids = {token["content"]: token["id"] for token in content["added_tokens"]}
+    highest = max(*content["model"]["vocab"].values(), *special_ids.values())
+    return ChatTokenizer(name, source.encode(), special_ids, _digest(content), highest + 1)
 
 # %% ../../nbs/data/05_tokenizer.ipynb #8a0aff40
 def split_picture(
@@ -356,7 +371,7 @@ def _save(tokenizer: ChatTokenizer, folder: Path, chat_template: str | None) -> 
         "clean_up_tokenization_spaces": False,
         "model_max_length": 262144,
     }
-    write_atomic(folder / "tokenizer.json", tokenizer.full.to_str())
+    write_atomic(folder / "tokenizer.json", tokenizer.description)
     write_json(folder / "tokenizer_config.json", config)
     if chat_template is not None:
         write_atomic(folder / "chat_template.jinja", chat_template)
@@ -459,15 +474,55 @@ def _read(path: Path, name: str) -> ChatTokenizer:
     facts = path.stat()
     return _read_once(path.absolute(), name, facts.st_size, facts.st_mtime_ns)
 
+# %% ../../nbs/data/05_tokenizer.ipynb #4a222050
+_LARGE = 1 << 20  # bytes of a tokenizer.json from which on remembering is worth a file
+_FACTS = ("special_ids", "digest", "vocab_size", "settled")
+
+
+def _facts_path(source: bytes) -> Path:
+    """Where the facts about a tokenizer.json are kept."""
+    name = digest([digest(source, 64), tokenizers.__version__, file_digest(_assets().parents[0] / "tokenizer.py")])
+    return cache_folder() / "tables" / f"tokenizer-{name}.json"
+
+# %% ../../nbs/data/05_tokenizer.ipynb #9eec7a29
+def _remembered(source: bytes) -> dict[str, Any] | None:
+    """What is known of a tokenizer.json that was read before; None: nothing."""
+    if len(source) < _LARGE:
+        return None
+    try:
+        kept = json.loads(_facts_path(source).read_bytes())
+        facts = {name: kept["facts"][name] for name in _FACTS}
+        return facts if kept["check"] == digest(facts) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+# %% ../../nbs/data/05_tokenizer.ipynb #01d7ad0b
+def _remember(tokenizer: ChatTokenizer) -> None:
+    """Keep what is known of a tokenizer's source, if it is large and there is a place for it."""
+    if len(tokenizer.source) < _LARGE:
+        return
+    facts = {name: getattr(tokenizer, name) for name in _FACTS}
+    try:
+        write_json(_facts_path(tokenizer.source), {"check": digest(facts), "facts": facts})
+    except OSError:  # then it is found out again the next time
+        pass
+
 # %% ../../nbs/data/05_tokenizer.ipynb #8e7aa3a6
 @functools.lru_cache(maxsize=4)
 def _read_once(path: Path, name: str, size: int, changed: int) -> ChatTokenizer:
     """The tokenizer in a file. Its size and time are arguments so that an edited file is read again."""
+    source = path.read_bytes()
+    if known := _remembered(source):
+        return ChatTokenizer(name, source, **known)
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        made = chat_tokenizer(Tokenizer.from_buffer(source), name)
+    except UserError:
+        raise
     except Exception as error:  # the package raises plain Exception on files it cannot read
         raise UserError(f"not a tokenizer file: {error}", where=str(path), fix="fetch or build it again") from error
-    return chat_tokenizer(tokenizer, name)
+    made = replace(made, source=source, settled=made.source == source)
+    _remember(made)
+    return made
 
 # %% ../../nbs/data/05_tokenizer.ipynb #e110da0f
 def _from_hub(name: str) -> Path:
