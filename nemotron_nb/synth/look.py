@@ -55,7 +55,10 @@ class Diversity:
 def read_rows(
     path: str | os.PathLike,  # rows.jsonl, or any file of made rows
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a file. `UserError` for a line that is no made row."""
+    """The rows of a file. `UserError` for a file that is not there, and for a line that is no made row."""
+    if not Path(path).is_file():
+        fix = "give rows.jsonl of a run, or the file that a run of `nemotron synth` named"
+        raise UserError("is no file of made rows", where=str(path), fix=fix)
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
