@@ -3683,6 +3683,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'nemotron_nb.ops.config._in_data': ('ops/config.html#_in_data', 'nemotron_nb/ops/config.py'),
                                         'nemotron_nb.ops.config._in_documents': ( 'ops/config.html#_in_documents',
                                                                                   'nemotron_nb/ops/config.py'),
+                                        'nemotron_nb.ops.config._in_tree': ('ops/config.html#_in_tree', 'nemotron_nb/ops/config.py'),
                                         'nemotron_nb.ops.config._is_path': ('ops/config.html#_is_path', 'nemotron_nb/ops/config.py'),
                                         'nemotron_nb.ops.config._is_section': ('ops/config.html#_is_section', 'nemotron_nb/ops/config.py'),
                                         'nemotron_nb.ops.config._last_said': ('ops/config.html#_last_said', 'nemotron_nb/ops/config.py'),

@@ -16,8 +16,10 @@ from nemotron_nb.data.filters import check as filter_chat
 from nemotron_nb.data.records import parse_conversation
 from nemotron_nb.endpoint import EndpointError
 from nemotron_nb.rehearsal import Reply
+from nemotron_nb.stages.synth import synth_config
 from nemotron_nb.synth import ask, pipelines, produce, sql, verify_sql
 from nemotron_nb.synth.journal import Journal
+from nemotron_nb.synth.pipelines import pipeline_named
 from nemotron_nb.synth.row import PASSED
 from nemotron_nb.synth.steps import Fallen, Workshop, make_row
 
@@ -243,3 +245,9 @@ def test_the_recipe_is_that_of_what_makes_the_row():
         replace(one, teacher=replace(one.teacher, temperature=0.1)), replace(one, teacher=replace(one.teacher, options={"top_p": 0.5})),
     ):  # fmt: skip
         assert produce.recipe_of(pipeline, other) != recipe
+
+
+def test_a_dry_run_shows_a_setting_that_is_a_mapping():
+    """What is sent to a teacher decides what comes back."""
+    asked = synth_config(pipeline_named("rqa"), "tiny", ["teacher.options={reasoning_effort: low}"])
+    assert "reasoning_effort" in asked.picture(whole=False).text and "teacher.options" not in synth_config(pipeline_named("rqa"), "tiny").picture().text

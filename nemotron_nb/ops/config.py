@@ -281,6 +281,13 @@ MEGATRON = "megatron."  # section of the names that only Megatron-Bridge knows
 POINTER = re.compile(r"\$\{\.*([\w.]+)\}")  # ${name}
 ENVIRONMENT = re.compile(r"\$\{oc\.env:([^},]+)")  # ${oc.env:NAME} or ${oc.env:NAME,default}
 
+# %% ../../nbs/ops/06_config.ipynb #316ca930
+def _in_tree(tree: Mapping[str, Any], name: str) -> Any:
+    """What stands at a dotted name; `None` where nothing does."""
+    for part in name.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
 # %% ../../nbs/ops/06_config.ipynb #637b27ae
 @dataclass(frozen=True)
 class _WithOrigins:
@@ -305,9 +312,13 @@ class _WithOrigins:
     def values(self) -> dict[str, Any]:
         """Dotted names and the values in force.
 
-        A variable of the environment is shown by its name: it may be a secret.
+        A setting that is a mapping was said as a whole and stands as a whole; an empty one is left out. A variable of
+        the environment is shown by its name: it may be a secret.
         """
-        flat = flatten(dataclasses.asdict(self.settings)) | self.private
+        tree = dataclasses.asdict(self.settings)
+        flat = flatten(tree)
+        whole = {name: _in_tree(tree, name) for name in self.origins if name not in flat}
+        flat |= {name: value for name, value in whole.items() if value} | self.private
         return {name: value for name, value in flat.items() if name in self.origins}
 
     @property
