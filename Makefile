@@ -55,8 +55,8 @@ test-library:
 	@$(IN) $(ALONE) python -m pytest -n $(WORKERS) --dist loadfile -m "not long" --ignore tests/megatron --ignore tests/slurm --ignore tests/lab
 
 test-engines:
-	@$(IN) $(ALONE) python -m pytest tests/megatron
-	@$(IN) $(ALONE) python -m pytest tests/slurm tests/lab
+	@$(IN) $(ALONE) python -m pytest -m "not long" tests/megatron
+	@$(IN) $(ALONE) python -m pytest -m "not long" tests/slurm tests/lab
 
 test-long:  ## the tests that take minutes each and are not part of "make test"
 	@.ci/setup dev

@@ -177,6 +177,7 @@ def test_nemo_evaluators_own_parser_takes_the_configuration(run, tmp_path):
             EvaluationConfig(**said["config"] | {"params": {"paralelism": 4}})
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not importlib.util.find_spec("modelopt"), reason="ModelOpt is not installed")
 def test_a_checkpoint_in_eight_bits(place, run, tmp_path):
     """The whole stage: measured, exported, read back, entered; its page from the folder alone, and its lineage."""

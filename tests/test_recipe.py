@@ -162,7 +162,7 @@ def test_made_rows_are_blended_by_their_address_and_stay_in_the_lineage(tmp_path
     assert done["synth"]["data"] == "art://SynthArtifact-tool_world:v1" and done["synth"]["model"] == ""
     filled = made_for(tuning, done, folder, "nano3", str(tmp_path))
     parts = json.loads(Path(filled["data.blend_path"]).read_text())["datasets"]
-    assert [(p["name"], p["weight"], p["license"]) for p in parts] == [("careless", 9.0, "Apache-2.0"), ("tool_world", 1.0, "Apache-2.0")]
+    assert [(p["name"], p["weight"], p["license"]) for p in parts] == [("careless", 19, "Apache-2.0"), ("tool_world", 1, "Apache-2.0")]
     manifest = prepare(PrepConfig(blend_path=filled["data.blend_path"], output_dir=str(tmp_path / "data"), sample=10, pack_size=2048, workers=1))
     store = Store(tmp_path / "artifacts")
     data = log_data(store, "nano3", manifest.folder, filled["data.blend_path"])

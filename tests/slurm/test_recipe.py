@@ -33,6 +33,7 @@ def submitted(place, name, steps, *words):
     return subprocess.run(command, cwd=place, env=os.environ, capture_output=True, text=True, timeout=300), place / "output/nano3/recipe" / name
 
 
+@pytest.mark.long
 def test_each_step_is_a_job_behind_the_one_before(cluster, place):
     first = {"name": "first", "stage": "pretrain", "config": ["tiny"], "settings": SMALL}
     rows = {"name": "rows", "stage": "synth", "pipeline": "tool_world", "config": ["tiny"], "settings": ["rows=8"]}
