@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['app', 'Config', 'Overrides', 'Run', 'Batch', 'DryRun', 'All', 'AsJson', 'Planned', 'GpuKind', 'Price', 'Utilisation',
            'Exact', 'Name', 'Project', 'Entity', 'OPTIONS', 'Groups', 'GROUPS', 'IMPORTS', 'RECIPE', 'RECIPES',
-           'FAMILIES', 'Artifacts', 'rl_app', 'Switched', 'data_prep', 'data_prep_pretrain', 'sft', 'pretrain',
-           'evaluation', 'budget', 'rl', 'import_artifact', 'Option', 'importable', 'report', 'runs', 'artifacts',
-           'lineage', 'compare', 'inspect', 'clean_data', 'rl_judge', 'rl_profile', 'chat', 'serve', 'main']
+           'FAMILIES', 'Artifacts', 'rl_app', 'Switched', 'data_prep', 'data_prep_pretrain', 'sft', 'pretrain', 'rl',
+           'import_artifact', 'Option', 'importable', 'report', 'runs', 'artifacts', 'lineage', 'compare', 'inspect',
+           'clean_data', 'rl_judge', 'rl_profile', 'chat', 'serve', 'main']
 
 # %% ../nbs/90_cli.ipynb #bcdf1490
 import dataclasses
@@ -581,44 +581,6 @@ def pretrain(
     if folder and mode == "run" and on_cluster(profile):  # the job was followed to its end
         _say_result(folder, headline(read_run(folder)))
     return folder
-
-# %% ../nbs/90_cli.ipynb #372b4d8d
-def evaluation(
-    family: str,
-    config: list[str],
-    overrides: list[str],
-    *,
-    dry_run: bool = False,
-    run: str = "",
-    batch: str = "",
-    whole: bool = False,
-    as_json: bool = False,
-) -> None:
-    """Compare a model with what it began from, here or in a job."""
-    from nemotron_nb.stages.evaluate import evaluate_run
-
-    profile, mode = _place(run, batch)
-    show = partial(_show_plan, whole=whole, as_json=as_json)
-    evaluate_run(family, config, overrides, dry_run, profile, mode, _typed(), show=show)
-
-
-def budget(
-    family: str,
-    config: list[str],
-    overrides: list[str],
-    *,
-    dry_run: bool = False,
-    run: str = "",
-    batch: str = "",
-    whole: bool = False,
-    as_json: bool = False,
-) -> None:
-    """Run the budget stage, here or in a job."""
-    from nemotron_nb.stages.budget import budget_run
-
-    profile, mode = _place(run, batch)
-    show = partial(_show_plan, whole=whole, as_json=as_json)
-    budget_run(family, config, overrides, dry_run, profile, mode, _typed(), show=show)
 
 # %% ../nbs/90_cli.ipynb #922ddcc9
 def rl(
