@@ -9,6 +9,8 @@ VENV ?= .venv
 FAMILY ?= nano3
 CONFIG ?= tiny
 WORKERS ?= 2
+# A fifth of its time a test waits for a process that it has started: three testers keep two cores busy.
+TESTERS ?= 3
 # Threads that wait must not spin for long: on a machine that does anything else, that makes small steps many times slower.
 GOMP_SPINCOUNT ?= 1000
 export PYTHON VENV TORCH_INDEX_URL GOMP_SPINCOUNT
@@ -47,12 +49,12 @@ recipe:  ## the whole way: text, made rows, chats, rewards, preferences, evaluat
 test:  ## notebooks in step with the library, every notebook executed, then pytest
 	@.ci/setup dev
 	@$(IN) .ci/sync
-	@$(IN) $(ALONE) nbdev-test --n-workers $(WORKERS)
 	@$(MAKE) --no-print-directory --output-sync=target -j 2 test-library test-engines
 
 # Two targets that "make test" runs side by side: the second waits for Slurm, for browsers and for ranks most of its time.
 test-library:
-	@$(IN) $(ALONE) python -m pytest -n $(WORKERS) --dist loadfile -m "not long" --ignore tests/megatron --ignore tests/slurm --ignore tests/lab
+	@$(IN) $(ALONE) nbdev-test --n-workers $(WORKERS)
+	@$(IN) $(ALONE) python -m pytest -n $(TESTERS) --dist loadfile -m "not long" --ignore tests/megatron --ignore tests/slurm --ignore tests/lab
 
 test-engines:
 	@$(IN) $(ALONE) python -m pytest -m "not long" tests/megatron

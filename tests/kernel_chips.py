@@ -7,6 +7,7 @@ local memory (where registers are spilled to), shared memory of a block, and wha
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -78,16 +79,14 @@ def kernels(capability: int):
             yield f"gradient {name}", kernel.gradient_tiles_kernel, types, constants, launch
 
 
-def main() -> None:
-    """One JSON object: {"sm_80": {kernel: resources}, ...}"""
-    chips = {}
-    for capability in (80, 90, 100):
-        chips[f"sm_{capability}"] = found = {}
-        for name, function, types, constants, launch in kernels(capability):
-            binary = compiled(function, POINTERS | types, constants, capability, launch)
-            found[name] = resources(binary, launch["num_warps"])
-    print(json.dumps(chips))
+def main(chip: str) -> None:
+    """One JSON object for a chip, as "sm_90": {kernel: resources}"""
+    capability, found = int(chip.removeprefix("sm_")), {}
+    for name, function, types, constants, launch in kernels(capability):
+        binary = compiled(function, POINTERS | types, constants, capability, launch)
+        found[name] = resources(binary, launch["num_warps"])
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

@@ -303,7 +303,7 @@ def _heard(number: int):
     return lambda: signal.signal(number, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_a_run_that_is_asked_to_end_keeps_its_steps_and_leaves_no_process_behind(tmp_path, how):
     """kill and Ctrl-C: the training writes a checkpoint, the status says preempted, and the line that resumes is printed."""
     words = ["nano3", "sft", *SMALL[:-1], "train.train_iters=100000", "evaluation.num_generations=0"]

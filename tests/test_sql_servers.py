@@ -76,7 +76,7 @@ def test_right_rows_pass_and_planted_wrongs_are_caught(engine, count):
             spoilt["messages"][-1]["content"] = f"```sql\n{wrong}\n```"
             proof = sql.judge_sql(spoilt)[-1]
             caught += proof.status == REFUSED and bool(proof.reason)
-    assert planted >= 2 * count and caught == planted
+    assert planted >= count and caught == planted
 
 
 @pytest.mark.parametrize("engine", ENGINES)

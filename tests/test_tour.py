@@ -75,7 +75,7 @@ def run_all(steps, monkeypatch):
 
 def test_it_runs(monkeypatch):
     """With few steps of training: nbdev-test and the browser run it as it stands."""
-    steps = 12
+    steps = 6
     names, results = run_all(steps, monkeypatch)
     assert len(names["metrics"]) == steps and len(results) == len(shown())
     fresh, committed = ([repr(r) for r in results], ["".join(o["data"]["text/plain"]) for o in shown()])

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -40,11 +41,31 @@ class Seen(HTMLParser):
             self.mute.append(given.get("src", "")[:60])
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
+WHOLE = ("index", "tour", "map", "loss/02_two_stage", "ops/11_docs")  # shown with code and outputs in the quick site too
+
+
+def words_alone(root, folder):
+    """A checkout with all words and all links, but with the code and the outputs of a few pages only: those take most of the time."""
+    shutil.copytree(root / "papermill_runs", folder / "papermill_runs")
+    for path in (p for p in (root / "nbs").rglob("*") if p.is_file() and ".ipynb_checkpoints" not in p.parts):
+        target = folder / path.relative_to(root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        name = path.relative_to(root / "nbs").with_suffix("").as_posix()
+        if path.suffix != ".ipynb" or name in WHOLE:
+            shutil.copyfile(path, target)
+            continue
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        kept = [c for c in notebook["cells"] if c["cell_type"] == "markdown" or "default_exp" in "".join(c["source"])]
+        target.write_text(json.dumps(notebook | {"cells": kept}), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module", params=["words", pytest.param("whole", marks=pytest.mark.long)])
+def site(tmp_path_factory, request):
     """The folder of a site that was built now."""
     pytest.importorskip("myst_nb", reason="Sphinx and MyST-NB come with the extra docs")
-    return docs.build_site(tmp_path_factory.mktemp("site") / "docs", ROOT).parent
+    root = ROOT if request.param == "whole" else words_alone(ROOT, tmp_path_factory.mktemp("words"))
+    return docs.build_site(tmp_path_factory.mktemp("site") / "docs", root).parent
 
 
 @pytest.fixture(scope="module")
