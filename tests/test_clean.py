@@ -216,6 +216,7 @@ def test_rows_do_not_stay_in_memory(tmp_path):
     (["pretrain", "docs.jsonl", "text_field=body"], "no row would be left"),
     (["sft", "docs.jsonl"], "no row would be left"),
     (["pretrain", "docs.jsonl", "near_threshold=2"], "is no share"),
+    (["pretrain", "docs.jsonl", "languages=[en"], "cannot be read: languages=[en"),
 ], ids=lambda x: x[-1][:30] if isinstance(x, list) else "")  # fmt: skip
 def test_bad_input_is_refused_and_nothing_is_written(tmp_path, monkeypatch, typed, said):
     monkeypatch.chdir(tmp_path)

@@ -192,14 +192,14 @@ def load_blend(
     parts = {"all" if k == "datasets" else k: _entries(v, f"{path}: {k}") for k, v in content.items()}
     return Blend(parts, str(path))
 
-# %% ../../nbs/data/15_blend.ipynb #b506f6ab
+# %% ../../nbs/data/15_blend.ipynb #c715b593
 def folder_name(
     text: str,
 ) -> str:
     """The text as the name of a dataset: what may not stand in one becomes an underscore."""
     return re.sub(r"[^\w.-]", "_", text) or "chats"
 
-
+# %% ../../nbs/data/15_blend.ipynb #71f9a50e
 def single(
     path: str | Path,  # a file of chats
 ) -> Blend:
@@ -258,6 +258,18 @@ def _named_like(name: str, split: str) -> bool:
     path = PurePosixPath(name)
     return split in path.parts[:-1] or path.name == split or path.name.startswith((f"{split}.", f"{split}-"))
 
+# %% ../../nbs/data/15_blend.ipynb #729969e7
+_ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # what `datasets` writes beside data
+
+# %% ../../nbs/data/15_blend.ipynb #ea087eab
+def _without_notes(names: Iterable[str]) -> list[str]:
+    """The names without hidden files and what `datasets` writes about data; its state.json lies beside Arrow files."""
+    paths = [PurePosixPath(n) for n in names]
+    saved = {p.parent for p in paths if p.suffix == ".arrow"}
+    about = (*_ABOUT_DATA, "state.json")
+    kept = (p for p in paths if p.name not in (about if p.parent in saved else _ABOUT_DATA))
+    return [str(p) for p in kept if not p.name.startswith(".")]
+
 # %% ../../nbs/data/15_blend.ipynb #c2642e1f
 def files_of_split(
     names: Sequence[str],  # every file of the dataset, relative to its root
@@ -291,18 +303,6 @@ def files_of_split(
             fix=f"it has: {', '.join(data[:10]) or 'no data at all'}",
         )
     return chosen
-
-# %% ../../nbs/data/15_blend.ipynb #a7c91f3e
-_ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # what `datasets` writes beside data
-
-
-def _without_notes(names: Iterable[str]) -> list[str]:
-    """The names without hidden files and what `datasets` writes about data; its state.json lies beside Arrow files."""
-    paths = [PurePosixPath(n) for n in names]
-    saved = {p.parent for p in paths if p.suffix == ".arrow"}
-    about = (*_ABOUT_DATA, "state.json")
-    kept = (p for p in paths if p.name not in (about if p.parent in saved else _ABOUT_DATA))
-    return [str(p) for p in kept if not p.name.startswith(".")]
 
 # %% ../../nbs/data/15_blend.ipynb #c19cea90
 def _saved_files(folder: Path) -> set[str] | None:
@@ -441,7 +441,7 @@ def resolve(
         )
     return found
 
-# %% ../../nbs/data/15_blend.ipynb #af7f9972
+# %% ../../nbs/data/15_blend.ipynb #0513ec96
 @dataclass(frozen=True)
 class Draw:
     """How often each chat of a dataset is met."""
@@ -450,7 +450,7 @@ class Draw:
     tokens: int  # of all of them
     epochs: float  # tokens / tokens of the dataset
 
-
+# %% ../../nbs/data/15_blend.ipynb #b56db702
 def _seeded(seed: int, name: str) -> np.random.Generator:
     """Random numbers that belong to a dataset, whatever stands beside it."""
     return np.random.default_rng(int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8]))

@@ -79,7 +79,7 @@ def _check_cleaning(c: Cleaning) -> None:
     Seen(c.near_threshold)
     Exam([], c.gram, c.fold_numbers, c.min_share)
 
-# %% ../../nbs/data/29_clean.ipynb #5ff1535a
+# %% ../../nbs/data/29_clean.ipynb #150d0bc0
 @dataclass(frozen=True)
 class Spoken:
     """The text of a row."""
@@ -87,7 +87,7 @@ class Spoken:
     whole: str  # all of it: for duplicates and the exam
     judged: tuple[str, ...]  # what language and quality are asked of: a document, or the answers of a chat
 
-
+# %% ../../nbs/data/29_clean.ipynb #6c10dcd0
 def _text(message: Mapping[str, Any]) -> str:
     """Content and thought of a message, and the arguments of its calls."""
     calls = [
@@ -266,12 +266,12 @@ class _Ledger:
             "masked": {"rows": self.masked_rows, "places": self.masked_places}, "settings": asdict(cleaning),
         }  # fmt: skip
 
-# %% ../../nbs/data/29_clean.ipynb #a595c322
+# %% ../../nbs/data/29_clean.ipynb #c279777f
 def _json_line(value: Any) -> str:
     """A value as a line."""
     return json.dumps(value, ensure_ascii=False) + "\n"
 
-
+# %% ../../nbs/data/29_clean.ipynb #734e85a7
 def _cleaned_into(
     folder: Path, paths: Sequence[str | Path], cleaning: Cleaning, language: Callable[[str], tuple[str, float]]
 ) -> dict[str, Any]:
@@ -325,10 +325,11 @@ def cleaning_of(
     """The settings that were typed; `UserError` for an unknown one or a wrong value."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     try:
         values = OmegaConf.to_container(OmegaConf.from_dotlist(list(typed)))
-    except (OmegaConfBaseException, ValueError) as error:
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
         raise UserError(
             f"cannot be read: {' '.join(typed)}",
             where="command line",

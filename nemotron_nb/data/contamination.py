@@ -16,16 +16,16 @@ from ..core import UserError
 from .duplicates import stretch_numbers
 from .filters import words
 
-# %% ../../nbs/data/25_contamination.ipynb #b7cbd59d
+# %% ../../nbs/data/25_contamination.ipynb #d0693f9b
 GRAM = 8  # words in a row
 _NUMBER = re.compile(r"(?<!\w)\d+(?:[.,:/]\d+)*")  # not the digits of a name such as lamp12
 
-
+# %% ../../nbs/data/25_contamination.ipynb #2107abe7
 def fold_numbers_of(text: str) -> str:
     """The text with 0 in place of every number."""
     return _NUMBER.sub("0", text)
 
-
+# %% ../../nbs/data/25_contamination.ipynb #14472639
 def folded_words(
     text: str,
     fold_numbers: bool = True,  # read every number as the same number

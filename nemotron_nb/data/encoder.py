@@ -455,6 +455,9 @@ _SPREAD = np.uint64(0xC2B2AE3D27D4EB4F)  # an odd number without a pattern, as i
 _ALL_BITS = np.uint64(0xFFFFFFFFFFFFFFFF)
 _PADDING = 24  # bytes behind a text that may be read with it, and are not looked at
 
+# %% ../../nbs/data/06_encoder.ipynb #00b4ab2a
+_LENGTH, _SIXTEEN = np.uint64(0xFFFF), np.uint64(16)
+
 # %% ../../nbs/data/06_encoder.ipynb #a9882798
 class Memo(NamedTuple):
     """Words met before and their ids."""
@@ -526,9 +529,6 @@ def _memo_slot(memo: Memo, low: int, high: int, text: np.ndarray, start: int, st
         slot = (slot + 1) & last
     return slot
 
-# %% ../../nbs/data/06_encoder.ipynb #00b4ab2a
-_LENGTH, _SIXTEEN = np.uint64(0xFFFF), np.uint64(16)
-
 # %% ../../nbs/data/06_encoder.ipynb #56dbb4dd
 def _keep(
     memo: Memo, slot: int, key: tuple[int, int], text: np.ndarray, start: int, stop: int, ids: np.ndarray, count: int
@@ -581,14 +581,14 @@ def _begin_memo(memo: Memo, text: Text, offsets: np.ndarray, ids: np.ndarray) ->
         slot = _memo_slot(memo, key[0], key[1], text.bytes, start, stop)
         _keep(memo, slot, key, text.bytes, start, stop, ids[i : i + 1], 1)
 
-# %% ../../nbs/data/06_encoder.ipynb #c0e6054a
+# %% ../../nbs/data/06_encoder.ipynb #610e7061
 class Marks(NamedTuple):
     """Special tokens as a tree: from its root, each byte leads on to another node, or nowhere."""
 
     nodes: np.ndarray  # int32 [nodes, 256], the node behind each byte, or 0
     ids: np.ndarray  # int32 [nodes], the special token that ends here, or -1
 
-
+# %% ../../nbs/data/06_encoder.ipynb #7dcfaaf7
 def marks_of(
     special_ids: Mapping[str, int],  # as in `ChatTokenizer.special_ids`
 ) -> Marks:
@@ -758,13 +758,13 @@ def _kernels() -> tuple[Callable, Callable, Callable]:
         register_jitable(_nrt=False, forceinline=True)(part)
     return _compile(_encode_segments), _compile(_fill_pairs), _compile(_begin_memo)
 
-# %% ../../nbs/data/06_encoder.ipynb #69509782
+# %% ../../nbs/data/06_encoder.ipynb #4acd8145
 # ids int32 [N], offsets int64 [S+1], indices of the segments left out
 Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]
 Backend = Callable[[Sequence[str], Sequence[bytes]], Encoded]
 _NOWHERE = np.zeros((0, 2), np.int64)  # no run in which a special token may stand
 
-
+# %% ../../nbs/data/06_encoder.ipynb #34ee238d
 def _offsets(lengths: Iterable[int], count: int) -> np.ndarray:
     """int64 [count+1]: where each of some things laid end to end begins."""
     offsets = np.zeros(count + 1, np.int64)
@@ -868,10 +868,10 @@ def merges_follow_ids(
     ways = sum(token[:i] in ids and token[i:] in ids for token in ids for i in range(1, len(token)))
     return ways == len(set(merges)) == len(merges) and all(a <= b for a, b in itertools.pairwise(unions))
 
-# %% ../../nbs/data/06_encoder.ipynb #a751e22b
+# %% ../../nbs/data/06_encoder.ipynb #7b5d1d4d
 _LONGEST_RUN = 4096  # characters without a change between white space and the rest, for tiktoken
 
-
+# %% ../../nbs/data/06_encoder.ipynb #6fd59ef2
 def _bracket(members: np.ndarray) -> str:
     """A class of a regular expression, spelt out: every run of code points by its ends."""
     points = np.flatnonzero(members)
@@ -1074,6 +1074,20 @@ def first_difference(
                 return f"it gives other ids than the package tokenizers for {text[:40]!r}"
     return ""
 
+# %% ../../nbs/data/06_encoder.ipynb #b088d2ea
+def _utf8(texts: Sequence[str]) -> list[bytes]:
+    """The bytes of some texts."""
+    try:
+        return [text.encode() for text in texts]
+    except UnicodeEncodeError as error:
+        number = next(i for i, text in enumerate(texts) if text == error.object)
+        raise UserError(
+            f"a lone surrogate, U+{ord(error.object[error.start]):04X}",
+            where=f"text {number}, character {error.start}",
+            why="it is half a character, and has no bytes in UTF-8",
+            fix="repair or drop the record that holds it",
+        ) from error
+
 # %% ../../nbs/data/06_encoder.ipynb #0715db1e
 def _put_in(
     ids: np.ndarray, offsets: np.ndarray, outside: Sequence[int], left: Sequence[Sequence[int]]
@@ -1154,20 +1168,6 @@ class SegmentEncoder(_Segments):
     def __repr__(self) -> str:
         return f"SegmentEncoder of {self.tokenizer.name!r} by {self.tier}: {self.note}"
 
-# %% ../../nbs/data/06_encoder.ipynb #b088d2ea
-def _utf8(texts: Sequence[str]) -> list[bytes]:
-    """The bytes of some texts."""
-    try:
-        return [text.encode() for text in texts]
-    except UnicodeEncodeError as error:
-        number = next(i for i, text in enumerate(texts) if text == error.object)
-        raise UserError(
-            f"a lone surrogate, U+{ord(error.object[error.start]):04X}",
-            where=f"text {number}, character {error.start}",
-            why="it is half a character, and has no bytes in UTF-8",
-            fix="repair or drop the record that holds it",
-        ) from error
-
 # %% ../../nbs/data/06_encoder.ipynb #af23bb45
 _TABLES_VERSION = 1  # of the meaning of the arrays; to be raised when it changes
 
@@ -1236,7 +1236,7 @@ def _proof(tokenizer: ChatTokenizer, tier: str, cache_dir: str | os.PathLike | N
     name = digest([tables, source, tokenizers.__version__, np.__version__, code, *_machine(tier)])
     return path.with_name(f"trial-{name}.json")
 
-# %% ../../nbs/data/06_encoder.ipynb #b36d6043
+# %% ../../nbs/data/06_encoder.ipynb #6d4f74ce
 def _read_proof(path: Path | None) -> dict[str, Any] | None:
     """What a passed trial left: whether whole words go before merges. None: there was none."""
     try:
@@ -1245,7 +1245,7 @@ def _read_proof(path: Path | None) -> dict[str, Any] | None:
         return None
     return kept if isinstance(kept, dict) and isinstance(kept.get("whole_words"), bool) else None
 
-
+# %% ../../nbs/data/06_encoder.ipynb #9c8a74d3
 def _write_proof(path: Path | None, whole_words: bool) -> None:
     """Keep a passed trial, if there is a place for it."""
     try:

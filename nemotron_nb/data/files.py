@@ -201,14 +201,14 @@ def _line_units(file: BinaryIO, path: str, unit_bytes: int) -> Iterator[Unit]:
     if position > start:
         yield Unit(path, "jsonl", start, position, first_line, content.hexdigest(), size)
 
-# %% ../../nbs/data/01_files.ipynb #a6be2a5b
+# %% ../../nbs/data/01_files.ipynb #665e0d55
 # What reading a damaged file can raise: Arrow's own errors, and Python's where a length or a time makes no sense.
 _BROKEN = (
     pa.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError, SystemError, MemoryError,
     NotImplementedError,
 )
 
-
+# %% ../../nbs/data/01_files.ipynb #c571e13e
 def _first_line(error: Exception) -> str:
     """What an error says, in one line."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
@@ -316,39 +316,6 @@ def _mismatch(path: Path, named: str, found: str) -> UserError:
         fix=f"rename it to end in .{found}" if found else "fetch the file again, or give it the ending of what it is",
     )
 
-# %% ../../nbs/data/01_files.ipynb #48f24657
-def file_format(
-    path: str | Path,
-) -> str:
-    """The format of a file, as in `Unit.format`; `UserError` if name and content disagree, or if it is none that is
-    known.
-    """
-    path = Path(path)
-    named = _ENDINGS.get(path.suffix.lower(), "")
-    with _opened(path) as file:
-        head = file.read(8)
-        found = next((f for magic, f in _MAGIC.items() if head.startswith(magic)), "")
-        if found != named and (found and named or named in _MAGIC.values()):
-            raise _mismatch(path, named, found)
-        if found in ("parquet", "arrow") or named == "jsonl":
-            return found or named
-        file.seek(0)
-        inner = _ENDINGS.get(path.with_suffix("").suffix.lower(), "") if found else named
-        text = "jsonl" if inner == "jsonl" else _first_line_format(file, found) or inner
-    if not text and not found:
-        raise UserError(
-            "not a format that is known", where=str(path), fix=f"give JSON or Parquet: {', '.join(_ENDINGS)}"
-        )
-    return f"{text or 'jsonl'}.{found}".rstrip(".")
-
-# %% ../../nbs/data/01_files.ipynb #fbca112d
-def _first_line_format(file: BinaryIO, packed: str) -> str:
-    """The text format of a file that may be compressed; "" if its first line cannot be read."""
-    try:
-        return _text_format(_unpacked(file, packed))
-    except _DAMAGE:
-        return ""
-
 # %% ../../nbs/data/01_files.ipynb #ec4dea18
 class _Damage(Exception):
     """A compressed stream whose bytes make no sense."""
@@ -421,6 +388,56 @@ def _unpacked(packed: BinaryIO, packing: str) -> BinaryIO:
         return gzip.GzipFile(fileobj=packed)
     return io.BufferedReader(_Blocks(_zst_blocks(packed)), _BLOCK) if packing == "zst" else packed
 
+# %% ../../nbs/data/01_files.ipynb #9dd52d49
+@contextmanager
+def _opened(path: str | Path) -> Iterator[BinaryIO]:
+    """A file opened for reading; `UserError` if that is not allowed."""
+    try:
+        file = open(path, "rb", buffering=_BLOCK)
+    except OSError as e:
+        few = e.errno in (errno.EMFILE, errno.ENFILE)
+        fix = (
+            "raise the limit of open files (ulimit -n)"
+            if few
+            else "check that the file is there and that you may read it"
+        )
+        raise UserError(f"cannot be read: {e.strerror}", where=str(path), fix=fix) from None
+    with file:
+        yield file
+
+# %% ../../nbs/data/01_files.ipynb #fbca112d
+def _first_line_format(file: BinaryIO, packed: str) -> str:
+    """The text format of a file that may be compressed; "" if its first line cannot be read."""
+    try:
+        return _text_format(_unpacked(file, packed))
+    except _DAMAGE:
+        return ""
+
+# %% ../../nbs/data/01_files.ipynb #48f24657
+def file_format(
+    path: str | Path,
+) -> str:
+    """The format of a file, as in `Unit.format`; `UserError` if name and content disagree, or if it is none that is
+    known.
+    """
+    path = Path(path)
+    named = _ENDINGS.get(path.suffix.lower(), "")
+    with _opened(path) as file:
+        head = file.read(8)
+        found = next((f for magic, f in _MAGIC.items() if head.startswith(magic)), "")
+        if found != named and (found and named or named in _MAGIC.values()):
+            raise _mismatch(path, named, found)
+        if found in ("parquet", "arrow") or named == "jsonl":
+            return found or named
+        file.seek(0)
+        inner = _ENDINGS.get(path.with_suffix("").suffix.lower(), "") if found else named
+        text = "jsonl" if inner == "jsonl" else _first_line_format(file, found) or inner
+    if not text and not found:
+        raise UserError(
+            "not a format that is known", where=str(path), fix=f"give JSON or Parquet: {', '.join(_ENDINGS)}"
+        )
+    return f"{text or 'jsonl'}.{found}".rstrip(".")
+
 # %% ../../nbs/data/01_files.ipynb #ada7968a
 def open_chats(
     path: str | Path,
@@ -446,23 +463,6 @@ def open_chats(
             fix="give a file with one chat a line (JSONL)",
         )
     return path
-
-# %% ../../nbs/data/01_files.ipynb #9dd52d49
-@contextmanager
-def _opened(path: str | Path) -> Iterator[BinaryIO]:
-    """A file opened for reading; `UserError` if that is not allowed."""
-    try:
-        file = open(path, "rb", buffering=_BLOCK)
-    except OSError as e:
-        few = e.errno in (errno.EMFILE, errno.ENFILE)
-        fix = (
-            "raise the limit of open files (ulimit -n)"
-            if few
-            else "check that the file is there and that you may read it"
-        )
-        raise UserError(f"cannot be read: {e.strerror}", where=str(path), fix=fix) from None
-    with file:
-        yield file
 
 # %% ../../nbs/data/01_files.ipynb #0530ff86
 def _changed(path: str) -> UserError:
@@ -550,13 +550,13 @@ class _Span(io.RawIOBase):
         """SHA-256 of the bytes read so far."""
         return self._content.hexdigest()
 
-# %% ../../nbs/data/01_files.ipynb #7152c4bd
+# %% ../../nbs/data/01_files.ipynb #dffba5f2
 def _reject(source: str, line: int, reason: str, detail: str) -> Reject:
     """A `Reject` with one of the words of this notebook."""
     FILE_REJECTS[reason]
     return Reject(source, line, reason, detail)
 
-
+# %% ../../nbs/data/01_files.ipynb #6d79acb8
 def _damage(source: str, line: int, error: Exception) -> Reject:
     """The row at which a compressed file ends too early or stops making sense."""
     if isinstance(error, EOFError):
@@ -837,6 +837,20 @@ def _rows_of_batch(batch: pa.RecordBatch, source: str, row: int, strict: bool) -
             value for i in range(batch.num_rows) for value in _batch_rows(batch.slice(i, 1), source, row + i, plain)
         ]
 
+# %% ../../nbs/data/01_files.ipynb #4fdfa6ed
+def _check_content(unit: Unit) -> None:
+    """Raise `UserError` if a columnar unit is not what it was when it was cut."""
+    with _opened(unit.path) as file:
+        try:
+            whole = unit.format == "arrow"
+            same = (
+                hashlib.file_digest(file, "sha256").hexdigest() if whole else _group_digest(file, unit.start, unit.end)
+            )
+        except _BROKEN:
+            same = ""
+    if same != unit.digest:
+        raise _changed(unit.path)
+
 # %% ../../nbs/data/01_files.ipynb #1dc205ef
 def _column_rows(unit: Unit, told: Callable[[int], None], strict: bool) -> Iterator[tuple[int, Any]]:
     """The rows of a columnar unit with their numbers; `strict` refuses what JSON cannot say."""
@@ -860,19 +874,13 @@ def _column_rows(unit: Unit, told: Callable[[int], None], strict: bool) -> Itera
             ),
         )
 
-# %% ../../nbs/data/01_files.ipynb #4fdfa6ed
-def _check_content(unit: Unit) -> None:
-    """Raise `UserError` if a columnar unit is not what it was when it was cut."""
-    with _opened(unit.path) as file:
-        try:
-            whole = unit.format == "arrow"
-            same = (
-                hashlib.file_digest(file, "sha256").hexdigest() if whole else _group_digest(file, unit.start, unit.end)
-            )
-        except _BROKEN:
-            same = ""
-    if same != unit.digest:
-        raise _changed(unit.path)
+# %% ../../nbs/data/01_files.ipynb #b5bee508
+def _parsed(source: str, line: int, data: bytes, parse: Callable[[bytes], Any]) -> Any:
+    """The value of one row, or its `Reject`."""
+    try:
+        return parse(data)
+    except BadJson as e:
+        return _reject(source, line, e.reason, e.detail)
 
 # %% ../../nbs/data/01_files.ipynb #704ed598
 def _text_rows(
@@ -894,14 +902,6 @@ def _text_rows(
             pass
     if span.digest != unit.digest:
         raise _changed(unit.path)
-
-# %% ../../nbs/data/01_files.ipynb #b5bee508
-def _parsed(source: str, line: int, data: bytes, parse: Callable[[bytes], Any]) -> Any:
-    """The value of one row, or its `Reject`."""
-    try:
-        return parse(data)
-    except BadJson as e:
-        return _reject(source, line, e.reason, e.detail)
 
 # %% ../../nbs/data/01_files.ipynb #2fdd6ef0
 def read_unit(

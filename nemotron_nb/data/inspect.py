@@ -228,6 +228,20 @@ class _Inspected:
         in_a_row = turns == list(range(turns[0], turns[-1] + 1)) and turns[0]
         return f"user turns {turns[0]} to {turns[-1]}" if in_a_row else f"user turns {', '.join(map(str, turns))}"
 
+# %% ../../nbs/data/23_inspect.ipynb #e4dfcea7
+def _masks(found: _Inspected, k: int) -> dict[str, np.ndarray]:
+    """Three masks of a training sequence, by name, uint8 [L] each."""
+    draft, s = found.drafts[k], found.sequences[k]
+    last = max((i for i, m in enumerate(found.conversation.messages) if m["role"] == "user"), default=-1)
+    ways = {
+        "this recipe": draft.trained,
+        "last turn only": [on and c.message > last for c, on in zip(draft.chunks, draft.trained, strict=True)],
+        "opening as well": [on or after for on, after in zip(draft.trained, [*draft.trained[1:], False], strict=True)],
+    }
+    return {
+        name: np.repeat(np.array(trained, np.uint8), np.diff(s.chunk_ends, prepend=0)) for name, trained in ways.items()
+    }
+
 # %% ../../nbs/data/23_inspect.ipynb #8d82e127
 class _Drawn(_Inspected):
     """A chat, and the pictures of its training sequences."""
@@ -266,19 +280,23 @@ class _Drawn(_Inspected):
         shown = {name: mask[first:].tolist() for name, mask in masks.items()}
         return mask_rows(tokens, shown, roles=s.token_roles[first:], title=f"sequence {k}, from token {first} on")
 
-# %% ../../nbs/data/23_inspect.ipynb #e4dfcea7
-def _masks(found: _Inspected, k: int) -> dict[str, np.ndarray]:
-    """Three masks of a training sequence, by name, uint8 [L] each."""
-    draft, s = found.drafts[k], found.sequences[k]
-    last = max((i for i, m in enumerate(found.conversation.messages) if m["role"] == "user"), default=-1)
-    ways = {
-        "this recipe": draft.trained,
-        "last turn only": [on and c.message > last for c, on in zip(draft.chunks, draft.trained, strict=True)],
-        "opening as well": [on or after for on, after in zip(draft.trained, [*draft.trained[1:], False], strict=True)],
-    }
-    return {
-        name: np.repeat(np.array(trained, np.uint8), np.diff(s.chunk_ends, prepend=0)) for name, trained in ways.items()
-    }
+# %% ../../nbs/data/23_inspect.ipynb #396ac8bf
+def _parity(found: _Inspected, draft: Draft, place: int) -> Parity:
+    """Parity of one trained chunk.
+
+    The native template is compared id for id; another one as the text that it renders itself.
+    """
+    chunk, before = draft.chunks[place], draft.chunks[:place]
+    if found.template.native:
+        trained = [i for c in before for i in found.tokenizer.encode_pieces(c.pieces)]
+        prompt = inference_prompt(found.conversation, chunk.message, found.tokenizer, loss_mode=found.loss_mode)
+    else:
+        rendered = "".join(c.text for c in before)
+        fed = found.template.prompt(found.conversation, chunk.message, found.loss_mode)
+        trained, prompt = (found.tokenizer.encode(text, special=True) for text in (rendered, fed))
+    same = trained == prompt
+    differ = next((i for i, (a, b) in enumerate(zip(trained, prompt)) if a != b), min(len(trained), len(prompt)))
+    return Parity(draft.turn, chunk.message, len(prompt), same, -1 if same else differ)
 
 # %% ../../nbs/data/23_inspect.ipynb #7ba1d544
 class _Proved(_Drawn):
@@ -311,24 +329,6 @@ class _Proved(_Drawn):
             rows.append([f"{k}", len(s), s.num_trained, f"{s.num_trained / max(1, len(s)):.0%}", turns, stops])
         header = ["sequence", "tokens", "trained", "share", "trained turns", "trained end markers"]
         return table(rows, header=header, title="mask")
-
-# %% ../../nbs/data/23_inspect.ipynb #396ac8bf
-def _parity(found: _Inspected, draft: Draft, place: int) -> Parity:
-    """Parity of one trained chunk.
-
-    The native template is compared id for id; another one as the text that it renders itself.
-    """
-    chunk, before = draft.chunks[place], draft.chunks[:place]
-    if found.template.native:
-        trained = [i for c in before for i in found.tokenizer.encode_pieces(c.pieces)]
-        prompt = inference_prompt(found.conversation, chunk.message, found.tokenizer, loss_mode=found.loss_mode)
-    else:
-        rendered = "".join(c.text for c in before)
-        fed = found.template.prompt(found.conversation, chunk.message, found.loss_mode)
-        trained, prompt = (found.tokenizer.encode(text, special=True) for text in (rendered, fed))
-    same = trained == prompt
-    differ = next((i for i, (a, b) in enumerate(zip(trained, prompt)) if a != b), min(len(trained), len(prompt)))
-    return Parity(draft.turn, chunk.message, len(prompt), same, -1 if same else differ)
 
 # %% ../../nbs/data/23_inspect.ipynb #3b59be71
 def _as_json(found: _Proved) -> dict[str, Any]:

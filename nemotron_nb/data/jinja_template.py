@@ -165,6 +165,16 @@ def _text_of(spec: str, folder: str, settings: Mapping[str, Any]) -> tuple[str, 
         )
     return spec, _file_text(template_path(spec))
 
+# %% ../../nbs/data/10_jinja_template.ipynb #ef13c546
+def _wire(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as templates expect it, with each call wrapped in `function`."""
+    if not message.get("tool_calls"):
+        return dict(message)
+    calls = [
+        call if "function" in call else {"type": "function", "function": dict(call)} for call in message["tool_calls"]
+    ]
+    return dict(message) | {"tool_calls": calls}
+
 # %% ../../nbs/data/10_jinja_template.ipynb #41c1b3a7
 @dataclass(frozen=True)
 class _Program:
@@ -237,16 +247,6 @@ class Template(_Program):
     ) -> tuple[str, ...]:
         """What the chat holds and the template never prints: of system, thoughts, calls, results, tools."""
         return () if self.native else tuple(sorted(_held(conversation) - _shape(self, ()).writes))
-
-# %% ../../nbs/data/10_jinja_template.ipynb #ef13c546
-def _wire(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as templates expect it, with each call wrapped in `function`."""
-    if not message.get("tool_calls"):
-        return dict(message)
-    calls = [
-        call if "function" in call else {"type": "function", "function": dict(call)} for call in message["tool_calls"]
-    ]
-    return dict(message) | {"tool_calls": calls}
 
 # %% ../../nbs/data/10_jinja_template.ipynb #6f2e0fb8
 def chat_template(
@@ -436,14 +436,14 @@ def _tried(
             ) from error
         return ""
 
-# %% ../../nbs/data/10_jinja_template.ipynb #c52ad2c0
+# %% ../../nbs/data/10_jinja_template.ipynb #31070c02
 def _between(text: str, before: str, after: str) -> str:
     """What stands between two words, or nothing."""
     return (
         text.partition(before)[2].partition(after)[0] if before in text and after in text.partition(before)[2] else ""
     )
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #e7398eb5
 def _common(*texts: str) -> str:
     """What all texts begin with."""
     return os.path.commonprefix(list(texts))
@@ -735,14 +735,14 @@ def _draft(template: Template, conversation: Conversation, plan: Plan, switches:
     parts = tuple(_chunks(sequence, cuts))
     return Draft(parts, tuple(c.generated and sequence.trains(c.message) for c in parts), plan.turn)
 
-# %% ../../nbs/data/10_jinja_template.ipynb #473d7568
+# %% ../../nbs/data/10_jinja_template.ipynb #1b46b5cf
 def _drafts(template: Template, conversation: Conversation, loss_mode: str, switches: Mapping[str, Any]) -> list[Draft]:
     """The training sequences of a chat in any template."""
     return [
         _draft(template, conversation, plan, switches) for plan in _plans(template, conversation, loss_mode, switches)
     ]
 
-
+# %% ../../nbs/data/10_jinja_template.ipynb #a2b0e636
 def _plans(template: Template, conversation: Conversation, loss_mode: str, switches: Mapping[str, Any]) -> list[Plan]:
     """What each training sequence of a chat holds."""
     return sequence_plans(conversation, loss_mode, each_turn=not _shape(template, switches).steady)

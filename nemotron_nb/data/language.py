@@ -11,14 +11,14 @@ from collections import Counter
 
 from .filters import words
 
-# %% ../../nbs/data/26_language.ipynb #74d78f50
+# %% ../../nbs/data/26_language.ipynb #5d8941a9
 _SCRIPTS = {
     "CJK": "zh", "HIRAGANA": "ja", "KATAKANA": "ja", "HANGUL": "ko", "ARABIC": "ar", "HEBREW": "he", "DEVANAGARI": "hi",
     "THAI": "th", "CYRILLIC": "ru", "GREEK": "el", "LATIN": "latin",
 }  # fmt: skip
 _ENOUGH = 4000  # characters that are looked at
 
-
+# %% ../../nbs/data/26_language.ipynb #608cb58f
 def scripts_of(
     text: str,
 ) -> dict[str, float]:
@@ -28,7 +28,7 @@ def scripts_of(
     total = sum(counts.values())
     return {name: n / total for name, n in counts.most_common()}
 
-# %% ../../nbs/data/26_language.ipynb #72bf1013
+# %% ../../nbs/data/26_language.ipynb #094a6bc9
 _SMALL = {
     "en": "the of and to in is that it was for with as his on be at by this are from have not but which you they she",
     "de": "der die und das ist nicht ein eine mit den von auf sich dem für als auch wird werden sind bei zu im ich wir",
@@ -43,6 +43,8 @@ _SMALL = {
     "pl": "i w nie na się to jest z że do jak ale po co tak od już za przez jego są było dla tym",
     "cs": "a je se na v že to s z do o ale jako za by po si tak které jsou nebo má jeho při bylo",
 }  # fmt: skip
+
+# %% ../../nbs/data/26_language.ipynb #06b1a46d
 SMALL_WORDS = {code: frozenset(text.split()) for code, text in _SMALL.items()}
 LANGUAGES = tuple(sorted({*SMALL_WORDS, *_SCRIPTS.values()} - {"latin"}))
 _LEAST, _CLEAR, _SHORT = 1 / 12, 1.25, 6  # share of small words, lead over the next language, words that are needed

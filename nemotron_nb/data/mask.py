@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSS_MODES', 'MASK_COLOURS', 'TrainingSequence', 'encode_chunks', 'mask_strip', 'Plan', 'is_trained', 'thinks',
-           'check_arguments', 'sequence_plans', 'SequenceTemplate', 'training_sequences', 'Draft', 'Parity', 'parity',
+           'check_arguments', 'sequence_plans', 'Draft', 'SequenceTemplate', 'training_sequences', 'Parity', 'parity',
            'inference_prompt', 'prompt_panel', 'parity_panel', 'mask_rows', 'mask_diff', 'trained_fractions',
            'inference_prompts', 'drafts', 'SegmentEncoder', 'Encoded', 'encode_drafts']
 
@@ -182,6 +182,14 @@ def sequence_plans(
             plans.append(Plan(turn, last_user, end, first, budget, marker))
     return plans
 
+# %% ../../nbs/data/08_mask.ipynb #ba3727c3
+class Draft(NamedTuple):
+    """A training sequence before it is encoded. Drafts of one chat share their chunks."""
+
+    chunks: tuple[Chunk, ...]  # [C]
+    trained: tuple[bool, ...]  # [C] must the model produce this chunk?
+    turn: int  # the user turn it answers, counted from 0
+
 # %% ../../nbs/data/08_mask.ipynb #c6dea3a3
 class SequenceTemplate(Protocol):
     """A chat template that is not nano3: it cuts chats in its own way."""
@@ -235,14 +243,6 @@ def training_sequences(
         encode_chunks(d.chunks, d.trained, tokenizer, turn=d.turn, **provenance)
         for d in _trained_chunks(conversation, loss_mode, template)
     ]
-
-# %% ../../nbs/data/08_mask.ipynb #ba3727c3
-class Draft(NamedTuple):
-    """A training sequence before it is encoded. Drafts of one chat share their chunks."""
-
-    chunks: tuple[Chunk, ...]  # [C]
-    trained: tuple[bool, ...]  # [C] must the model produce this chunk?
-    turn: int  # the user turn it answers, counted from 0
 
 # %% ../../nbs/data/08_mask.ipynb #d7762897
 @dataclass(frozen=True)
@@ -410,6 +410,20 @@ def _column(token: str, marks: Sequence[bool], role: str) -> str:
     )
     return box + ("<br>" if token.endswith("\n") else "")
 
+# %% ../../nbs/data/08_mask.ipynb #d33d8bad
+def _mask_lines(tokens: Sequence[str], masks: Mapping[str, Sequence[int]]) -> Iterator[str]:
+    """The text form: a line of tokens, then one line of marks for each mask."""
+    width, start = max(map(len, masks)), 0
+    while start < len(tokens):
+        stop = next((i + 1 for i in range(start, len(tokens)) if tokens[i].endswith("\n")), len(tokens))
+        words = [_visible(t) for t in tokens[start:stop]]
+        yield f"{'':>{width}} | " + "".join(words)
+        for name, mask in masks.items():
+            yield f"{name:>{width}} | " + "".join(
+                ("^" if on else ".") * len(word) for word, on in zip(words, mask[start:stop])
+            )
+        start = stop
+
 # %% ../../nbs/data/08_mask.ipynb #52fa621b
 def mask_rows(
     tokens: Sequence[str],  # [L] text of each token
@@ -438,20 +452,6 @@ def mask_rows(
     return Picture(
         page, "\n".join([f"{title} ({len(tokens)} tokens; trained: {counts})", *_mask_lines(shown, masks)]) + more
     )
-
-# %% ../../nbs/data/08_mask.ipynb #d33d8bad
-def _mask_lines(tokens: Sequence[str], masks: Mapping[str, Sequence[int]]) -> Iterator[str]:
-    """The text form: a line of tokens, then one line of marks for each mask."""
-    width, start = max(map(len, masks)), 0
-    while start < len(tokens):
-        stop = next((i + 1 for i in range(start, len(tokens)) if tokens[i].endswith("\n")), len(tokens))
-        words = [_visible(t) for t in tokens[start:stop]]
-        yield f"{'':>{width}} | " + "".join(words)
-        for name, mask in masks.items():
-            yield f"{name:>{width}} | " + "".join(
-                ("^" if on else ".") * len(word) for word, on in zip(words, mask[start:stop])
-            )
-        start = stop
 
 # %% ../../nbs/data/08_mask.ipynb #8f3285ed
 def mask_diff(

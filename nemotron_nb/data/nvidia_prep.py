@@ -45,11 +45,11 @@ DROPS: Mapping[str, str] = {
     "shard_failed": "the row is not dropped: it stops the program, and the whole shard is lost",
 }
 
-# %% ../../nbs/data/11_nvidia_prep.ipynb #ff919393
+# %% ../../nbs/data/11_nvidia_prep.ipynb #93599ed4
 class _Dropped(Exception):
     """The row does not get through. The argument is a word of `DROPS`."""
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #e515c953
 def _is_used_in(value: Any, wanted: str) -> bool:
     """Does a row's field name the filter, as a list or as words between commas?"""
     if isinstance(value, list):
@@ -131,7 +131,7 @@ def _thinks(message: Mapping[str, Any]) -> bool:
     thought = message.get("reasoning_content")
     return isinstance(thought, str) and bool(thought.strip())
 
-# %% ../../nbs/data/11_nvidia_prep.ipynb #c75ea783
+# %% ../../nbs/data/11_nvidia_prep.ipynb #c7461b45
 def _opening(messages: Sequence[Mapping[str, Any]], end: int, thinking: bool, always: bool) -> str:
     """The opening of the answer behind the first `end` messages, where the reference expects one."""
     role = messages[end - 1]["role"]
@@ -142,17 +142,17 @@ def _opening(messages: Sequence[Mapping[str, Any]], end: int, thinking: bool, al
         return f"{IM_START}assistant\n{OPEN_THOUGHT if thinking else NO_THOUGHT}"
     return ""
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #e856a505
 def _prefix(messages: Sequence[Mapping[str, Any]], end: int, tools: Any, thinking: bool, always: bool = False) -> str:
     """The chat up to a message, and the opening of the answer to it."""
     return _rendered(messages[:end], tools) + _opening(messages, end, thinking, always)
 
-# %% ../../nbs/data/11_nvidia_prep.ipynb #f23b9175
+# %% ../../nbs/data/11_nvidia_prep.ipynb #42f053f4
 def _last_user(messages: Sequence[Mapping[str, Any]]) -> int:
     """Where the last user message stands."""
     return max(i for i, m in enumerate(messages) if m["role"] == "user")
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #d3f2aa1f
 def _head(messages: Sequence[Mapping[str, Any]], whole: str, tools: Any) -> tuple[list[tuple[str, str, int]], int]:
     """((role, text, message) of the two parts that end with the last question, where they end): the system turn,
     and all that follows it.
@@ -189,12 +189,12 @@ def _system_apart(parts: list[tuple[str, str, int]]) -> list[tuple[str, str, int
     system_end = text.find(f"{IM_END}\n") + len(f"{IM_END}\n")
     return [("system", text[:system_end], -1), ("user", text[text.find(f"{IM_START}user") :], message), *parts[1:]]
 
-# %% ../../nbs/data/11_nvidia_prep.ipynb #edd60bd7
+# %% ../../nbs/data/11_nvidia_prep.ipynb #3f1ffd55
 def _is_reasoned(messages: Sequence[Mapping[str, Any]]) -> bool:
     """Is there reasoning anywhere in the chat? A blank counts, and so does any role."""
     return any(m.get("reasoning_content") for m in messages)
 
-
+# %% ../../nbs/data/11_nvidia_prep.ipynb #6e41477f
 def _draft(parts: Iterable[tuple[str, str, int]], turn: int) -> Draft:
     """Parts as a training sequence: all text is trusted, and what an assistant says is trained."""
     cut = tuple(Chunk(role, ((text, True),), role == "assistant", message) for role, text, message in parts)

@@ -216,7 +216,7 @@ def _shuffled(lengths: np.ndarray, seed: int) -> np.ndarray:
     random.Random(seed).shuffle(order)
     return np.array(order, np.int64)
 
-# %% ../../nbs/data/17_pack.ipynb #057eb530
+# %% ../../nbs/data/17_pack.ipynb #0966bac7
 def _longest_first(lengths: np.ndarray, seed: int) -> np.ndarray:
     """int64 [S]: by length, the longest first; equal ones keep their order."""
     missing = lengths.max(initial=0) - lengths
@@ -224,7 +224,7 @@ def _longest_first(lengths: np.ndarray, seed: int) -> np.ndarray:
     narrow = np.uint16 if missing.max(initial=0) < 1 << 16 else np.int64
     return np.argsort(missing.astype(narrow), kind="stable")
 
-
+# %% ../../nbs/data/17_pack.ipynb #e98c2239
 def _as_given(lengths: np.ndarray, seed: int) -> np.ndarray:
     """int64 [S]: the order of the input."""
     return np.arange(len(lengths))
@@ -642,10 +642,10 @@ def cut_curve(
     )
     return png(figure, f"tokens that truncation would cut, by size of a pack: {said}")
 
-# %% ../../nbs/data/17_pack.ipynb #248ce52f
+# %% ../../nbs/data/17_pack.ipynb #d21fcaf4
 _LIGHT, _DARK = ("#9ecae1", "#fdd0a2"), ("#3182bd", "#e6550d")  # neighbours take turns
 
-
+# %% ../../nbs/data/17_pack.ipynb #8fc6ee51
 def _draw_pack(axes: "Axes", row: int, p: Pack) -> None:
     """One pack as a bar of blocks, the lower part of each as high as its trained share."""
     for k, (start, end) in enumerate(p.spans):

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-# %% ../../nbs/data/27_personal.ipynb #2f6d617b
+# %% ../../nbs/data/27_personal.ipynb #cffcbb30
 def passes_luhn(
     digits: str,
 ) -> bool:
@@ -19,7 +19,7 @@ def passes_luhn(
     values = [int(d) for d in reversed(digits)]
     return sum(sum(divmod(2 * d, 10)) if i % 2 else d for i, d in enumerate(values)) % 10 == 0
 
-
+# %% ../../nbs/data/27_personal.ipynb #330eabbb
 def passes_iban(
     text: str,
 ) -> bool:
@@ -27,7 +27,7 @@ def passes_iban(
     plain = text.replace(" ", "").upper()
     return int("".join(str(int(c, 36)) for c in plain[4:] + plain[:4])) % 97 == 1
 
-# %% ../../nbs/data/27_personal.ipynb #1a5017b9
+# %% ../../nbs/data/27_personal.ipynb #c2ee2d88
 _MADE_UP = re.compile(r"(?:^|[.@])(?:example|test|invalid|localhost)(?:\.(?:com|org|net))?$", re.IGNORECASE)
 
 
@@ -38,7 +38,7 @@ def _public(text: str) -> bool:
     except ValueError:
         return False
 
-
+# %% ../../nbs/data/27_personal.ipynb #f16b2c9e
 def _telephone(text: str) -> bool:
     """Enough digits, and none of the numbers that belong to nobody."""
     digits = re.sub(r"\D", "", text)
@@ -73,7 +73,7 @@ _KINDS: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
 }  # fmt: skip
 PERSONAL_KINDS = tuple(_KINDS)
 
-# %% ../../nbs/data/27_personal.ipynb #46eea310
+# %% ../../nbs/data/27_personal.ipynb #b60a64e0
 class Personal(NamedTuple):
     """Something that belongs to somebody."""
 
@@ -81,7 +81,7 @@ class Personal(NamedTuple):
     begin: int
     end: int
 
-
+# %% ../../nbs/data/27_personal.ipynb #6ff8ef2c
 def personal_data(
     text: str,
 ) -> list[Personal]:

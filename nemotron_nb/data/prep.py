@@ -199,15 +199,6 @@ _CHOICES = {
     "parquet_compression": COMPRESSIONS,
 }
 
-# %% ../../nbs/data/22_prep.ipynb #80c013c1
-def _check_settings(config: PrepConfig) -> None:
-    """Raise `UserError` for settings that cannot be meant."""
-    _check_ratios(config)
-    _check_limits(config)
-    _check_choices(config)
-    if config.template_spec != "tokenizer":
-        chat_template(config.template_spec, config.tokenizer.model)
-
 # %% ../../nbs/data/22_prep.ipynb #354bcea8
 def _check_ratios(config: PrepConfig) -> None:
     """The three shares add up to one."""
@@ -219,13 +210,13 @@ def _check_ratios(config: PrepConfig) -> None:
             fix="let them add up to 1",
         )
 
-# %% ../../nbs/data/22_prep.ipynb #1ab1f8f4
+# %% ../../nbs/data/22_prep.ipynb #2f7eeb26
 _LIMITS = {
     "pack_size": 0, "sample": 1, "pad_to_multiple": 1, "num_shards": 0, "blend_tokens": 0, "workers": 0,
     "max_doc_tokens": 2, "parquet_row_group_tokens": 0,
 }
 
-
+# %% ../../nbs/data/22_prep.ipynb #2b0acecf
 def _check_limits(config: PrepConfig) -> None:
     """No number lies below its least value."""
     for name, least in _LIMITS.items():
@@ -246,6 +237,15 @@ def _check_choices(config: PrepConfig) -> None:
             raise UserError(
                 f"unknown {name} {getattr(config, name)!r}", where=name, fix=nearest(getattr(config, name), known)
             )
+
+# %% ../../nbs/data/22_prep.ipynb #80c013c1
+def _check_settings(config: PrepConfig) -> None:
+    """Raise `UserError` for settings that cannot be meant."""
+    _check_ratios(config)
+    _check_limits(config)
+    _check_choices(config)
+    if config.template_spec != "tokenizer":
+        chat_template(config.template_spec, config.tokenizer.model)
 
 # %% ../../nbs/data/22_prep.ipynb #f110b0ee
 def _position(conversation_id: str, seed: int) -> float:
@@ -300,6 +300,24 @@ def _source(part: str, dataset: Dataset, downloads: Path) -> Source:
     ]
     return Source(part, dataset, tuple(files), tuple(kept))
 
+# %% ../../nbs/data/22_prep.ipynb #9bf4c742
+_OF_ROWS = (
+    *("messages_field", "tools_field", "used_in_field", "loss_mode", "allow_special_in_text", "allow_empty_turns"),
+    *("filter_chats", "filters", "judge", "reasoning", "compat"),
+)
+
+
+def _row_settings(config: PrepConfig, dataset: Dataset) -> RowSettings:
+    """What decides the tokens of a dataset's rows."""
+    return RowSettings(
+        dataset,
+        config.tokenizer.model,
+        config.template_spec,
+        used_in_filter=config.used_in_filter or "",
+        add_bos=config.tokenizer.add_bos,
+        **{name: getattr(config, name) for name in _OF_ROWS},
+    )
+
 # %% ../../nbs/data/22_prep.ipynb #711b70fd
 @dataclass(frozen=True)
 class Plan:
@@ -334,24 +352,6 @@ class Plan:
     def key(self) -> str:
         """16 digits that name a preparation by content: equal keys, equal bytes."""
         return _key(self)
-
-# %% ../../nbs/data/22_prep.ipynb #9bf4c742
-_OF_ROWS = (
-    *("messages_field", "tools_field", "used_in_field", "loss_mode", "allow_special_in_text", "allow_empty_turns"),
-    *("filter_chats", "filters", "judge", "reasoning", "compat"),
-)
-
-
-def _row_settings(config: PrepConfig, dataset: Dataset) -> RowSettings:
-    """What decides the tokens of a dataset's rows."""
-    return RowSettings(
-        dataset,
-        config.tokenizer.model,
-        config.template_spec,
-        used_in_filter=config.used_in_filter or "",
-        add_bos=config.tokenizer.add_bos,
-        **{name: getattr(config, name) for name in _OF_ROWS},
-    )
 
 # %% ../../nbs/data/22_prep.ipynb #ab111927
 _PLACE_AND_SPEED = ("path", "blend_path", "output_dir", "cache_dir", "workers", "executor", "encoder", "on_bad")
@@ -507,12 +507,12 @@ class Ledger:
         kinds = (("row", self.rejects), ("left_out", self.left_out), ("sequence", self.dropped))
         return [{"kind": kind, **dataclasses.asdict(r)} for kind, rs in kinds for r in rs]
 
-# %% ../../nbs/data/22_prep.ipynb #98bb39e9
+# %% ../../nbs/data/22_prep.ipynb #2eb919b7
 def _first_rejects(ledger: Ledger) -> list[str]:
     """A line for each of the first rows that cannot be used."""
     return [f"    {r.source}:{r.line}: {r.reason}: {r.detail}" for r in ledger.rejects[:5]]
 
-
+# %% ../../nbs/data/22_prep.ipynb #d7ef88c8
 def _check_ledger(ledger: Ledger, config: PrepConfig, where: str) -> None:
     """Raise `UserError` if there was nothing, or if too much of it cannot be used."""
     if not ledger.rows:
@@ -535,23 +535,6 @@ def _check_ledger(ledger: Ledger, config: PrepConfig, where: str) -> None:
             "or raise max_bad_fraction (with on_bad=quarantine) if losing them is meant",
         )
 
-# %% ../../nbs/data/22_prep.ipynb #d659df92
-def _keep(corpus: Corpus, plan: Plan, capacity: int, ledger: Ledger) -> tuple[Spans, np.ndarray]:
-    """(spans that teach something, [K] trained labels of each); what is lost goes to the ledger."""
-    overflow = "cut" if plan.config.compat == "nvidia" else plan.config.overflow
-    spans = fitted(
-        corpus.length_S,
-        capacity,
-        overflow,
-        plan.config.pad_to_multiple,
-        name=lambda i: "{}:{}".format(*corpus.place(i)),
-    )
-    trained = corpus.trained_in(spans, plan.tokenizer.im_end_id)
-    good = np.ones(len(spans), bool) if plan.config.compat == "nvidia" else trained > 0
-    kept = _chosen(spans, good)
-    _book(corpus, spans, kept, longest(capacity, plan.config.pad_to_multiple), ledger)
-    return kept, trained[good]
-
 # %% ../../nbs/data/22_prep.ipynb #97e8e231
 def _chosen(spans: Spans, which: np.ndarray) -> Spans:
     """Some of the spans, by a mask or by their indices."""
@@ -572,6 +555,23 @@ def _book(corpus: Corpus, offered: Spans, kept: Spans, most: int, ledger: Ledger
     cut = (kept_S > 0) & (kept_S < corpus.length_S)
     ledger.truncated_sequences += int(cut.sum())
     ledger.truncated_tokens += int((corpus.length_S - kept_S)[cut].sum())
+
+# %% ../../nbs/data/22_prep.ipynb #d659df92
+def _keep(corpus: Corpus, plan: Plan, capacity: int, ledger: Ledger) -> tuple[Spans, np.ndarray]:
+    """(spans that teach something, [K] trained labels of each); what is lost goes to the ledger."""
+    overflow = "cut" if plan.config.compat == "nvidia" else plan.config.overflow
+    spans = fitted(
+        corpus.length_S,
+        capacity,
+        overflow,
+        plan.config.pad_to_multiple,
+        name=lambda i: "{}:{}".format(*corpus.place(i)),
+    )
+    trained = corpus.trained_in(spans, plan.tokenizer.im_end_id)
+    good = np.ones(len(spans), bool) if plan.config.compat == "nvidia" else trained > 0
+    kept = _chosen(spans, good)
+    _book(corpus, spans, kept, longest(capacity, plan.config.pad_to_multiple), ledger)
+    return kept, trained[good]
 
 # %% ../../nbs/data/22_prep.ipynb #ad063092
 @dataclass(frozen=True)
@@ -773,29 +773,7 @@ def _split_plans(
         for i, s in enumerate(SPLITS)
     }
 
-# %% ../../nbs/data/22_prep.ipynb #20555e8d
-def _build(plan: Plan, corpus: Corpus, ledger: Ledger) -> Built:
-    """From the tables of all sequences to the packs of all splits, as numbers."""
-    config = plan.config
-    needed = min(int(corpus.length_S.max(initial=1)), config.max_doc_tokens or 1 << 30)
-    pack_size = config.pack_size or _holding(int(aligned([needed], config.pad_to_multiple)[0]))
-    books: dict[str, Any] = {"blend": {}}
-    spans, trained = _keep(corpus, plan, min(pack_size, config.max_doc_tokens or pack_size), ledger)
-    if not len(spans):
-        raise _nothing_left(ledger, _where(plan))
-    plans = _split_plans(corpus, plan, spans, pack_size, books)
-    splits = {s: _summary_of_split(corpus, spans, trained, p, pack_size) for s, p in plans.items()}
-    if not splits["train"]["packs"]:
-        raise UserError("the training split is empty", where=_where(plan), fix="raise train_ratio, or give more chats")
-    histograms = {
-        "length_histogram": _length_histogram(spans.lengths),
-        "trained_share_histogram": _share_histogram(trained, spans.lengths),
-    }
-    values = {**_identity(plan, pack_size), **_counts(ledger, splits), **books, **histograms}
-    shards = {s: _shards_of(ps, splits[s]["tokens"], config) for s, ps in plans.items()}
-    return Built(plan, corpus, spans, shards, values | {"warnings": _notes(values, ledger)}, ledger)
-
-# %% ../../nbs/data/22_prep.ipynb #d76f291b
+# %% ../../nbs/data/22_prep.ipynb #a87fc688
 def _nothing_left(ledger: Ledger, where: str) -> UserError:
     """The error of a preparation that has no sequence left."""
     reasons = _counted([*ledger.rejects, *ledger.left_out, *ledger.dropped])
@@ -807,7 +785,7 @@ def _nothing_left(ledger: Ledger, where: str) -> UserError:
         fix=fix or ("repair those rows" if ledger.rejects else "raise pack_size, or look at the rows"),
     )
 
-
+# %% ../../nbs/data/22_prep.ipynb #4f5eaa23
 def _shards_of(plans: Sequence[SplitPlan], tokens: int, config: PrepConfig) -> list[tuple[SplitPlan, range]]:
     """The packs of each shard of a split; NVIDIA's shards are packed one by one, so each is one already."""
     ranges = ((p, [range(len(p.packing))] if config.compat == "nvidia" else _shards(p, tokens, config)) for p in plans)
@@ -872,6 +850,28 @@ def _identity(plan: Plan, pack_size: int) -> dict[str, Any]:
             for name in ("algorithm", "overflow", "pad_to_multiple", "loss_mode", "compat", "format", "seed", "sample")
         },
     }
+
+# %% ../../nbs/data/22_prep.ipynb #20555e8d
+def _build(plan: Plan, corpus: Corpus, ledger: Ledger) -> Built:
+    """From the tables of all sequences to the packs of all splits, as numbers."""
+    config = plan.config
+    needed = min(int(corpus.length_S.max(initial=1)), config.max_doc_tokens or 1 << 30)
+    pack_size = config.pack_size or _holding(int(aligned([needed], config.pad_to_multiple)[0]))
+    books: dict[str, Any] = {"blend": {}}
+    spans, trained = _keep(corpus, plan, min(pack_size, config.max_doc_tokens or pack_size), ledger)
+    if not len(spans):
+        raise _nothing_left(ledger, _where(plan))
+    plans = _split_plans(corpus, plan, spans, pack_size, books)
+    splits = {s: _summary_of_split(corpus, spans, trained, p, pack_size) for s, p in plans.items()}
+    if not splits["train"]["packs"]:
+        raise UserError("the training split is empty", where=_where(plan), fix="raise train_ratio, or give more chats")
+    histograms = {
+        "length_histogram": _length_histogram(spans.lengths),
+        "trained_share_histogram": _share_histogram(trained, spans.lengths),
+    }
+    values = {**_identity(plan, pack_size), **_counts(ledger, splits), **books, **histograms}
+    shards = {s: _shards_of(ps, splits[s]["tokens"], config) for s, ps in plans.items()}
+    return Built(plan, corpus, spans, shards, values | {"warnings": _notes(values, ledger)}, ledger)
 
 # %% ../../nbs/data/22_prep.ipynb #e23763da
 def _one_sequence(built: Built) -> Picture:
@@ -1166,31 +1166,13 @@ def _say(error: OSError | MemoryError, folder: Path) -> UserError | None:
     what = _MACHINE.get(errno.ENOMEM if isinstance(error, MemoryError) else error.errno)
     return UserError(what[0], where=str(getattr(error, "filename", None) or folder), fix=what[1]) if what else None
 
-# %% ../../nbs/data/22_prep.ipynb #0c02
-def prepare(
-    config: PrepConfig | Plan,  # settings, or the plan that was made of them
-    force: bool = False,  # prepare again, in place of what is there
-    progress: Progress = lambda done, total: None,  # told how many bytes of rows are tokenized
-    secrets: Mapping[str, str] = MappingProxyType({}),  # value of a setting that is written nowhere -> how it is named
-) -> Manifest:
-    """Chats to packs, into `config.output_dir`. The manifest appears last; the same request finds it again."""
-    asked = config.config if isinstance(config, Plan) else config
-    folder = Path(asked.output_dir)
-    try:
-        plan = config if isinstance(config, Plan) else make_plan(config)
-        if (folder / "manifest.json").exists() and not force:
-            return _found(folder, plan.key)
-        _refuse_foreign(folder)
-        with _alone(folder, plan.key) as waited:
-            if (folder / "manifest.json").exists() and (waited or not force):  # somebody else was first
-                return _found(folder, plan.key)
-            _sweep(asked)
-            return _prepare(plan, folder, progress, secrets)
-    except (OSError, MemoryError) as e:
-        said = _say(e, folder)
-        if said is None:
-            raise
-        raise said from e
+# %% ../../nbs/data/22_prep.ipynb #885eff89
+def _without_rows(sources: Sequence[Source], spools: Sequence[Sequence[Spooled]]) -> list[str]:
+    """The files that hold no row."""
+    rows = Counter({f: 0 for s in sources for f in s.files})
+    for unit, part in ((u, p) for s, ps in zip(sources, spools, strict=True) for u, p in zip(s.units, ps, strict=True)):
+        rows[unit.path] += part.record["rows"]
+    return [path for path, count in rows.items() if not count]
 
 # %% ../../nbs/data/22_prep.ipynb #fedacf55
 def _prepare(plan: Plan, folder: Path, progress: Progress, secrets: Mapping[str, str]) -> Manifest:
@@ -1221,10 +1203,28 @@ def _prepare(plan: Plan, folder: Path, progress: Progress, secrets: Mapping[str,
         shutil.rmtree(new, ignore_errors=True)
     return Manifest(named_in(built.values, secrets), folder, tokenized)
 
-# %% ../../nbs/data/22_prep.ipynb #885eff89
-def _without_rows(sources: Sequence[Source], spools: Sequence[Sequence[Spooled]]) -> list[str]:
-    """The files that hold no row."""
-    rows = Counter({f: 0 for s in sources for f in s.files})
-    for unit, part in ((u, p) for s, ps in zip(sources, spools, strict=True) for u, p in zip(s.units, ps, strict=True)):
-        rows[unit.path] += part.record["rows"]
-    return [path for path, count in rows.items() if not count]
+# %% ../../nbs/data/22_prep.ipynb #0c02
+def prepare(
+    config: PrepConfig | Plan,  # settings, or the plan that was made of them
+    force: bool = False,  # prepare again, in place of what is there
+    progress: Progress = lambda done, total: None,  # told how many bytes of rows are tokenized
+    secrets: Mapping[str, str] = MappingProxyType({}),  # value of a setting that is written nowhere -> how it is named
+) -> Manifest:
+    """Chats to packs, into `config.output_dir`. The manifest appears last; the same request finds it again."""
+    asked = config.config if isinstance(config, Plan) else config
+    folder = Path(asked.output_dir)
+    try:
+        plan = config if isinstance(config, Plan) else make_plan(config)
+        if (folder / "manifest.json").exists() and not force:
+            return _found(folder, plan.key)
+        _refuse_foreign(folder)
+        with _alone(folder, plan.key) as waited:
+            if (folder / "manifest.json").exists() and (waited or not force):  # somebody else was first
+                return _found(folder, plan.key)
+            _sweep(asked)
+            return _prepare(plan, folder, progress, secrets)
+    except (OSError, MemoryError) as e:
+        said = _say(e, folder)
+        if said is None:
+            raise
+        raise said from e

@@ -15,35 +15,35 @@ from dataclasses import dataclass
 from .contamination import fold_numbers_of, folded_words
 from .filters import words
 
-# %% ../../nbs/data/28_quality.ipynb #876c0e76
+# %% ../../nbs/data/28_quality.ipynb #67b379eb
 def _share(part: float, whole: float) -> float:
     """A share; 0 of nothing is 0."""
     return part / whole if whole else 0.0
 
-
+# %% ../../nbs/data/28_quality.ipynb #85699666
 def word_count(text: str) -> float:
     """Words."""
     return float(len(words(text)))
 
-
+# %% ../../nbs/data/28_quality.ipynb #0d0d0617
 def mean_word_length(text: str) -> float:
     """Characters of a word."""
     found = words(text)
     return _share(sum(map(len, found)), len(found))
 
-
+# %% ../../nbs/data/28_quality.ipynb #33982662
 def symbol_share(text: str) -> float:
     """Share of the characters that are neither letters, digits, white space nor usual punctuation."""
     odd = sum(not (c.isalnum() or c.isspace() or c in ".,;:!?'\"()-") for c in text)
     return _share(odd, len(text))
 
-
+# %% ../../nbs/data/28_quality.ipynb #5e212234
 def list_line_share(text: str) -> float:
     """Share of the lines that are points of a list."""
     lines = [line.lstrip() for line in text.splitlines() if line.strip()]
     return _share(sum(line.startswith(("-", "*", "\u2022", "\u2023", "|")) for line in lines), len(lines))
 
-# %% ../../nbs/data/28_quality.ipynb #ac6c0951
+# %% ../../nbs/data/28_quality.ipynb #11f6a30f
 _FENCED = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)  # code
 
 
@@ -52,7 +52,7 @@ def repeated_line_share(text: str) -> float:
     lines = [fold_numbers_of(line.strip()) for line in _FENCED.sub(" ", text).splitlines() if len(line.strip()) > 8]
     return _share(len(lines) - len(set(lines)), len(lines))
 
-
+# %% ../../nbs/data/28_quality.ipynb #de854646
 def looped_share(text: str) -> float:
     """Share of the words that lie in a stretch of eight that occurs more than once; numbers count as equal, code
     in fences does not count.
@@ -65,10 +65,10 @@ def looped_share(text: str) -> float:
             inside[i : i + 8] = [True] * 8
     return _share(sum(inside), len(tokens))
 
-
+# %% ../../nbs/data/28_quality.ipynb #d0cbaf2e
 _RUN = re.compile(r"(.{1,8}?)\1{15,}", re.DOTALL)
 
-# %% ../../nbs/data/28_quality.ipynb #fe2e5bda
+# %% ../../nbs/data/28_quality.ipynb #6b326fd6
 def run_share(text: str) -> float:
     """Share of the characters in runs of one to eight that come sixteen times and more; lines and white space do
     not count.
@@ -76,22 +76,22 @@ def run_share(text: str) -> float:
     runs = (m for m in _RUN.finditer(text[:100_000]) if re.search(r"\w", m.group(1)))
     return _share(sum(len(m.group()) for m in runs), min(len(text), 100_000))
 
-
+# %% ../../nbs/data/28_quality.ipynb #75f710c8
 _BROKEN = re.compile("\u00c3[\u0080-\u00bf]|\u00e2\u20ac[\u2122\u0153\u009d\u201c\u201d]|\u00c2[\u00a0-\u00bf]|\ufffd")
 
-# %% ../../nbs/data/28_quality.ipynb #b723259b
+# %% ../../nbs/data/28_quality.ipynb #64be2ac2
 def broken_share(text: str) -> float:
     """Characters that were read in the wrong encoding, as a share of all."""
     return _share(sum(len(m.group()) for m in _BROKEN.finditer(text)), len(text))
 
-
+# %% ../../nbs/data/28_quality.ipynb #a07d8812
 def ends_open(text: str) -> float:
     """1 where a text of more than twenty words ends in the middle of a sentence, else 0."""
     end = text.rstrip()
     closed = not end or not (end[-1].isalnum() or end[-1] in ",-") or "```" in end[-400:] or "\n" in end[-60:]
     return float(not closed and len(words(text)) > 20)
 
-# %% ../../nbs/data/28_quality.ipynb #842a48c3
+# %% ../../nbs/data/28_quality.ipynb #cc351239
 Bounds = tuple[float | None, float | None]
 
 
@@ -104,7 +104,7 @@ class Rule:
     chats: Bounds = (None, None)
     says: str = ""  # what is wrong with a text outside
 
-
+# %% ../../nbs/data/28_quality.ipynb #82d15056
 QUALITY_RULES: Mapping[str, Rule] = {
     "word_count": Rule(word_count, (20, 200_000), (1, None), "too short or too long to be a text"),
     "mean_word_length": Rule(

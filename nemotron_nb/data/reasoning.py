@@ -223,14 +223,14 @@ class Change:
         tail = f"-{self.budget}" if self.budget is not None else ""
         return f"{self.conversation_id}:{self.action}{tail}{'-low' if self.low_effort and self.action == 'cut' else ''}"
 
-# %% ../../nbs/data/12_reasoning.ipynb #4e337bcd
+# %% ../../nbs/data/12_reasoning.ipynb #5d87e2e4
 def thoughts(
     conversation: Conversation,
 ) -> list[str]:
     """The thoughts of a chat, in order."""
     return [m["reasoning_content"] for m in conversation.messages if m.get("reasoning_content", "").strip()]
 
-
+# %% ../../nbs/data/12_reasoning.ipynb #4f48b4ab
 def _num_tokens(conversation: Conversation, tokenizer: ChatTokenizer) -> list[int]:
     """Tokens of each thought of a chat."""
     return [len(tokenizer.encode(t, special=False)) for t in thoughts(conversation)]

@@ -132,6 +132,11 @@ def _text_and_thought(content: Any, where: str, repairs: Repairs) -> tuple[str, 
 # %% ../../nbs/data/03_records.ipynb #7655b5ce
 _MARKUP = ("</parameter>", "<parameter=", "</function>", "</tool_call>")
 
+# %% ../../nbs/data/03_records.ipynb #5df66bf8
+def _names_in(schema: Any) -> Any:
+    """The members that a schema of an object declares, or nothing."""
+    return schema.get("properties") if isinstance(schema, Mapping) else None
+
 # %% ../../nbs/data/03_records.ipynb #86b832aa
 def _without_filled(value: Any, known: Any, schema: Any, reading: _Reading) -> Any:
     """A value without the null members that its schema does not know (`known` holds the names it knows, or is no
@@ -152,11 +157,6 @@ def _without_filled(value: Any, known: Any, schema: Any, reading: _Reading) -> A
         below = known.get(name) if isinstance(known, Mapping) else None
         kept[name] = _without_filled(inner, _names_in(below), below, reading)
     return kept
-
-# %% ../../nbs/data/03_records.ipynb #5df66bf8
-def _names_in(schema: Any) -> Any:
-    """The members that a schema of an object declares, or nothing."""
-    return schema.get("properties") if isinstance(schema, Mapping) else None
 
 # %% ../../nbs/data/03_records.ipynb #6faf5a08
 def _note_markup(arguments: Mapping[str, Any], reading: _Reading) -> None:
@@ -538,6 +538,18 @@ def _parameters(value: Any, what: str, repairs: Repairs) -> dict[str, Any] | Non
         normal["properties"] = properties and {n: _property(p, f"{what}: {n}", repairs) for n, p in properties.items()}
     return normal
 
+# %% ../../nbs/data/03_records.ipynb #89511b4b
+def _renamed(body: Mapping[str, Any], where: str, repairs: Repairs) -> dict[str, Any]:
+    """A declaration with name, description and parameters under their own names.
+
+    The format prints whatever else it holds, so nothing is left out.
+    """
+    own = {k: v for k, v in body.items() if TOOL.spelled.get(squeezed(str(k))) in ("name", "description", "parameters")}
+    if own.keys() <= TOOL.exact:
+        return dict(body)
+    read = read_fields(own, TOOL, where, repairs).values
+    return dict(read) | {k: v for k, v in body.items() if k not in own}
+
 # %% ../../nbs/data/03_records.ipynb #3f76da20
 def _tool(tool: Any, index: int, repairs: Repairs) -> dict[str, Any]:
     """A tool, unwrapped."""
@@ -570,18 +582,6 @@ def _tool(tool: Any, index: int, repairs: Repairs) -> dict[str, Any]:
     return {
         k: _parameters(v, f"{where} ({body['name']})", repairs) if k == "parameters" else v for k, v in body.items()
     }
-
-# %% ../../nbs/data/03_records.ipynb #89511b4b
-def _renamed(body: Mapping[str, Any], where: str, repairs: Repairs) -> dict[str, Any]:
-    """A declaration with name, description and parameters under their own names.
-
-    The format prints whatever else it holds, so nothing is left out.
-    """
-    own = {k: v for k, v in body.items() if TOOL.spelled.get(squeezed(str(k))) in ("name", "description", "parameters")}
-    if own.keys() <= TOOL.exact:
-        return dict(body)
-    read = read_fields(own, TOOL, where, repairs).values
-    return dict(read) | {k: v for k, v in body.items() if k not in own}
 
 # %% ../../nbs/data/03_records.ipynb #12b8e67f
 def _listed(value: Any, what: str, repairs: Repairs) -> Any:

@@ -50,7 +50,7 @@ def _tool(name: str, description: str, properties: Mapping[str, Any], required: 
     parameters = {"type": "object", "properties": dict(properties), "required": list(required)}
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
 
-# %% ../../nbs/data/04_sample.ipynb #57dcafdf
+# %% ../../nbs/data/04_sample.ipynb #f6293aa4
 OPERATIONS: Mapping[str, Callable[[int, int], int]] = {
     "add": operator.add,
     "subtract": operator.sub,
@@ -58,6 +58,8 @@ OPERATIONS: Mapping[str, Callable[[int, int], int]] = {
 }
 SIGNS: Mapping[str, str] = {"add": "+", "subtract": "-", "multiply": "*"}
 FIELDS = ("price", "weight", "stock")
+
+# %% ../../nbs/data/04_sample.ipynb #68ef17f7
 CALCULATORS = (
     _tool(
         "calculator",
@@ -751,14 +753,14 @@ def thanks(draft: Draft) -> None:
     draft.ask(said)
     draft.answer(replied)
 
-# %% ../../nbs/data/04_sample.ipynb #4245ca3e
+# %% ../../nbs/data/04_sample.ipynb #95724aea
 def _calculator_arguments(draft: Draft, operation: str, a: int, b: int) -> dict[str, Any]:
     """The arguments in the shape that this chat's calculator has."""
     if "expression" in draft.calculator["function"]["parameters"]["properties"]:
         return {"expression": f"{a} {SIGNS[operation]} {b}"}
     return {"operation": operation, "a": a, "b": b}
 
-
+# %% ../../nbs/data/04_sample.ipynb #0bc66b82
 def _lookup_arguments(draft: Draft, lamp: str, wanted: str) -> dict[str, str]:
     """The arguments for this chat's lookup; an optional field is left out where the default will do."""
     optional = "field" not in draft.lookup["function"]["parameters"]["required"]
@@ -885,6 +887,11 @@ def make_chat(kind: str, language: str, rng: random.Random) -> dict[str, Any]:
         "checks": draft.checks,
     }
 
+# %% ../../nbs/data/04_sample.ipynb #9cdbd1e0
+def _asked(chat: Mapping[str, Any]) -> str:
+    """All that the user says in a chat."""
+    return "\n".join(message["content"] for message in chat["messages"] if message["role"] == "user")
+
 # %% ../../nbs/data/04_sample.ipynb #df0c12ae
 def make_chats(
     num_chats: int = 400,
@@ -901,17 +908,12 @@ def make_chats(
         chats.append(chat)
     return chats
 
-# %% ../../nbs/data/04_sample.ipynb #9cdbd1e0
-def _asked(chat: Mapping[str, Any]) -> str:
-    """All that the user says in a chat."""
-    return "\n".join(message["content"] for message in chat["messages"] if message["role"] == "user")
-
-# %% ../../nbs/data/04_sample.ipynb #13d6a2df
+# %% ../../nbs/data/04_sample.ipynb #6ed9a41f
 def numbers_in(text: str) -> list[int]:
     """The whole numbers in a text, in order."""
     return [int(number) for number in re.findall(r"\d+", text)]
 
-
+# %% ../../nbs/data/04_sample.ipynb #849f3c62
 def check_answer(
     record: Mapping[str, Any],
     text: str,  # an answer to the last question that asks for a number; reasoning before it is ignored

@@ -129,6 +129,28 @@ def _paid(environment: _Paying, name: str, function: Any) -> Any:
         )
     return lambda text, *a, **k: (environment.pay_growth(name, text, [*a, *k.values()]), function(text, *a, **k))[1]
 
+# %% ../../nbs/data/09_sandbox.ipynb #548a4c22
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """JSON as chat templates mean it: no HTML escapes, and letters stay letters."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=min(indent, 16) if indent else indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+# %% ../../nbs/data/09_sandbox.ipynb #115ed4f5
+class Refused(TemplateError):
+    """The template itself said no to this chat, by `raise_exception`."""
+
+
+def _raise(message: str) -> None:
+    """What a template calls when it does not want a chat."""
+    raise Refused(str(message))
+
 # %% ../../nbs/data/09_sandbox.ipynb #97d62dea
 class _Sandbox(_Paying):
     """Jinja as chat templates expect it, with nothing to reach and an account of its work."""
@@ -157,28 +179,6 @@ class _Sandbox(_Paying):
     def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
         """An attribute that is out of bounds. Jinja would print nothing; that would hide the attempt."""
         raise SecurityError(f"the template reaches for the attribute {attribute!r} of a {type(obj).__name__}")
-
-# %% ../../nbs/data/09_sandbox.ipynb #548a4c22
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """JSON as chat templates mean it: no HTML escapes, and letters stay letters."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=min(indent, 16) if indent else indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-# %% ../../nbs/data/09_sandbox.ipynb #115ed4f5
-class Refused(TemplateError):
-    """The template itself said no to this chat, by `raise_exception`."""
-
-
-def _raise(message: str) -> None:
-    """What a template calls when it does not want a chat."""
-    raise Refused(str(message))
 
 # %% ../../nbs/data/09_sandbox.ipynb #b095ab4d
 def _with_account(tree: nodes.Template) -> nodes.Template:

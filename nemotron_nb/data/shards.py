@@ -390,13 +390,13 @@ def _names(table: pa.Table, columns: Columns, where: str) -> list[pa.Array]:
         )
     return [names for names, _ in found] if len(found) == len(PROVENANCE_COLUMNS) else []
 
-# %% ../../nbs/data/19_shards.ipynb #a2eb7fe8
+# %% ../../nbs/data/19_shards.ipynb #ada3ae14
 def _identity(path: Path) -> tuple[int, int, int]:
     """What a file has and no other at the same time."""
     found = os.stat(path)
     return found.st_ino, found.st_size, found.st_mtime_ns
 
-
+# %% ../../nbs/data/19_shards.ipynb #a58bb29d
 def _data_key(split: Path) -> str:
     """The key of the preparation that a split belongs to; "" where no manifest says it."""
     try:
@@ -489,6 +489,14 @@ class _Watched(_Index):
                 raise _replaced(path)
             time.sleep(0.05)
 
+# %% ../../nbs/data/19_shards.ipynb #dec038dd
+def _read_table(path: Path, footer: pq.FileMetaData, group: int) -> pa.Table:
+    """The columns we know of a row group, with the checksums of their pages compared."""
+    there = footer.schema.to_arrow_schema().names
+    wanted = [n for n in (*TRAINED_COLUMNS, *PROVENANCE_COLUMNS) if n in there]
+    with pq.ParquetFile(path, metadata=footer, memory_map=True, page_checksum_verification=True) as file:
+        return file.read_row_group(group, columns=wanted, use_threads=False)
+
 # %% ../../nbs/data/19_shards.ipynb #7982d7ac
 class _Groups(_Watched):
     """Row groups by number, the last few of them kept in memory."""
@@ -528,14 +536,6 @@ class _Groups(_Watched):
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(path, error) from error
         return columns, _names(table, columns, str(path))
-
-# %% ../../nbs/data/19_shards.ipynb #dec038dd
-def _read_table(path: Path, footer: pq.FileMetaData, group: int) -> pa.Table:
-    """The columns we know of a row group, with the checksums of their pages compared."""
-    there = footer.schema.to_arrow_schema().names
-    wanted = [n for n in (*TRAINED_COLUMNS, *PROVENANCE_COLUMNS) if n in there]
-    with pq.ParquetFile(path, metadata=footer, memory_map=True, page_checksum_verification=True) as file:
-        return file.read_row_group(group, columns=wanted, use_threads=False)
 
 # %% ../../nbs/data/19_shards.ipynb #38d53483
 class PackReader(_Groups):

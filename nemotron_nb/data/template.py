@@ -67,12 +67,12 @@ Reminder:
 the user about function calls
 </IMPORTANT>"""
 
-# %% ../../nbs/data/07_template.ipynb #250a9abc
+# %% ../../nbs/data/07_template.ipynb #f173b67f
 def _value(value: Any) -> str:
     """A value as the format writes it: JSON for mappings and lists, Python's `str` otherwise."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (Mapping, list, tuple)) else str(value)
 
-
+# %% ../../nbs/data/07_template.ipynb #a79a2573
 def _extras(fields: Any, known: Sequence[str]) -> str:
     """Keys the format has no word for, each as an element of its own, in order."""
     if not isinstance(fields, Mapping):

@@ -442,26 +442,7 @@ def _rows(task: Task, record: UnitRecord, told: Callable[[int], None]) -> Iterat
         else:
             yield line, value
 
-# %% ../../nbs/data/20_tokenized.ipynb #1f6af264
-def _batches(
-    task: Task, tools: _Tools, record: UnitRecord, tables: _Tables, told: Callable[[int], None]
-) -> Iterator[list[Draft]]:
-    """Drafts of the unit's chats, some rows at a time; whose they are is noted in the tables."""
-    form, judge = dataset_form(task.settings), task.settings.judge.asked(_answers(task))
-    rows = _rows(task, record, told)
-    while some := list(itertools.islice(((line, value, record.rows - 1) for line, value in rows), BATCH_ROWS)):
-        batch: list[Draft] = []
-        if task.settings.compat == "nvidia":
-            found = _nvidia_drafts(some, task, tools, record)
-        else:
-            found = _drafts_of(some, task, tools, record, form, judge)
-        for name, line, row, drafts in found:
-            if drafts:
-                tables.add(name, line, row, drafts)
-                batch += drafts
-        yield batch
-
-# %% ../../nbs/data/20_tokenized.ipynb #24ccd1cb
+# %% ../../nbs/data/20_tokenized.ipynb #09304955
 _Found = list[tuple[str, int, int, list[Draft]]]  # id of a chat, its line, its row in the unit, its sequences
 
 
@@ -469,7 +450,7 @@ def _answers(task: Task) -> str:
     """The folder for answers of a judge; empty: none are kept."""
     return str(Path(task.kept) / "judge") if task.kept else ""
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #f8de4351
 def _nvidia_drafts(some: Sequence[tuple[int, Any, int]], task: Task, tools: _Tools, record: UnitRecord) -> _Found:
     """What NVIDIA's preparation makes of some rows."""
     make = lambda value, line: _as_nvidia(value, line, task.unit, task.settings, tools.special, record)
@@ -488,6 +469,25 @@ def _drafts_of(
     ]
     kept = _filtered(chats, settings, judge, record)
     return [(c.conversation.id, c.conversation.line, c.row, _drafts(c, settings, tools, record)) for c in kept]
+
+# %% ../../nbs/data/20_tokenized.ipynb #1f6af264
+def _batches(
+    task: Task, tools: _Tools, record: UnitRecord, tables: _Tables, told: Callable[[int], None]
+) -> Iterator[list[Draft]]:
+    """Drafts of the unit's chats, some rows at a time; whose they are is noted in the tables."""
+    form, judge = dataset_form(task.settings), task.settings.judge.asked(_answers(task))
+    rows = _rows(task, record, told)
+    while some := list(itertools.islice(((line, value, record.rows - 1) for line, value in rows), BATCH_ROWS)):
+        batch: list[Draft] = []
+        if task.settings.compat == "nvidia":
+            found = _nvidia_drafts(some, task, tools, record)
+        else:
+            found = _drafts_of(some, task, tools, record, form, judge)
+        for name, line, row, drafts in found:
+            if drafts:
+                tables.add(name, line, row, drafts)
+                batch += drafts
+        yield batch
 
 # %% ../../nbs/data/20_tokenized.ipynb #6cb3dcb3
 @contextmanager
@@ -526,7 +526,7 @@ def tokenize_unit(
         write_json(folder / "record.json", record.to_json())
     return tools.encoder.tier
 
-# %% ../../nbs/data/20_tokenized.ipynb #e0a7d58f
+# %% ../../nbs/data/20_tokenized.ipynb #a6371667
 def _damaged(folder: Path, what: str) -> UserError:
     """The error for a unit that is not what was written."""
     return UserError(
@@ -536,7 +536,7 @@ def _damaged(folder: Path, what: str) -> UserError:
         fix="remove this folder; its rows are tokenized again",
     )
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #ce1a4778
 def _table(folder: Path, name: str) -> np.ndarray:
     """One table, read whole."""
     try:
@@ -581,12 +581,12 @@ class _UnitTables:
         """int64 [C] the place of each chat among the rows of the unit, counted from 0."""
         return _table(self.folder, "rows")
 
-# %% ../../nbs/data/20_tokenized.ipynb #55c3ac30
+# %% ../../nbs/data/20_tokenized.ipynb #bcd19f82
 def _flat(path: Path, kind: type) -> np.ndarray:
     """A flat file as an array that is read when it is used."""
     return np.memmap(path, kind, mode="r") if path.stat().st_size else np.zeros(0, kind)
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #1023dc86
 @dataclass(frozen=True)
 class Spooled(_UnitTables):
     """A tokenized unit on disk."""
@@ -704,11 +704,11 @@ class Joined:
         begin = self.starts[part]
         return self.parts[part][place.start - begin : place.stop - begin]
 
-# %% ../../nbs/data/20_tokenized.ipynb #85068043
+# %% ../../nbs/data/20_tokenized.ipynb #bd869b37
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 EXECUTORS = ("local", "ray")
 
-
+# %% ../../nbs/data/20_tokenized.ipynb #7afe7961
 def _die_with_parent() -> None:
     """Ask Linux to end this process when its parent ends; elsewhere nothing is done."""
     if sys.platform == "linux":

@@ -280,10 +280,10 @@ def _byte_alphabet() -> dict[str, int]:
     hidden = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
-# %% ../../nbs/data/05_tokenizer.ipynb #24922651
+# %% ../../nbs/data/05_tokenizer.ipynb #4a75b875
 BYTE_OF: Mapping[str, int] = _byte_alphabet()
 
-
+# %% ../../nbs/data/05_tokenizer.ipynb #7a00c38c
 def _shown(raw: bytes) -> str:
     """Bytes as text; those that are no character by their number."""
     try:
@@ -440,45 +440,11 @@ def _cached_tekken() -> Path:
             f"cannot write: {error}", where=str(cache), fix="set XDG_CACHE_HOME to a folder you may write"
         ) from error
 
-# %% ../../nbs/data/05_tokenizer.ipynb #1499839e
-BUILT_IN = ("tiny", "tekken")
-
-# %% ../../nbs/data/05_tokenizer.ipynb #be47d2cd
-def load_tokenizer(
-    name: str | os.PathLike,  # "tiny", "tekken", a folder, or a model on the Hugging Face hub as in org/name
-) -> ChatTokenizer:
-    """The tokenizer of that name, if it is fit for chats."""
-    name = str(name)
-    if name in BUILT_IN:
-        return _read(_assets() / "tokenizer" / "tokenizer.json" if name == "tiny" else _cached_tekken(), name)
-    if name and Path(name).is_dir():
-        return _read(Path(name) / "tokenizer.json", name)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
-        return _read(_from_hub(name), name)
-    raise UserError(
-        "no such tokenizer",
-        where=repr(name),
-        why="it is no built-in name, no folder, and not of the form org/name",
-        fix=nearest(name, BUILT_IN),
-    )
-
-# %% ../../nbs/data/05_tokenizer.ipynb #cdc58443
-def _read(path: Path, name: str) -> ChatTokenizer:
-    """The tokenizer in a file. One that was read before and has not changed since is the same object."""
-    if not path.is_file():
-        raise UserError(
-            "there is no tokenizer.json",
-            where=str(path.parent),
-            fix="give a folder that holds one, such as an exported model",
-        )
-    facts = path.stat()
-    return _read_once(path.absolute(), name, facts.st_size, facts.st_mtime_ns)
-
-# %% ../../nbs/data/05_tokenizer.ipynb #4a222050
+# %% ../../nbs/data/05_tokenizer.ipynb #2aca75de
 _LARGE = 1 << 20  # bytes of a tokenizer.json from which on remembering is worth a file
 _FACTS = ("special_ids", "digest", "vocab_size", "settled")
 
-
+# %% ../../nbs/data/05_tokenizer.ipynb #70035bc3
 def _facts_path(source: bytes) -> Path:
     """Where the facts about a tokenizer.json are kept."""
     name = digest([digest(source, 64), tokenizers.__version__, file_digest(_assets().parents[0] / "tokenizer.py")])
@@ -523,6 +489,40 @@ def _read_once(path: Path, name: str, size: int, changed: int) -> ChatTokenizer:
     made = replace(made, source=source, settled=made.source == source)
     _remember(made)
     return made
+
+# %% ../../nbs/data/05_tokenizer.ipynb #cdc58443
+def _read(path: Path, name: str) -> ChatTokenizer:
+    """The tokenizer in a file. One that was read before and has not changed since is the same object."""
+    if not path.is_file():
+        raise UserError(
+            "there is no tokenizer.json",
+            where=str(path.parent),
+            fix="give a folder that holds one, such as an exported model",
+        )
+    facts = path.stat()
+    return _read_once(path.absolute(), name, facts.st_size, facts.st_mtime_ns)
+
+# %% ../../nbs/data/05_tokenizer.ipynb #1499839e
+BUILT_IN = ("tiny", "tekken")
+
+# %% ../../nbs/data/05_tokenizer.ipynb #be47d2cd
+def load_tokenizer(
+    name: str | os.PathLike,  # "tiny", "tekken", a folder, or a model on the Hugging Face hub as in org/name
+) -> ChatTokenizer:
+    """The tokenizer of that name, if it is fit for chats."""
+    name = str(name)
+    if name in BUILT_IN:
+        return _read(_assets() / "tokenizer" / "tokenizer.json" if name == "tiny" else _cached_tekken(), name)
+    if name and Path(name).is_dir():
+        return _read(Path(name) / "tokenizer.json", name)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+        return _read(_from_hub(name), name)
+    raise UserError(
+        "no such tokenizer",
+        where=repr(name),
+        why="it is no built-in name, no folder, and not of the form org/name",
+        fix=nearest(name, BUILT_IN),
+    )
 
 # %% ../../nbs/data/05_tokenizer.ipynb #e110da0f
 def _from_hub(name: str) -> Path:
