@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from nemotron_nb.ops.profiles import Profile
     from nemotron_nb.stages.sft import Show
 
-# %% ../nbs/90_cli.ipynb #dc503f60
+# %% ../nbs/90_cli.ipynb #6f386427
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -45,19 +45,19 @@ app = typer.Typer(
     help="Train NVIDIA Nemotron 3 on text and chats: prepare data, train, look at the result.",
 )
 
-
+# %% ../nbs/90_cli.ipynb #5a1cae4d
 def _say_version(asked: bool) -> None:
     """Print the version and leave, if it was asked for."""
     if asked:
         print(f"nemotron_nb {nemotron_nb.__version__}, Python {sys.version.split()[0]}")
         raise typer.Exit()
 
-# %% ../nbs/90_cli.ipynb #d76b3e16
+# %% ../nbs/90_cli.ipynb #3b9e1dcd
 def _option(kind: Any, *names: str, **about: Any) -> Any:
     """A type with what typer should know."""
     return Annotated[kind, typer.Option(*names, **about)]
 
-
+# %% ../nbs/90_cli.ipynb #63454944
 _VERSION = _option(bool, "--version", callback=_say_version, is_eager=True, help="Print the version and leave.")
 
 
@@ -65,7 +65,7 @@ _VERSION = _option(bool, "--version", callback=_say_version, is_eager=True, help
 def _options(version: _VERSION = False) -> None:
     """Train NVIDIA Nemotron 3 on text and chats: prepare data, train, look at the result."""
 
-# %% ../nbs/90_cli.ipynb #1cdd1fc4
+# %% ../nbs/90_cli.ipynb #a4b72723
 Config = Annotated[
     list[str],
     typer.Option(
@@ -77,12 +77,14 @@ Config = Annotated[
         show_default="default",
     ),
 ]
+
+# %% ../nbs/90_cli.ipynb #c1401353
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the files, e.g. optimizer.lr=1e-4"),
 ]
 
-# %% ../nbs/90_cli.ipynb #33113943
+# %% ../nbs/90_cli.ipynb #58243bd1
 Run = Annotated[
     str,
     typer.Option(
@@ -96,6 +98,8 @@ Batch = Annotated[
     str,
     typer.Option("--batch", "-b", metavar="PROFILE", help="Detached: submit with a profile of env.toml, and leave."),
 ]
+
+# %% ../nbs/90_cli.ipynb #c122a354
 DryRun = Annotated[
     bool,
     typer.Option(
@@ -107,7 +111,7 @@ DryRun = Annotated[
 All = Annotated[bool, typer.Option("--all", help="With --dry-run: show every setting.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the table as JSON.")]
 
-# %% ../nbs/90_cli.ipynb #9ec7fb35
+# %% ../nbs/90_cli.ipynb #11683c34
 Planned = Annotated[
     bool,
     typer.Option(
@@ -123,6 +127,8 @@ GpuKind = Annotated[
         help="With --plan: the kind of GPU, e.g. h100-80, h200-141, b200-192; else that of the profile.",
     ),
 ]
+
+# %% ../nbs/90_cli.ipynb #7b5be967
 Price = Annotated[float | None, typer.Option("--price", min=0, help="With --plan: of a GPU hour.")]
 Utilisation = Annotated[
     str,
@@ -151,7 +157,7 @@ def _place(run: str, batch: str) -> tuple["Profile | None", str]:
         print(f"note: {visible(note)}", file=sys.stderr)
     return profile, "batch" if batch or profile.detach else "run"
 
-# %% ../nbs/90_cli.ipynb #dfe42a40
+# %% ../nbs/90_cli.ipynb #39ad0bf6
 def _theme() -> str:
     """The theme of env.toml; monokai where it names none. `UserError` for one that Pygments does not know."""
     from pygments.styles import get_all_styles
@@ -163,7 +169,7 @@ def _theme() -> str:
         raise UserError(f"unknown theme {theme!r}", where="env.toml: [cli] theme", fix=nearest(theme, known))
     return {"github-light": "friendly"}.get(theme, theme)  # the published name; Pygments has no style that is called so
 
-
+# %% ../nbs/90_cli.ipynb #c32bd246
 def _show(text: str, language: str, theme: str) -> None:
     """Print a text of a plan, in colour on a terminal."""
     if not sys.stdout.isatty():
@@ -174,12 +180,12 @@ def _show(text: str, language: str, theme: str) -> None:
 
     Console().print(Syntax(text, language, theme=theme, background_color="default", word_wrap=False), soft_wrap=True)
 
-# %% ../nbs/90_cli.ipynb #5666e01e
+# %% ../nbs/90_cli.ipynb #067ee8cf
 def _print_json(value: Any) -> None:
     """A table or a plan for a program to read."""
     print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
-
+# %% ../nbs/90_cli.ipynb #da330976
 def _show_notes(effective: "Effective") -> None:
     """What people should know before anything runs."""
     for note in effective.notes:
@@ -238,7 +244,7 @@ def _show_needs(
         print(f"note: {note}")
     print("\n".join([*([f"warning: {answer.warning}"] if answer.warning else []), "", str(answer.picture)]))
 
-# %% ../nbs/90_cli.ipynb #e38bb855
+# %% ../nbs/90_cli.ipynb #1d4ea9ba
 @contextmanager
 def _progress() -> Iterator[dict[str, Any]]:
     """What to give `prepare` so that a bar with rate and time left stands on stderr while the block runs."""
@@ -253,7 +259,7 @@ def _progress() -> Iterator[dict[str, Any]]:
         task = bar.add_task("tokenizing", total=None)
         yield {"progress": lambda done, total: bar.update(task, completed=done, total=total)}
 
-
+# %% ../nbs/90_cli.ipynb #159d0429
 def _typed() -> str:
     """The command as it was typed."""
     return shlex.join(["nemotron", *sys.argv[1:]])
@@ -270,14 +276,14 @@ def _forced(overrides: list[str]) -> tuple[list[str], bool]:
         )
     return [text for text in overrides if text.partition("=")[0] != "force"], bool(said and said[-1])
 
-# %% ../nbs/90_cli.ipynb #86001feb
+# %% ../nbs/90_cli.ipynb #36e06b6d
 def _job_arguments(family: str, config: list[str], overrides: list[str], force: bool) -> list[str]:
     """What a job that prepares data is given: the same words, with files where they lie."""
     from nemotron_nb.ops.config import job_configs
 
     return [family, *job_configs(config), *overrides, *(["force=true"] if force else [])]
 
-
+# %% ../nbs/90_cli.ipynb #d2930c8c
 def _follow_job(script: str, profile: "Profile", mode: str, name: str) -> None:
     """Submit a script, and follow the job if it is waited for; its exit code becomes that of the command."""
     from nemotron_nb.ops.slurm import submit
@@ -287,14 +293,14 @@ def _follow_job(script: str, profile: "Profile", mode: str, name: str) -> None:
     if code := hand_over(job, mode, Path(f"{profile.job_name or name}-{job}.log")):
         raise typer.Exit(code)
 
-# %% ../nbs/90_cli.ipynb #abb57124
+# %% ../nbs/90_cli.ipynb #2544fa50
 def _say_manifest(manifest: Any) -> None:
     """What became of the rows, and who tokenized them."""
     print(manifest)
     if manifest.tokenized:
         print(f"\ntokenized: {manifest.tokenized}")
 
-
+# %% ../nbs/90_cli.ipynb #dae6f23e
 def _data_prep_here(effective: "Effective", family: str, force: bool) -> None:
     """Prepare data on this machine, and register it as what the next training takes."""
     from nemotron_nb.data.prep import prepare
@@ -447,7 +453,7 @@ def _executed(folder: Path, steps: int, execute: Callable[[], None], headline: C
         raise typer.Exit(128 + request.number)
     return folder
 
-# %% ../nbs/90_cli.ipynb #f5c00b7c
+# %% ../nbs/90_cli.ipynb #c5ca9784
 def _say_packs(manifest: Any) -> None:
     """What there is to train on, and what became of chats that are not."""
     from nemotron_nb.ops.report import preparation_notes
@@ -457,7 +463,7 @@ def _say_packs(manifest: Any) -> None:
     print(f"data: {chats}, {train['trained_tokens']:,} trained tokens ({manifest.folder})")
     print("".join(f"note: {note}\n" for note in preparation_notes(manifest.values)), end="")
 
-
+# %% ../nbs/90_cli.ipynb #95fdc0be
 def _sft_here(effective: "Effective", config: list[str], resume: str, command: str) -> Path:
     """Train on this machine: the data first, then the run folder, then the notebook."""
     from nemotron_nb.ops.report import headline, read_run
@@ -514,7 +520,7 @@ def sft(
         _say_result(folder, headline(read_run(folder)))
     return folder
 
-# %% ../nbs/90_cli.ipynb #c5e9e5e9
+# %% ../nbs/90_cli.ipynb #368de1da
 def _say_documents(manifest: Any, said: str) -> None:
     """What there is to train on, and how many rows gave none of it."""
     if said:
@@ -525,7 +531,7 @@ def _say_documents(manifest: Any, said: str) -> None:
     if lost:
         print(f"note: {lost:,} of {manifest['rows']:,} rows gave no document; see dropped.jsonl beside them")
 
-
+# %% ../nbs/90_cli.ipynb #fffb1432
 def _pretrain_here(effective: "Effective", config: list[str], resume: str, command: str) -> Path:
     """Pretrain on this machine: the documents first, then the run folder, then the notebook."""
     from nemotron_nb.ops.report import read_run
@@ -582,7 +588,18 @@ def pretrain(
         _say_result(folder, headline(read_run(folder)))
     return folder
 
-# %% ../nbs/90_cli.ipynb #922ddcc9
+# %% ../nbs/90_cli.ipynb #dbacc454
+def _rl_here(effective: "Effective", folder: Path) -> Path:
+    """Execute the run notebook of reinforcement learning into a run folder, and print its steps as they come."""
+    from nemotron_nb.stages.rl import headline
+    from nemotron_nb.stages.sft import Parameters, execute_into
+
+    stage, family = STAGES["rl"], effective.settings.family
+    parameters = Parameters(family, str(folder.absolute() / "config.yaml"))
+    execute = partial(execute_into, stage.notebook, folder, parameters, stage.ends)
+    return _executed(folder, 0, execute, lambda: headline(folder))
+
+# %% ../nbs/90_cli.ipynb #42b5694e
 def rl(
     family: str,
     config: list[str],  # what -c was given
@@ -606,18 +623,15 @@ def rl(
         _say_result(folder, headline(folder))
     return folder
 
+# %% ../nbs/90_cli.ipynb #ab16d55d
+def _store(root: str) -> Any:
+    """The register of artifacts."""
+    from nemotron_nb.ops.artifacts import Store
+    from nemotron_nb.ops.profiles import env_section
 
-def _rl_here(effective: "Effective", folder: Path) -> Path:
-    """Execute the run notebook of reinforcement learning into a run folder, and print its steps as they come."""
-    from nemotron_nb.stages.rl import headline
-    from nemotron_nb.stages.sft import Parameters, execute_into
+    return Store(Path(root or env_section("artifacts").get("root", "output/artifacts")).expanduser())
 
-    stage, family = STAGES["rl"], effective.settings.family
-    parameters = Parameters(family, str(folder.absolute() / "config.yaml"))
-    execute = partial(execute_into, stage.notebook, folder, parameters, stage.ends)
-    return _executed(folder, 0, execute, lambda: headline(folder))
-
-# %% ../nbs/90_cli.ipynb #1f357e60
+# %% ../nbs/90_cli.ipynb #6c496ce6
 def import_artifact(family: str, kind: str, stage: str, path: Path, name: str, about: dict[str, Any]) -> None:
     """Register data or a model that lies in a folder."""
     from nemotron_nb.stages.sft import import_folder
@@ -626,15 +640,7 @@ def import_artifact(family: str, kind: str, stage: str, path: Path, name: str, a
     artifact = import_folder(family, kind, stage, path, _store(""), name, known)
     print(f"{artifact.address}\n  {artifact.path}\n  digest {artifact.digest}")
 
-
-def _store(root: str) -> Any:
-    """The register of artifacts."""
-    from nemotron_nb.ops.artifacts import Store
-    from nemotron_nb.ops.profiles import env_section
-
-    return Store(Path(root or env_section("artifacts").get("root", "output/artifacts")).expanduser())
-
-# %% ../nbs/90_cli.ipynb #605e9578
+# %% ../nbs/90_cli.ipynb #882b6b84
 @dataclass(frozen=True)
 class Option:
     """An option that some stages have besides those of all."""
@@ -644,7 +650,7 @@ class Option:
     default: Any = ""  # what it is where it is not typed
     setting: str = ""  # that it stands for; empty: it goes to the function that does the stage
 
-
+# %% ../nbs/90_cli.ipynb #16d22957
 _SAMPLE = _option(int | None, "--sample", min=1, help="Read only the first N rows of each dataset.")
 _FORCE = _option(bool, "--force", help="Prepare again, in place of what is there.")
 _PEFT = _option(str, "--peft", metavar="lora", help="Train small matrices beside frozen weights: lora.")
@@ -666,14 +672,14 @@ OPTIONS: Mapping[str, Option] = {
     "--art.model": Option("model", _MODEL, "", "run.model"),
 }
 
-# %% ../nbs/90_cli.ipynb #6488aa06
+# %% ../nbs/90_cli.ipynb #fe963c8f
 _FIRST = (("overrides", Overrides, None), ("config", Config, ["default"]))
 _PLACE = (("dry_run", DryRun, False), ("run", Run, ""), ("batch", Batch, ""))
 _SHOWN = (("whole", All, False), ("as_json", AsJson, False))
 _ASSUMED = (("gpu", GpuKind, ""), ("price", Price, None), ("utilisation", Utilisation, ""), ("exact", Exact, False))
 _NEEDS = (("plan", Planned, False), *_ASSUMED)
 
-
+# %% ../nbs/90_cli.ipynb #6b102722
 def _with_parameters(function: Callable[..., None], parameters: Sequence[tuple[str, Any, Any]]) -> Callable[..., None]:
     """A function of keywords as one with these parameters: (name, type, default)."""
     either = signatures.Parameter.POSITIONAL_OR_KEYWORD
@@ -682,14 +688,14 @@ def _with_parameters(function: Callable[..., None], parameters: Sequence[tuple[s
     function.__annotations__ = {name: kind for name, kind, _ in parameters}
     return function
 
-# %% ../nbs/90_cli.ipynb #0b4f4b33
+# %% ../nbs/90_cli.ipynb #a7bbb0fa
 def _check_assumed(given: Mapping[str, Any]) -> None:
     """`UserError` for an option of --plan without it."""
     if unused := [name for name, _, default in _ASSUMED if given[name] != default and not given["plan"]]:
         what, why = f"--{unused[0]} without --plan", "it would change nothing, without a word"
         raise UserError(what, where="command line", why=why, fix="add --plan, or leave it out")
 
-
+# %% ../nbs/90_cli.ipynb #004ec57a
 def _stage_command(stage: Stage, family: str) -> Callable[..., None]:
     """The command of a stage, for typer."""
     own = [OPTIONS[name] for name in stage.options]
@@ -714,7 +720,7 @@ def _stage_command(stage: Stage, family: str) -> Callable[..., None]:
     options = [(o.parameter, o.kind, o.default) for o in own]
     return _with_parameters(do, [*_FIRST, *_PLACE, *_SHOWN, *_NEEDS, *options])
 
-# %% ../nbs/90_cli.ipynb #27d565a5
+# %% ../nbs/90_cli.ipynb #df752900
 Groups = dict[tuple[str, ...], typer.Typer]  # of a family, by the words that lead to each
 GROUPS = {
     ("data",): "Prepare data, or register prepared data.",
@@ -724,7 +730,7 @@ GROUPS = {
     ("model", "import"): "Register a model that was trained elsewhere.",
 }
 
-
+# %% ../nbs/90_cli.ipynb #1b7ea96d
 def _group(groups: Groups, words: tuple[str, ...]) -> typer.Typer:
     """The group that some words lead to, made where there is none yet."""
     if words not in groups:
@@ -732,20 +738,20 @@ def _group(groups: Groups, words: tuple[str, ...]) -> typer.Typer:
         _group(groups, words[:-1]).add_typer(groups[words], name=words[-1])
     return groups[words]
 
-# %% ../nbs/90_cli.ipynb #d4737e11
+# %% ../nbs/90_cli.ipynb #abaa8554
 def _examples(family: str, lines: Sequence[str]) -> str:
     """Examples for the foot of a help; empty where there are none."""
     shown = [f"  nemotron {family} {line.replace('{family}', family)}" for line in lines]
     return "\n\n".join([f"Example{'s' if len(shown) > 1 else ''}:", *shown]) if shown else ""
 
-
+# %% ../nbs/90_cli.ipynb #b26ca67f
 def _add_stage(groups: Groups, stage: Stage, family: str) -> None:
     """Hang the command of a stage into the tree."""
     *path, word = command_words(stage)
     about = {"help": stage.words, "epilog": _examples(family, stage.examples) or None}
     _group(groups, tuple(path)).command(word, **about)(_stage_command(stage, family))
 
-# %% ../nbs/90_cli.ipynb #aa3b9d26
+# %% ../nbs/90_cli.ipynb #0ece66fc
 IMPORTS = {  # kind -> type of its artifacts, what a folder of it is, examples
     "data": ("DataBlendsArtifact", "A folder that data preparation wrote.", ("data import sft prepared/ -n my-data",)),
     "model": ("ModelArtifact", "A folder that holds a model.", (
@@ -753,7 +759,7 @@ IMPORTS = {  # kind -> type of its artifacts, what a folder of it is, examples
     )),
 }  # fmt: skip
 
-
+# %% ../nbs/90_cli.ipynb #7b3a701e
 def importable(
     kind: str,  # data or model
     rows: Iterable[Stage],
@@ -762,14 +768,14 @@ def importable(
     names = [name.partition("-") for row in rows for name in (*row.consumes, *row.makes)]
     return list(dict.fromkeys(stage for begin, _, stage in names if begin == IMPORTS[kind][0] and stage))
 
-# %% ../nbs/90_cli.ipynb #36ea2ac7
+# %% ../nbs/90_cli.ipynb #9c0a6d31
 _HELP = {
     "data": "Register packs or documents that were prepared elsewhere.",
     "model": "Register a model of the stage {stage}.",
 }
 _STEP = ("step", _option(int | None, "--step", "-s", help="The training step it was written at."), None)
 
-
+# %% ../nbs/90_cli.ipynb #bb138365
 def _import_command(family: str, kind: str, stage: str) -> Callable[..., None]:
     """The command that registers a folder, for typer."""
 
@@ -781,7 +787,7 @@ def _import_command(family: str, kind: str, stage: str) -> Callable[..., None]:
     noted = [("name", Name, ""), ("project", Project, ""), ("entity", Entity, "")]
     return _with_parameters(do, [where, *noted, *([_STEP] if kind == "model" else [])])
 
-
+# %% ../nbs/90_cli.ipynb #bf165202
 def _add_imports(groups: Groups, rows: Sequence[Stage], family: str) -> None:
     """Hang `data import` and `model import` into the tree."""
     for kind in IMPORTS:
@@ -789,7 +795,7 @@ def _add_imports(groups: Groups, rows: Sequence[Stage], family: str) -> None:
             about = {"help": _HELP[kind].format(stage=stage), "epilog": _examples(family, IMPORTS[kind][2])}
             _group(groups, (kind, "import")).command(stage, **about)(_import_command(family, kind, stage))
 
-# %% ../nbs/90_cli.ipynb #fff83d8f
+# %% ../nbs/90_cli.ipynb #f8bbe968
 RECIPE, RECIPES = "recipe", ("nano3", "super3")  # the word, and families with files in papermill_runs/<family>/recipe
 _RECIPE_HELP = "The whole recipe: every step a run of its own, resumable, with a report card at the end."
 _RECIPE_EXAMPLES = (
@@ -798,6 +804,8 @@ _RECIPE_EXAMPLES = (
     "recipe -c tiny sft.train.train_iters=500 --name longer",
     "recipe -c tiny --batch CLUSTER",
 )
+
+# %% ../nbs/90_cli.ipynb #6a041d8e
 _NAMED = _option(str, "--name", metavar="NAME", help="Name of the recipe's folder; empty: that of the configuration.")
 _OUTPUT = _option(str, "--output", metavar="DIR", help="The folder that everything is written to.")
 _ONLY = _option(str, "--only", metavar="STEP", help="Do this step alone; those it takes from must be done.")
@@ -809,7 +817,7 @@ _ONE_CONFIG = _option(
     str, "--config", "-c", metavar="NAME|FILE", help="A recipe's name, such as tiny, or a path to a YAML file."
 )
 
-# %% ../nbs/90_cli.ipynb #84853cfe
+# %% ../nbs/90_cli.ipynb #7392ae94
 def _recipe_profile(batch: str, only: str) -> "Profile | None":
     """The cluster that the steps become jobs of; None: they are done here."""
     profile, _ = _place("", batch)
@@ -820,7 +828,7 @@ def _recipe_profile(batch: str, only: str) -> "Profile | None":
         raise UserError("--only and --batch together", where="command line", fix="give one: each job does one step")
     return profile
 
-
+# %% ../nbs/90_cli.ipynb #9f3844be
 def _recipe_command(family: str) -> Callable[..., None]:
     """The command that does the steps of a recipe, for typer."""
 
@@ -835,10 +843,10 @@ def _recipe_command(family: str) -> Callable[..., None]:
     more = [("name", _NAMED, ""), ("output", _OUTPUT, "output"), ("dry_run", DryRun, False), ("only", _ONLY, "")]
     return _with_parameters(do, [*steps, *more, ("batch", Batch, "")])
 
-# %% ../nbs/90_cli.ipynb #1adc6864
+# %% ../nbs/90_cli.ipynb #2747e926
 FAMILIES = {"nano3": "Nemotron 3 Nano (30B-A3B)", "super3": "Nemotron 3 Super (120B-A12B)"}
 
-
+# %% ../nbs/90_cli.ipynb #2b28c863
 def _usable(row: Stage) -> str:
     """Why a row from outside makes no command; empty if it does."""
     if row.name == RECIPE or command_words(row) == (RECIPE,):
@@ -893,11 +901,11 @@ for _name, _model in FAMILIES.items():
     _about = f"{_model}: prepare data, train, evaluate."
     app.add_typer(typer.Typer(cls=_Family, no_args_is_help=True, help=_about, rich_markup_mode=None), name=_name)
 
-# %% ../nbs/90_cli.ipynb #716eb6ba
+# %% ../nbs/90_cli.ipynb #2c512636
 _RUN_DIR = Annotated[Path, typer.Argument(help="A run folder, e.g. output/nano3/sft/...")]
 _REPORT_HELP = "Draw the report of a run again, from its folder alone."
 
-
+# %% ../nbs/90_cli.ipynb #9195e503
 @app.command("report", help=_REPORT_HELP, epilog="Example:\n\n  nemotron report output/nano3/sft/RUN")
 def report(run_dir: _RUN_DIR) -> None:
     """Draw the report of a run again."""
@@ -980,7 +988,7 @@ def _show_picture(picture: Any, html: str) -> None:
     if html:
         print(f"page: {write_atomic(html, picture.html)}")
 
-# %% ../nbs/90_cli.ipynb #46c73796
+# %% ../nbs/90_cli.ipynb #55df8700
 _RUNS = Annotated[list[Path] | None, typer.Argument(metavar="RUN...", help="Run folders, or that of a recipe.")]
 _OF = _option(str, "--lineage", metavar="NAME:VERSION", help="Measure every checkpoint that led to this model.")
 _MEASURED_ON = _option(str, "--data", metavar="DIR", help="With --lineage: prepared data to measure on.")
@@ -992,7 +1000,19 @@ _COMPARE_EXAMPLES = (
     "  nemotron compare --lineage ModelArtifact-rl:v1 --data output/nano3/data_prep/KEY"
 )
 
+# %% ../nbs/90_cli.ipynb #956b0a50
+def _of_lineage(root: str, of: str, data: str, prompts: int) -> Any:
+    """The checkpoints of a lineage, measured on the same chats."""
+    from transformers.utils.logging import disable_progress_bar
 
+    from nemotron_nb.stages.compare import lineage_table, measure_lineage
+    from nemotron_nb.stages.evaluate import eval_config
+
+    disable_progress_bar()
+    asked = [f"data.dir={data}", f"data.num_prompts={prompts}", "data.questions=", "eval.thinking_budget=0"]
+    return lineage_table(measure_lineage(_store(root), of, eval_config("nano3", "tiny", asked).settings))
+
+# %% ../nbs/90_cli.ipynb #41f398e3
 @app.command("compare", help=_COMPARE_HELP, epilog=_COMPARE_EXAMPLES)
 def compare(
     runs: _RUNS = None,
@@ -1010,19 +1030,7 @@ def compare(
         raise UserError(what, where="command line", fix="name run folders, or give --lineage NAME")
     _show_picture(_of_lineage(root, of, data, prompts) if of else comparison_picture(runs), html)
 
-
-def _of_lineage(root: str, of: str, data: str, prompts: int) -> Any:
-    """The checkpoints of a lineage, measured on the same chats."""
-    from transformers.utils.logging import disable_progress_bar
-
-    from nemotron_nb.stages.compare import lineage_table, measure_lineage
-    from nemotron_nb.stages.evaluate import eval_config
-
-    disable_progress_bar()
-    asked = [f"data.dir={data}", f"data.num_prompts={prompts}", "data.questions=", "eval.thinking_budget=0"]
-    return lineage_table(measure_lineage(_store(root), of, eval_config("nano3", "tiny", asked).settings))
-
-# %% ../nbs/90_cli.ipynb #61431cd7
+# %% ../nbs/90_cli.ipynb #8c071794
 _FILE = Annotated[
     str,
     typer.Argument(
@@ -1030,6 +1038,8 @@ _FILE = Annotated[
         help="A file of chats, and the line of one; of a folder or a glob the first file, of - standard input.",
     ),
 ]
+
+# %% ../nbs/90_cli.ipynb #3d1072fa
 _TOKENIZER = _option(str, "--tokenizer", help="tiny, tekken, a folder, or a hub name.")
 _TEMPLATE = _option(str, "--template", help="A template's name, or a .jinja file.")
 _LOSS_MODE = _option(str, "--loss-mode", help="all, last_turn or flags.")
@@ -1066,7 +1076,7 @@ def inspect(
     if code:
         raise typer.Exit(code)
 
-# %% ../nbs/90_cli.ipynb #95c38d45
+# %% ../nbs/90_cli.ipynb #a4056148
 _data = typer.Typer(no_args_is_help=True, help="Data without a model.", rich_markup_mode=None)
 app.add_typer(_data, name="data")
 _KIND = Annotated[str, typer.Argument(help="pretrain: documents; sft: chats.")]
@@ -1085,7 +1095,7 @@ _CLEAN_EXAMPLE = (
     "Example:\n\n  nemotron data clean sft chats.jsonl --out cleaned decontaminate=[test.jsonl] languages=[en]"
 )
 
-
+# %% ../nbs/90_cli.ipynb #f7e67c65
 @_data.command("clean", help=_CLEAN_HELP, epilog=_CLEAN_EXAMPLE)
 def clean_data(kind: _KIND, given: _GIVEN, out: _OUT_FOLDER, as_json: AsJson = False) -> None:
     """Clean rows: kept.jsonl, dropped.jsonl with a reason for each row, ledger.json."""
@@ -1098,11 +1108,11 @@ def clean_data(kind: _KIND, given: _GIVEN, out: _OUT_FOLDER, as_json: AsJson = F
     dropped = f"dropped, with reasons: {out}/dropped.jsonl"
     print(f"{ledger_table(ledger)}\n\nkept: {out}/kept.jsonl\n{dropped}\nledger: {out}/ledger.json")
 
-# %% ../nbs/90_cli.ipynb #e92710d9
+# %% ../nbs/90_cli.ipynb #7ba728c6
 _PREVIEW = _option(int, "--preview", metavar="N", min=0, help="Make N rows, show them, and forget them.")
 _SYNTH_HELP = "Make rows, with a verifier for every domain; list pipelines; judge a file again; show a run."
 
-
+# %% ../nbs/90_cli.ipynb #f102106f
 def _synth_command(name: str) -> Callable[..., None]:
     """The command of a pipeline, for typer."""
 
@@ -1117,18 +1127,18 @@ def _synth_command(name: str) -> Callable[..., None]:
 
     return _with_parameters(do, [*_FIRST, ("preview", _PREVIEW, 0), *_PLACE, *_SHOWN])
 
-# %% ../nbs/90_cli.ipynb #3bea66ab
+# %% ../nbs/90_cli.ipynb #3932a85a
 _ROWS_FILE = Annotated[Path, typer.Argument(metavar="FILE", help="A file of made rows.")]
 _ROWS_PLACE = Annotated[
     Path, typer.Argument(metavar="FOLDER|FILE", help="The folder of a run, or a file of made rows.")
 ]
 
-
+# %% ../nbs/90_cli.ipynb #897fa9bb
 def _list_pipelines() -> None:
     """All pipelines."""
     print(load_named("nemotron_nb.synth.pipelines:pipelines_table", "synth list")().text)
 
-
+# %% ../nbs/90_cli.ipynb #1e705dc7
 def _check_rows(file: _ROWS_FILE, html: _HTML = "") -> None:
     """Judge every row of a file again. The exit code is 1 unless all pass."""
     found = load_named("nemotron_nb.synth.pipelines:check_file", "synth check")(file)
@@ -1141,10 +1151,10 @@ def _show_rows(place: _ROWS_PLACE, html: _HTML = "") -> None:
     """What there is to see of a run, or of a file of rows."""
     _show_picture(load_named("nemotron_nb.stages.synth:show_rows", "synth show")(place), html)
 
-# %% ../nbs/90_cli.ipynb #1159f750
+# %% ../nbs/90_cli.ipynb #2a62f4f4
 _PIPELINE = "Examples:\n\n  nemotron synth {name} -c tiny\n\n  nemotron synth {name} --preview 3"
 
-
+# %% ../nbs/90_cli.ipynb #0d05b18d
 def _synth_app() -> typer.Typer:
     """The commands of `nemotron synth`."""
     from nemotron_nb.synth.pipelines import PIPELINES
@@ -1171,7 +1181,7 @@ class _Synth(_Family):
 
 app.add_typer(typer.Typer(cls=_Synth, no_args_is_help=True, help=_SYNTH_HELP, rich_markup_mode=None), name="synth")
 
-# %% ../nbs/90_cli.ipynb #3f2c4fb3
+# %% ../nbs/90_cli.ipynb #55f8f698
 rl_app = typer.Typer(
     no_args_is_help=True, help="Rollouts judged again, and pass rates of tasks.", rich_markup_mode=None
 )
@@ -1180,6 +1190,8 @@ Switched = Annotated[
     list[str] | None,
     typer.Option("--environment", help="Switch on an environment that is off: code. May be given several times."),
 ]
+
+# %% ../nbs/90_cli.ipynb #62fe59ba
 _ROLLOUTS = Annotated[Path, typer.Argument(help="A file of rollouts in a run folder.")]
 _EVERY = Annotated[bool, typer.Option("--all", help="Show every answer.")]
 _JUDGE = "Example:\n\n  nemotron rl judge output/nano3/rl/RUN/rollouts/step_000030.jsonl"
@@ -1192,7 +1204,7 @@ def rl_judge(rollouts: _ROLLOUTS, environment: Switched = None, whole: _EVERY = 
 
     _show_picture(judge_again(rollouts, environment or ()).picture(whole), html)
 
-# %% ../nbs/90_cli.ipynb #a7ec0100
+# %% ../nbs/90_cli.ipynb #5f175411
 _TASKS = Annotated[Path, typer.Argument(help="A file of tasks, as data prep rl writes it.")]
 _OF_MODEL = _option(str, "--model", help="A run folder, or a folder in Hugging Face form.")
 _RATES = _option(Path, "--out", help="The file of pass rates; one that was begun is gone on with.")
@@ -1203,7 +1215,7 @@ _PROFILE = (
     "Example:\n\n  nemotron rl profile output/nano3/data_prep_rl/KEY/train/data.jsonl --model output/nano3/rl/RUN"
 )
 
-
+# %% ../nbs/90_cli.ipynb #71f969b3
 @rl_app.command("profile", help="Measure how often a model solves each task.", epilog=_PROFILE)
 def rl_profile(
     tasks: _TASKS,
@@ -1260,14 +1272,14 @@ def chat(
     print(obey(talk, f"/think {think}"), "(/help lists the commands)")
     chat_loop(talk, input, print)
 
-# %% ../nbs/90_cli.ipynb #dee30374
+# %% ../nbs/90_cli.ipynb #32f46e22
 _ENGINE = _option(str, "--engine", help="auto, vllm or transformers.")
 _HOST = _option(str, "--host", help="Address to listen at.")
 _PORT = _option(int, "--port", min=1, max=65535, help="Port to listen at.")
 _COMMAND_ONLY = _option(bool, "--dry-run", "-d", help="Print the command; start nothing.")
 _SERVE_HELP = "Serve a model with OpenAI's protocol: by vLLM where it is installed, else by transformers."
 
-
+# %% ../nbs/90_cli.ipynb #1aa139c6
 @app.command("serve", help=_SERVE_HELP, epilog="Example:\n\n  nemotron serve output/nano3/sft/RUN --dry-run")
 def serve(
     model: _MODEL_FOLDER,

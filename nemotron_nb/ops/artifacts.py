@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
     from nemotron_nb.pretrain.documents import DocumentsManifest
 
-# %% ../../nbs/ops/04_artifacts.ipynb #32b06934
+# %% ../../nbs/ops/04_artifacts.ipynb #f8bc56ff
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _VERSION = re.compile(r"v[1-9][0-9]{0,8}")
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #2a393dee
 def _check_word(word: str, what: str) -> str:
     """A word that is safe as a file name; `UserError` for any other."""
     if not isinstance(word, str) or not _WORD.fullmatch(word):
@@ -72,11 +72,11 @@ def parse_address(
         _check_word(name, "the name of an artifact"), _check_word(version, "a version") if colon else "latest"
     )
 
-# %% ../../nbs/ops/04_artifacts.ipynb #97d37b41
+# %% ../../nbs/ops/04_artifacts.ipynb #eb78f6de
 # packed arrays, packed Parquet
 DATA_ARTIFACTS: Mapping[str, str] = {"nano3": "DataBlendsArtifact", "super3": "SFTDataArtifact"}
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #683c21c7
 def data_name(
     family: str,  # nano3 or super3
     stage: str = "sft",
@@ -126,6 +126,11 @@ def _odd(path: Path, what: str) -> UserError:
         fix="remove it, or put a file in its place",
     )
 
+# %% ../../nbs/ops/04_artifacts.ipynb #9dd66e5c
+def _cannot_read(error: OSError) -> None:
+    """What to do with a folder that cannot be listed: nothing is left out silently."""
+    raise error
+
 # %% ../../nbs/ops/04_artifacts.ipynb #4e4591f7
 def _names(root: Path, leave_out: Sequence[str]) -> list[str]:
     """The names of all files of a folder, sorted. For a file, its own name."""
@@ -141,11 +146,6 @@ def _names(root: Path, leave_out: Sequence[str]) -> list[str]:
             raise _odd(inside / link, "is a link to a folder")
         names += [(inside / f).relative_to(root).as_posix() for f in files]
     return sorted(names)
-
-# %% ../../nbs/ops/04_artifacts.ipynb #9dd66e5c
-def _cannot_read(error: OSError) -> None:
-    """What to do with a folder that cannot be listed: nothing is left out silently."""
-    raise error
 
 # %% ../../nbs/ops/04_artifacts.ipynb #8521570b
 def _read(path: Path, known: FileRecord | None) -> tuple[FileRecord, bool]:
@@ -166,6 +166,15 @@ def _read(path: Path, known: FileRecord | None) -> tuple[FileRecord, bool]:
         )
     return FileRecord(after.st_size, after.st_mtime_ns, found), True
 
+# %% ../../nbs/ops/04_artifacts.ipynb #30745d04
+def _is_utf8(name: str) -> bool:
+    """Can the name be written down? Linux allows any bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
 # %% ../../nbs/ops/04_artifacts.ipynb #03cfc1bf
 def content(
     path: str | os.PathLike,  # a folder, or one file
@@ -185,15 +194,6 @@ def content(
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         records = list(pool.map(lambda n: _read(root / n if root.is_dir() else root, known.get(n)), names))
     return Content({n: record for n, (record, _) in zip(names, records)}, sum(read for _, read in records))
-
-# %% ../../nbs/ops/04_artifacts.ipynb #30745d04
-def _is_utf8(name: str) -> bool:
-    """Can the name be written down? Linux allows any bytes."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 # %% ../../nbs/ops/04_artifacts.ipynb #1964920e
 @dataclass(frozen=True)
@@ -264,12 +264,12 @@ def _field(artifact: Artifact, name: str) -> Any:
     inside = name.endswith("_path") and isinstance(values[name], str)
     return str(artifact.path / values[name]) if inside else values[name]
 
-# %% ../../nbs/ops/04_artifacts.ipynb #ae6f5e1a
+# %% ../../nbs/ops/04_artifacts.ipynb #49d966c8
 def _numbers(folder: Path) -> list[int]:
     """The version numbers that are taken, in order."""
     return sorted(int(p.name[1:]) for p in folder.iterdir() if _VERSION.fullmatch(p.name)) if folder.is_dir() else []
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #8d559144
 def _point(folder: Path, alias: str, version: str) -> None:
     """Let an alias say a version. Its temporary name is used by nobody else, on no machine."""
     write_atomic(folder / alias, f"{version}\n")
@@ -380,20 +380,7 @@ def _folders(root: Path) -> list[Path]:
     names = sorted(p for p in root.iterdir() if _WORD.fullmatch(p.name) and p.is_dir())
     return [folder / f"v{n}" for folder in names for n in _numbers(folder)]
 
-# %% ../../nbs/ops/04_artifacts.ipynb #2e478a61
-def _folder(root: Path, address: Address) -> Path:
-    """The folder of the version that an address means."""
-    folder = root / address.name
-    version = address.version
-    if not _VERSION.fullmatch(version):
-        version = _aliases(folder).get(version, version)
-    if _VERSION.fullmatch(version) and (folder / version).is_dir():
-        return folder / version
-    raise UserError(
-        f"there is no artifact {address.name}:{address.version}", where=str(root), fix=_choices(root, address)
-    )
-
-
+# %% ../../nbs/ops/04_artifacts.ipynb #c5a023c4
 def _choices(root: Path, address: Address) -> str:
     """What exists, as a sentence."""
     known: dict[str, Any] = {}
@@ -405,6 +392,19 @@ def _choices(root: Path, address: Address) -> str:
         return f"of {address.name} there are {', '.join([*known[address.name], *_aliases(root / address.name)])}"
     listed = "; ".join(f"{n}: " + ", ".join(vs) for n, vs in known.items())
     return f"{nearest(address.name, known)}; there are {listed}"
+
+# %% ../../nbs/ops/04_artifacts.ipynb #a495992b
+def _folder(root: Path, address: Address) -> Path:
+    """The folder of the version that an address means."""
+    folder = root / address.name
+    version = address.version
+    if not _VERSION.fullmatch(version):
+        version = _aliases(folder).get(version, version)
+    if _VERSION.fullmatch(version) and (folder / version).is_dir():
+        return folder / version
+    raise UserError(
+        f"there is no artifact {address.name}:{address.version}", where=str(root), fix=_choices(root, address)
+    )
 
 # %% ../../nbs/ops/04_artifacts.ipynb #3b0647ac
 def _known(folder: Path, path: Path) -> dict[str, FileRecord]:
@@ -432,6 +432,128 @@ def _new_record(
         "path": str(path),
         "created": f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}",
         "identity": digest([kind, found.digest, made_from, metadata], 64),
+    }
+
+# %% ../../nbs/ops/04_artifacts.ipynb #294d7809
+def _check_alias(alias: str) -> str:
+    """A word that can be an alias: no version, no name of a file of the register."""
+    if _VERSION.fullmatch(_check_word(alias, "an alias")):
+        raise UserError(
+            f"{alias!r} cannot be an alias",
+            where="artifact",
+            why="it looks like a version",
+            fix="give a word such as latest",
+        )
+    return alias
+
+# %% ../../nbs/ops/04_artifacts.ipynb #cc75a89d
+def _same(folder: Path, record: Mapping[str, Any]) -> str:
+    """The newest version that is the same as `record` and whose content is still there; empty if there is none."""
+    for number in reversed(_numbers(folder)):
+        try:
+            known = _record(folder / f"v{number}")
+        except UserError:
+            continue
+        if known.identity == record["identity"] and Path(known.path).exists():
+            return known.version
+    return ""
+
+# %% ../../nbs/ops/04_artifacts.ipynb #4da778dd
+def _commit(folder: Path, record: dict[str, Any], metadata: Mapping[str, Any], found: Content) -> tuple[str, str]:
+    """(version, what there is to say): the version that is the same, or the next free number."""
+    written = temporary_name(folder / "record")
+    try:
+        while not (same := _same(folder, record)):
+            number = max(_numbers(folder), default=0) + 1
+            record["version"] = f"v{number}"
+            kind = record["name"].partition("-")[0]
+            extra = {"path": record["path"], "type": kind, "name": record["name"], "version": record["version"]}
+            write_json(written / "metadata.json", extra | metadata)
+            write_json(written / "files.json", {name: vars(f) for name, f in found.files.items()})
+            write_json(written / "manifest.json", record)
+            if publish(written, folder / f"v{number}"):
+                return f"v{number}", "new version"
+        return same, f"the same content, made of the same inputs, is {same} already"
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
+
+# %% ../../nbs/ops/04_artifacts.ipynb #2678e846
+def _enter(
+    folder: Path, record: dict[str, Any], metadata: Mapping[str, Any], found: Content, aliases: Sequence[str]
+) -> Artifact:
+    """Write a record under its number and let the aliases say it. What a killed writer left is removed."""
+    _writable(folder)
+    with locked(folder / ".lock", _PATIENCE):
+        sweep(folder)
+        version, note = _commit(folder, record, metadata, found)
+        for alias in aliases:
+            _point(folder, alias, version)
+    known = len(found.files) - found.read
+    if known:
+        note += f"; {known} of {len(found.files)} files known by size and time, not read again"
+    return _artifact(folder / version, note)
+
+# %% ../../nbs/ops/04_artifacts.ipynb #a5cd7b0e
+def _listed(kinds: Mapping[str, set[str]], most: int = 5) -> str:
+    """Names by kind, a few of each, and how many more there are."""
+    return "; ".join(
+        f"{kind}: {', '.join(sorted(names)[:most])}{f' and {len(names) - most} more' if len(names) > most else ''}"
+        for kind, names in kinds.items()
+        if names
+    )
+
+# %% ../../nbs/ops/04_artifacts.ipynb #cb8749a3
+def _compare(recorded: Mapping[str, FileRecord], found: Content, address: Address, path: Path) -> None:
+    """Raise `UserError` that names what differs."""
+    both = recorded.keys() & found.files.keys()
+    kinds = {
+        "changed": {n for n in both if recorded[n].sha256 != found.files[n].sha256},
+        "missing": recorded.keys() - found.files.keys(),
+        "new": found.files.keys() - recorded.keys(),
+    }
+    if any(kinds.values()):
+        raise UserError(
+            f"the content is not what was entered as {address.name}:{address.version}; {_listed(kinds)}",
+            where=str(path),
+            why="what was made from it was made from something else",
+            fix="restore the folder, or log it as a new version",
+        )
+
+# %% ../../nbs/ops/04_artifacts.ipynb #293b652d
+def _verify(folder: Path, address: Address) -> None:
+    """Read the content of a version again; `UserError` that names what is not as it was entered."""
+    record, files = _record(folder), _files(folder)
+    if Content(files).digest != record.digest:
+        raise UserError(
+            "the list of files does not have the digest of the record",
+            where=str(folder),
+            why="the register itself was changed",
+            fix="restore the folder, or log the artifact again",
+        )
+    _compare(files, content(record.path, record.leave_out), address, Path(record.path))
+
+# %% ../../nbs/ops/04_artifacts.ipynb #14fd8169
+def _row(folder: Path) -> dict[str, str]:
+    """A line of the table of all artifacts."""
+    try:
+        a = _artifact(folder)
+    except UserError as e:
+        return {
+            "artifact": f"{folder.parent.name}:{folder.name}",
+            "aliases": "",
+            "kind": "",
+            "digest": "",
+            "created": "",
+            "content": f"damaged record: {e.what}",
+        }
+    place = str(a.path) if a.path.exists() else f"{a.path} (gone)"
+    return {
+        "artifact": f"{a.name}:{a.version}",
+        "aliases": ", ".join(a.aliases),
+        "kind": a.kind,
+        "digest": a.digest[:12],
+        "created": a.created,
+        "content": place,
     }
 
 # %% ../../nbs/ops/04_artifacts.ipynb #025a1a65
@@ -472,6 +594,16 @@ class _Reader:
         rows = self.rows()
         none = Picture("<p>no artifacts</p>", f"no artifacts in {self.root}")
         return table(rows, title="artifacts") if rows else none
+
+# %% ../../nbs/ops/04_artifacts.ipynb #9060d9f1
+def _source_of(register: _Reader, given: str | Source | Artifact) -> Source:
+    """An input as it is recorded: artifacts by number and digest, files by their bytes."""
+    if isinstance(given, Source) and not given.is_artifact:
+        return given
+    if isinstance(given, str) and not given.startswith("art://"):
+        return source(given)
+    found = given if isinstance(given, Artifact) else register.get(given.uri if isinstance(given, Source) else given)
+    return Source(found.name, found.kind, found.address, found.digest)
 
 # %% ../../nbs/ops/04_artifacts.ipynb #63c93652
 class _Writer(_Reader):
@@ -540,137 +672,20 @@ class Store(_Writer):
         address = (artifact if isinstance(artifact, Artifact) else self.get(artifact)).address
         return tuple(a for a in self.list() if any(s.uri == address for s in a.inputs))
 
-# %% ../../nbs/ops/04_artifacts.ipynb #9060d9f1
-def _source_of(register: _Reader, given: str | Source | Artifact) -> Source:
-    """An input as it is recorded: artifacts by number and digest, files by their bytes."""
-    if isinstance(given, Source) and not given.is_artifact:
-        return given
-    if isinstance(given, str) and not given.startswith("art://"):
-        return source(given)
-    found = given if isinstance(given, Artifact) else register.get(given.uri if isinstance(given, Source) else given)
-    return Source(found.name, found.kind, found.address, found.digest)
+# %% ../../nbs/ops/04_artifacts.ipynb #1f057ba8
+def _one_line(text: str, longest: int = 120) -> str:
+    """Text from a record as one printable line."""
+    shown = "".join(c if c.isprintable() else "?" for c in text)
+    return shown if len(shown) <= longest else f"{shown[: longest - 1]}\u2026"
 
-# %% ../../nbs/ops/04_artifacts.ipynb #294d7809
-def _check_alias(alias: str) -> str:
-    """A word that can be an alias: no version, no name of a file of the register."""
-    if _VERSION.fullmatch(_check_word(alias, "an alias")):
-        raise UserError(
-            f"{alias!r} cannot be an alias",
-            where="artifact",
-            why="it looks like a version",
-            fix="give a word such as latest",
-        )
-    return alias
-
-# %% ../../nbs/ops/04_artifacts.ipynb #cc75a89d
-def _same(folder: Path, record: Mapping[str, Any]) -> str:
-    """The newest version that is the same as `record` and whose content is still there; empty if there is none."""
-    for number in reversed(_numbers(folder)):
-        try:
-            known = _record(folder / f"v{number}")
-        except UserError:
-            continue
-        if known.identity == record["identity"] and Path(known.path).exists():
-            return known.version
-    return ""
-
-# %% ../../nbs/ops/04_artifacts.ipynb #4da778dd
-def _commit(folder: Path, record: dict[str, Any], metadata: Mapping[str, Any], found: Content) -> tuple[str, str]:
-    """(version, what there is to say): the version that is the same, or the next free number."""
-    written = temporary_name(folder / "record")
-    try:
-        while not (same := _same(folder, record)):
-            number = max(_numbers(folder), default=0) + 1
-            record["version"] = f"v{number}"
-            kind = record["name"].partition("-")[0]
-            extra = {"path": record["path"], "type": kind, "name": record["name"], "version": record["version"]}
-            write_json(written / "metadata.json", extra | metadata)
-            write_json(written / "files.json", {name: vars(f) for name, f in found.files.items()})
-            write_json(written / "manifest.json", record)
-            if publish(written, folder / f"v{number}"):
-                return f"v{number}", "new version"
-        return same, f"the same content, made of the same inputs, is {same} already"
-    finally:
-        shutil.rmtree(written, ignore_errors=True)
-
-# %% ../../nbs/ops/04_artifacts.ipynb #2678e846
-def _enter(
-    folder: Path, record: dict[str, Any], metadata: Mapping[str, Any], found: Content, aliases: Sequence[str]
-) -> Artifact:
-    """Write a record under its number and let the aliases say it. What a killed writer left is removed."""
-    _writable(folder)
-    with locked(folder / ".lock", _PATIENCE):
-        sweep(folder)
-        version, note = _commit(folder, record, metadata, found)
-        for alias in aliases:
-            _point(folder, alias, version)
-    known = len(found.files) - found.read
-    if known:
-        note += f"; {known} of {len(found.files)} files known by size and time, not read again"
-    return _artifact(folder / version, note)
-
-# %% ../../nbs/ops/04_artifacts.ipynb #293b652d
-def _verify(folder: Path, address: Address) -> None:
-    """Read the content of a version again; `UserError` that names what is not as it was entered."""
-    record, files = _record(folder), _files(folder)
-    if Content(files).digest != record.digest:
-        raise UserError(
-            "the list of files does not have the digest of the record",
-            where=str(folder),
-            why="the register itself was changed",
-            fix="restore the folder, or log the artifact again",
-        )
-    _compare(files, content(record.path, record.leave_out), address, Path(record.path))
-
-# %% ../../nbs/ops/04_artifacts.ipynb #0457abf3
-def _compare(recorded: Mapping[str, FileRecord], found: Content, address: Address, path: Path) -> None:
-    """Raise `UserError` that names what differs."""
-    both = recorded.keys() & found.files.keys()
-    kinds = {
-        "changed": {n for n in both if recorded[n].sha256 != found.files[n].sha256},
-        "missing": recorded.keys() - found.files.keys(),
-        "new": found.files.keys() - recorded.keys(),
-    }
-    if any(kinds.values()):
-        raise UserError(
-            f"the content is not what was entered as {address.name}:{address.version}; {_listed(kinds)}",
-            where=str(path),
-            why="what was made from it was made from something else",
-            fix="restore the folder, or log it as a new version",
-        )
-
-
-def _listed(kinds: Mapping[str, set[str]], most: int = 5) -> str:
-    """Names by kind, a few of each, and how many more there are."""
-    return "; ".join(
-        f"{kind}: {', '.join(sorted(names)[:most])}{f' and {len(names) - most} more' if len(names) > most else ''}"
-        for kind, names in kinds.items()
-        if names
+# %% ../../nbs/ops/04_artifacts.ipynb #2128ce2b
+def _differs(wanted: Source, found: str) -> str:
+    """What to say of an input whose record is not the one that was consumed."""
+    return (
+        f"the register now has {found[:12]}, consumed was {wanted.digest[:12]}"
+        if found and wanted.digest and found != wanted.digest
+        else ""
     )
-
-# %% ../../nbs/ops/04_artifacts.ipynb #14fd8169
-def _row(folder: Path) -> dict[str, str]:
-    """A line of the table of all artifacts."""
-    try:
-        a = _artifact(folder)
-    except UserError as e:
-        return {
-            "artifact": f"{folder.parent.name}:{folder.name}",
-            "aliases": "",
-            "kind": "",
-            "digest": "",
-            "created": "",
-            "content": f"damaged record: {e.what}",
-        }
-    place = str(a.path) if a.path.exists() else f"{a.path} (gone)"
-    return {
-        "artifact": f"{a.name}:{a.version}",
-        "aliases": ", ".join(a.aliases),
-        "kind": a.kind,
-        "digest": a.digest[:12],
-        "created": a.created,
-        "content": place,
-    }
 
 # %% ../../nbs/ops/04_artifacts.ipynb #7c5af46d
 @dataclass(frozen=True)
@@ -713,12 +728,6 @@ class Lineage:
         """The graph from raw files (top) to the artifact (bottom), as PNG with its text."""
         return _draw(self)
 
-# %% ../../nbs/ops/04_artifacts.ipynb #1f057ba8
-def _one_line(text: str, longest: int = 120) -> str:
-    """Text from a record as one printable line."""
-    shown = "".join(c if c.isprintable() else "?" for c in text)
-    return shown if len(shown) <= longest else f"{shown[: longest - 1]}\u2026"
-
 # %% ../../nbs/ops/04_artifacts.ipynb #cf82e794
 def _walk(store: Store, wanted: Source, seen: dict[str, str]) -> Lineage:
     """The tree under one input. `seen` holds what was shown before, so that a shared input is followed once."""
@@ -733,15 +742,6 @@ def _walk(store: Store, wanted: Source, seen: dict[str, str]) -> Lineage:
         return Lineage(wanted, problem=e.what)
     seen[wanted.uri] = found.digest
     return Lineage(wanted, found, tuple(_walk(store, s, seen) for s in found.inputs), _differs(wanted, found.digest))
-
-# %% ../../nbs/ops/04_artifacts.ipynb #2128ce2b
-def _differs(wanted: Source, found: str) -> str:
-    """What to say of an input whose record is not the one that was consumed."""
-    return (
-        f"the register now has {found[:12]}, consumed was {wanted.digest[:12]}"
-        if found and wanted.digest and found != wanted.digest
-        else ""
-    )
 
 # %% ../../nbs/ops/04_artifacts.ipynb #a48a60df
 def _branches(node: Lineage, first: str, rest: str) -> Iterator[str]:
@@ -765,10 +765,10 @@ def _branches(node: Lineage, first: str, rest: str) -> Iterator[str]:
             part, rest + ("\u2514\u2500 " if last else "\u251c\u2500 "), rest + ("   " if last else "\u2502  ")
         )
 
-# %% ../../nbs/ops/04_artifacts.ipynb #04f8e8c5
+# %% ../../nbs/ops/04_artifacts.ipynb #c87e887f
 _COLOURS = {"artifact": "#e1f5fe", "raw": "#f3e5f5", "command": "#ffffff", "problem": "#ffcdd2"}
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #1a27cb5b
 @dataclass(frozen=True)
 class _Box:
     """A box of the graph."""
@@ -823,6 +823,28 @@ def _sentence(tree: Lineage) -> str:
     wrong = [f"{n.label}: {n.problem}" for n in tree.nodes() if n.problem]
     return f"Lineage of {tree.label}: {'; '.join([*made, *wrong]) or 'it has no recorded inputs'}."
 
+# %% ../../nbs/ops/04_artifacts.ipynb #8e7bdd40
+def _half(box: _Box) -> float:
+    """Half the height of a box; a row has the height 1."""
+    return 0.25 if box.below else 0.17
+
+# %% ../../nbs/ops/04_artifacts.ipynb #dc6584e3
+def _draw_box(axes: "Axes", box: _Box, boxes: Mapping[str, _Box], places: Mapping[str, tuple[float, int]]) -> None:
+    """One box and the arrows that point at it. Names are text, never formulas."""
+    x, y = places[box.key]
+    style = {"boxstyle": "round,pad=0.35", "facecolor": box.colour, "edgecolor": "#555555"}
+    text = "\n".join(filter(None, [_one_line(box.title, 40), box.below]))
+    axes.text(x, y, text, ha="center", va="center", fontsize=9, parse_math=False, bbox=style, zorder=2)
+    for feed in (boxes[k] for k in box.feeds if k in boxes):
+        start = places[feed.key]
+        axes.annotate(
+            "",
+            (x, y + _half(box)),
+            (start[0], start[1] - _half(feed)),
+            arrowprops={"arrowstyle": "->", "color": "#555555", "shrinkA": 0, "shrinkB": 0},
+            zorder=1,
+        )
+
 # %% ../../nbs/ops/04_artifacts.ipynb #331f7d78
 def _draw(tree: Lineage) -> Picture:
     """The graph as a picture."""
@@ -842,28 +864,6 @@ def _draw(tree: Lineage) -> Picture:
     for box in boxes.values():
         _draw_box(axes, box, boxes, places)
     return png(figure, _sentence(tree))
-
-# %% ../../nbs/ops/04_artifacts.ipynb #dc6584e3
-def _draw_box(axes: "Axes", box: _Box, boxes: Mapping[str, _Box], places: Mapping[str, tuple[float, int]]) -> None:
-    """One box and the arrows that point at it. Names are text, never formulas."""
-    x, y = places[box.key]
-    style = {"boxstyle": "round,pad=0.35", "facecolor": box.colour, "edgecolor": "#555555"}
-    text = "\n".join(filter(None, [_one_line(box.title, 40), box.below]))
-    axes.text(x, y, text, ha="center", va="center", fontsize=9, parse_math=False, bbox=style, zorder=2)
-    for feed in (boxes[k] for k in box.feeds if k in boxes):
-        start = places[feed.key]
-        axes.annotate(
-            "",
-            (x, y + _half(box)),
-            (start[0], start[1] - _half(feed)),
-            arrowprops={"arrowstyle": "->", "color": "#555555", "shrinkA": 0, "shrinkB": 0},
-            zorder=1,
-        )
-
-# %% ../../nbs/ops/04_artifacts.ipynb #8e7bdd40
-def _half(box: _Box) -> float:
-    """Half the height of a box; a row has the height 1."""
-    return 0.25 if box.below else 0.17
 
 # %% ../../nbs/ops/04_artifacts.ipynb #d63e21d2
 def art_resolver(
@@ -899,11 +899,13 @@ def producer(
         "dirty": git.get("dirty"),
     }
 
-# %% ../../nbs/ops/04_artifacts.ipynb #36118fbd
+# %% ../../nbs/ops/04_artifacts.ipynb #a702f892
 _DATA_FIELDS = (
     "pack_size", "training_path", "validation_path", "test_path", "blend_path", "total_tokens", "total_sequences",
     "num_shards", "data_format",
 )
+
+# %% ../../nbs/ops/04_artifacts.ipynb #8367d77f
 _NOT_DATA = ("runs", ".lock", "report.html")  # tokenized rows for the next time, and a page for people
 
 # %% ../../nbs/ops/04_artifacts.ipynb #1971311f
@@ -921,10 +923,10 @@ def data_sources(
     parts.append(Source(v["tokenizer"], "tokenizer", v["tokenizer"], v["tokenizer_digest"]))
     return parts + ([Source(v["template"], "template", "", v["template_digest"])] if "template" in v else [])
 
-# %% ../../nbs/ops/04_artifacts.ipynb #7c1b2a11
+# %% ../../nbs/ops/04_artifacts.ipynb #738601f2
 MADE_ROWS = "SynthArtifact-"  # begin of the names of rows that pipelines made
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #75cd4330
 def made_rows_at(
     store: _Reader,
     path: str,  # a file, a folder or a pattern
@@ -938,7 +940,7 @@ def made_rows_at(
                 return _artifact(folder)
     return None
 
-
+# %% ../../nbs/ops/04_artifacts.ipynb #b8e2c457
 def _as_made(store: _Reader, given: Source) -> Source:
     """A source; the artifact of its files where a pipeline made them."""
     made = None if given.is_artifact or not given.uri else made_rows_at(store, given.uri)

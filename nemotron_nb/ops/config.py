@@ -8,7 +8,7 @@ __all__ = ['NULLS', 'SPELLINGS', 'SECTION_SPELLINGS', 'LAST_SPELLINGS', 'WORDS',
            'Parts', 'SLOTS', 'NEWEST', 'NAMES_DATA', 'PREPARED', 'PRETRAIN_SLOTS', 'flatten', 'nest', 'read_yaml',
            'read_override', 'known_names', 'canonical', 'InForce', 'shown_name', 'changed_names', 'Effective', 'merge',
            'config_names', 'job_configs', 'config_label', 'config_file', 'EnvSection', 'RunSection', 'SftConfig',
-           'DataPrepConfig', 'file_layers', 'typed_layers', 'sft_config', 'data_prep_config', 'stage_files',
+           'DataPrepConfig', 'file_layers', 'typed_layers', 'data_prep_config', 'sft_config', 'stage_files',
            'stage_config', 'PretrainConfig', 'DocumentsPrepConfig', 'documents_prep_config', 'pretrain_config',
            'derived', 'to_yaml']
 
@@ -164,37 +164,6 @@ def known_names(
         names |= known_names(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else {f"{prefix}{name}": kind}
     return names
 
-# %% ../../nbs/ops/06_config.ipynb #455d37fb
-_BLOCKS = ("data.train", "data.validation", "data.default")
-
-# %% ../../nbs/ops/06_config.ipynb #6576d01c
-def _check_name(name: str, known: Iterable[str], origin: str, others: Iterable[str] = ()) -> None:
-    """Refuse a setting nobody knows, and lead to the one that was probably meant."""
-    if name in known:
-        return
-    bare = name.removeprefix("data.")  # data preparation alone puts the section before what is typed
-    # Where the meaning is plain no other command is asked: that would load them all.
-    moved = bare != name and bare not in known and not plainly_meant(name, known)
-    if moved and _commands_with(bare) and not _commands_with(name):
-        name = bare
-    elif any(name == block or name.startswith(f"{block}.") for block in _BLOCKS):
-        fix = "write that section to a file, data: {train: {...}}, and give data.blend_path=FILE.yaml"
-        what, why = f"{name} is a setting of NeMo RL's data section", "here a file names the data"
-        raise UserError(what, where=origin, why=why, fix=fix)
-    raise unknown_setting(name, known, others, origin, _commands_with)
-
-# %% ../../nbs/ops/06_config.ipynb #76f707f0
-def _commands_with(name: str) -> list[str]:
-    """The commands that have a setting of this name, or of this spelling."""
-    found = []
-    for stage in STAGES.values():
-        known = known_names(stage.settings_class)
-        if {canonical(name, known), canonical(f"data.{name}" if stage.name == "data_prep" else name, known)} & set(
-            known
-        ):
-            found.append(" ".join(command_words(stage)))
-    return found
-
 # %% ../../nbs/ops/06_config.ipynb #659e27a8
 SPELLINGS = {
     "logger.log_interval": "train.log_interval",
@@ -275,6 +244,37 @@ def _meant(name: str, value: Any, known: Mapping[str, Any], origin: str) -> dict
         )
     return dict(words[value])
 
+# %% ../../nbs/ops/06_config.ipynb #455d37fb
+_BLOCKS = ("data.train", "data.validation", "data.default")
+
+# %% ../../nbs/ops/06_config.ipynb #76f707f0
+def _commands_with(name: str) -> list[str]:
+    """The commands that have a setting of this name, or of this spelling."""
+    found = []
+    for stage in STAGES.values():
+        known = known_names(stage.settings_class)
+        if {canonical(name, known), canonical(f"data.{name}" if stage.name == "data_prep" else name, known)} & set(
+            known
+        ):
+            found.append(" ".join(command_words(stage)))
+    return found
+
+# %% ../../nbs/ops/06_config.ipynb #6576d01c
+def _check_name(name: str, known: Iterable[str], origin: str, others: Iterable[str] = ()) -> None:
+    """Refuse a setting nobody knows, and lead to the one that was probably meant."""
+    if name in known:
+        return
+    bare = name.removeprefix("data.")  # data preparation alone puts the section before what is typed
+    # Where the meaning is plain no other command is asked: that would load them all.
+    moved = bare != name and bare not in known and not plainly_meant(name, known)
+    if moved and _commands_with(bare) and not _commands_with(name):
+        name = bare
+    elif any(name == block or name.startswith(f"{block}.") for block in _BLOCKS):
+        fix = "write that section to a file, data: {train: {...}}, and give data.blend_path=FILE.yaml"
+        what, why = f"{name} is a setting of NeMo RL's data section", "here a file names the data"
+        raise UserError(what, where=origin, why=why, fix=fix)
+    raise unknown_setting(name, known, others, origin, _commands_with)
+
 # %% ../../nbs/ops/06_config.ipynb #284495a5
 BUILT_IN, COMMAND, COMMAND_LINE = "built in", "the command itself", "command line"
 MEGATRON = "megatron."  # section of the names that only Megatron-Bridge knows
@@ -287,6 +287,30 @@ def _in_tree(tree: Mapping[str, Any], name: str) -> Any:
     for part in name.split("."):
         tree = tree.get(part) if isinstance(tree, Mapping) else None
     return tree
+
+# %% ../../nbs/ops/06_config.ipynb #16046547
+def _points_at(text: Any, names: Iterable[str]) -> bool:
+    """Does a value point at one of these settings, or at a section that holds one?"""
+    targets = POINTER.findall(str(text))
+    return any(
+        name == target or name.startswith(f"{target}.") or name.endswith(f".{target}")
+        for target in targets
+        for name in names
+    )
+
+# %% ../../nbs/ops/06_config.ipynb #d31ef231
+def _put_back(
+    tree: Mapping[str, Any], texts: Mapping[str, Any], values: Mapping[str, Any], prefix: str = ""
+) -> dict[str, Any]:
+    """A tree with texts in the place of the values that they stand for."""
+    new = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            new[key] = _put_back(value, texts, values, f"{name}.")
+        else:
+            new[key] = texts[name] if name in texts and value == values.get(name) else value
+    return new
 
 # %% ../../nbs/ops/06_config.ipynb #637b27ae
 @dataclass(frozen=True)
@@ -342,30 +366,6 @@ class InForce(_WithOrigins):
     ) -> dict[str, Any]:
         """The same tree, with the variables of the environment by name where it has their values."""
         return _put_back(tree, self.private, flatten(dataclasses.asdict(self.settings)))
-
-# %% ../../nbs/ops/06_config.ipynb #16046547
-def _points_at(text: Any, names: Iterable[str]) -> bool:
-    """Does a value point at one of these settings, or at a section that holds one?"""
-    targets = POINTER.findall(str(text))
-    return any(
-        name == target or name.startswith(f"{target}.") or name.endswith(f".{target}")
-        for target in targets
-        for name in names
-    )
-
-# %% ../../nbs/ops/06_config.ipynb #d31ef231
-def _put_back(
-    tree: Mapping[str, Any], texts: Mapping[str, Any], values: Mapping[str, Any], prefix: str = ""
-) -> dict[str, Any]:
-    """A tree with texts in the place of the values that they stand for."""
-    new = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            new[key] = _put_back(value, texts, values, f"{name}.")
-        else:
-            new[key] = texts[name] if name in texts and value == values.get(name) else value
-    return new
 
 # %% ../../nbs/ops/06_config.ipynb #3b017a04
 def _short(value: Any, longest: int = 60) -> Any:
@@ -473,25 +473,19 @@ RIVALS = {
     "train.train_iters": "train.epochs",
 }
 
-# %% ../../nbs/ops/06_config.ipynb #39c3947d
-def merge(
-    cls: type,  # the dataclass of settings to fill
-    layers: Sequence[Layer],  # later ones win
-    **resolvers: Any,  # what ${name:...} means, besides what OmegaConf knows
-) -> Effective:
-    """Fill a dataclass from layers; unknown names and wrong types are refused with the layer they stand in."""
-    known = known_names(cls)
-    raw, origins = {}, {name: BUILT_IN for name in known if name != "megatron"}
-    for origin, layer in layers:
-        said = _said(layer, known, origin)
-        said |= {rival: 0 for name, rival in RIVALS.items() if said.get(name) and raw.get(rival) and rival not in said}
-        raw |= said
-        origins |= dict.fromkeys(said, origin)
-    values = _resolved(cls, raw, origins, resolvers)
-    pointers = {name: value for name, value in raw.items() if "${" in str(value)}
-    for name in pointers:
-        _check_type(name, known.get(name, Any), values[name], origins[name])
-    return Effective(_filled(cls, {name: _at_home(name, value) for name, value in values.items()}), origins, pointers)
+# %% ../../nbs/ops/06_config.ipynb #96cee9e6
+def _filled(cls: type, values: Mapping[str, Any]) -> Any:
+    """The dataclass with these values; names of Megatron-Bridge stay dotted."""
+    tree = nest({name: value for name, value in values.items() if not name.startswith(MEGATRON)})
+    bridge = {name.removeprefix(MEGATRON): value for name, value in values.items() if name.startswith(MEGATRON)}
+    check_bridge_names(bridge)
+    return from_mapping(cls, tree | ({"megatron": bridge} if bridge else {}))
+
+# %% ../../nbs/ops/06_config.ipynb #0c0d8da7
+def _check_type(name: str, kind: Any, value: Any, origin: str) -> None:
+    """Refuse a value of the wrong type."""
+    section, _, last = name.rpartition(".")
+    typed_value(kind, value, ": ".join(filter(None, (origin, section, last))))
 
 # %% ../../nbs/ops/06_config.ipynb #34384d87
 def _said(layer: Mapping[str, Any], known: Mapping[str, Any], origin: str) -> dict[str, Any]:
@@ -509,20 +503,6 @@ def _said(layer: Mapping[str, Any], known: Mapping[str, Any], origin: str) -> di
                 _check_type(name, kind, value, origin)
             said[name] = value
     return said
-
-# %% ../../nbs/ops/06_config.ipynb #75d19e4a
-def _filled(cls: type, values: Mapping[str, Any]) -> Any:
-    """The dataclass with these values; names of Megatron-Bridge stay dotted."""
-    tree = nest({name: value for name, value in values.items() if not name.startswith(MEGATRON)})
-    bridge = {name.removeprefix(MEGATRON): value for name, value in values.items() if name.startswith(MEGATRON)}
-    check_bridge_names(bridge)
-    return from_mapping(cls, tree | ({"megatron": bridge} if bridge else {}))
-
-
-def _check_type(name: str, kind: Any, value: Any, origin: str) -> None:
-    """Refuse a value of the wrong type."""
-    section, _, last = name.rpartition(".")
-    typed_value(kind, value, ": ".join(filter(None, (origin, section, last))))
 
 # %% ../../nbs/ops/06_config.ipynb #16c7102b
 PATHS = frozenset(
@@ -553,16 +533,6 @@ def _called(value: Any, resolvers: Mapping[str, Any]) -> Any:
     whole = CALL.fullmatch(value)
     return answer(whole) if whole else CALL.sub(lambda call: str(answer(call)), value)
 
-# %% ../../nbs/ops/06_config.ipynb #a33b5c8b
-def _resolved(
-    cls: type, raw: Mapping[str, Any], origins: Mapping[str, str], resolvers: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The values with `${...}` followed."""
-    answered = {name: _called(value, resolvers) for name, value in raw.items()}
-    pointing = [name for name, value in answered.items() if "${" in str(value)]
-    tree = functools.cache(lambda: OmegaConf.create(nest(flatten(dataclasses.asdict(cls())) | answered)))
-    return answered | {name: _followed(name, tree, answered[name], origins[name]) for name in pointing}
-
 # %% ../../nbs/ops/06_config.ipynb #f6d1cd05
 def _followed(name: str, tree: Callable[[], Any], said: Any, origin: str) -> Any:
     """What one value points at in the whole tree, which is made when it is first asked for."""
@@ -576,17 +546,47 @@ def _followed(name: str, tree: Callable[[], Any], said: Any, origin: str) -> Any
             fix="write the value out, or set the variable",
         ) from None
 
+# %% ../../nbs/ops/06_config.ipynb #a33b5c8b
+def _resolved(
+    cls: type, raw: Mapping[str, Any], origins: Mapping[str, str], resolvers: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The values with `${...}` followed."""
+    answered = {name: _called(value, resolvers) for name, value in raw.items()}
+    pointing = [name for name, value in answered.items() if "${" in str(value)]
+    tree = functools.cache(lambda: OmegaConf.create(nest(flatten(dataclasses.asdict(cls())) | answered)))
+    return answered | {name: _followed(name, tree, answered[name], origins[name]) for name in pointing}
+
+# %% ../../nbs/ops/06_config.ipynb #39c3947d
+def merge(
+    cls: type,  # the dataclass of settings to fill
+    layers: Sequence[Layer],  # later ones win
+    **resolvers: Any,  # what ${name:...} means, besides what OmegaConf knows
+) -> Effective:
+    """Fill a dataclass from layers; unknown names and wrong types are refused with the layer they stand in."""
+    known = known_names(cls)
+    raw, origins = {}, {name: BUILT_IN for name in known if name != "megatron"}
+    for origin, layer in layers:
+        said = _said(layer, known, origin)
+        said |= {rival: 0 for name, rival in RIVALS.items() if said.get(name) and raw.get(rival) and rival not in said}
+        raw |= said
+        origins |= dict.fromkeys(said, origin)
+    values = _resolved(cls, raw, origins, resolvers)
+    pointers = {name: value for name, value in raw.items() if "${" in str(value)}
+    for name in pointers:
+        _check_type(name, known.get(name, Any), values[name], origins[name])
+    return Effective(_filled(cls, {name: _at_home(name, value) for name, value in values.items()}), origins, pointers)
+
 # %% ../../nbs/ops/06_config.ipynb #ea2b7e0c
 FAMILIES = ("nano3", "super3")
 SYNTH = "synth"  # the folder of pipelines that make rows, beside those of the families
 
-# %% ../../nbs/ops/06_config.ipynb #e6d396a5
+# %% ../../nbs/ops/06_config.ipynb #dacc8a41
 def _origin(path: Path) -> str:
     """A file as people would name it: relative to the checkout where it lies inside."""
     root = project_root()
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
-
+# %% ../../nbs/ops/06_config.ipynb #19295a2f
 def _is_path(name: str) -> bool:
     """Is it a path, and not the name of a committed configuration?"""
     return "/" in name or name.endswith((".yaml", ".yml"))
@@ -735,13 +735,13 @@ def _file_layer(path: Path, section: str = "", read: Read = read_yaml) -> Layer:
         f"{section}{name}": value for name, value in values.items() if not (section and name.startswith("run."))
     }
 
-# %% ../../nbs/ops/06_config.ipynb #17d40540
+# %% ../../nbs/ops/06_config.ipynb #736c95f8
 def _check_family(family: str) -> None:
     """Refuse a family nobody knows."""
     if family not in (*FAMILIES, SYNTH):
         raise UserError(f"unknown family {family!r}", where="command line", fix=nearest(family, FAMILIES))
 
-
+# %% ../../nbs/ops/06_config.ipynb #f6a08cca
 Parts = Sequence[tuple[str, str]]  # (folder under papermill_runs/<family>, section it fills)
 
 # %% ../../nbs/ops/06_config.ipynb #11aa3d5b
@@ -1014,6 +1014,47 @@ def _check_engine(effective: Effective) -> Effective:
         )
     return effective
 
+# %% ../../nbs/ops/06_config.ipynb #007898c1
+def _in_data(name: str) -> str:
+    """A setting of data preparation with its section."""
+    return name if name.startswith(("run.", "data.")) else f"data.{name}"
+
+# %% ../../nbs/ops/06_config.ipynb #15d714a6
+def _named(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer with each setting under its one name; what nobody knows stays as it is."""
+    known = known_names(SftConfig)
+    return {canonical(name, known): value for name, value in values.items()}
+
+# %% ../../nbs/ops/06_config.ipynb #df943528
+def _with_padding(effective: Effective) -> Effective:
+    """The settings with the padding of sequences that context parallelism needs, where nobody has said one."""
+    settings = effective.settings
+    multiple = needed_multiple(settings.megatron) if settings.train.engine == "megatron" else 1
+    if multiple == 1 or settings.run.data or effective.origins["data.pad_to_multiple"] != BUILT_IN:
+        return effective
+    data = dataclasses.replace(settings.data, pad_to_multiple=multiple)
+    origin = effective.origins[f"{MEGATRON}model.context_parallel_size"]
+    origins = dict(effective.origins) | {"data.pad_to_multiple": f"{origin} (context parallelism)"}
+    return dataclasses.replace(effective, settings=dataclasses.replace(settings, data=data), origins=origins)
+
+# %% ../../nbs/ops/06_config.ipynb #d3eac4af
+def data_prep_config(
+    family: str,
+    name: str | Sequence[str] = "default",
+    overrides: Iterable[str] = (),
+    profile: Layer | None = None,
+) -> Effective:
+    """The settings of data preparation alone: the data section of a run, which may be typed without its prefix, and
+    where it is prepared.
+    """
+    files = [*file_layers(family, [("data_prep", "")], name), *([profile] if profile else [])]
+    layers = [(origin, {_in_data(n): v for n, v in values.items()}) for origin, values in files]
+    typed = [
+        (origin, {_in_data(n): v for n, v in values.items()})
+        for origin, values in typed_layers(overrides, DataPrepConfig, _in_data)
+    ]
+    return merge(DataPrepConfig, [*layers, *typed])
+
 # %% ../../nbs/ops/06_config.ipynb #bfb83cbc
 def sft_config(
     family: str,  # one of FAMILIES
@@ -1040,47 +1081,6 @@ def sft_config(
         )
     effective = _with_padding(_check_engine(effective))
     return dataclasses.replace(effective, notes=(*notes, *sizes, *_cut_short(effective.settings)))
-
-# %% ../../nbs/ops/06_config.ipynb #df943528
-def _with_padding(effective: Effective) -> Effective:
-    """The settings with the padding of sequences that context parallelism needs, where nobody has said one."""
-    settings = effective.settings
-    multiple = needed_multiple(settings.megatron) if settings.train.engine == "megatron" else 1
-    if multiple == 1 or settings.run.data or effective.origins["data.pad_to_multiple"] != BUILT_IN:
-        return effective
-    data = dataclasses.replace(settings.data, pad_to_multiple=multiple)
-    origin = effective.origins[f"{MEGATRON}model.context_parallel_size"]
-    origins = dict(effective.origins) | {"data.pad_to_multiple": f"{origin} (context parallelism)"}
-    return dataclasses.replace(effective, settings=dataclasses.replace(settings, data=data), origins=origins)
-
-# %% ../../nbs/ops/06_config.ipynb #15d714a6
-def _named(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A layer with each setting under its one name; what nobody knows stays as it is."""
-    known = known_names(SftConfig)
-    return {canonical(name, known): value for name, value in values.items()}
-
-# %% ../../nbs/ops/06_config.ipynb #d3eac4af
-def data_prep_config(
-    family: str,
-    name: str | Sequence[str] = "default",
-    overrides: Iterable[str] = (),
-    profile: Layer | None = None,
-) -> Effective:
-    """The settings of data preparation alone: the data section of a run, which may be typed without its prefix, and
-    where it is prepared.
-    """
-    files = [*file_layers(family, [("data_prep", "")], name), *([profile] if profile else [])]
-    layers = [(origin, {_in_data(n): v for n, v in values.items()}) for origin, values in files]
-    typed = [
-        (origin, {_in_data(n): v for n, v in values.items()})
-        for origin, values in typed_layers(overrides, DataPrepConfig, _in_data)
-    ]
-    return merge(DataPrepConfig, [*layers, *typed])
-
-# %% ../../nbs/ops/06_config.ipynb #007898c1
-def _in_data(name: str) -> str:
-    """A setting of data preparation with its section."""
-    return name if name.startswith(("run.", "data.")) else f"data.{name}"
 
 # %% ../../nbs/ops/06_config.ipynb #8d4be13f
 def stage_files(
@@ -1150,7 +1150,7 @@ class PretrainConfig:
         """Refuse what the training would refuse, before there is a run folder."""
         self.training("", "")
 
-# %% ../../nbs/ops/06_config.ipynb #4d53a1d8
+# %% ../../nbs/ops/06_config.ipynb #b9d3a45f
 @dataclass(frozen=True)
 class DocumentsPrepConfig:
     """Every setting of the preparation of documents alone."""
@@ -1158,7 +1158,7 @@ class DocumentsPrepConfig:
     data: DocumentsConfig = DocumentsConfig()
     run: RunSection = RunSection()
 
-
+# %% ../../nbs/ops/06_config.ipynb #a05237da
 _OF_TOKENIZER = ("add_bos", "add_eos", "eos_token")  # may be typed without their section
 
 # %% ../../nbs/ops/06_config.ipynb #b174e682

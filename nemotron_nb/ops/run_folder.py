@@ -5,78 +5,35 @@
 # %% auto #0
 __all__ = ['STATES', 'ENDED', 'STOP', 'ASKED', 'ECHO', 'slug', 'run_name', 'make_run_folder', 'slurm_job', 'environment',
            'read_status', 'set_status', 'job_of', 'run_state', 'family_of', 'resume_command', 'extend_command',
-           'put_back', 'begin_attempt', 'keep_notebook', 'note_failures', 'new_lines', 'read_tail', 'read_metrics',
+           'put_back', 'begin_attempt', 'keep_notebook', 'note_failures', 'new_lines', 'read_metrics', 'read_tail',
            'MetricsReader', 'planned_steps', 'progress_line', 'Started', 'Found', 'found_training', 'training_runs',
            'start_training', 'start_process', 'as_process', 'trains', 'ask_to_stop', 'follow', 'wait_for_training',
            'StopRequest', 'passing_signals_on', 'list_runs']
 
 # %% ../../nbs/ops/03_run_folder.ipynb #2a1b7dd1
 import atexit
-
-# %% ../../nbs/ops/03_run_folder.ipynb #cc7228e6
 import json
-
-# %% ../../nbs/ops/03_run_folder.ipynb #c6d6869a
 import math
-
-# %% ../../nbs/ops/03_run_folder.ipynb #8fee4198
 import os
-
-# %% ../../nbs/ops/03_run_folder.ipynb #e022a6bb
 import platform
-
-# %% ../../nbs/ops/03_run_folder.ipynb #4094af75
 import re
-
-# %% ../../nbs/ops/03_run_folder.ipynb #a1da744e
 import shlex
-
-# %% ../../nbs/ops/03_run_folder.ipynb #1ee74b8a
 import signal
-
-# %% ../../nbs/ops/03_run_folder.ipynb #458f793e
 import socket
-
-# %% ../../nbs/ops/03_run_folder.ipynb #6bb9506f
 import subprocess
-
-# %% ../../nbs/ops/03_run_folder.ipynb #4229fef8
 import sys
-
-# %% ../../nbs/ops/03_run_folder.ipynb #d98b9967
 import threading
-
-# %% ../../nbs/ops/03_run_folder.ipynb #9ed6cfc3
 import time
-
-# %% ../../nbs/ops/03_run_folder.ipynb #73dbcf54
 from collections.abc import Callable, Iterator, Mapping
-
-# %% ../../nbs/ops/03_run_folder.ipynb #c0af9646
 from contextlib import contextmanager
-
-# %% ../../nbs/ops/03_run_folder.ipynb #083f888c
 from dataclasses import dataclass
-
-# %% ../../nbs/ops/03_run_folder.ipynb #fcce525c
 from datetime import datetime, timezone
-
-# %% ../../nbs/ops/03_run_folder.ipynb #d8836fe3
 from pathlib import Path
-
-# %% ../../nbs/ops/03_run_folder.ipynb #e61a3df9
 from typing import Any
 
-# %% ../../nbs/ops/03_run_folder.ipynb #c05eb73f
 import nemotron_nb
-
-# %% ../../nbs/ops/03_run_folder.ipynb #8baa149f
 from ..core import UserError, digest, write_atomic, write_json
-
-# %% ../../nbs/ops/03_run_folder.ipynb #cf719541
 from ..train.ending import handling_signals
-
-# %% ../../nbs/ops/03_run_folder.ipynb #5cf8f742
 from ..train.settings import ERROR_FILE
 
 # %% ../../nbs/ops/03_run_folder.ipynb #44b64c02
@@ -198,6 +155,18 @@ def _now() -> str:
     """The time in UTC, to the second."""
     return f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
 
+# %% ../../nbs/ops/03_run_folder.ipynb #f8752547
+_MEND = "take the file from a backup, or move the run folder away"
+
+# %% ../../nbs/ops/03_run_folder.ipynb #2676cb17
+def _read_json(path: Path) -> Any:
+    """A JSON file of a run folder. `UserError` where it cannot be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as e:
+        said = e.strerror if isinstance(e, OSError) else e
+        raise UserError(f"cannot be read: {said}", where=str(path), why="the file is damaged", fix=_MEND) from None
+
 # %% ../../nbs/ops/03_run_folder.ipynb #524935ef
 def read_status(
     folder: str | os.PathLike,
@@ -210,18 +179,6 @@ def read_status(
     if not isinstance(status, dict) or status.get("state") not in STATES:
         raise UserError("does not say how the run stands", where=str(path), why="the file is damaged", fix=_MEND)
     return status
-
-# %% ../../nbs/ops/03_run_folder.ipynb #f8752547
-_MEND = "take the file from a backup, or move the run folder away"
-
-# %% ../../nbs/ops/03_run_folder.ipynb #2676cb17
-def _read_json(path: Path) -> Any:
-    """A JSON file of a run folder. `UserError` where it cannot be read."""
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as e:
-        said = e.strerror if isinstance(e, OSError) else e
-        raise UserError(f"cannot be read: {said}", where=str(path), why="the file is damaged", fix=_MEND) from None
 
 # %% ../../nbs/ops/03_run_folder.ipynb #30223e0e
 def set_status(
@@ -499,6 +456,13 @@ def new_lines(
         )
     return entries, seen + len(whole)
 
+# %% ../../nbs/ops/03_run_folder.ipynb #eabfdcb7
+def read_metrics(
+    path: str | os.PathLike,  # metrics.jsonl, perhaps still growing
+) -> list[dict[str, Any]]:
+    """All complete lines. A last line that is still being written is left out; a missing file has no lines."""
+    return new_lines(Path(path), 0)[0]
+
 # %% ../../nbs/ops/03_run_folder.ipynb #65c5c24d
 def read_tail(
     path: str | os.PathLike,  # metrics.jsonl
@@ -517,13 +481,6 @@ def read_tail(
         cut = f.read().find(b"\n") + 1
     lines = new_lines(path, size - most + cut)[0] if cut else []
     return (lines, False) if lines else read_tail(path, 8 * most)
-
-# %% ../../nbs/ops/03_run_folder.ipynb #eabfdcb7
-def read_metrics(
-    path: str | os.PathLike,  # metrics.jsonl, perhaps still growing
-) -> list[dict[str, Any]]:
-    """All complete lines. A last line that is still being written is left out; a missing file has no lines."""
-    return new_lines(Path(path), 0)[0]
 
 # %% ../../nbs/ops/03_run_folder.ipynb #ac71437c
 class MetricsReader:
@@ -600,6 +557,15 @@ def progress_line(
         return f"  paused after step {entry['step']}"
     return ""
 
+# %% ../../nbs/ops/03_run_folder.ipynb #3ee79c69
+def _ending(code: int) -> str:
+    """An exit code in words."""
+    if code >= 0:
+        return f"the process ended with exit code {code}"
+    name = signal.Signals(-code).name
+    hint = " (the kernel may have run out of memory)" if name == "SIGKILL" else ""
+    return f"the process was ended by {name}{hint}"
+
 # %% ../../nbs/ops/03_run_folder.ipynb #0d02d6ea
 @dataclass
 class Started:
@@ -630,6 +596,21 @@ class Started:
         """What went wrong, in words; empty if nothing did."""
         return _ending(self.process.returncode) if self.process.returncode else ""
 
+# %% ../../nbs/ops/03_run_folder.ipynb #e185cdb6
+def _is_training(pid: int, folder: Path) -> bool:
+    """Is this process the training of that folder, and not another one that was given its number?"""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return _alive(pid) and str(folder.absolute() / "train.yaml").encode() in words
+
+# %% ../../nbs/ops/03_run_folder.ipynb #1d4fbfe7
+def _last_kind(folder: Path) -> str:
+    """The kind of the last line of the metrics; empty without lines."""
+    lines = read_tail(folder / "metrics.jsonl")[0]
+    return lines[-1].get("kind", "") if lines else ""
+
 # %% ../../nbs/ops/03_run_folder.ipynb #c0f0879a
 @dataclass
 class Found:
@@ -652,15 +633,6 @@ class Found:
         says so in its last line.
         """
         return "" if _last_kind(self.folder) in ("end", "paused") else "training ended without its last line"
-
-# %% ../../nbs/ops/03_run_folder.ipynb #e185cdb6
-def _is_training(pid: int, folder: Path) -> bool:
-    """Is this process the training of that folder, and not another one that was given its number?"""
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return False
-    return _alive(pid) and str(folder.absolute() / "train.yaml").encode() in words
 
 # %% ../../nbs/ops/03_run_folder.ipynb #3cf3f701
 def found_training(
@@ -685,12 +657,6 @@ def training_runs(
     """Does a training of this folder run on this machine?"""
     found = found_training(folder)
     return found is not None and found.running()
-
-# %% ../../nbs/ops/03_run_folder.ipynb #1d4fbfe7
-def _last_kind(folder: Path) -> str:
-    """The kind of the last line of the metrics; empty without lines."""
-    lines = read_tail(folder / "metrics.jsonl")[0]
-    return lines[-1].get("kind", "") if lines else ""
 
 # %% ../../nbs/ops/03_run_folder.ipynb #35320de4
 def start_training(
@@ -727,7 +693,7 @@ def start_training(
     )
     return Started(process, folder, detached, seen)
 
-# %% ../../nbs/ops/03_run_folder.ipynb #e2e481ee
+# %% ../../nbs/ops/03_run_folder.ipynb #3d23a5f8
 def start_process(
     folder: str | os.PathLike,  # the run folder
     module: str,  # dotted; its `main` is called
@@ -735,7 +701,7 @@ def start_process(
     """Start other work than training on a run folder, as `start_training` does; `follow` follows it."""
     return start_training(folder, [sys.executable, "-c", f"from {module} import main; main()", str(folder)])
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #c5e124ab
 def as_process(
     act: Callable[[str], Any],  # takes a run folder
 ) -> None:
@@ -750,7 +716,7 @@ def as_process(
         write_atomic(folder / ERROR_FILE, str(error))
         sys.exit(f"error: {error}")
 
-# %% ../../nbs/ops/03_run_folder.ipynb #81299a71
+# %% ../../nbs/ops/03_run_folder.ipynb #bc8a37e3
 def _last_lines(path: Path, count: int = 12) -> str:
     return (
         "\n".join(f"    {line}" for line in path.read_text(errors="replace").splitlines()[-count:])
@@ -758,26 +724,17 @@ def _last_lines(path: Path, count: int = 12) -> str:
         else ""
     )
 
-
-def _ending(code: int) -> str:
-    """An exit code in words."""
-    if code >= 0:
-        return f"the process ended with exit code {code}"
-    name = signal.Signals(-code).name
-    hint = " (the kernel may have run out of memory)" if name == "SIGKILL" else ""
-    return f"the process was ended by {name}{hint}"
-
-# %% ../../nbs/ops/03_run_folder.ipynb #6a73e5a6
+# %% ../../nbs/ops/03_run_folder.ipynb #bdf9ddc4
 ASKED = "asked to stop: the training ends its step and writes a checkpoint; interrupt once more to end it at once"
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #db3b4122
 def trains(
     folder: str | os.PathLike,  # a run folder
 ) -> bool:
     """Is it the folder of a training, which can be asked to stop and gone on with?"""
     return (Path(folder) / "train.yaml").exists()
 
-
+# %% ../../nbs/ops/03_run_folder.ipynb #19f4b1ea
 def ask_to_stop(
     folder: str | os.PathLike,  # of a training that runs
 ) -> None:

@@ -271,7 +271,7 @@ def from_register(config: EvalConfig) -> EvalConfig:
     data = replace(config.data, dir=_lying_in(store, config.data.dir))
     return replace(config, model=_lying_in(store, config.model), base=_lying_in(store, config.base), data=data)
 
-# %% ../../nbs/stages/02_evaluate.ipynb #e3b25451
+# %% ../../nbs/stages/02_evaluate.ipynb #9029b877
 def known_as(
     store: Store,
     name: str,  # a folder, a hub name, or start:RUN
@@ -284,7 +284,7 @@ def known_as(
     found = [artifact for artifact in store.list() if artifact.path == path.absolute()]
     return found[-1] if found else register.source(path, role)
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #79579075
 def evaluated(
     config: EvalConfig,  # resolved
 ) -> list[Artifact | Source]:
@@ -859,7 +859,7 @@ def harness_command(
         *("--output_path", str(folder / "results"), "--log_samples"),
     ]
 
-# %% ../../nbs/stages/02_evaluate.ipynb #460a215c
+# %% ../../nbs/stages/02_evaluate.ipynb #956d0fa5
 HELD_OUT_TASK = "nemotron_nb_held_out"
 
 
@@ -881,7 +881,7 @@ def harness_loss_task(
         "metadata": {"version": 1.0},
     }
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #4ebc8082
 def cut_by_harness(prompt: str, target: str) -> tuple[str, str]:
     """Prompt and target as the harness divides them: white space at the end of the prompt belongs to the target."""
     kept = prompt.rstrip()
@@ -902,7 +902,7 @@ def _write_held_out(config: EvalConfig, target: Path) -> str:
     words[words.index("--tasks") + 1] = HELD_OUT_TASK  # the turns are rendered: no template, no questions
     return shlex.join(word for word in words if word != "--apply_chat_template")
 
-# %% ../../nbs/stages/02_evaluate.ipynb #704cc70f
+# %% ../../nbs/stages/02_evaluate.ipynb #c7de860b
 _NANO = """MMLU-Pro 78.30 78.10; AIME25 89.06 87.71; AIME25, tools 99.17 98.80; GPQA 73.04 72.47
 GPQA, tools 75.00 73.40; LiveCodeBench 68.25 67.62
 SciCode 33.28 31.88; HLE 10.57 10.33; HLE, tools 15.48 14.27; BFCL v4 53.76 53.15
@@ -917,7 +917,7 @@ REFERENCES = {  # model -> (source, text: benchmark, then its scores in BF16, FP
     "Super": ("NVIDIA-NeMo/Nemotron, docs/nemotron/super3/quantization.md", _SUPER),
 }
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #de6c1cfe
 def reference_scores(
     model: str,  # Nano or Super
 ) -> Picture:
@@ -930,7 +930,7 @@ def reference_scores(
         rows.append({"benchmark": name, **dict(found)})
     return table(rows, title=f"Nemotron 3 {model}, published: {source}")
 
-# %% ../../nbs/stages/02_evaluate.ipynb #80bd0334
+# %% ../../nbs/stages/02_evaluate.ipynb #75697af0
 def evaluator_config(
     config: EvalConfig,
     task: str,  # a type of NeMo Evaluator, e.g. adlr_mmlu or simple_evals.gpqa_diamond
@@ -950,7 +950,7 @@ def evaluator_config(
         "target": {"api_endpoint": endpoint},
     }
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #3b1c45b0
 def _write_evaluator(config: EvalConfig, target: Path) -> list[Path]:
     """One configuration a task and a mode; none without a server."""
     written = []
@@ -1066,10 +1066,10 @@ def headline(
         )
     return said
 
-# %% ../../nbs/stages/02_evaluate.ipynb #df5c4a25
+# %% ../../nbs/stages/02_evaluate.ipynb #3bce98e6
 _Plan = list[tuple[bool, str, str, Callable[[], Picture]]]  # is there data, title, how to read it, the drawing
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #3248dca4
 def _number_plan(base: Measured, tuned: Measured, k: int) -> _Plan:
     """The three tables of numbers."""
     loss = "Both means of the loss, lower is better; a circle is the base, a square the tuned model."
@@ -1092,6 +1092,11 @@ def _text_plan(base: Measured, tuned: Measured) -> _Plan:
         (bool(tuned["written"]), "Side by side", beside, lambda: beside_picture(base, tuned)),
     ]
 
+# %% ../../nbs/stages/02_evaluate.ipynb #3e98b8bf
+def _settings(config: EvalConfig) -> list[tuple[str, str]]:
+    """Settings by dotted name, without those of where the run is made."""
+    return [(name, str(value)) for name, value in flatten(asdict(config)).items() if not name.startswith("run.")]
+
 # %% ../../nbs/stages/02_evaluate.ipynb #f505bf52
 def comparison_sections(
     base: Measured,
@@ -1112,18 +1117,13 @@ def comparison_sections(
     ]
     return [Section(title, how, draw()) for there, title, how, draw in plan if there]
 
-# %% ../../nbs/stages/02_evaluate.ipynb #3e98b8bf
-def _settings(config: EvalConfig) -> list[tuple[str, str]]:
-    """Settings by dotted name, without those of where the run is made."""
-    return [(name, str(value)) for name, value in flatten(asdict(config)).items() if not name.startswith("run.")]
-
-# %% ../../nbs/stages/02_evaluate.ipynb #d3d8f5dc
+# %% ../../nbs/stages/02_evaluate.ipynb #0d59caef
 def _label(config: EvalConfig, name: str | Sequence[str]) -> str:
     """What people call an evaluation: what they said, or the configuration and the model."""
     run = model_run(config.model) or Path(config.model)
     return config.run.label or f"{config_label(name)} {run.name.partition('-')[2] or Path(config.model).name}"
 
-
+# %% ../../nbs/stages/02_evaluate.ipynb #dc10ab34
 def open_evaluation(
     effective: Effective,
     config: EvalConfig,  # its settings, resolved

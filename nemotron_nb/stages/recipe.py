@@ -9,7 +9,7 @@ __all__ = ['MADE', 'NEMO_RL', 'Do', 'row_of', 'RecipeStep', 'Recipe', 'made_file
            'run_recipe', 'Measure', 'training_measures', 'paired_reach', 'reward_measures', 'comparison_measures',
            'compression_measures', 'measures_of', 'seconds_of', 'tokens_of', 'verdict_of', 'rows_picture', 'card_of',
            'steps_picture', 'measures_picture', 'card_sentences', 'lineage_text', 'write_card', 'end_of_recipe',
-           'step_script', 'config_path', 'submit_recipe', 'recipe_run']
+           'config_path', 'step_script', 'submit_recipe', 'recipe_run']
 
 # %% ../../nbs/stages/15_recipe.ipynb #244d28b6
 import glob
@@ -84,11 +84,11 @@ class Recipe:
         """The form of it that a journal keeps."""
         return {"family": self.family, "steps": [asdict(step) for step in self.steps]}
 
-# %% ../../nbs/stages/15_recipe.ipynb #ab12cd02
+# %% ../../nbs/stages/15_recipe.ipynb #2ec910a9
 _BLENDED = "data.blend_path"  # the setting that a blend fills
 MADE: Mapping[str, Callable[[Path], Path]] = {"careless": write_careless_chats}  # word -> writes a file of chats
 
-
+# %% ../../nbs/stages/15_recipe.ipynb #93d20283
 def made_file(
     word: str,  # of MADE
     family: str,
@@ -205,7 +205,11 @@ class Asked:
         family = SYNTH if self.step.pipeline else self.family
         return shlex.join(["nemotron", family, *command_words(self.step.row), *configs, *self.overrides])
 
-# %% ../../nbs/stages/15_recipe.ipynb #2e31da1c
+# %% ../../nbs/stages/15_recipe.ipynb #9eb83e61
+def _silent(*parts: Any) -> None:
+    """A plan that nobody asked to see."""
+
+# %% ../../nbs/stages/15_recipe.ipynb #6408a670
 def do_step(
     asked: Asked,
     resume: str = "",  # its run folder, where it was begun
@@ -217,10 +221,6 @@ def do_step(
     more = {"resume": resume} if asked.step.row.resumes else {}
     overrides = [] if resume else asked.overrides
     runner(asked.step.row)(asked.family, asked.step.config, overrides, command=asked.command, show=_silent, **more)
-
-
-def _silent(*parts: Any) -> None:
-    """A plan that nobody asked to see."""
 
 # %% ../../nbs/stages/15_recipe.ipynb #7caf83ea
 def _settings(recipe: Recipe, step: RecipeStep, output_root: str) -> Any:
@@ -305,6 +305,19 @@ def read_journal(
         fix = "take it from a backup, or move the folder away: the runs lie elsewhere and stay"
         raise UserError(f"the journal cannot be read: {e}", where=str(path), fix=fix) from None
 
+# %% ../../nbs/stages/15_recipe.ipynb #c57a5da2
+def _difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The first thing in which two recipes differ, in words; empty where they are the same."""
+    names = [[step["name"] for step in said["steps"]] for said in (was, now)]
+    if was["family"] != now["family"] or names[0] != names[1]:
+        begun, asked = (f"{said['family']} {', '.join(steps)}" for said, steps in zip((was, now), names))
+        return f"it was begun with {begun}, and asked for is {asked}"
+    for old, new in zip(was["steps"], now["steps"]):
+        for key in new:
+            if old.get(key, type(new[key])()) != new[key]:  # what a journal of old does not say has its default
+                return f"{key} of the step {new['name']} was {old.get(key)}, and asked for is {new[key]}"
+    return ""
+
 # %% ../../nbs/stages/15_recipe.ipynb #42bef381
 def open_recipe(
     recipe: Recipe,
@@ -321,20 +334,7 @@ def open_recipe(
         raise UserError(f"this folder belongs to other steps: {said}", where=str(folder), fix=fix)
     return journal
 
-# %% ../../nbs/stages/15_recipe.ipynb #c57a5da2
-def _difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The first thing in which two recipes differ, in words; empty where they are the same."""
-    names = [[step["name"] for step in said["steps"]] for said in (was, now)]
-    if was["family"] != now["family"] or names[0] != names[1]:
-        begun, asked = (f"{said['family']} {', '.join(steps)}" for said, steps in zip((was, now), names))
-        return f"it was begun with {begun}, and asked for is {asked}"
-    for old, new in zip(was["steps"], now["steps"]):
-        for key in new:
-            if old.get(key, type(new[key])()) != new[key]:  # what a journal of old does not say has its default
-                return f"{key} of the step {new['name']} was {old.get(key)}, and asked for is {new[key]}"
-    return ""
-
-# %% ../../nbs/stages/15_recipe.ipynb #178ce613
+# %% ../../nbs/stages/15_recipe.ipynb #31b52097
 def run_of(
     asked: Asked,
 ) -> Path | None:
@@ -351,7 +351,7 @@ def run_of(
                 return run
     return None
 
-
+# %% ../../nbs/stages/15_recipe.ipynb #cea8c297
 def _settled(run: Path, patience: float) -> str:
     """The state of a run; one whose notebook was orphaned just now is given time to notice."""
     end = time.monotonic() + patience
@@ -359,10 +359,7 @@ def _settled(run: Path, patience: float) -> str:
         time.sleep(0.2)
     return state
 
-
-Do = Callable[..., None]  # takes what is asked, and the run folder to go on with or ""
-
-# %% ../../nbs/stages/15_recipe.ipynb #1742e53f
+# %% ../../nbs/stages/15_recipe.ipynb #8ae73a54
 def rows_of(
     folder: Path,  # that rows are made in
     output_root: str = "output",
@@ -370,7 +367,7 @@ def rows_of(
     """Its rows as the register knows them; None where they are not finished and entered."""
     return made_rows_at(open_store(env_section("artifacts"), output_root), glob.escape(str(folder / "rows.jsonl")))
 
-
+# %% ../../nbs/stages/15_recipe.ipynb #41ca0a6c
 def _state_of(asked: Asked, run: Path | None, patience: float) -> str:
     """The state of what a step left; empty where there is nothing. Rows are done once they are in the register."""
     if run is None:
@@ -378,6 +375,9 @@ def _state_of(asked: Asked, run: Path | None, patience: float) -> str:
     if asked.step.pipeline:
         return "done" if rows_of(run, asked.output_root) else "stopped"
     return _settled(run, patience)
+
+# %% ../../nbs/stages/15_recipe.ipynb #1538168f
+Do = Callable[..., None]  # takes what is asked, and the run folder to go on with or ""
 
 # %% ../../nbs/stages/15_recipe.ipynb #e59b9fd0
 def take_step(
@@ -424,7 +424,7 @@ def rows_entry(
     address = made.address if made else ""
     return {"run": str(folder.absolute()), "model": "", "data": address, "seconds": round(seconds, 1)}
 
-# %% ../../nbs/stages/15_recipe.ipynb #5ab9af9b
+# %% ../../nbs/stages/15_recipe.ipynb #d6523b08
 def _entered(step: RecipeStep, name: str, what: str, done: Mapping[str, Mapping[str, str]]) -> str:
     """The address of what an earlier step entered. `UserError` where it is not done, or entered nothing."""
     if name not in done:
@@ -435,7 +435,7 @@ def _entered(step: RecipeStep, name: str, what: str, done: Mapping[str, Mapping[
         raise UserError(f"the step {name} has no {what} for {step.name}", where=done[name]["run"], fix=fix)
     return done[name][what]
 
-
+# %% ../../nbs/stages/15_recipe.ipynb #09c4865f
 def filled_from(
     step: RecipeStep,
     done: Mapping[str, Mapping[str, str]],  # of a journal
@@ -447,7 +447,7 @@ def filled_from(
         filled[setting] = _entered(step, name, what or "model", done)
     return filled
 
-
+# %% ../../nbs/stages/15_recipe.ipynb #dd167d26
 def _still_there(run: str) -> str:
     """The run folder of a step that was done. `UserError` where it was taken away."""
     if not Path(run).is_dir():
@@ -455,7 +455,7 @@ def _still_there(run: str) -> str:
         raise UserError("the run of a step that was done is gone", where=run, fix=fix)
     return run
 
-# %% ../../nbs/stages/15_recipe.ipynb #a7f87344
+# %% ../../nbs/stages/15_recipe.ipynb #78ba3b47
 def _part(step: RecipeStep, name: str, done: Mapping[str, Mapping[str, str]], family: str, root: str) -> dict[str, Any]:
     """One entry of the blend of a step."""
     if name in MADE:
@@ -466,7 +466,7 @@ def _part(step: RecipeStep, name: str, done: Mapping[str, Mapping[str, str]], fa
     licence = next(iter(licences)) if len(licences) == 1 else ""
     return {"name": rows.name.removeprefix(MADE_ROWS), "path": rows.field("rows_path"), "license": licence}
 
-
+# %% ../../nbs/stages/15_recipe.ipynb #2b8b4e70
 def made_for(
     step: RecipeStep,
     done: Mapping[str, Mapping[str, str]],  # of a journal
@@ -483,14 +483,14 @@ def made_for(
         filled[_BLENDED] = str(path)
     return filled
 
-# %% ../../nbs/stages/15_recipe.ipynb #ca93cd31
+# %% ../../nbs/stages/15_recipe.ipynb #5612eeaa
 def missing_package(
     step: RecipeStep,
 ) -> str:
     """A package that a step cannot do without and that is not installed; empty where none is missing."""
     return next((name for name in step.row.packages if importlib.util.find_spec(name) is None), "")
 
-
+# %% ../../nbs/stages/15_recipe.ipynb #bc0a3fa8
 def _do_next(
     recipe: Recipe, step: RecipeStep, journal: Mapping[str, Any], folder: Path, root: str, do: Do, tell: Callable
 ) -> dict[str, Any]:
@@ -573,7 +573,7 @@ def training_measures(
             found.append(Measure(name, before if isinstance(before, (int, float)) else None, after, better, count))
     return found
 
-# %% ../../nbs/stages/15_recipe.ipynb #3e5f789f
+# %% ../../nbs/stages/15_recipe.ipynb #375416b8
 def _by_task(path: Path) -> dict[str, float]:
     """Mean reward by task, of a ledger; answers without a reward are left out. Empty where it was not kept."""
     rewards: dict[str, list[float]] = {}
@@ -583,7 +583,7 @@ def _by_task(path: Path) -> dict[str, float]:
             rewards.setdefault(row["task"], []).append(row["reward"])
     return {task: sum(values) / len(values) for task, values in rewards.items()}
 
-
+# %% ../../nbs/stages/15_recipe.ipynb #f4e9d4e7
 def paired_reach(
     before: Mapping[str, float],  # task -> mean reward
     after: Mapping[str, float],
@@ -596,14 +596,14 @@ def paired_reach(
     spread = sum((c - mean) ** 2 for c in changes) / (len(changes) - 1)
     return 1.959964 * (spread / len(changes)) ** 0.5
 
-# %% ../../nbs/stages/15_recipe.ipynb #31e235a5
+# %% ../../nbs/stages/15_recipe.ipynb #cddf8466
 def _task_kinds(folder: Path) -> dict[str, str]:
     """held-out task -> its kind, as the rewards of a run are named; empty where the tasks are gone."""
     told = folder / "train.yaml"
     path = str(OmegaConf.select(OmegaConf.load(told), "val") or "") if told.is_file() else ""
     return {task.id: kind_of(task) for task in read_tasks(path).tasks} if path and Path(path).is_file() else {}
 
-
+# %% ../../nbs/stages/15_recipe.ipynb #0ed69477
 def reward_measures(
     run: Run,
 ) -> list[Measure]:
@@ -661,7 +661,7 @@ def measures_of(
         return compression_measures(run.folder) + comparison_measures(run.folder)
     return reward_measures(run) or training_measures(run)
 
-# %% ../../nbs/stages/15_recipe.ipynb #05dae763
+# %% ../../nbs/stages/15_recipe.ipynb #4c96dafd
 def seconds_of(
     run: Run,
 ) -> float:
@@ -670,7 +670,7 @@ def seconds_of(
     spans = [(a.get("started"), a.get("ended")) for a in run.attempts]
     return sum((when(end) - when(start)).total_seconds() for start, end in spans if start and end)
 
-
+# %% ../../nbs/stages/15_recipe.ipynb #7ef0b563
 def tokens_of(
     run: Run,
 ) -> int:
@@ -698,7 +698,7 @@ def verdict_of(
     words = "paid with" if main.verdict == "better" else "also worse"
     return bought + (f"; {words}: {', '.join(lost)}" if lost else "")
 
-# %% ../../nbs/stages/15_recipe.ipynb #50e5cebb
+# %% ../../nbs/stages/15_recipe.ipynb #903aff56
 def _rows_line(step: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
     """A step that made rows, as the card has it."""
     said = rows_summary(entry["run"])
@@ -708,7 +708,7 @@ def _rows_line(step: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, A
     more = {"run": entry["run"], "verdict": verdict, "measures": [], "rows": said}
     return {"step": step["name"], "stage": step["stage"], **about, **more}
 
-
+# %% ../../nbs/stages/15_recipe.ipynb #5d73c154
 def rows_picture(
     card: Mapping[str, Any],
 ) -> Picture:
@@ -791,7 +791,7 @@ def measures_picture(
     ]  # fmt: skip
     return table(rows) if rows else table([["nothing was measured yet"]], header=[""])
 
-# %% ../../nbs/stages/15_recipe.ipynb #1cda99cd
+# %% ../../nbs/stages/15_recipe.ipynb #3566b1b5
 def card_sentences(
     card: Mapping[str, Any],
 ) -> list[str]:
@@ -802,7 +802,7 @@ def card_sentences(
     left = [f"{step['step']}: {step['state']}." for step in card["steps"] if step["state"].startswith("left out")]
     return [*said, *(f"{step['step']}: {step['verdict']}." for step in done), *left]
 
-
+# %% ../../nbs/stages/15_recipe.ipynb #3f63497c
 def lineage_text(
     card: Mapping[str, Any],
     store: Store,
@@ -851,7 +851,12 @@ def end_of_recipe(folder: Path) -> list[str]:
     card = json.loads((folder / "card.json").read_bytes())
     return [*card_sentences(card), "", str(steps_picture(card)), "", card["lineage"]]
 
-# %% ../../nbs/stages/15_recipe.ipynb #29b28159
+# %% ../../nbs/stages/15_recipe.ipynb #c71db295
+def config_path(family: str, config: str) -> str:
+    """The configuration of a recipe as a job finds it: the whole path of its file."""
+    return str(Path(config_file(family, "recipe", config)).absolute())
+
+# %% ../../nbs/stages/15_recipe.ipynb #f88e5591
 def step_script(
     recipe: Recipe,
     step: RecipeStep,
@@ -874,12 +879,7 @@ def step_script(
     arguments = [recipe.family, config_path(recipe.family, config), *told]
     return job_script(row, own, arguments, _settings(recipe, step, output_root).run, "batch")
 
-
-def config_path(family: str, config: str) -> str:
-    """The configuration of a recipe as a job finds it: the whole path of its file."""
-    return str(Path(config_file(family, "recipe", config)).absolute())
-
-# %% ../../nbs/stages/15_recipe.ipynb #0e5ded5c
+# %% ../../nbs/stages/15_recipe.ipynb #0b244cd6
 def _waiting(folder: Path) -> list[str]:
     """Jobs of a recipe that have not ended. One that Slurm has forgotten has ended."""
     from nemotron_nb.ops.slurm import job
@@ -895,7 +895,7 @@ def _waiting(folder: Path) -> list[str]:
     rows = json.loads(path.read_bytes()) if path.is_file() else []
     return [row["job"] for row in rows if not ended(row["job"])]
 
-
+# %% ../../nbs/stages/15_recipe.ipynb #822651de
 def submit_recipe(
     recipe: Recipe,
     folder: Path,  # of the recipe
@@ -955,4 +955,3 @@ def recipe_run(
             page = write_card(folder, output_root)
     print("\n".join(["", *end_of_recipe(folder), f"\nReport card: {page}"]))
     return page
-

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MODEL_FILES', 'RUN_NOTEBOOK', 'Show', 'Parameters', 'given_parameters', 'cluster_layer', 'check_chats', 'plan_data',
-           'prepare_data', 'check_start', 'check_weights_and_record', 'check_model_here', 'new_folder', 'new_run',
-           'begin_run', 'notebook_settings', 'notebook_layer', 'opened_run', 'open_run', 'new_stage_folder',
-           'open_stage_folder', 'settled_settings', 'training_settings', 'start_command', 'data_artifact',
-           'first_weights', 'consumed', 'model_artifact', 'note_artifacts', 'open_tracker', 'import_folder',
-           'run_notebook', 'execute_into', 'check_place', 'job_script', 'stage_script', 'submit_run', 'Plan',
-           'on_cluster', 'hand_over', 'launch', 'resumed_settings', 'run_stage', 'begin_stage', 'enter_made']
+           'prepare_data', 'check_weights_and_record', 'check_start', 'check_model_here', 'new_folder', 'new_run',
+           'begin_run', 'notebook_layer', 'notebook_settings', 'opened_run', 'training_settings', 'start_command',
+           'open_run', 'new_stage_folder', 'open_stage_folder', 'settled_settings', 'data_artifact', 'first_weights',
+           'note_artifacts', 'consumed', 'model_artifact', 'open_tracker', 'import_folder', 'execute_into',
+           'run_notebook', 'check_place', 'job_script', 'stage_script', 'submit_run', 'Plan', 'on_cluster', 'hand_over',
+           'launch', 'resumed_settings', 'run_stage', 'begin_stage', 'enter_made']
 
 # %% ../../nbs/stages/01_sft.ipynb #eda987ec
 import dataclasses
@@ -170,17 +170,6 @@ def prepare_data(
     plan = plan_data(settings.data, settings.family, settings.run.output_root)
     return prepare(plan, secrets=effective.secrets, **told)
 
-# %% ../../nbs/stages/01_sft.ipynb #7528bc0a
-def check_start(
-    effective: Effective,
-) -> None:
-    """Refuse what a training cannot begin with, before there is a run folder: no chats, a checkpoint or a model that is
-    not there, a record that would not be made.
-    """
-    if not effective.settings.run.data:
-        check_chats(effective.settings.data)
-    check_weights_and_record(effective.settings)
-
 # %% ../../nbs/stages/01_sft.ipynb #1f8b420f
 def check_weights_and_record(
     settings: Any,  # of a training: SftConfig or PretrainConfig
@@ -215,6 +204,17 @@ def check_weights_and_record(
                 "--art.model NAME:VERSION",
             )
 
+# %% ../../nbs/stages/01_sft.ipynb #7528bc0a
+def check_start(
+    effective: Effective,
+) -> None:
+    """Refuse what a training cannot begin with, before there is a run folder: no chats, a checkpoint or a model that is
+    not there, a record that would not be made.
+    """
+    if not effective.settings.run.data:
+        check_chats(effective.settings.data)
+    check_weights_and_record(effective.settings)
+
 # %% ../../nbs/stages/01_sft.ipynb #2c4d6e39
 def check_model_here(
     settings: SftConfig,
@@ -226,7 +226,7 @@ def check_model_here(
     if settings.train.engine == "torch" and settings.model.name != TINY:
         checkpoint_folder(settings.model.name)
 
-# %% ../../nbs/stages/01_sft.ipynb #e27cee14
+# %% ../../nbs/stages/01_sft.ipynb #e64dffbe
 def _inputs(effective: Effective, data: Any) -> dict[str, Any]:
     """What decides the result of a run."""
     values = {
@@ -234,7 +234,7 @@ def _inputs(effective: Effective, data: Any) -> dict[str, Any]:
     }
     return {"settings": values, "data": data}
 
-
+# %% ../../nbs/stages/01_sft.ipynb #4359100d
 def _label(settings: Any, config: str | Sequence[str]) -> str:
     """What people call the run: what they said, or the configuration and the file."""
     data = settings.run.data.partition(":")[0] or Path(settings.data.blend_path or settings.data.path).stem
@@ -309,15 +309,6 @@ def begin_run(
         note_failures(folder, shell)
     return folder
 
-# %% ../../nbs/stages/01_sft.ipynb #12a241ab
-def notebook_settings(
-    parameters: Parameters,
-) -> Effective:
-    """The settings of the run notebook: those of a run folder that was opened already, or files, env.toml and
-    overrides.
-    """
-    return sft_config(parameters.family, parameters.config, parameters.overrides, notebook_layer(parameters))
-
 # %% ../../nbs/stages/01_sft.ipynb #f4f3264f
 def notebook_layer(
     parameters: Parameters,
@@ -327,6 +318,14 @@ def notebook_layer(
     """
     return None if _opened(parameters.run_dir) else cluster_layer()
 
+# %% ../../nbs/stages/01_sft.ipynb #12a241ab
+def notebook_settings(
+    parameters: Parameters,
+) -> Effective:
+    """The settings of the run notebook: those of a run folder that was opened already, or files, env.toml and
+    overrides.
+    """
+    return sft_config(parameters.family, parameters.config, parameters.overrides, notebook_layer(parameters))
 
 # %% ../../nbs/stages/01_sft.ipynb #563aa4c0
 def opened_run(
@@ -336,6 +335,27 @@ def opened_run(
 ) -> Path | None:
     """The run folder the notebook was given, with an attempt begun; `None` if there is none yet."""
     return begin_run(parameters.run_dir, effective, shell) if _opened(parameters.run_dir) else None
+
+# %% ../../nbs/stages/01_sft.ipynb #b456f189
+def training_settings(
+    effective: Effective,
+    manifest: Manifest,
+    folder: Path,  # the run folder
+) -> dict[str, Any]:
+    """What the training process reads from train.yaml."""
+    return effective.as_written(
+        dataclasses.asdict(effective.settings.training(str(manifest.folder.absolute()), str(folder.absolute())))
+    )
+
+# %% ../../nbs/stages/01_sft.ipynb #4b64098e
+def start_command(
+    folder: Path,  # the run folder
+    run: RunSection,
+) -> list[str]:
+    """How the training is started: one process, or torchrun, or srun with torchrun on each node."""
+    from nemotron_nb.ops.slurm import launch_command
+
+    return launch_command(folder.absolute() / "train.yaml", run.nodes, run.nproc_per_node)
 
 # %% ../../nbs/stages/01_sft.ipynb #da8fa073
 def open_run(
@@ -413,27 +433,6 @@ def settled_settings(
         return None
     return from_mapping(stage.settings_class, OmegaConf.to_container(OmegaConf.load(path), resolve=True), str(path))
 
-# %% ../../nbs/stages/01_sft.ipynb #b456f189
-def training_settings(
-    effective: Effective,
-    manifest: Manifest,
-    folder: Path,  # the run folder
-) -> dict[str, Any]:
-    """What the training process reads from train.yaml."""
-    return effective.as_written(
-        dataclasses.asdict(effective.settings.training(str(manifest.folder.absolute()), str(folder.absolute())))
-    )
-
-# %% ../../nbs/stages/01_sft.ipynb #4b64098e
-def start_command(
-    folder: Path,  # the run folder
-    run: RunSection,
-) -> list[str]:
-    """How the training is started: one process, or torchrun, or srun with torchrun on each node."""
-    from nemotron_nb.ops.slurm import launch_command
-
-    return launch_command(folder.absolute() / "train.yaml", run.nodes, run.nproc_per_node)
-
 # %% ../../nbs/stages/01_sft.ipynb #40cabae1
 def data_artifact(
     effective: Effective,
@@ -462,6 +461,27 @@ def first_weights(
     if Path(given).exists():
         return source(given, "base model")
     return Source(given, "random weights" if given == TINY else "base model", "" if given == TINY else f"hf://{given}")
+
+# %% ../../nbs/stages/01_sft.ipynb #25dea24b
+def _line_of(part: "Artifact | Source") -> dict[str, str]:
+    """An artifact or a raw input, as the run folder keeps it."""
+    address = getattr(part, "address", "") or getattr(part, "uri", "")
+    return {
+        "name": part.name,
+        "what": getattr(part, "kind", "") or getattr(part, "role", ""),
+        "address": str(address),
+        "digest": part.digest,
+    }
+
+# %% ../../nbs/stages/01_sft.ipynb #3753745a
+def note_artifacts(
+    folder: Path,  # the run folder
+    consumed: "Sequence[Artifact | Source]",
+    made: "Sequence[Artifact | Source]" = (),
+) -> None:
+    """Write into a run folder what went into the run, and what it made."""
+    lines = {"consumed": [_line_of(i) for i in consumed], "made": [_line_of(m) for m in made]}
+    write_json(folder / "artifacts.json", lines)
 
 # %% ../../nbs/stages/01_sft.ipynb #8a8c439d
 def consumed(
@@ -497,27 +517,6 @@ def model_artifact(
     note_artifacts(folder, inputs, [artifact])
     return artifact
 
-# %% ../../nbs/stages/01_sft.ipynb #868ea4fa
-def note_artifacts(
-    folder: Path,  # the run folder
-    consumed: "Sequence[Artifact | Source]",
-    made: "Sequence[Artifact | Source]" = (),
-) -> None:
-    """Write into a run folder what went into the run, and what it made."""
-    lines = {"consumed": [_line_of(i) for i in consumed], "made": [_line_of(m) for m in made]}
-    write_json(folder / "artifacts.json", lines)
-
-
-def _line_of(part: "Artifact | Source") -> dict[str, str]:
-    """An artifact or a raw input, as the run folder keeps it."""
-    address = getattr(part, "address", "") or getattr(part, "uri", "")
-    return {
-        "name": part.name,
-        "what": getattr(part, "kind", "") or getattr(part, "role", ""),
-        "address": str(address),
-        "digest": part.digest,
-    }
-
 # %% ../../nbs/stages/01_sft.ipynb #aa4a0f6e
 def open_tracker(
     effective: Effective,
@@ -541,6 +540,10 @@ def open_tracker(
     if shell is not None:
         shell.events.register("post_run_cell", after_cell)
     return tracker
+
+# %% ../../nbs/stages/01_sft.ipynb #69e8e951
+# one of them lies in every folder of a model or of checkpoints
+MODEL_FILES = ("config.json", "adapter_config.json", "latest", "latest_checkpointed_iteration.txt")
 
 # %% ../../nbs/stages/01_sft.ipynb #868d1500
 def import_folder(
@@ -584,27 +587,45 @@ def import_folder(
         producer(command),
     )
 
-# %% ../../nbs/stages/01_sft.ipynb #69e8e951
-# one of them lies in every folder of a model or of checkpoints
-MODEL_FILES = ("config.json", "adapter_config.json", "latest", "latest_checkpointed_iteration.txt")
-
 # %% ../../nbs/stages/01_sft.ipynb #9b11e8af
 RUN_NOTEBOOK = SFT.notebook
 
-# %% ../../nbs/stages/01_sft.ipynb #dd29755b
-def run_notebook(
-    folder: Path,  # a run folder that new_run made, or that is resumed
-    parameters: Parameters,
-    notebook: str = "",  # of another training, relative to the checkout; empty: that of fine-tuning
-) -> None:
-    """Execute the run notebook into the folder as notebook.ipynb.
+# %% ../../nbs/stages/01_sft.ipynb #526a1afe
+def _execute(notebook: str, output: Path, given: Mapping[str, Any]) -> None:
+    """papermill, quiet, with the errors of the notebook as errors for people."""
+    import papermill
+    from nbclient.exceptions import DeadKernelError
 
-    However it ends, the status says so, and no training is left behind.
-    """
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    quiet = {"progress_bar": False, "extra_arguments": ["--log-level=CRITICAL"]}
     try:
-        execute_into(notebook or RUN_NOTEBOOK, folder, parameters, SFT.ends)
-    finally:
-        _end_training(folder)
+        papermill.execute_notebook(
+            project_root() / notebook, output, given, kernel_name="python3", autosave_cell_every=5, **quiet
+        )
+    except papermill.PapermillExecutionError as e:
+        raise UserError(e.evalue if e.ename == "UserError" else f"the notebook failed: {e.ename}: {e.evalue}") from None
+    except DeadKernelError:
+        raise UserError(
+            "the kernel of the notebook died",
+            why="most often the machine ran out of memory",
+            fix="give smaller packs or batches, or a larger machine",
+        ) from None
+
+# %% ../../nbs/stages/01_sft.ipynb #58f5535b
+def _end_training(folder: Path, patience: float = 15.0) -> None:
+    """End a training whose notebook is gone: ask, and insist after `patience` seconds.
+
+    Inside a Slurm job it belongs to the job, and is left alone.
+    """
+    found = found_training(folder)
+    if found is None or not found.running() or slurm_job():
+        return
+    os.kill(found.pid, signal.SIGTERM)
+    end = time.monotonic() + patience
+    while found.running() and time.monotonic() < end:
+        time.sleep(0.05)
+    if found.running():
+        os.kill(found.pid, signal.SIGKILL)
 
 # %% ../../nbs/stages/01_sft.ipynb #d01075d7
 def execute_into(
@@ -636,42 +657,20 @@ def execute_into(
     finally:
         keep_notebook(folder, partial)
 
-# %% ../../nbs/stages/01_sft.ipynb #58f5535b
-def _end_training(folder: Path, patience: float = 15.0) -> None:
-    """End a training whose notebook is gone: ask, and insist after `patience` seconds.
+# %% ../../nbs/stages/01_sft.ipynb #dd29755b
+def run_notebook(
+    folder: Path,  # a run folder that new_run made, or that is resumed
+    parameters: Parameters,
+    notebook: str = "",  # of another training, relative to the checkout; empty: that of fine-tuning
+) -> None:
+    """Execute the run notebook into the folder as notebook.ipynb.
 
-    Inside a Slurm job it belongs to the job, and is left alone.
+    However it ends, the status says so, and no training is left behind.
     """
-    found = found_training(folder)
-    if found is None or not found.running() or slurm_job():
-        return
-    os.kill(found.pid, signal.SIGTERM)
-    end = time.monotonic() + patience
-    while found.running() and time.monotonic() < end:
-        time.sleep(0.05)
-    if found.running():
-        os.kill(found.pid, signal.SIGKILL)
-
-# %% ../../nbs/stages/01_sft.ipynb #526a1afe
-def _execute(notebook: str, output: Path, given: Mapping[str, Any]) -> None:
-    """papermill, quiet, with the errors of the notebook as errors for people."""
-    import papermill
-    from nbclient.exceptions import DeadKernelError
-
-    logging.getLogger("papermill").setLevel(logging.ERROR)
-    quiet = {"progress_bar": False, "extra_arguments": ["--log-level=CRITICAL"]}
     try:
-        papermill.execute_notebook(
-            project_root() / notebook, output, given, kernel_name="python3", autosave_cell_every=5, **quiet
-        )
-    except papermill.PapermillExecutionError as e:
-        raise UserError(e.evalue if e.ename == "UserError" else f"the notebook failed: {e.ename}: {e.evalue}") from None
-    except DeadKernelError:
-        raise UserError(
-            "the kernel of the notebook died",
-            why="most often the machine ran out of memory",
-            fix="give smaller packs or batches, or a larger machine",
-        ) from None
+        execute_into(notebook or RUN_NOTEBOOK, folder, parameters, SFT.ends)
+    finally:
+        _end_training(folder)
 
 # %% ../../nbs/stages/01_sft.ipynb #5bd1de18
 def check_place(
@@ -795,15 +794,43 @@ def hand_over(
         return 0
     return follow(job, log, seen=seen)
 
-# %% ../../nbs/stages/01_sft.ipynb #f1bfdc2f
+# %% ../../nbs/stages/01_sft.ipynb #5486a2e0
 Show = Callable[[Effective, str, str], None]  # takes settings, what follows from them, and a job script or ""
 
-
+# %% ../../nbs/stages/01_sft.ipynb #1cb86cb2
 def _plain(effective: Effective, follows: str, script: str) -> None:
     """Print a plan as it is."""
     print(f"{effective}\n\n{follows}".rstrip())
     if script:
         print(f"\n\n# The job script:\n\n{script}")
+
+# %% ../../nbs/stages/01_sft.ipynb #173e1feb
+def _waits(job: str) -> bool:
+    """Does the job still wait or run, so that only its watcher has left?"""
+    from nemotron_nb.ops.slurm import job as look
+
+    return not look(job).ended
+
+# %% ../../nbs/stages/01_sft.ipynb #10605891
+def _note_end(folder: Path, job: str) -> None:
+    """Write down that a job ended badly, where its own notebook could not."""
+    if read_status(folder)["state"] in ("queued", "running") and not _waits(job):
+        set_status(folder, "failed", message=f"job {job} ended before its notebook could say why; see slurm.log")
+
+# %% ../../nbs/stages/01_sft.ipynb #cb0e4f0b
+def _in_job(plan: Plan, profile: "Profile", mode: str) -> Path:
+    """Submit a run, and follow it or not."""
+    if plan.resume:
+        put_back(plan.resume)
+    folder = Path(plan.resume) if plan.resume else plan.make()
+    log = folder / "slurm.log"
+    seen = log.stat().st_size if log.exists() else 0  # a run that goes on has told this part already
+    job = submit_run(plan.stage, plan.effective, profile, mode, folder, new=not plan.resume)
+    print(f"run folder: {folder}", flush=True)
+    if code := hand_over(job, mode, log, seen):
+        _note_end(folder, job)
+        sys.exit(code)
+    return folder
 
 # %% ../../nbs/stages/01_sft.ipynb #1e196a11
 def launch(
@@ -828,34 +855,6 @@ def launch(
     check_place(run, profile)
     return _in_job(plan, profile, mode) if on_cluster(profile) else plan.here()
 
-# %% ../../nbs/stages/01_sft.ipynb #cb0e4f0b
-def _in_job(plan: Plan, profile: "Profile", mode: str) -> Path:
-    """Submit a run, and follow it or not."""
-    if plan.resume:
-        put_back(plan.resume)
-    folder = Path(plan.resume) if plan.resume else plan.make()
-    log = folder / "slurm.log"
-    seen = log.stat().st_size if log.exists() else 0  # a run that goes on has told this part already
-    job = submit_run(plan.stage, plan.effective, profile, mode, folder, new=not plan.resume)
-    print(f"run folder: {folder}", flush=True)
-    if code := hand_over(job, mode, log, seen):
-        _note_end(folder, job)
-        sys.exit(code)
-    return folder
-
-# %% ../../nbs/stages/01_sft.ipynb #10605891
-def _note_end(folder: Path, job: str) -> None:
-    """Write down that a job ended badly, where its own notebook could not."""
-    if read_status(folder)["state"] in ("queued", "running") and not _waits(job):
-        set_status(folder, "failed", message=f"job {job} ended before its notebook could say why; see slurm.log")
-
-# %% ../../nbs/stages/01_sft.ipynb #173e1feb
-def _waits(job: str) -> bool:
-    """Does the job still wait or run, so that only its watcher has left?"""
-    from nemotron_nb.ops.slurm import job as look
-
-    return not look(job).ended
-
 # %% ../../nbs/stages/01_sft.ipynb #d17b0c34
 def resumed_settings(
     folder: str | os.PathLike,  # a run folder
@@ -872,12 +871,12 @@ def resumed_settings(
         raise UserError("this is not a run folder: it has no config.yaml", where=str(folder), fix=fix)
     return str(path)
 
-# %% ../../nbs/stages/01_sft.ipynb #2c9eb112
+# %% ../../nbs/stages/01_sft.ipynb #c09b5cd2
 def _stage_settings(stage: Stage, family: str, config: Any, overrides: Iterable[str], layer: Layer | None) -> Effective:
     """The settings of a stage, of which nothing more is known than its row."""
     return stage_config(stage.settings_class, family, stage_files(family, stage.name, config), overrides, layer)
 
-
+# %% ../../nbs/stages/01_sft.ipynb #4b0bcb91
 def _stage_label(stage: Stage, settings: Any, config: str | Sequence[str]) -> str:
     """What people call a run of it: what they said, or the configuration and the stage."""
     return settings.run.label or f"{config_label(config)} {stage.name}"
