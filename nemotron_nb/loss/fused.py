@@ -727,6 +727,18 @@ class LossStats:
         """Rows that were computed, as a number. A GPU is waited for."""
         return int(self.count)
 
+# %% ../../nbs/loss/03_fused.ipynb #321211a8
+def _maths(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """float64 if one of them is, else float32."""
+    return torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+
+
+def _number(value: Tensor | float | None, maths: torch.dtype, device: torch.device) -> Tensor:
+    """A 0-dim tensor on the device. Made there: a copy would wait."""
+    if isinstance(value, Tensor):
+        return value.detach().reshape(()).to(device, maths)
+    return torch.full((), 1.0 if value is None else value, dtype=maths, device=device)
+
 # %% ../../nbs/loss/03_fused.ipynb #6844f0e6
 def _checked_sizes(
     hidden: Tensor, weight: Tensor, labels: Tensor, grad_accum: Tensor | None, workspace_bytes: int | None
@@ -748,18 +760,6 @@ def _checked_sizes(
             fix=f"give a buffer of the weight's shape in {_maths(hidden, weight)}",
         )
     return workspace_bytes or _WORKSPACE.get(hidden.device.type, _WORKSPACE["cpu"])
-
-# %% ../../nbs/loss/03_fused.ipynb #321211a8
-def _maths(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """float64 if one of them is, else float32."""
-    return torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
-
-
-def _number(value: Tensor | float | None, maths: torch.dtype, device: torch.device) -> Tensor:
-    """A 0-dim tensor on the device. Made there: a copy would wait."""
-    if isinstance(value, Tensor):
-        return value.detach().reshape(()).to(device, maths)
-    return torch.full((), 1.0 if value is None else value, dtype=maths, device=device)
 
 # %% ../../nbs/loss/03_fused.ipynb #50512b24
 def _check_name(value: str, known: tuple[str, ...], where: str) -> None:

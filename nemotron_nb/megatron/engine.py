@@ -95,7 +95,7 @@ def _read_dtype(value: str, name: str) -> torch.dtype:
         raise UserError(f"unknown number format {value!r}", where=name, fix="write float32, bfloat16 or float16")
     return found
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #acddfa29
 def _read_choice(value: str, choices: type[enum.Enum], name: str) -> enum.Enum:
     """The member of an enumeration that a text names."""
     if value not in choices.__members__:
@@ -132,7 +132,7 @@ def _known_names(place: Any) -> list[str]:
         else list(place if isinstance(place, Mapping) else vars(place))
     )
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #1b327aa8
 def _check_part(place: Any, part: str, here: str, name: str) -> None:
     """`UserError` if a part of a dotted name leads nowhere; `here` is the way up to it."""
     if place is None:
@@ -264,7 +264,7 @@ def _check_shared_steps(t: Any) -> None:
     _require(not t.compile, "train.compile", "Megatron brings its own fused kernels", fix)
     _require(t.bad_step == "stop", "train.bad_step", "Megatron stops at a loss that is no number, and skips none", fix)
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #ed58c436
 def _check_shared_rest(config: TrainConfig) -> None:
     """Refuse a mean of checkpoints, spikes, and a choice of the best checkpoints."""
     what = "the mean of checkpoints is made of those of the PyTorch engine"
@@ -543,7 +543,7 @@ def _data_ranks(model: Any, world_size: int) -> int:
     divided = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
     return max(1, world_size // divided)
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #a5460130
 def evaluation_values(
     held_out: int,  # packs of the valid split
     batch: int,  # packs in a step of training

@@ -114,7 +114,7 @@ def measure_torch(
         forward()
     return by_kind(counted, shape.pattern, "model.layers.")
 
-
+# %% ../../nbs/megatron/14_measure.ipynb #83df54d1
 def kept_on_gpu(
     shape: Shape,
     sequences: int,
@@ -207,14 +207,14 @@ def _on_standins(asked: Mapping[str, Any]) -> Any:
     with on_cpu(True):
         return [globals()[name](argument) for name, argument in asked["calls"]]
 
-
+# %% ../../nbs/megatron/14_measure.ipynb #641c01e0
 def with_megatron(
     *calls: tuple[str, Mapping[str, Any]],  # (name of a function here, what it is given)
 ) -> list[Any]:
     """What functions that need Megatron say, all in one process of their own."""
     return in_own_process("nemotron_nb.megatron.measure:_on_standins", {"calls": calls})
 
-
+# %% ../../nbs/megatron/14_measure.ipynb #b7ac72bb
 def megatron_call(shape: Shape, sequences: int, length: int, dtype: str = "float32") -> tuple[str, dict[str, Any]]:
     """The call that measures a forward pass of Megatron."""
     return "_forward_megatron", {"shape": asdict(shape), "sequences": sequences, "length": length, "dtype": dtype}
@@ -229,6 +229,15 @@ def _optimizer_tensors(optimizer: Any) -> Iterator[Any]:
         yield from (p for group in inner.param_groups for p in group["params"] if p is not None)  # main weights
         for state in inner.state.values():
             yield from (v for v in state.values() if isinstance(v, torch.Tensor) and v.numel() > 1)
+
+# %% ../../nbs/megatron/14_measure.ipynb #5f662f6e
+def static_call(shape: Shape, layout: Layout, distributed_optimizer: bool = True) -> tuple[str, dict[str, Any]]:
+    """The call that measures weights, gradients and optimizer."""
+    return "_static_megatron", {
+        "shape": asdict(shape),
+        "layout": asdict(layout),
+        "distributed_optimizer": distributed_optimizer,
+    }
 
 # %% ../../nbs/megatron/14_measure.ipynb #083787bf
 def _static_megatron(asked: Mapping[str, Any]) -> dict[str, int]:
@@ -252,13 +261,14 @@ def _static_megatron(asked: Mapping[str, Any]) -> dict[str, int]:
     held = {t.data_ptr(): t.numel() * t.element_size() for t in _optimizer_tensors(optimizer)}
     return {"weights": weights, "gradients": gradients, "optimizer": sum(held.values())}
 
-
-def static_call(shape: Shape, layout: Layout, distributed_optimizer: bool = True) -> tuple[str, dict[str, Any]]:
-    """The call that measures weights, gradients and optimizer."""
-    return "_static_megatron", {
+# %% ../../nbs/megatron/14_measure.ipynb #25d13d6c
+def bridge_call(shape: Shape, layout: Layout, tokens: int, micro_batches: int) -> tuple[str, dict[str, Any]]:
+    """The call that asks Megatron-Bridge's estimator."""
+    return "_estimate_of_bridge", {
         "shape": asdict(shape),
         "layout": asdict(layout),
-        "distributed_optimizer": distributed_optimizer,
+        "tokens": tokens,
+        "micro_batches": micro_batches,
     }
 
 # %% ../../nbs/megatron/14_measure.ipynb #ba712f94
@@ -284,16 +294,6 @@ def _estimate_of_bridge(asked: Mapping[str, Any]) -> dict[str, float]:
         "parameters": found.total_parameters,
         "static": found.weight_and_optimizer_bytes,
         "kept": found.activation.memory_bytes,
-    }
-
-
-def bridge_call(shape: Shape, layout: Layout, tokens: int, micro_batches: int) -> tuple[str, dict[str, Any]]:
-    """The call that asks Megatron-Bridge's estimator."""
-    return "_estimate_of_bridge", {
-        "shape": asdict(shape),
-        "layout": asdict(layout),
-        "tokens": tokens,
-        "micro_batches": micro_batches,
     }
 
 # %% ../../nbs/megatron/14_measure.ipynb #388d3978

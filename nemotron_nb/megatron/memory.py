@@ -78,7 +78,7 @@ PAIRS = {  # parameters of a LoRA pair of rank r beside each layer that Megatron
     "E": "2*r*(H + S/tp) + 2*r*(X + F/etp)*E/ep",
 }
 
-
+# %% ../../nbs/megatron/13_memory.ipynb #ec615c18
 def adapter_parameters(
     shape: Shape,
     layout: Layout,
@@ -133,7 +133,7 @@ class Kept:
     source: str
     module: str = ""  # of Megatron's selective recomputation that drops it
 
-
+# %% ../../nbs/megatron/13_memory.ipynb #fbc86a64
 KERNELS = {"fused": "GPU kernels", "plain": "Megatron with stand-ins", "torch": "the PyTorch engine"}
 _INPUT = (
     "w*H/sp + f/sp",
@@ -205,6 +205,8 @@ EXPERTS = (
         "before and after the squared ReLU", "moe shared_experts",
     ),
 )  # fmt: skip
+
+# %% ../../nbs/megatron/13_memory.ipynb #10297dc4
 DENSE = (
     Kept("-", "input", *_INPUT),
     Kept("-", "normed", *_NORMED, "layernorm"),
@@ -261,7 +263,7 @@ def check_recompute(
         if name != "full" and name not in MODULES:
             raise UserError(f"nothing is known of {name!r}", where="recompute", fix=nearest(name, ["full", *MODULES]))
 
-
+# %% ../../nbs/megatron/13_memory.ipynb #bc7f8a72
 def formula_of(
     t: Kept,
     work: Work,
@@ -282,7 +284,7 @@ def layers_of_stage(shape: Shape, layout: Layout, stage: int) -> Counter[str]:
         counts["mtp"] = shape.mtp_depths
     return counts
 
-
+# %% ../../nbs/megatron/13_memory.ipynb #55e73fb2
 def in_flight(
     layout: Layout,
     work: Work,
@@ -424,7 +426,7 @@ def memory_of_stage(
         lines.append(Line("outside of PyTorch", outside, "assumed", "CUDA context, NCCL, fragments", False))
     return Memory(tuple(lines), stage)
 
-
+# %% ../../nbs/megatron/13_memory.ipynb #7167997a
 def memory_of(
     shape: Shape,
     layout: Layout,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LETTERS', 'PARTS', 'ROUTED', 'Shape', 'shape_of', 'Layout', 'split_pattern', 'letters_of', 'evaluate', 'Part',
            'parameters_of_stage', 'split_experts', 'total_parameters', 'active_in_a_token', 'parameters_table',
-           'sizes_of', 'bridge_provider', 'build_rank', 'in_own_process', 'exact_parameters']
+           'sizes_of', 'in_own_process', 'bridge_provider', 'build_rank', 'exact_parameters']
 
 # %% ../../nbs/megatron/12_parameters.ipynb #36cf04f6
 import functools
@@ -205,7 +205,7 @@ def _sizes_of_parts(shape: Shape, layout: Layout) -> tuple[tuple[str, str, float
     letters = letters_of(shape, layout)
     return tuple((p.kind, f"{p.kind} {p.name}", evaluate(p.formula, letters)) for p in PARTS)
 
-
+# %% ../../nbs/megatron/12_parameters.ipynb #ba937511
 def parameters_of_stage(
     shape: Shape,
     layout: Layout,
@@ -229,12 +229,12 @@ def split_experts(
     routed = sum(n for name, n in parts.items() if name.endswith(ROUTED))
     return sum(parts.values()) - routed, routed
 
-
+# %% ../../nbs/megatron/12_parameters.ipynb #fa625c8c
 def total_parameters(shape: Shape) -> int:
     """Parameters of the whole model."""
     return sum(parameters_of_stage(shape, Layout()).values())
 
-
+# %% ../../nbs/megatron/12_parameters.ipynb #11cdaa23
 def active_in_a_token(
     shape: Shape,
     embeddings: int = 2,  # matrices of them that are counted: 0, 1 or 2
@@ -274,7 +274,7 @@ def sizes_of(
         "initializer_range": 0.02, **({"moe_latent_size": shape.latent} if shape.latent else {}),
     }  # fmt: skip
 
-
+# %% ../../nbs/megatron/12_parameters.ipynb #95c3825d
 def _released_config(shape: Shape) -> dict[str, Any]:
     """config.json of these sizes, as NVIDIA's releases write it."""
     from nemotron_nb.train.model import family_config
@@ -283,6 +283,21 @@ def _released_config(shape: Shape) -> dict[str, Any]:
     config = release_config(json.loads(family_config(sizes_of(shape), shape.vocab).to_json_string()))
     further = {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": shape.mtp_pattern}
     return config | {"architectures": ["NemotronHForCausalLM"]} | (further if shape.mtp_depths else {})
+
+# %% ../../nbs/megatron/12_parameters.ipynb #d5a43aab
+def in_own_process(
+    function: str,  # module:name, that takes one JSON value and gives one
+    argument: Any,
+) -> Any:
+    """What a function says in a process of its own, where Megatron may patch PyTorch. `UserError` if it fails."""
+    module, _, name = function.partition(":")
+    code = f"import json, sys; from {module} import {name} as f; print('\\n' + json.dumps(f(json.load(sys.stdin))))"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, input=json.dumps(argument), capture_output=True, text=True)
+    if done.returncode:
+        why = next((line for line in reversed(done.stderr.splitlines()) if line and line[0] not in " [W"), "")
+        raise UserError(f"{name} failed in its process", why=why or done.stderr[-500:], fix="see the reason above")
+    return json.loads(done.stdout.splitlines()[-1])
 
 # %% ../../nbs/megatron/12_parameters.ipynb #7263b058
 def bridge_provider(
@@ -370,22 +385,7 @@ def build_rank(
     with torch.device(device):
         return provider.provide()
 
-# %% ../../nbs/megatron/12_parameters.ipynb #d5a43aab
-def in_own_process(
-    function: str,  # module:name, that takes one JSON value and gives one
-    argument: Any,
-) -> Any:
-    """What a function says in a process of its own, where Megatron may patch PyTorch. `UserError` if it fails."""
-    module, _, name = function.partition(":")
-    code = f"import json, sys; from {module} import {name} as f; print('\\n' + json.dumps(f(json.load(sys.stdin))))"
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, input=json.dumps(argument), capture_output=True, text=True)
-    if done.returncode:
-        why = next((line for line in reversed(done.stderr.splitlines()) if line and line[0] not in " [W"), "")
-        raise UserError(f"{name} failed in its process", why=why or done.stderr[-500:], fix="see the reason above")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
+# %% ../../nbs/megatron/12_parameters.ipynb #00385e03
 def _count_in_process(asked: Mapping[str, Any]) -> list[dict[str, int]]:
     """Parameters by name, layer numbers left out, of each asked rank."""
     import logging

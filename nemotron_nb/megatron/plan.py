@@ -112,7 +112,7 @@ def _powers(most: int) -> list[int]:
     """1, 2, 4, ... up to a number."""
     return [2**i for i in range(int(math.log2(max(1, most))) + 1)]
 
-
+# %% ../../nbs/megatron/16_plan.ipynb #88815edc
 def layouts_of(
     shape: Shape,
     world: int,
@@ -139,7 +139,7 @@ class Search:
         """The fastest that fits; None: none does."""
         return self.judged[0] if self.judged and self.judged[0].fits else None
 
-
+# %% ../../nbs/megatron/16_plan.ipynb #0663cfc6
 def search(
     shape: Shape,
     world: int,  # GPUs
@@ -309,7 +309,7 @@ def bill_table(plan: Plan) -> Picture:
     ]
     return table(rows, header=["time", "", ""], title="Time: a calculation, not a measurement")
 
-
+# %% ../../nbs/megatron/16_plan.ipynb #46b6d8ed
 def plan_picture(plan: Plan) -> Picture:
     """All of a plan."""
     stages = parameters_table(plan.shape, [plan.judged.layout])
@@ -330,7 +330,7 @@ def _row(j: Judged) -> dict[str, Any]:
         "seconds": {"bound": j.time.bound, "fast": j.time.fast, "slow": j.time.slow}, "bubble": j.time.bubble,
     }  # fmt: skip
 
-
+# %% ../../nbs/megatron/16_plan.ipynb #21ba6fed
 def plan_values(plan: Plan, most: int = 50) -> dict[str, Any]:
     """A plan for a program: numbers in bytes and seconds."""
     found = plan.found

@@ -57,7 +57,7 @@ def label_losses(
             found[id(row)] = nll_T[: len(row)].double().cpu().numpy()
     return [found[id(row)] for row in rows]
 
-
+# %% ../../nbs/train/22_base_model.ipynb #ec954f27
 def loss_record(
     rows: Sequence[Row],
     losses: Sequence[np.ndarray],  # of label_losses
@@ -286,7 +286,7 @@ def known_facts(
     numbers = ["".join(itertools.takewhile(str.isdigit, text.lstrip(" "))) for text in texts]
     return [number == fact.answer for number, fact in zip(numbers, facts)]
 
-
+# %% ../../nbs/train/22_base_model.ipynb #7d6048f4
 def facts_table(
     facts: Sequence[Fact],
     known: Sequence[bool],  # of known_facts

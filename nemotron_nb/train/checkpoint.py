@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['T', 'WRAPPERS', 'COMPLETE', 'POINTER', 'RECORD', 'FOLDER', 'PASSING', 'FULL', 'UNWRITTEN', 'METADATA', 'PARTS',
            'PIECE', 'STACKED', 'rank_and_world', 'on_first', 'unwrapped', 'model_state', 'optimizer_state',
-           'frozen_digest', 'random_state', 'set_random_state', 'Checkpoint', 'Checkpoints', 'IndexUnpickler',
-           'IndexReader', 'release_names', 'language_model', 'full_state', 'export_hf', 'audit_tensors', 'import_hf']
+           'frozen_digest', 'random_state', 'set_random_state', 'Checkpoint', 'IndexUnpickler', 'IndexReader',
+           'Checkpoints', 'release_names', 'language_model', 'full_state', 'audit_tensors', 'export_hf', 'import_hf']
 
 # %% ../../nbs/train/09_checkpoint.ipynb #76824495
 import json
@@ -269,6 +269,11 @@ RECORD = {
 }
 FOLDER = re.compile(r"step_(\d{8,})")
 
+# %% ../../nbs/train/09_checkpoint.ipynb #14d3baf4
+def _processes(count: int) -> str:
+    """One process, two processes."""
+    return f"{count} process" + ("es" if count != 1 else "")
+
 # %% ../../nbs/train/09_checkpoint.ipynb #c958a870
 @dataclass(frozen=True)
 class Checkpoint:
@@ -309,11 +314,6 @@ class Checkpoint:
             [{"file": name, "kB": round(file["bytes"] / 1000)} for name, file in self.record["files"].items()],
             title=repr(self),
         )
-
-# %% ../../nbs/train/09_checkpoint.ipynb #14d3baf4
-def _processes(count: int) -> str:
-    """One process, two processes."""
-    return f"{count} process" + ("es" if count != 1 else "")
 
 # %% ../../nbs/train/09_checkpoint.ipynb #cd6d7569
 def _read(folder: Path) -> tuple[Checkpoint | None, str]:
@@ -586,7 +586,7 @@ def _state_of(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor
     moments = optimizer_state(model, optimizer) if optimizer else {}
     return state | {f"optimizer.{name}": tensor for name, tensor in moments.items()}
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #bd3be342
 def _record(
     step: int, score: float | None, made_for: Mapping[str, str], model: nn.Module, optimizer: Optimizer | None
 ) -> dict[str, Any]:
@@ -601,6 +601,13 @@ def _record(
         "frozen": frozen_digest(model) if rank_and_world()[0] == 0 else "",
         "optimizer": {"kind": type(optimizer).__name__, "groups": _groups(model, optimizer)} if optimizer else {},
     }
+
+# %% ../../nbs/train/09_checkpoint.ipynb #5aafec56
+def _say_later(folder: Path, named: str) -> None:
+    """Name the folders of later steps than the pointer's, and what is wrong with them."""
+    for later in (p for p in _folders(folder) if p.name > named):
+        flaw = _read(later)[1]
+        _say(f"{later.name} is passed over: the pointer names {named}" + (f", and {flaw}" if flaw else ""))
 
 # %% ../../nbs/train/09_checkpoint.ipynb #adbc164b
 def _newest(folder: Path) -> Checkpoint | None:
@@ -622,67 +629,6 @@ def _newest(folder: Path) -> Checkpoint | None:
         if path.name != named:
             _say(f"{path.name} is skipped: {flaw}")
     return None
-
-
-def _say_later(folder: Path, named: str) -> None:
-    """Name the folders of later steps than the pointer's, and what is wrong with them."""
-    for later in (p for p in _folders(folder) if p.name > named):
-        flaw = _read(later)[1]
-        _say(f"{later.name} is passed over: the pointer names {named}" + (f", and {flaw}" if flaw else ""))
-
-# %% ../../nbs/train/09_checkpoint.ipynb #c9ee82f2
-def _check(checkpoint: Checkpoint, made_for: Mapping[str, str]) -> None:
-    """Everything that can be refused without looking at a tensor."""
-    _, flaw = _read(checkpoint.path)
-    if flaw:
-        raise UserError(
-            f"this checkpoint is not whole: {flaw}",
-            where=str(checkpoint.path),
-            fix="remove it: the one before it will be used",
-        )
-    _verify(checkpoint)
-    _refuse_other(
-        "tokenizer or chat template",
-        checkpoint.record["made_for"],
-        made_for,
-        checkpoint.path,
-        "give the data that this training began with, or begin anew from its exported weights",
-    )
-
-# %% ../../nbs/train/09_checkpoint.ipynb #cd5b1ad2
-def _weights(
-    checkpoint: Checkpoint, model: nn.Module, made_for: Mapping[str, str], any_format: bool = False
-) -> tuple[dict[str, Tensor], dict[str, tuple[tuple[int, ...], torch.dtype]]]:
-    """The tensors of the model to be filled, and what the checkpoint holds, when nothing speaks against it."""
-    _together(lambda: _check(checkpoint, made_for))
-    stored = {name: (tuple(m.size), m.properties.dtype) for name, m in _index(checkpoint.path).items()}
-    state = model_state(model)
-    weights = {name[6:]: found for name, found in stored.items() if name.startswith("model.")}
-    if any_format:
-        weights = {
-            name: (shape, state[name].dtype if name in state else dtype) for name, (shape, dtype) in weights.items()
-        }
-    _refuse_difference(state, weights, checkpoint.path)
-    _together(lambda: _refuse_model(checkpoint, model))
-    return {f"model.{name}": tensor for name, tensor in state.items()}, stored
-
-# %% ../../nbs/train/09_checkpoint.ipynb #d5e156f5
-def _load(
-    checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer | None, made_for: Mapping[str, str]
-) -> dict[str, Any]:
-    """Fill model and optimizer in place, set the random states, return the extra."""
-    where, record = checkpoint.path, checkpoint.record
-    wanted, stored = _weights(checkpoint, model, made_for)
-    moments: dict[tuple[str, str], Tensor] = {}
-    if optimizer:
-        of_optimizer = {n.removeprefix("optimizer."): s for n, s in stored.items() if n.startswith("optimizer.")}
-        moments = _empty_moments(model, optimizer, of_optimizer, where)
-    _quiet_load(wanted | {f"optimizer.{kind}.{name}": tensor for (name, kind), tensor in moments.items()}, where)
-    if optimizer and not record["optimizer"]:
-        _say(f"{where.name} was written without an optimizer: its moments begin anew")
-    if optimizer:
-        _set_moments(model, optimizer, moments, record["optimizer"].get("groups", []))
-    return _restore_rank(checkpoint)
 
 # %% ../../nbs/train/09_checkpoint.ipynb #3753f050
 class _Folder:
@@ -741,33 +687,24 @@ class _SavingFolder(_Folder):
                 raise told from error
             raise
 
-# %% ../../nbs/train/09_checkpoint.ipynb #4cbf74c9
-class Checkpoints(_SavingFolder):
-    """The checkpoints of one training, in one folder. Every method is called on every rank."""
-
-    def load(
-        self,
-        checkpoint: Checkpoint,
-        model: nn.Module,  # of the same architecture; wrapped or sharded in any way
-        optimizer: Optimizer | None,  # None: weights only
-    ) -> dict[str, Any]:
-        """Fill model and optimizer in place, set the random states, return the extra.
-
-        Works with another number of ranks, or another way of sharing. Raises `UserError` for what does not belong.
-        """
-        return _load(checkpoint, model, optimizer, self.made_for)
-
-    def load_weights(
-        self,
-        checkpoint: Checkpoint,
-        model: nn.Module,  # of the same architecture; its number format may be another
-    ) -> None:
-        """Fill the model and nothing else, to begin another training with it.
-
-        Random states stay; numbers are rounded to the model's format.
-        """
-        wanted, _ = _weights(checkpoint, model, self.made_for, any_format=True)
-        _quiet_load(wanted, checkpoint.path)
+# %% ../../nbs/train/09_checkpoint.ipynb #c9ee82f2
+def _check(checkpoint: Checkpoint, made_for: Mapping[str, str]) -> None:
+    """Everything that can be refused without looking at a tensor."""
+    _, flaw = _read(checkpoint.path)
+    if flaw:
+        raise UserError(
+            f"this checkpoint is not whole: {flaw}",
+            where=str(checkpoint.path),
+            fix="remove it: the one before it will be used",
+        )
+    _verify(checkpoint)
+    _refuse_other(
+        "tokenizer or chat template",
+        checkpoint.record["made_for"],
+        made_for,
+        checkpoint.path,
+        "give the data that this training began with, or begin anew from its exported weights",
+    )
 
 # %% ../../nbs/train/09_checkpoint.ipynb #fd107bd4
 def _refuse_model(checkpoint: Checkpoint, model: nn.Module) -> None:
@@ -871,6 +808,9 @@ def _tensor_of_index(value: Any) -> TensorStorageMetadata:
         [ChunkStorageMetadata(_size(c["offsets"]), _size(c["sizes"])) for c in chunks],
     )
 
+# %% ../../nbs/train/09_checkpoint.ipynb #79f958b3
+PIECE = re.compile(r"__\d+_\d+\.distcp")
+
 # %% ../../nbs/train/09_checkpoint.ipynb #0afbb418
 def _place_of_index(key: Any, value: Any) -> tuple[MetadataIndex, Any]:
     """Where the bytes of a piece of a tensor lie: in which file, from which byte on."""
@@ -885,9 +825,6 @@ def _place_of_index(key: Any, value: Any) -> tuple[MetadataIndex, Any]:
     return MetadataIndex(str(name["fqn"]), offset, number), StorageInfo(
         file, _whole_number(info["offset"]), _whole_number(info["length"])
     )
-
-# %% ../../nbs/train/09_checkpoint.ipynb #79f958b3
-PIECE = re.compile(r"__\d+_\d+\.distcp")
 
 # %% ../../nbs/train/09_checkpoint.ipynb #43a53f44
 class IndexReader(dcp.FileSystemReader):
@@ -915,6 +852,23 @@ class IndexReader(dcp.FileSystemReader):
 def _index(folder: Path) -> dict[str, TensorStorageMetadata]:
     """What tensors a checkpoint holds: name to shape and number format."""
     return IndexReader(folder).read_metadata().state_dict_metadata
+
+# %% ../../nbs/train/09_checkpoint.ipynb #cd5b1ad2
+def _weights(
+    checkpoint: Checkpoint, model: nn.Module, made_for: Mapping[str, str], any_format: bool = False
+) -> tuple[dict[str, Tensor], dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+    """The tensors of the model to be filled, and what the checkpoint holds, when nothing speaks against it."""
+    _together(lambda: _check(checkpoint, made_for))
+    stored = {name: (tuple(m.size), m.properties.dtype) for name, m in _index(checkpoint.path).items()}
+    state = model_state(model)
+    weights = {name[6:]: found for name, found in stored.items() if name.startswith("model.")}
+    if any_format:
+        weights = {
+            name: (shape, state[name].dtype if name in state else dtype) for name, (shape, dtype) in weights.items()
+        }
+    _refuse_difference(state, weights, checkpoint.path)
+    _together(lambda: _refuse_model(checkpoint, model))
+    return {f"model.{name}": tensor for name, tensor in state.items()}, stored
 
 # %% ../../nbs/train/09_checkpoint.ipynb #7fafea4f
 def _empty_moments(
@@ -988,6 +942,52 @@ def _restore_rank(checkpoint: Checkpoint) -> dict[str, Any]:
     if own:
         set_random_state(own["random"])
     return (own if own and same else _read_extra(checkpoint.path / "rank_00000.safetensors"))["extra"]
+
+# %% ../../nbs/train/09_checkpoint.ipynb #d5e156f5
+def _load(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer | None, made_for: Mapping[str, str]
+) -> dict[str, Any]:
+    """Fill model and optimizer in place, set the random states, return the extra."""
+    where, record = checkpoint.path, checkpoint.record
+    wanted, stored = _weights(checkpoint, model, made_for)
+    moments: dict[tuple[str, str], Tensor] = {}
+    if optimizer:
+        of_optimizer = {n.removeprefix("optimizer."): s for n, s in stored.items() if n.startswith("optimizer.")}
+        moments = _empty_moments(model, optimizer, of_optimizer, where)
+    _quiet_load(wanted | {f"optimizer.{kind}.{name}": tensor for (name, kind), tensor in moments.items()}, where)
+    if optimizer and not record["optimizer"]:
+        _say(f"{where.name} was written without an optimizer: its moments begin anew")
+    if optimizer:
+        _set_moments(model, optimizer, moments, record["optimizer"].get("groups", []))
+    return _restore_rank(checkpoint)
+
+# %% ../../nbs/train/09_checkpoint.ipynb #4cbf74c9
+class Checkpoints(_SavingFolder):
+    """The checkpoints of one training, in one folder. Every method is called on every rank."""
+
+    def load(
+        self,
+        checkpoint: Checkpoint,
+        model: nn.Module,  # of the same architecture; wrapped or sharded in any way
+        optimizer: Optimizer | None,  # None: weights only
+    ) -> dict[str, Any]:
+        """Fill model and optimizer in place, set the random states, return the extra.
+
+        Works with another number of ranks, or another way of sharing. Raises `UserError` for what does not belong.
+        """
+        return _load(checkpoint, model, optimizer, self.made_for)
+
+    def load_weights(
+        self,
+        checkpoint: Checkpoint,
+        model: nn.Module,  # of the same architecture; its number format may be another
+    ) -> None:
+        """Fill the model and nothing else, to begin another training with it.
+
+        Random states stay; numbers are rounded to the model's format.
+        """
+        wanted, _ = _weights(checkpoint, model, self.made_for, any_format=True)
+        _quiet_load(wanted, checkpoint.path)
 
 # %% ../../nbs/train/09_checkpoint.ipynb #41fca578
 STACKED = re.compile(r"(.*\.mixer\.experts)\.(up_proj|down_proj)")
@@ -1088,36 +1088,6 @@ def _write_config(hf: PreTrainedModel, folder: Path, dtype: torch.dtype, mtp: bo
     if hf.generation_config is not None:
         hf.generation_config.save_pretrained(folder)
 
-# %% ../../nbs/train/09_checkpoint.ipynb #9d09e60b
-def export_hf(
-    model: nn.Module,  # plain, wrapped, or sharded
-    tokenizer_dir: str | Path,  # files of the tokenizer and its chat template, copied beside the weights
-    folder: str | Path,  # must not exist yet
-    # whole, under their published names, such as mtp.layers.0.norm.weight
-    extra_tensors: Mapping[str, Tensor] | None = None,
-    *,
-    state: Mapping[str, Tensor] | None = None,  # full_state of the model, if it was changed on the way
-    dtype: torch.dtype | None = None,  # number format to write; None = as the weights are
-    shard_bytes: int = 5_000_000_000,  # of a file
-) -> Audit | None:
-    """Write the model in Hugging Face form; the folder appears when all is written, read again and found equal.
-
-    Every rank calls it; rank 0 returns what was compared.
-    """
-    prefix, hf = language_model(model)
-    state = full_state(model) if state is None else state
-    return on_first(
-        lambda: _export(
-            hf,
-            {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)},
-            tokenizer_dir,
-            folder,
-            dict(extra_tensors or {}),
-            dtype,
-            shard_bytes,
-        )
-    )
-
 # %% ../../nbs/train/09_checkpoint.ipynb #b01397a1
 def _published(
     hf: PreTrainedModel, state: Mapping[str, Tensor], extra: Mapping[str, Tensor], dtype: torch.dtype | None
@@ -1151,32 +1121,6 @@ def _check_export(state: Mapping[str, Tensor], tokenizer_dir: str | Path) -> Non
             why="a model without its tokenizer and chat template is of no use",
             fix="give the tokenizer folder of the prepared data",
         )
-
-# %% ../../nbs/train/09_checkpoint.ipynb #e224023b
-def _export(
-    hf: PreTrainedModel,
-    state: dict[str, Tensor],
-    tokenizer_dir: str | Path,
-    folder: str | Path,
-    extra: dict[str, Tensor],
-    dtype: torch.dtype | None,
-    shard_bytes: int,
-) -> Audit:
-    """`export_hf` on the first rank."""
-    _check_export(state, tokenizer_dir)
-    tensors = _published(hf, state, extra, dtype)
-    with new_folder(folder) as new:
-        _write_weights(tensors, new, shard_bytes)
-        _write_config(hf, new, dtype or hf.dtype, any(name.startswith("mtp.") for name in extra))
-        shutil.copytree(tokenizer_dir, new, dirs_exist_ok=True)
-        found = audit_tensors(tensors, new)
-        if not found.ok:
-            raise UserError(
-                f"what was read is not what was written: {found}",
-                where=str(folder),
-                fix="look at the disk; nothing was left behind",
-            )
-    return found
 
 # %% ../../nbs/train/09_checkpoint.ipynb #521d6dcf
 def _stored(folder: Path) -> dict[str, Path]:
@@ -1212,40 +1156,67 @@ def audit_tensors(
     missing, extra = tuple(sorted(tensors.keys() - stored.keys())), tuple(sorted(stored.keys() - tensors.keys()))
     return Audit(len(tensors) - len(missing) - len(differing), missing, extra, differing)
 
+# %% ../../nbs/train/09_checkpoint.ipynb #e224023b
+def _export(
+    hf: PreTrainedModel,
+    state: dict[str, Tensor],
+    tokenizer_dir: str | Path,
+    folder: str | Path,
+    extra: dict[str, Tensor],
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+) -> Audit:
+    """`export_hf` on the first rank."""
+    _check_export(state, tokenizer_dir)
+    tensors = _published(hf, state, extra, dtype)
+    with new_folder(folder) as new:
+        _write_weights(tensors, new, shard_bytes)
+        _write_config(hf, new, dtype or hf.dtype, any(name.startswith("mtp.") for name in extra))
+        shutil.copytree(tokenizer_dir, new, dirs_exist_ok=True)
+        found = audit_tensors(tensors, new)
+        if not found.ok:
+            raise UserError(
+                f"what was read is not what was written: {found}",
+                where=str(folder),
+                fix="look at the disk; nothing was left behind",
+            )
+    return found
+
+# %% ../../nbs/train/09_checkpoint.ipynb #9d09e60b
+def export_hf(
+    model: nn.Module,  # plain, wrapped, or sharded
+    tokenizer_dir: str | Path,  # files of the tokenizer and its chat template, copied beside the weights
+    folder: str | Path,  # must not exist yet
+    # whole, under their published names, such as mtp.layers.0.norm.weight
+    extra_tensors: Mapping[str, Tensor] | None = None,
+    *,
+    state: Mapping[str, Tensor] | None = None,  # full_state of the model, if it was changed on the way
+    dtype: torch.dtype | None = None,  # number format to write; None = as the weights are
+    shard_bytes: int = 5_000_000_000,  # of a file
+) -> Audit | None:
+    """Write the model in Hugging Face form; the folder appears when all is written, read again and found equal.
+
+    Every rank calls it; rank 0 returns what was compared.
+    """
+    prefix, hf = language_model(model)
+    state = full_state(model) if state is None else state
+    return on_first(
+        lambda: _export(
+            hf,
+            {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)},
+            tokenizer_dir,
+            folder,
+            dict(extra_tensors or {}),
+            dtype,
+            shard_bytes,
+        )
+    )
+
 # %% ../../nbs/train/09_checkpoint.ipynb #e889cb85
 def _canonical(name: str) -> str:
     """A name in NVIDIA's layout, whoever wrote the file."""
     name = "backbone." + name.removeprefix("model.") if name.startswith("model.") else name
     return RENAMED.get(name, name)
-
-# %% ../../nbs/train/09_checkpoint.ipynb #235d16c0
-def import_hf(
-    model: nn.Module,  # filled in place; plain, wrapped, or sharded
-    folder: str | Path,  # in Hugging Face form, as NVIDIA publishes it or as transformers saves it
-) -> dict[str, Tensor]:
-    """Fill the model with the weights of a folder, in the model's number format.
-
-    Returns the tensors `mtp.*`; other tensors too many or too few raise `UserError`.
-    """
-    prefix, hf = language_model(model)
-    state = {
-        _plain(name).removeprefix(prefix): t
-        for name, t in unwrapped(model).state_dict().items()
-        if _plain(name).startswith(prefix)
-    }
-    ours = hf.config.model_type == "nemotron_h"
-    stored = {_canonical(name) if ours else name: (name, file) for name, file in _stored(Path(folder)).items()}
-    tied = set(hf._tied_weights_keys or ()) if hf.config.tie_word_embeddings else set()
-    names = {
-        name: release_names(name, tuple(t.shape)) if ours else [name] for name, t in state.items() if name not in tied
-    }
-    _refuse_folder({n for group in names.values() for n in group}, stored.keys(), Path(folder))
-    for name, parts in names.items():
-        read = [_tensor_of(*stored[part]) for part in parts]
-        _fill(
-            state[name], torch.stack(read) if len(parts) > 1 or STACKED.fullmatch(name) else read[0], name, Path(folder)
-        )
-    return {name: _tensor_of(*place) for name, place in stored.items() if name.startswith("mtp.")}
 
 # %% ../../nbs/train/09_checkpoint.ipynb #eb8920f8
 def _refuse_folder(wanted: set[str], stored: set[str], folder: Path) -> None:
@@ -1283,3 +1254,32 @@ def _fill(target: Tensor, whole: Tensor, name: str, folder: Path) -> None:
         target.to_local().copy_(own.to_local())
     else:
         target.copy_(whole)
+
+# %% ../../nbs/train/09_checkpoint.ipynb #235d16c0
+def import_hf(
+    model: nn.Module,  # filled in place; plain, wrapped, or sharded
+    folder: str | Path,  # in Hugging Face form, as NVIDIA publishes it or as transformers saves it
+) -> dict[str, Tensor]:
+    """Fill the model with the weights of a folder, in the model's number format.
+
+    Returns the tensors `mtp.*`; other tensors too many or too few raise `UserError`.
+    """
+    prefix, hf = language_model(model)
+    state = {
+        _plain(name).removeprefix(prefix): t
+        for name, t in unwrapped(model).state_dict().items()
+        if _plain(name).startswith(prefix)
+    }
+    ours = hf.config.model_type == "nemotron_h"
+    stored = {_canonical(name) if ours else name: (name, file) for name, file in _stored(Path(folder)).items()}
+    tied = set(hf._tied_weights_keys or ()) if hf.config.tie_word_embeddings else set()
+    names = {
+        name: release_names(name, tuple(t.shape)) if ours else [name] for name, t in state.items() if name not in tied
+    }
+    _refuse_folder({n for group in names.values() for n in group}, stored.keys(), Path(folder))
+    for name, parts in names.items():
+        read = [_tensor_of(*stored[part]) for part in parts]
+        _fill(
+            state[name], torch.stack(read) if len(parts) > 1 or STACKED.fullmatch(name) else read[0], name, Path(folder)
+        )
+    return {name: _tensor_of(*place) for name, place in stored.items() if name.startswith("mtp.")}

@@ -205,6 +205,18 @@ def _pairs(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that have a pair, by name."""
     return {name: m for name, m in model.named_modules() if hasattr(m, "lora_A") and len(getattr(m, "lora_A", ()))}
 
+# %% ../../nbs/train/10_lora.ipynb #ea4d13b8
+@torch.no_grad()
+def _begin_pair(pair: nn.Module, peft: PeftSection) -> None:
+    """A drawn, B zero, in the asked number format; late dropout hung on."""
+    A, B = pair.lora_A["default"], pair.lora_B["default"]
+    _draw(A, peft.lora_A_init)
+    B.weight.zero_()
+    if peft.lora_dtype:
+        A.to(getattr(torch, peft.lora_dtype)), B.to(getattr(torch, peft.lora_dtype))
+    if peft.dropout and peft.dropout_position == "post":
+        B.register_forward_hook(functools.partial(_drop_late, share=peft.dropout))
+
 # %% ../../nbs/train/10_lora.ipynb #a8108b2d
 def apply_lora(
     model: PreTrainedModel,  # changed in place
@@ -245,18 +257,6 @@ def apply_lora(
         for pair in _pairs(wrapped).values():
             _begin_pair(pair, peft)
     return wrapped
-
-# %% ../../nbs/train/10_lora.ipynb #ea4d13b8
-@torch.no_grad()
-def _begin_pair(pair: nn.Module, peft: PeftSection) -> None:
-    """A drawn, B zero, in the asked number format; late dropout hung on."""
-    A, B = pair.lora_A["default"], pair.lora_B["default"]
-    _draw(A, peft.lora_A_init)
-    B.weight.zero_()
-    if peft.lora_dtype:
-        A.to(getattr(torch, peft.lora_dtype)), B.to(getattr(torch, peft.lora_dtype))
-    if peft.dropout and peft.dropout_position == "post":
-        B.register_forward_hook(functools.partial(_drop_late, share=peft.dropout))
 
 # %% ../../nbs/train/10_lora.ipynb #ceba49fc
 COLOURS = {"pair": "#3182bd", "frozen": "#cccccc", "routed": "#f2c744", "": "#ffffff"}
@@ -384,18 +384,6 @@ def _peft_model(model: nn.Module) -> tuple[str, nn.Module]:
             return (f"{name}." if name else ""), module
     raise UserError(f"no adapters in {type(model).__name__}", fix="call apply_lora first")
 
-# %% ../../nbs/train/10_lora.ipynb #dd209b19
-def save_adapter(
-    model: nn.Module,  # of apply_lora; plain, wrapped or sharded
-    folder: str | Path,  # must not exist yet
-    # the model they belong to: a folder in Hugging Face form, or a hub name; empty: as the model itself says
-    base: str = "",
-) -> None:
-    """Write the pairs in PEFT form, with the name of their base. Every rank calls it, rank 0 writes."""
-    prefix, wrapped = _peft_model(model)
-    state = {n.removeprefix(prefix): t for n, t in full_state(model).items() if ".lora_" in n}
-    on_first(lambda: _write_adapter(wrapped, state, folder, base))
-
 # %% ../../nbs/train/10_lora.ipynb #de59a2ee
 def _write_adapter(wrapped: nn.Module, state: Mapping[str, Tensor], folder: str | Path, base: str) -> None:
     """`save_adapter` on rank 0."""
@@ -411,6 +399,18 @@ def _write_adapter(wrapped: nn.Module, state: Mapping[str, Tensor], folder: str 
             "pairs beside out_proj: peft itself refuses to load them on a Mamba model; use "
             "nemotron_nb.train.lora.load_adapter, or merge"
         )
+
+# %% ../../nbs/train/10_lora.ipynb #dd209b19
+def save_adapter(
+    model: nn.Module,  # of apply_lora; plain, wrapped or sharded
+    folder: str | Path,  # must not exist yet
+    # the model they belong to: a folder in Hugging Face form, or a hub name; empty: as the model itself says
+    base: str = "",
+) -> None:
+    """Write the pairs in PEFT form, with the name of their base. Every rank calls it, rank 0 writes."""
+    prefix, wrapped = _peft_model(model)
+    state = {n.removeprefix(prefix): t for n, t in full_state(model).items() if ".lora_" in n}
+    on_first(lambda: _write_adapter(wrapped, state, folder, base))
 
 # %% ../../nbs/train/10_lora.ipynb #69826ca1
 def load_adapter(

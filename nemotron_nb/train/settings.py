@@ -137,12 +137,12 @@ def _given_kind(kind: Any) -> Any:
     options = typing.get_args(kind)
     return next(k for k in options if k is not type(None)) if type(None) in options else kind
 
-
+# %% ../../nbs/train/01_settings.ipynb #789abcaa
 def _asked(kind: Any) -> str:
     """A kind as an error asks for it."""
     return f"a {kind.__name__}" if is_dataclass(kind) else KINDS[typing.get_origin(kind) or kind][1]
 
-
+# %% ../../nbs/train/01_settings.ipynb #853650cf
 def _named(value: Any) -> str:
     """A value as an error calls it."""
     kind = {str: "the text", bool: "the truth value", type(None): "nothing:"}.get(
@@ -157,7 +157,7 @@ def _way_to_write(kind: Any, value: Any) -> str:
         return f"give a {kind.__name__}, or read the whole with from_mapping(TrainConfig, ...)"
     return f"write it as {_asked(kind)}" + (", without quotes" if isinstance(value, str) else "")
 
-
+# %% ../../nbs/train/01_settings.ipynb #df2df264
 def check_kinds(
     where: str,  # name of the section; empty: the whole
     section: Any,  # a dataclass of settings
@@ -544,7 +544,7 @@ def _lengths(dataset: "DatasetSection") -> list[int]:
     _require(len(lengths) == len(dataset.mixed_lengths), "dataset.mixed_lengths", what, fix)
     return lengths
 
-
+# %% ../../nbs/train/01_settings.ipynb #4b774898
 def _check_lengths(dataset: "DatasetSection") -> None:
     """Refuse lengths that cannot share a training."""
     lengths, longest, where = _lengths(dataset), dataset.sequence_length, "dataset.mixed_lengths"
@@ -677,7 +677,7 @@ def _check_first_weights(folder: str, engine: str) -> None:
     fix = "give a folder in Hugging Face form, or one that holds step_ folders; or leave it empty"
     _require(not folder or known, where, f"no checkpoint here: {folder}", fix)
 
-
+# %% ../../nbs/train/01_settings.ipynb #186e9fbe
 def _check_model(name: str) -> None:
     """Refuse a folder for a model that is none."""
     of_hub, fix = not _is_path(name), f"give a folder in Hugging Face form, a name of the hub, or {TINY!r}"

@@ -355,7 +355,7 @@ def _valid_line(step: int, found: dict[str, Any]) -> dict[str, Any]:
     line = {"kind": "valid", "step": step} | {k: found[k] for k in names}
     return line | ({"sources": found["sources"]} if len(found.get("sources", ())) > 1 else {})
 
-
+# %% ../../nbs/train/19_torch_engine.ipynb #2583f185
 def _progress(line: dict[str, Any], steps: int) -> str:
     """A line for the screen."""
     where = f"step {line['step']:>{len(str(steps))}}/{steps}"
@@ -458,7 +458,7 @@ def _first_weights(config: TrainConfig) -> tuple[ModelConfig, str]:
         return ModelConfig(name=folder, **traits), ""
     return config.model, folder
 
-
+# %% ../../nbs/train/19_torch_engine.ipynb #4a9d5f38
 def _load_weights(learner: Learner, folder: str) -> None:
     """Fill the model from the newest of our checkpoints."""
     found = Checkpoints(folder).newest()
@@ -619,7 +619,7 @@ class _Looks(_Parts):
         self.score, self.scored = result["loss_token"], step
         self.metrics.write(_valid_line(step, result))
 
-
+# %% ../../nbs/train/19_torch_engine.ipynb #0de39adb
 def _lost_precision(loss: float, step: int, data_dir: Path) -> UserError:
     """The error of a held-out loss that is no number."""
     what, why = f"the held-out loss is {loss} after step {step}", "its numbers are beyond what this precision can hold"
@@ -649,7 +649,7 @@ class _Saves(_Looks):
         self.guard.norms.extend(extra["norms"])
         self.changed = changed_settings(extra.get("settings", {}), deciding_settings(self.config))
 
-
+# %% ../../nbs/train/19_torch_engine.ipynb #9e9be1fd
 def _refuse_other_place(was: dict[str, Any], now: dict[str, Any], path: Path) -> None:
     """`UserError` if the place in the data was counted with other data, another seed or another size of a step."""
     differing = [f"{k} {v!r}, here {now[k]!r}" for k, v in was.items() if now.get(k) != v]
@@ -805,7 +805,7 @@ def _say_start(training: Training) -> None:
     training.metrics.write(start)
     training.say(_announce(start))
 
-
+# %% ../../nbs/train/19_torch_engine.ipynb #07afe513
 def _say_seam(training: Training, beginning: Beginning) -> None:
     """The line of a further attempt, and what is different now."""
     seam = {"kind": "resume", "step": beginning.step, "attempt": beginning.attempt}
@@ -814,7 +814,7 @@ def _say_seam(training: Training, beginning: Beginning) -> None:
     for name, (was, now) in training.changed.items():
         training.say(f"attempt {beginning.attempt}: {name} was {was!r} and is {now!r} from here on")
 
-
+# %% ../../nbs/train/19_torch_engine.ipynb #66523cf1
 def _begin(training: Training, beginning: Beginning) -> None:
     """The first lines, and the evaluation before the first step."""
     first_time = not beginning.kept
