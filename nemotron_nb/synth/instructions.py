@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOPICS', 'Drawn', 'INSTRUCTIONS', 'STEPS', 'Topic', 'topic_named', 'draw_sentence', 'Plan', 'write_text',
-           'Instruction', 'draw_instructions', 'planned', 'broken_instructions', 'draw', 'write', 'InstructionSettings',
+           'Instruction', 'draw_instructions', 'planned', 'broken_instructions', 'InstructionSettings', 'draw', 'write',
            'judge_instructions', 'prove']
 
 # %% ../../nbs/synth/44_instructions.ipynb #d59d57b3
@@ -97,7 +97,7 @@ def draw_sentence(
     said = rng.choice(_FRAMES).format(
         t=t, u=u, w=rng.choice(topic.ways), e=rng.choice(topic.deeds), d=deed.capitalize()
     )
-    return said.replace("A a", "An a").replace(" a o", " an o").replace(" a e", " an e").replace(" a a", " an a")
+    return re.sub(r"\b([Aa]) (?=[aeo])", r"\1n ", said)
 
 # %% ../../nbs/synth/44_instructions.ipynb #5125bc41
 @dataclass
@@ -633,6 +633,23 @@ def broken_instructions(
     """The checks that a text does not keep."""
     return [a["name"] for a in asked if not run_check(a["name"], text, a["arguments"])]
 
+# %% ../../nbs/synth/44_instructions.ipynb #6935ef66
+@dataclass(frozen=True)
+class InstructionSettings(SynthSettings):
+    """Settings of the pipeline instructions."""
+
+    fewest_instructions: int = 2  # of a turn
+    most_instructions: int = 5
+    most_turns: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.fewest_instructions <= self.most_instructions:
+            what = f"from {self.fewest_instructions} to {self.most_instructions} is no range"
+            raise UserError(what, where="fewest_instructions", fix="give 1 <= fewest_instructions <= most_instructions")
+        if not 1 <= self.most_turns <= 8:
+            raise UserError(f"{self.most_turns} turns", where="most_turns", fix="give 1 to 8")
+
 # %% ../../nbs/synth/44_instructions.ipynb #c8d0296e
 _ASK = (
     "Write something about {t}.", "Give me advice on {t}.", "I am new to {t}. What should I know?",
@@ -715,23 +732,6 @@ def write(draft: RowDraft, workshop: Workshop) -> None:
         ]
         checks.append([{"name": i.name, "arguments": dict(i.arguments), "words": i.words} for i in together])
     draft.check = {"turns": checks}
-
-# %% ../../nbs/synth/44_instructions.ipynb #6935ef66
-@dataclass(frozen=True)
-class InstructionSettings(SynthSettings):
-    """Settings of the pipeline instructions."""
-
-    fewest_instructions: int = 2  # of a turn
-    most_instructions: int = 5
-    most_turns: int = 3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 1 <= self.fewest_instructions <= self.most_instructions:
-            what = f"from {self.fewest_instructions} to {self.most_instructions} is no range"
-            raise UserError(what, where="fewest_instructions", fix="give 1 <= fewest_instructions <= most_instructions")
-        if not 1 <= self.most_turns <= 8:
-            raise UserError(f"{self.most_turns} turns", where="most_turns", fix="give 1 to 8")
 
 # %% ../../nbs/synth/44_instructions.ipynb #6a619672
 def _proof(what: str, reason: str, **evidence: Any) -> Proof:
