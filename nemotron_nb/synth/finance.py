@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LINES', 'Year', 'MEASURES', 'Asked', 'STEPS', 'Company', 'draw_company', 'broken_identities', 'rounded',
            'statement_tables', 'read_tables', 'Measure', 'draw_asked', 'work_out', 'answer_text', 'rounding_rule',
-           'question_text', 'draw', 'write', 'judge_finance', 'prove', 'FinanceSettings']
+           'question_text', 'FinanceSettings', 'draw', 'write', 'judge_finance', 'prove']
 
 # %% ../../nbs/synth/43_finance.ipynb #df55080c
 import random
@@ -31,6 +31,8 @@ LINES: Mapping[str, Sequence[str]] = {
     "Cash flow statement": (
         "Cash from operations", "Capital expenditure", "Change in debt", "Dividends paid", "Net change in cash"),
 }  # fmt: skip
+
+# %% ../../nbs/synth/43_finance.ipynb #8603ef6a
 Year = dict[str, int]  # line -> amount; a fraction where a question changes it
 
 # %% ../../nbs/synth/43_finance.ipynb #0e84241a
@@ -47,7 +49,7 @@ def _income(rng: random.Random, revenue: int, habits: Mapping[str, float], debt:
     year["Net income"] = year["Income before tax"] - year["Income tax"]
     return year
 
-
+# %% ../../nbs/synth/43_finance.ipynb #ce175c62
 def _balance(year: Year) -> None:
     """The totals of a balance sheet."""
     year["Total current assets"] = year["Cash"] + year["Receivables"] + year["Inventories"]
@@ -184,7 +186,7 @@ def _written(amount: int | Fraction) -> str:
     amount = int(amount) if amount == int(amount) else rounded(amount, 2)
     return f"({-amount:,})" if amount < 0 else f"{amount:,}"
 
-
+# %% ../../nbs/synth/43_finance.ipynb #89bbddc3
 def statement_tables(
     company: Company,
 ) -> str:
@@ -217,6 +219,11 @@ def read_tables(
             found.setdefault(year, {})[name] = -amount if cell.startswith("(") else amount
     return found
 
+# %% ../../nbs/synth/43_finance.ipynb #607d786b
+def _sum_words(lines: Mapping[str, int]) -> str:
+    """A sum of lines, in words."""
+    return " ".join(f"{'-' if f < 0 else '+'} {n}" for n, f in lines.items()).removeprefix("+ ")
+
 # %% ../../nbs/synth/43_finance.ipynb #468e0da5
 @dataclass(frozen=True)
 class Measure:
@@ -242,12 +249,7 @@ class Measure:
         times = f" x {self.factor}" if self.factor != 1 else ""
         return f"({above}) / ({below}){times}" if self.below else above
 
-# %% ../../nbs/synth/43_finance.ipynb #607d786b
-def _sum_words(lines: Mapping[str, int]) -> str:
-    """A sum of lines, in words."""
-    return " ".join(f"{'-' if f < 0 else '+'} {n}" for n, f in lines.items()).removeprefix("+ ")
-
-
+# %% ../../nbs/synth/43_finance.ipynb #ac2f3549
 def _ratio(kind: str, words: str, above: str, below: str, factor: int = 1) -> Measure:
     """A measure by its lines, parted by commas; a minus stands before what is taken off."""
     signed = [
@@ -330,7 +332,7 @@ def _value_steps(measure: Measure, year: Year, number: int) -> tuple[Fraction, s
     about = f"{rounded(value, 4).normalize():f}" if value.denominator != 1 else f"{value}"
     return value, f"{measure.words} {number} = {measure.formula} = {numbers} = {about}"
 
-
+# %% ../../nbs/synth/43_finance.ipynb #609dae79
 def _growth(years: Mapping[int, Year], asked: Asked) -> tuple[Fraction, list[str]]:
     """The change of a line, in per cent of what it was."""
     was, now = years[asked["first"]][asked["line"]], years[asked["last"]][asked["line"]]
@@ -445,6 +447,11 @@ def question_text(
     )  # fmt: skip
     return f"{words} {rounding_rule(asked, unit)}"
 
+# %% ../../nbs/synth/43_finance.ipynb #f8b35596
+@dataclass(frozen=True)
+class FinanceSettings(SynthSettings):
+    """Settings of the pipeline finance. It has none of its own."""
+
 # %% ../../nbs/synth/43_finance.ipynb #946a7c36
 _OPEN = (
     "These are the statements of {c}.", "Here is an excerpt from the annual report of {c}.", "{c} reports as follows.",
@@ -539,16 +546,11 @@ def judge_finance(
             break
     return proofs
 
-
+# %% ../../nbs/synth/43_finance.ipynb #6e481e03
 def prove(draft: RowDraft, workshop: Workshop) -> None:
     """What the judge of finished rows says of this one."""
     for proof in judge_finance({"messages": draft.messages, "synth": {"check": draft.check}}):
         draft.prove(proof)
 
-
-@dataclass(frozen=True)
-class FinanceSettings(SynthSettings):
-    """Settings of the pipeline finance. It has none of its own."""
-
-
+# %% ../../nbs/synth/43_finance.ipynb #665461d2
 STEPS = (("draw", draw), ("write", write), ("prove", prove))

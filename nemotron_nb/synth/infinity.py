@@ -72,6 +72,8 @@ FAMILIES = own_seeds("problem families", (
     "strings: find and compare parts of a text", "number theory: divisors and multiples",
     "stacks and queues: what waits, and what comes next",
 ))  # fmt: skip
+
+# %% ../../nbs/synth/60_infinity.ipynb #581ba9b7
 CONCEPTS: Mapping[str, tuple[str, ...]] = {
     "physics": ("elastic collision", "half-life", "centre of mass", "standing waves", "heat flow"),
     "chemistry": ("balance of charge", "titration", "chain of reactions", "half-full shells"),
@@ -82,6 +84,8 @@ CONCEPTS: Mapping[str, tuple[str, ...]] = {
     "music": ("time signatures", "tuning by fifths", "canons"),
     "linguistics": ("vowel harmony", "word stress", "sound shifts"),
 }
+
+# %% ../../nbs/synth/60_infinity.ipynb #c5da9b12
 TWISTS = ("a limit that changes on the way", "a rare case that breaks the obvious rule", "a query for each item",
           "an answer that must be a count", "ties that must be broken", "two rules that hold at once")  # fmt: skip
 
@@ -93,7 +97,7 @@ def has_sandbox() -> bool:
         is_there = sandbox_command(Path(folder))[1] == "bubblewrap"
     return is_there and run_program("print(7)").output.strip() == "7"
 
-
+# %% ../../nbs/synth/60_infinity.ipynb #c2a4d605
 def draw(draft: RowDraft, workshop: Workshop) -> None:
     """What the problem is about. `Drop` where no program may run."""
     settings = workshop.settings
@@ -108,6 +112,8 @@ def draw(draft: RowDraft, workshop: Workshop) -> None:
 
 # %% ../../nbs/synth/60_infinity.ipynb #353f489a
 _TEXT = {"type": "string", "minLength": 1, "maxLength": 20_000}
+
+# %% ../../nbs/synth/60_infinity.ipynb #3fae6c5a
 PROBLEM = {
     "type": "object",
     "properties": {
@@ -124,6 +130,8 @@ PROBLEM = {
     "required": ["title", "statement", "inputs", "example"],
     "additionalProperties": False,
 }
+
+# %% ../../nbs/synth/60_infinity.ipynb #4efd78fa
 _BREED = """Write a new programming problem.
 It belongs to this family: {family}
 It needs this concept of {field}: {concept}. Without it the problem could not be solved; it is no decoration.
@@ -133,6 +141,11 @@ case. Give 4 to 20 different inputs that try small, large and odd cases, and one
 them: work it out by hand, step by step, before you write its output down.
 Answer with a JSON object: title, statement, inputs, example with input and output."""
 
+# %% ../../nbs/synth/60_infinity.ipynb #ba9def8c
+def _squeezed(text: str) -> str:
+    """A text with one blank for any white space."""
+    return " ".join(text.split())
+
 # %% ../../nbs/synth/60_infinity.ipynb #647f813d
 def _differ(problem: Mapping[str, Any]) -> str | None:
     """What is wrong with the inputs of a problem."""
@@ -140,11 +153,6 @@ def _differ(problem: Mapping[str, Any]) -> str | None:
     if len(set(inputs)) < len(inputs):
         return "two inputs are the same; give different ones"
     return "the input of the example is one of the inputs" if _squeezed(problem["example"]["input"]) in inputs else None
-
-
-def _squeezed(text: str) -> str:
-    """A text with one blank for any white space."""
-    return " ".join(text.split())
 
 # %% ../../nbs/synth/60_infinity.ipynb #877c1f85
 def breed(draft: RowDraft, workshop: Workshop) -> None:
@@ -250,7 +258,7 @@ def program_of(text: str) -> str | None:
     found = [block for block in _BLOCK.findall(text) if block.strip()]
     return found[-1] if found else None
 
-
+# %% ../../nbs/synth/60_infinity.ipynb #9368665e
 def question_of(problem: Mapping[str, Any]) -> str:
     """A problem as it is asked."""
     example = {name: text.strip() for name, text in problem["example"].items()}
@@ -299,7 +307,7 @@ def _printed(text: str, inputs: Sequence[str], limits: Limits) -> str | None:
     found = run_inputs(program, inputs, limits) if program else [None]
     return None if None in found else json.dumps(found)
 
-
+# %% ../../nbs/synth/60_infinity.ipynb #759e2383
 def prove(draft: RowDraft, workshop: Workshop) -> None:
     """Run, vote, compare with the worked example, keep the shortest of the winners."""
     settings, problem = workshop.settings, draft.facts["problem"]
@@ -335,6 +343,11 @@ def keep(draft: RowDraft, workshop: Workshop) -> None:
 # %% ../../nbs/synth/60_infinity.ipynb #d560bb58
 STEPS = (("draw", draw), ("breed", breed), ("choose", choose), ("solve", solve), ("prove", prove), ("keep", keep))
 
+# %% ../../nbs/synth/60_infinity.ipynb #45b3dbbb
+def _tokens(question: str, written: int) -> dict[str, int]:
+    """Counts as a server gives them."""
+    return {"prompt_tokens": len(question) // 4, "completion_tokens": written}
+
 # %% ../../nbs/synth/60_infinity.ipynb #440d6ffe
 _KINDS: Mapping[str, tuple[str, str]] = {  # what is asked; an expression for it
     "decay": ("A sample holds {a} units. For each number x of the list it first loses a part in {m} of what it holds, "
@@ -358,7 +371,7 @@ def _true(kind: str, m: int, a: int, given: str) -> str:
     xs = [int(word) for word in given.split()[1:]]
     return str(eval(_KINDS[kind][1].format(m=m, a=a), {"xs": xs, "n": len(xs)}))
 
-
+# %% ../../nbs/synth/60_infinity.ipynb #7f6dcb9d
 def _written_problem(key: Sequence[Any], honest: bool) -> str:
     """A problem, with a lie now and then."""
     kind = sorted(_KINDS)[int(4 * chance(key, "kind"))]
@@ -396,7 +409,7 @@ def _program(question: str, key: Sequence[Any], honest: bool) -> str:
     m += together or lie < 0.3
     return f"{_READ}print({_KINDS[kind][1].format(m=m, a=a)})"
 
-
+# %% ../../nbs/synth/60_infinity.ipynb #4dab4643
 def rehearse_infinity(body: Mapping[str, Any], before: int, honest: bool = False) -> Reply:
     """The rehearsed model: author, critic, solver."""
     question, again = body["messages"][0]["content"], len(body["messages"]) > 1
@@ -414,8 +427,3 @@ def rehearse_infinity(body: Mapping[str, Any], before: int, honest: bool = False
         return Reply("The answer is easy to see.")
     said = f"The list is short, so the direct way is enough.\n\n```python\n{_program(question, key, honest)}\n```"
     return Reply(said, reasoning="What is asked can be computed as it is written.", usage=_tokens(question, 200))
-
-# %% ../../nbs/synth/60_infinity.ipynb #45b3dbbb
-def _tokens(question: str, written: int) -> dict[str, int]:
-    """Counts as a server gives them."""
-    return {"prompt_tokens": len(question) // 4, "completion_tokens": written}

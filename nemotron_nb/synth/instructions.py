@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOPICS', 'Drawn', 'INSTRUCTIONS', 'STEPS', 'Topic', 'topic_named', 'draw_sentence', 'Plan', 'write_text',
-           'Instruction', 'draw_instructions', 'planned', 'broken_instructions', 'draw', 'write', 'InstructionSettings',
+           'Instruction', 'draw_instructions', 'planned', 'broken_instructions', 'InstructionSettings', 'draw', 'write',
            'judge_instructions', 'prove']
 
 # %% ../../nbs/synth/44_instructions.ipynb #d59d57b3
@@ -70,7 +70,7 @@ class Topic:
     ways: tuple[str, ...]  # how things are
     deeds: tuple[str, ...]  # what is done with them
 
-
+# %% ../../nbs/synth/44_instructions.ipynb #bcd39ce2
 def topic_named(
     name: str,
 ) -> Topic:
@@ -97,7 +97,7 @@ def draw_sentence(
     said = rng.choice(_FRAMES).format(
         t=t, u=u, w=rng.choice(topic.ways), e=rng.choice(topic.deeds), d=deed.capitalize()
     )
-    return said.replace("A a", "An a").replace(" a o", " an o").replace(" a e", " an e").replace(" a a", " an a")
+    return re.sub(r"\b([Aa]) (?=[aeo])", r"\1n ", said)
 
 # %% ../../nbs/synth/44_instructions.ipynb #5125bc41
 @dataclass
@@ -138,7 +138,7 @@ def _sentence(rng: random.Random, topic: Topic, plan: Plan) -> str:
             return said
     raise Drop("no_sentence", "the plan allows none")
 
-
+# %% ../../nbs/synth/44_instructions.ipynb #e7d1de29
 def _with_word(rng: random.Random, topic: Topic, plan: Plan, word: str) -> str:
     """A sentence with one more word in it, once."""
     forms = ("Remember the {w}", "Think of the {w}", "The {w} matters", "Do not forget the {w}", "Here the {w} helps")
@@ -156,7 +156,7 @@ def _sentences(rng: random.Random, topic: Topic, plan: Plan) -> list[str]:
     rng.shuffle(said)
     return said + ([plan.last] if plan.last else [])
 
-
+# %% ../../nbs/synth/44_instructions.ipynb #147cc61c
 def _marked(rng: random.Random, said: Sequence[str], plan: Plan) -> list[str]:
     """Sentences with their marks, some of them highlighted."""
     marks = plan.marks.replace("?", "") or "!"
@@ -186,7 +186,7 @@ _SHAPES: Mapping[str, Callable[[Sequence[str], Plan], str]] = {
     "json": lambda parts, plan: json.dumps({f"point {i}": part for i, part in enumerate(parts, 1)}, indent=1),
 }
 
-
+# %% ../../nbs/synth/44_instructions.ipynb #ff14d07c
 def write_text(
     rng: random.Random,
     topic: Topic,
@@ -215,7 +215,7 @@ class Instruction:
     sets: Mapping[str, Any]  # field of the plan -> value; lists are added to
     claims: tuple[str, ...] = ()  # what nobody else may touch, beyond the fields
 
-
+# %% ../../nbs/synth/44_instructions.ipynb #06a2df10
 Drawn = Callable[[random.Random, Topic], Instruction]
 
 
@@ -290,7 +290,7 @@ def _bullets(rng: random.Random, topic: Topic) -> Instruction:
         ("shape", "start"),
     )
 
-
+# %% ../../nbs/synth/44_instructions.ipynb #3d0002d4
 def _numbered(rng: random.Random, topic: Topic) -> Instruction:
     n = rng.randint(3, 6)
     words = rng.choice(("Number your points from 1 to {n}.", "Give a numbered list of {n} items."))
@@ -314,7 +314,7 @@ def _lines(rng: random.Random, topic: Topic) -> Instruction:
         ("shape", "paragraphs"),
     )
 
-
+# %% ../../nbs/synth/44_instructions.ipynb #8bc82a60
 def _sections(rng: random.Random, topic: Topic) -> Instruction:
     n, splitter = rng.randint(2, 4), rng.choice(("Section", "Part", "Step", "Chapter"))
     words = rng.choice(("Write {n} sections; head each with {s} and its number.", "Divide it: {s} 1 to {s} {n}."))
@@ -351,7 +351,7 @@ def _word_times(rng: random.Random, topic: Topic) -> Instruction:
         "keywords:frequency", arguments, words.format(w=word, n=_NUMBERS[n]), {"words": [(word, n)]}, ("count",)
     )
 
-
+# %% ../../nbs/synth/44_instructions.ipynb #5dafa2dd
 def _keywords(rng: random.Random, topic: Topic) -> Instruction:
     chosen = rng.sample(topic.things, rng.randint(2, 3))
     words = rng.choice(("Include the words {w}.", "These words must be in it: {w}.", "Mention {w}."))
@@ -369,7 +369,7 @@ def _once(rng: random.Random, topic: Topic) -> Instruction:
     words = rng.choice(("Use the word {w} once and only once.", "Say {w} exactly one time."))
     return Instruction("keywords:once", {"keyword": word}, words.format(w=word), {"words": [(word, 1)]}, ("count",))
 
-
+# %% ../../nbs/synth/44_instructions.ipynb #d5c2a32f
 def _forbidden(rng: random.Random, topic: Topic) -> Instruction:
     chosen = rng.sample([*topic.things, *topic.ways, *topic.deeds], rng.randint(1, 3))
     words = rng.choice(("Do not use the words {w}.", "Avoid: {w}.", "None of these words: {w}."))
@@ -394,7 +394,7 @@ def _sentence_count(rng: random.Random, topic: Topic) -> Instruction:
         ("sentences", "digits"),
     )
 
-
+# %% ../../nbs/synth/44_instructions.ipynb #1eed9fd7
 def _short_sentences(rng: random.Random, topic: Topic) -> Instruction:
     n = rng.randint(6, 9)
     words = rng.choice(("No sentence may have more than {n} words.", "Keep every sentence to {n} words at most."))
@@ -419,7 +419,7 @@ def _word_limit(rng: random.Random, topic: Topic) -> Instruction:
         ("length",),
     )
 
-
+# %% ../../nbs/synth/44_instructions.ipynb #9b76d868
 def _characters(rng: random.Random, topic: Topic) -> Instruction:
     n = rng.randint(12, 30) * 50
     return Instruction(
@@ -442,7 +442,7 @@ def _begin(rng: random.Random, topic: Topic) -> Instruction:
         ("start", "shape", "sentences", "last"),
     )
 
-
+# %% ../../nbs/synth/44_instructions.ipynb #806b6801
 def _end(rng: random.Random, topic: Topic) -> Instruction:
     phrase = rng.choice(
         ("That is all.", "Good luck with it.", "Try it and see.", "The rest is practice.", "Now it is your turn.")
@@ -488,6 +488,8 @@ _FORMS: Mapping[str, Drawn] = {
         "detectable_format:code_block", "Close with a block of code.|End with a fenced code block.", {"code": True},
         "end", "bold", "case", "digits", "shape", "paragraphs", "sentences", "longest", "widest", "start"),
 }  # fmt: skip
+
+# %% ../../nbs/synth/44_instructions.ipynb #5bec2480
 _RICH = {  # letter -> a sentence that has six of it and more
     "e": "Every season needs the same steady effort", "o": "No good book on work comes too soon",
     "a": "A fair day always has a plan at hand", "p": "Plain paper helps to keep plans",
@@ -510,7 +512,7 @@ def _figures(rng: random.Random, topic: Topic) -> Instruction:
     arguments = {"number": n, "relation": "at least"}
     return Instruction("detectable_content:numbers", arguments, words.format(n=_NUMBERS[n]), sets, ("digits",))
 
-
+# %% ../../nbs/synth/44_instructions.ipynb #596a988d
 def _placeholders(rng: random.Random, topic: Topic) -> Instruction:
     n = rng.randint(1, 3)
     words = rng.choice(("Leave at least {n} placeholders like [name].", "Put {n} or more placeholders in [brackets]."))
@@ -527,7 +529,7 @@ def _capitals(rng: random.Random, topic: Topic) -> Instruction:
     arguments = {"capital_frequency": n, "capital_relation": "at least"}
     return Instruction("change_case:capital_word_frequency", arguments, words.format(n=_NUMBERS[n]), sets, ("case",))
 
-
+# %% ../../nbs/synth/44_instructions.ipynb #bef6a464
 def _in_order(rng: random.Random, topic: Topic) -> Instruction:
     first, second = rng.sample(topic.things, 2)
     words = rng.choice(("Use the words {a} and {b} in this order.", "Mention {a} first and {b} after it."))
@@ -543,7 +545,7 @@ def _everywhere(rng: random.Random, topic: Topic) -> Instruction:
     sets = {"each": word, "banned": [word]}
     return Instruction("keywords:in_every_sentence", {"keyword": word}, words.format(w=word), sets, claims)
 
-
+# %% ../../nbs/synth/44_instructions.ipynb #80085232
 def _same_ends(rng: random.Random, topic: Topic) -> Instruction:
     word = rng.choice(("Patience", "Care", "Order", "Time", "Practice"))
     words = rng.choice(("The first word is also the last one.", "Begin and end with the same word."))
@@ -561,7 +563,7 @@ def _first_word(rng: random.Random, topic: Topic) -> Instruction:
         "length_constraints:nth_paragraph_first_word", arguments, words.format(n=_NUMBERS[n], w=word), sets, claims
     )
 
-
+# %% ../../nbs/synth/44_instructions.ipynb #c13604f7
 def _short_words(rng: random.Random, topic: Topic) -> Instruction:
     n = rng.randint(7, 8)
     words = rng.choice(("No word may have more than {n} letters.", "Use words of at most {n} letters."))
@@ -576,7 +578,7 @@ def _different_words(rng: random.Random, topic: Topic) -> Instruction:
     claims = ("sentences", "longest", "each")
     return Instruction("length_constraints:unique_words", {"num_words": n}, said, sets, claims)
 
-
+# %% ../../nbs/synth/44_instructions.ipynb #fe3c36c8
 def _repeat(rng: random.Random, topic: Topic) -> Instruction:
     forms = ("What do I need for {t}?", "How does one begin with {t}?", "Why do people like {t}?")
     prompt = rng.choice(forms).format(t=topic.name)
@@ -598,7 +600,7 @@ def _touches(instruction: Instruction) -> set[str]:
     """Fields and claims of an instruction."""
     return {*(name for name in instruction.sets if name not in ("banned", "extras")), *instruction.claims}
 
-
+# %% ../../nbs/synth/44_instructions.ipynb #c6a580ca
 def draw_instructions(
     rng: random.Random,
     topic: Topic,
@@ -625,13 +627,30 @@ def planned(
             setattr(plan, name, getattr(plan, name) + value if isinstance(value, list) else value)
     return plan
 
-
+# %% ../../nbs/synth/44_instructions.ipynb #a2c9684e
 def broken_instructions(
     text: str,
     asked: Sequence[Mapping[str, Any]],  # name and arguments of each
 ) -> list[str]:
     """The checks that a text does not keep."""
     return [a["name"] for a in asked if not run_check(a["name"], text, a["arguments"])]
+
+# %% ../../nbs/synth/44_instructions.ipynb #6935ef66
+@dataclass(frozen=True)
+class InstructionSettings(SynthSettings):
+    """Settings of the pipeline instructions."""
+
+    fewest_instructions: int = 2  # of a turn
+    most_instructions: int = 5
+    most_turns: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.fewest_instructions <= self.most_instructions:
+            what = f"from {self.fewest_instructions} to {self.most_instructions} is no range"
+            raise UserError(what, where="fewest_instructions", fix="give 1 <= fewest_instructions <= most_instructions")
+        if not 1 <= self.most_turns <= 8:
+            raise UserError(f"{self.most_turns} turns", where="most_turns", fix="give 1 to 8")
 
 # %% ../../nbs/synth/44_instructions.ipynb #c8d0296e
 _ASK = (
@@ -673,6 +692,13 @@ _ADD = (
 )
 _WHO = "grandmother neighbour class nephew colleague sister club landlord choir pupils".split()
 
+# %% ../../nbs/synth/44_instructions.ipynb #8cd94bea
+def _one_more(rng: random.Random, topic: Topic, known: Sequence[Instruction]) -> Instruction | None:
+    """An instruction that goes together with others; None where none was found."""
+    taken = {name for instruction in known for name in _touches(instruction)}
+    drawn = [INSTRUCTIONS[name](rng, topic) for name in rng.sample(sorted(INSTRUCTIONS), len(INSTRUCTIONS))]
+    return next((instruction for instruction in drawn if not _touches(instruction) & taken), None)
+
 # %% ../../nbs/synth/44_instructions.ipynb #6df13485
 def draw(draft: RowDraft, workshop: Workshop) -> None:
     """A topic, and for each turn its instructions and its text."""
@@ -692,13 +718,6 @@ def draw(draft: RowDraft, workshop: Workshop) -> None:
     count = sum(len(together) for together, _, _ in turns)
     draft.about = {"topic": topic.name, "turns": len(turns), "instructions": count, "first": turns[0][0][0].name}
 
-
-def _one_more(rng: random.Random, topic: Topic, known: Sequence[Instruction]) -> Instruction | None:
-    """An instruction that goes together with others; None where none was found."""
-    taken = {name for instruction in known for name in _touches(instruction)}
-    drawn = [INSTRUCTIONS[name](rng, topic) for name in rng.sample(sorted(INSTRUCTIONS), len(INSTRUCTIONS))]
-    return next((instruction for instruction in drawn if not _touches(instruction) & taken), None)
-
 # %% ../../nbs/synth/44_instructions.ipynb #121e583a
 def write(draft: RowDraft, workshop: Workshop) -> None:
     """The chat; an added instruction is the only one that is said again."""
@@ -715,23 +734,6 @@ def write(draft: RowDraft, workshop: Workshop) -> None:
         ]
         checks.append([{"name": i.name, "arguments": dict(i.arguments), "words": i.words} for i in together])
     draft.check = {"turns": checks}
-
-# %% ../../nbs/synth/44_instructions.ipynb #6935ef66
-@dataclass(frozen=True)
-class InstructionSettings(SynthSettings):
-    """Settings of the pipeline instructions."""
-
-    fewest_instructions: int = 2  # of a turn
-    most_instructions: int = 5
-    most_turns: int = 3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 1 <= self.fewest_instructions <= self.most_instructions:
-            what = f"from {self.fewest_instructions} to {self.most_instructions} is no range"
-            raise UserError(what, where="fewest_instructions", fix="give 1 <= fewest_instructions <= most_instructions")
-        if not 1 <= self.most_turns <= 8:
-            raise UserError(f"{self.most_turns} turns", where="most_turns", fix="give 1 to 8")
 
 # %% ../../nbs/synth/44_instructions.ipynb #6a619672
 def _proof(what: str, reason: str, **evidence: Any) -> Proof:

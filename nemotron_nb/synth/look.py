@@ -88,7 +88,7 @@ def diversity_of(
         if count <= READ:
             texts.append(_user_text(row))
         answers[known.get("answer", "")] += 1
-        proofs.update({p["verifier"] for p in known.get("proofs", ())})
+        proofs.update(list(dict.fromkeys(p["verifier"] for p in known.get("proofs", ()))))  # once a row, in order
         if known.get("pass_rate") is not None:
             rates[f"{known['pass_rate']:.2f}"] += 1
         for name, value in known.get("about", {}).items():

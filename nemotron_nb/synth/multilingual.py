@@ -53,7 +53,7 @@ def _needs_words(line: str) -> bool:
     """Are there words in a line that are not formulas, code or addresses?"""
     return not _TAG.fullmatch(line) and bool(re.search(r"[^\W\d_]{2}", parts_of(line).text.replace("\\boxed", "")))
 
-
+# %% ../../nbs/synth/63_multilingual.ipynb #8cc53382
 def _json_lines(value: Any) -> tuple[list[str], Callable[[Any, Any], Any]]:
     """The texts in a JSON value, and what puts others in their place."""
     found: list[str] = []
@@ -122,7 +122,7 @@ def what_is_lost(
         if lost or new:
             return f"{what}: {', '.join([*lost] or [*new])} must stand in it as it is, and nothing new"
     if not same_numbers(one.text, other.text):
-        return f"numbers: {', '.join(re.findall(r'[0-9][0-9.,]*', one.text)) or 'none'}, and no other"
+        return f"numbers: {', '.join(re.findall(r'[0-9](?:[0-9.,]*[0-9])?', one.text)) or 'none'}, and no other"
     if bool(_MARK.match(line)) != bool(_MARK.match(said)) or "\n" in said or not said.strip():
         return "the line begins with the same mark, and is one line"
     return ""
@@ -200,6 +200,13 @@ would say it whose language it is? meaning: 1 no, 2 hardly, 3 mostly, 4 yes. Ans
 
 {said}"""
 
+# %% ../../nbs/synth/63_multilingual.ipynb #a427db3a
+def _proofs(messages: Sequence[Mapping[str, Any]], check: Mapping[str, Any]) -> list[Proof]:
+    """What the comparison says, and the judge."""
+    low = "" if check["meaning"] >= check["least_score"] >= 1 else "other_meaning"
+    meaning = Proof("meaning: judge", REFUSED if low else PASSED, low, {"meaning": check["meaning"]})
+    return [*verify_translated_chat(check["source"], messages, check["language"]), meaning]
+
 # %% ../../nbs/synth/63_multilingual.ipynb #7696c317
 def compare(draft: RowDraft, workshop: Workshop) -> None:
     """A judge on the meaning; then all proofs."""
@@ -209,13 +216,6 @@ def compare(draft: RowDraft, workshop: Workshop) -> None:
     draft.check |= {"meaning": value["meaning"], "least_score": workshop.settings.least_score}
     for proof in _proofs(draft.messages, draft.check):
         draft.prove(proof)
-
-
-def _proofs(messages: Sequence[Mapping[str, Any]], check: Mapping[str, Any]) -> list[Proof]:
-    """What the comparison says, and the judge."""
-    low = "" if check["meaning"] >= check["least_score"] >= 1 else "other_meaning"
-    meaning = Proof("meaning: judge", REFUSED if low else PASSED, low, {"meaning": check["meaning"]})
-    return [*verify_translated_chat(check["source"], messages, check["language"]), meaning]
 
 # %% ../../nbs/synth/63_multilingual.ipynb #bef2beb4
 def judge_multilingual(row: Mapping[str, Any]) -> list[Proof]:
@@ -276,7 +276,7 @@ def _filled(form: str, values: Mapping[str, Any]) -> str:
         form = form.replace(f"\\boxed{{{name}}}", f"\\boxed{{{value}}}").replace(f"{{{name}}}", str(value))
     return form
 
-
+# %% ../../nbs/synth/63_multilingual.ipynb #2b4962e9
 def own_chat(
     seed: int,
     number: int,
@@ -300,7 +300,7 @@ def _in(line: str, code: str) -> str:
         line = re.sub(pattern, lambda found, phrase=phrase: _filled(phrase[code], found.groupdict()), line)
     return line
 
-
+# %% ../../nbs/synth/63_multilingual.ipynb #ea827332
 def rehearse_multilingual(body: Mapping[str, Any], before: int, honest: bool = False) -> Reply:
     """The rehearsed model: who translates, who compares."""
     text, again = body["messages"][0]["content"], len(body["messages"]) > 1

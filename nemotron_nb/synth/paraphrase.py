@@ -102,7 +102,7 @@ def _own_row(draft: RowDraft) -> Seed:
     row = json.loads(json.dumps(row))
     return Seed("", row, f"sql {row['id']}", row["id"], OWN_LICENCE)
 
-
+# %% ../../nbs/synth/68_paraphrase.ipynb #3c67c3d3
 def take(draft: RowDraft, workshop: Workshop) -> None:
     """A made row, and the question in it."""
     settings = workshop.settings
@@ -124,11 +124,15 @@ def take(draft: RowDraft, workshop: Workshop) -> None:
 # %% ../../nbs/synth/68_paraphrase.ipynb #d8968bd6
 SAID = {"type": "object", "properties": {"question": {"type": "string", "minLength": 8, "maxLength": 3000}},
         "required": ["question"], "additionalProperties": False}  # fmt: skip
+
+# %% ../../nbs/synth/68_paraphrase.ipynb #77c82ff1
 TONES = (
     "a colleague in a hurry", "somebody who thinks aloud", "a careful engineer", "a friend in a chat",
     "a manager in an e-mail", "a beginner who does not know the terms", "somebody who gives the reason first",
     "a person of few words",
 )  # fmt: skip
+
+# %% ../../nbs/synth/68_paraphrase.ipynb #ff15bf47
 _SAY = """Say the question below in other words, as {tone} would. It asks for exactly the same, the same conditions,
 the same order and the same limits. Keep word for word: {kept}. Add no number and no condition.
 Answer with a JSON object: question.
@@ -159,6 +163,8 @@ SAME = {
     "required": ["same", "differs"],
     "additionalProperties": False,
 }
+
+# %% ../../nbs/synth/68_paraphrase.ipynb #832618c2
 _COMPARE = """Do these two questions ask for exactly the same: the same things, conditions, order and limits? Say in
 differs what differs, or nothing. Answer with a JSON object: same, differs.
 
@@ -169,16 +175,7 @@ differs what differs, or nothing. Answer with a JSON object: same, differs.
 {new}
 </question>"""
 
-# %% ../../nbs/synth/68_paraphrase.ipynb #d3645c99
-def compare(draft: RowDraft, workshop: Workshop) -> None:
-    """A judge compares; then all proofs, those of the row's own pipeline as well."""
-    new = _new_question(draft.messages, draft.check["context"])
-    told = _COMPARE.format(old=draft.check["old"], new=new)
-    draft.check["same"] = workshop.models.ask(draft, "judge", "compare", told, SAME).value["same"]
-    for proof in _proofs(draft.messages, draft.tools, draft.check):
-        draft.prove(proof)
-
-
+# %% ../../nbs/synth/68_paraphrase.ipynb #e03dd145
 def _new_question(messages: Sequence[Mapping[str, Any]], context: str) -> str:
     """The question of a chat; empty if its context is another one."""
     text = next(m["content"] for m in messages if m["role"] == "user")
@@ -198,6 +195,15 @@ def _proofs(messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], check: 
     same = Proof("paraphrase: judge", PASSED if is_same else REFUSED, "" if is_same else "other_question")
     row = {"messages": list(messages), "synth": check["of"]} | ({"tools": list(tools)} if tools else {})
     return [kept, same, *pipeline_named(check["of"]["pipeline"]).part("judge")(row)]
+
+# %% ../../nbs/synth/68_paraphrase.ipynb #d3645c99
+def compare(draft: RowDraft, workshop: Workshop) -> None:
+    """A judge compares; then all proofs, those of the row's own pipeline as well."""
+    new = _new_question(draft.messages, draft.check["context"])
+    told = _COMPARE.format(old=draft.check["old"], new=new)
+    draft.check["same"] = workshop.models.ask(draft, "judge", "compare", told, SAME).value["same"]
+    for proof in _proofs(draft.messages, draft.tools, draft.check):
+        draft.prove(proof)
 
 # %% ../../nbs/synth/68_paraphrase.ipynb #4fa16dcd
 def judge_paraphrase(row: Mapping[str, Any]) -> list[Proof]:

@@ -81,7 +81,7 @@ def _without(value: Any, names: set[str]) -> Any:
     """A mapping without some names, at any depth."""
     return {k: _without(v, names) for k, v in value.items() if k not in names} if isinstance(value, dict) else value
 
-
+# %% ../../nbs/synth/05_produce.ipynb #021df58d
 def recipe_of(
     pipeline: Pipeline,
     settings: SynthSettings,
@@ -109,7 +109,7 @@ def _begin(pipeline: Pipeline, settings: SynthSettings, recipe: str) -> None:
     """In a worker, before its first row."""
     _HERE.update(name=pipeline.name, steps=pipeline.part("steps"), workshop=Workshop(settings), recipe=recipe)
 
-
+# %% ../../nbs/synth/05_produce.ipynb #d09e4e81
 def _make(indices: Sequence[int]) -> list[Entry]:
     """In a worker: some rows."""
     return [entry_of(make_row(index=i, **_HERE)) for i in indices]
@@ -148,7 +148,7 @@ def _apart(pipeline: Pipeline, settings: Any, recipe: str, todo: Sequence[int]) 
     with ProcessPoolExecutor(settings.workers, context, _begin, (pipeline, settings, recipe)) as pool:
         yield from _as_done(pool, _make, parts, 3 * settings.workers)
 
-
+# %% ../../nbs/synth/05_produce.ipynb #9098dc57
 def _here(pipeline: Pipeline, settings: Any, recipe: str, todo: Sequence[int]) -> Iterator[tuple[int, Entry]]:
     """Rows by this process, one after the other."""
     steps, workshop = pipeline.part("steps"), Workshop(settings)
@@ -172,7 +172,7 @@ def _asking(
         yield from _as_done(pool, act, ([i] for i in todo), 2 * settings.teacher.concurrency)
         write_json(folder / "cost.json", models.usage.totals())
 
-
+# %% ../../nbs/synth/05_produce.ipynb #898b063c
 def _rows(
     pipeline: Pipeline, settings: Any, recipe: str, todo: Sequence[int], folder: Path
 ) -> Iterator[tuple[int, Entry]]:
@@ -243,7 +243,7 @@ def _funnel(pipeline: Pipeline, begun: int, falls: Sequence[tuple[str, str]]) ->
     """The funnel of a finished run."""
     return funnel_of([*(name for name, _ in pipeline.part("steps")), LAST_STEP], begun, falls)
 
-
+# %% ../../nbs/synth/05_produce.ipynb #389757a3
 def load_produced(
     pipeline: Pipeline,
     folder: str | os.PathLike,
@@ -279,7 +279,7 @@ def _is_of(made: Produced, settings: SynthSettings, recipe: str) -> bool:
     asked = {name: getattr(settings, name) for name in ("rows", "max_same_answer")}
     return made.manifest["recipe"] == recipe and asked.items() <= made.manifest["settings"].items()
 
-
+# %% ../../nbs/synth/05_produce.ipynb #a6dfe1d2
 def _check_share(made: Produced, most: float) -> Produced:
     """The run, if it kept enough. `UserError` says which step took the rows."""
     share = 1 - made.funnel.kept / made.funnel.begun

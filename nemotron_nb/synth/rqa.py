@@ -68,7 +68,7 @@ def own_documents() -> tuple[Seed, ...]:
             found += own_seeds(f"documents, {source}", [text], domain=source, level=level)
     return tuple(found)
 
-
+# %% ../../nbs/synth/61_rqa.ipynb #fdacd369
 def documents_of(settings: RqaSettings) -> tuple[Seed, ...]:
     """The documents of a run. `UserError` where none can be read."""
     if not settings.documents:
@@ -149,6 +149,8 @@ QUESTION = {
     "required": ["question", "kind"],
     "additionalProperties": False,
 }
+
+# %% ../../nbs/synth/61_rqa.ipynb #a4a6246d
 _INSPIRE = """Here is a passage. Write one question that its subject inspires and that takes several steps of thought.
 The reader of the question has never seen the passage and will not see it: whatever is needed stands in the question.
 Do not ask what the passage says, do not mention it, use words of your own.
@@ -196,12 +198,16 @@ RUBRIC: Mapping[str, str] = {
     "correct": "Is everything that the answer says true?",
     "complete": "Does the answer answer the whole question?",
 }
+
+# %% ../../nbs/synth/61_rqa.ipynb #4f586e50
 SCORES = {
     "type": "object",
     "properties": {name: {"type": "integer", "minimum": 1, "maximum": 4} for name in RUBRIC},
     "required": list(RUBRIC),
     "additionalProperties": False,
 }
+
+# %% ../../nbs/synth/61_rqa.ipynb #ad20739e
 _JUDGE = """Judge a question and its answer. Give each line 1 (no), 2 (hardly), 3 (mostly) or 4 (yes):
 {lines}
 Answer with a JSON object of these numbers.
@@ -213,23 +219,12 @@ Answer with a JSON object of these numbers.
 {answer}
 </answer>"""
 
-# %% ../../nbs/synth/61_rqa.ipynb #3974ea29
-def judge(draft: RowDraft, workshop: Workshop) -> None:
-    """The rubric, then all proofs."""
-    lines = "\n".join(f"{name}: {asked}" for name, asked in RUBRIC.items())
-    question, said = (m["content"] for m in draft.messages)
-    told = _JUDGE.format(lines=lines, question=question, answer=said)
-    draft.check["scores"] = dict(workshop.models.ask(draft, "judge", "judge", told, SCORES).value)
-    draft.check["least_score"] = workshop.settings.least_score
-    for proof in _proofs(draft.messages, draft.check):
-        draft.prove(proof)
-
 # %% ../../nbs/synth/61_rqa.ipynb #b1775488
 def _proof(verifier: str, reason: str | None, **evidence: Any) -> Proof:
     """Passed without a reason, refused with one."""
     return Proof(verifier, REFUSED if reason else PASSED, reason or "", evidence)
 
-
+# %% ../../nbs/synth/61_rqa.ipynb #3536b8b2
 def _proofs(messages: Sequence[Mapping[str, Any]], check: Mapping[str, Any]) -> list[Proof]:
     """What there is to say about a chat, from what it carries."""
     question, said = (m["content"] for m in messages)
@@ -242,6 +237,17 @@ def _proofs(messages: Sequence[Mapping[str, Any]], check: Mapping[str, Any]) -> 
     low = sorted(name for name in RUBRIC if check["scores"].get(name, 0) < check["least_score"])
     proofs.append(_proof("rubric of the judge", low[0] + "_too_low" if low else None, **check["scores"]))
     return proofs
+
+# %% ../../nbs/synth/61_rqa.ipynb #3974ea29
+def judge(draft: RowDraft, workshop: Workshop) -> None:
+    """The rubric, then all proofs."""
+    lines = "\n".join(f"{name}: {asked}" for name, asked in RUBRIC.items())
+    question, said = (m["content"] for m in draft.messages)
+    told = _JUDGE.format(lines=lines, question=question, answer=said)
+    draft.check["scores"] = dict(workshop.models.ask(draft, "judge", "judge", told, SCORES).value)
+    draft.check["least_score"] = workshop.settings.least_score
+    for proof in _proofs(draft.messages, draft.check):
+        draft.prove(proof)
 
 # %% ../../nbs/synth/61_rqa.ipynb #60f2f11f
 def judge_rqa(row: Mapping[str, Any]) -> list[Proof]:
@@ -270,7 +276,7 @@ def _numbers(key: Any) -> tuple[int, int, int]:
     """Three numbers for a story."""
     return tuple(3 + int(40 * chance(key, i)) for i in range(3))
 
-
+# %% ../../nbs/synth/61_rqa.ipynb #4a845de1
 def _question(passage: str, sample: int, lie: float) -> str:
     """A question, as JSON."""
     a, b, c = _numbers([passage, sample])

@@ -130,7 +130,7 @@ class Exercise:
     expected: Tree
     answer: str = ""  # empty: only the files count
 
-
+# %% ../../nbs/synth/46_terminal.ipynb #b99cffde
 _NOUNS = (
     "harbour lantern orchard ledger violin saddle kettle bridge anchor meadow ribbon quarry barrel mirror candle wagon"
 ).split()
@@ -141,7 +141,7 @@ def _stems(rng: random.Random, count: int) -> list[str]:
     """Names for files, all of them different."""
     return rng.sample([f"{a}_{b}" for a in _NOUNS for b in _NOUNS if a != b], count)
 
-
+# %% ../../nbs/synth/46_terminal.ipynb #2f1c3bec
 def _prose(rng: random.Random, lines: int) -> str:
     """Some lines of text."""
     return "".join(f"{' '.join(rng.choice(_NOUNS) for _ in range(rng.randint(3, 7)))}\n" for _ in range(lines))
@@ -431,6 +431,9 @@ class TerminalSettings(SynthSettings):
         if not self.skills or not 0 <= self.slips <= 1:
             raise UserError("no skill, or no share", where="skills, slips", fix="name some skills; slips is 0 to 1")
 
+# %% ../../nbs/synth/46_terminal.ipynb #f0e374ac
+_ASKING = (column_sum, most_frequent, find_code, count_lines, largest_file)
+
 # %% ../../nbs/synth/46_terminal.ipynb #656cbdff
 def draw(draft: RowDraft, workshop: Workshop) -> None:
     """An exercise."""
@@ -457,9 +460,6 @@ def draw(draft: RowDraft, workshop: Workshop) -> None:
         "asks": asks,
     }
 
-# %% ../../nbs/synth/46_terminal.ipynb #f0e374ac
-_ASKING = (column_sum, most_frequent, find_code, count_lines, largest_file)
-
 # %% ../../nbs/synth/46_terminal.ipynb #3b50024e
 def run(draft: RowDraft, workshop: Workshop) -> None:
     """The commands, executed; and the chat of them. A row without a sandbox falls here."""
@@ -479,7 +479,7 @@ def run(draft: RowDraft, workshop: Workshop) -> None:
     draft.messages.append({"role": "assistant", "reasoning_content": "That is what was asked for.", "content": done})
     draft.tools = TOOLS
 
-
+# %% ../../nbs/synth/46_terminal.ipynb #3e937802
 def _proof(what: str, reason: str, **evidence: Any) -> Proof:
     """A proof of one question."""
     return Proof(f"terminal 1: {what}", REFUSED if reason else PASSED, reason, evidence)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['State', 'TODAY', 'TRAVEL_TOOLS', 'TRAVEL', 'BANK_TOOLS', 'BANK', 'WORLDS', 'STEPS', 'WorldTool', 'Goal', 'ToolWorld',
            'run_world_tool', 'declared', 'draw_travel', 'travel_forbids', 'draw_bank', 'bank_forbids', 'Talk', 'serve',
-           'judge_tool_world', 'draw', 'talk_over', 'prove', 'ToolWorldSettings']
+           'judge_tool_world', 'ToolWorldSettings', 'draw', 'talk_over', 'prove']
 
 # %% ../../nbs/synth/45_tool_world.ipynb #5d45f396
 import copy
@@ -32,7 +32,7 @@ class WorldTool:
     run: Callable[..., dict[str, Any]]  # (state, **arguments)
     changes: bool = False  # does it change the state?
 
-
+# %% ../../nbs/synth/45_tool_world.ipynb #8a6fb470
 @dataclass(frozen=True)
 class Goal:
     """What a customer wants."""
@@ -148,7 +148,7 @@ def _find(state: State, name: str, secret: str, key: str) -> dict[str, Any]:
     found = [c for c, about in state["customers"].items() if (about["name"], about[key]) == (name, secret)]
     return {"customer": found[0]} if found else {"error": f"nobody has this name and this {key}"}
 
-
+# %% ../../nbs/synth/45_tool_world.ipynb #40bc2538
 def _bookings(state: State, customer: str) -> dict[str, Any]:
     own = {b: about for b, about in state["bookings"].items() if about["customer"] == customer}
     return {
@@ -157,7 +157,7 @@ def _bookings(state: State, customer: str) -> dict[str, Any]:
         ]
     }
 
-
+# %% ../../nbs/synth/45_tool_world.ipynb #90c0fa3f
 def _trips(state: State, origin: str, destination: str, day: str) -> dict[str, Any]:
     found = [
         {"trip": t, **a}
@@ -173,13 +173,13 @@ def _book(state: State, customer: str, trip: str, seats: int, fare: str) -> dict
     state["bookings"][number] = {"customer": customer, "trip": trip, "seats": seats, "fare": fare}
     return {"booking": number, "price": state["trips"][trip]["price"] * seats}
 
-
+# %% ../../nbs/synth/45_tool_world.ipynb #2b28f966
 def _cancel(state: State, booking: str) -> dict[str, Any]:
     about = state["bookings"].pop(booking)
     state["trips"][about["trip"]]["seats"] += about["seats"]
     return {"cancelled": booking, "refund": state["trips"][about["trip"]]["price"] * about["seats"]}
 
-
+# %% ../../nbs/synth/45_tool_world.ipynb #2de719f5
 def _change(state: State, booking: str, trip: str) -> dict[str, Any]:
     about = state["bookings"][booking]
     state["trips"][trip]["seats"] -= about["seats"]
@@ -313,7 +313,7 @@ def _want_trip(rng: random.Random, state: State, customer: str) -> Goal:
     summary = f"book {seats} seat{'s' * (seats > 1)} ({fare}) from {way[0]} to {way[1]} on {day} at {trip['time']}"
     return Goal("book", opening, facts, reads, act, summary)
 
-
+# %% ../../nbs/synth/45_tool_world.ipynb #529eaf6b
 TRAVEL = ToolWorld(
     "travel desk", _TRAVEL_POLICY, TRAVEL_TOOLS, draw_travel,
     {"cancel": _want_cancel, "change": _want_change, "book": _want_trip}, "postcode", travel_forbids, _TRAVEL_REFUSALS,
@@ -347,14 +347,14 @@ def _accounts(state: State, customer: str) -> dict[str, Any]:
     }
     return own | {"customer_since": state["customers"][customer]["since"]}
 
-
+# %% ../../nbs/synth/45_tool_world.ipynb #0b7e6418
 def _transfer(state: State, source: str, target: str, amount: int) -> dict[str, Any]:
     state["accounts"][source]["balance"] -= amount
     if target in state["accounts"]:
         state["accounts"][target]["balance"] += amount
     return {"sent": amount, "balance": state["accounts"][source]["balance"]}
 
-
+# %% ../../nbs/synth/45_tool_world.ipynb #6e1213e1
 def _block(state: State, card: str) -> dict[str, Any]:
     state["cards"][card]["blocked"] = True
     return {"card": card, "blocked": True}
@@ -425,7 +425,7 @@ def _own(rng: random.Random, state: State, part: str, customer: str) -> str:
     own = [n for n, about in state[part].items() if about["owner"] == customer]
     return rng.choice(list(state[part])) if rng.random() < 0.125 else rng.choice(own)
 
-
+# %% ../../nbs/synth/45_tool_world.ipynb #881eba29
 def _want_transfer(rng: random.Random, state: State, customer: str) -> Goal:
     source, amount = (
         _own(rng, state, "accounts", customer),
@@ -475,7 +475,7 @@ def _want_limit(rng: random.Random, state: State, customer: str) -> Goal:
         f"set the limit of card {card} to {limit}",
     )
 
-
+# %% ../../nbs/synth/45_tool_world.ipynb #5b35660a
 BANK = ToolWorld(
     "bank", _BANK_POLICY, BANK_TOOLS, draw_bank,
     {"transfer": _want_transfer, "block": _want_block, "limit": _want_limit}, "birthday", bank_forbids, _BANK_REFUSALS,
@@ -540,6 +540,20 @@ _DONE: Mapping[str, str] = {
     "block_card": "Card {card} is blocked.", "set_limit": "The limit of card {card} is now {limit}.",
 }  # fmt: skip
 
+# %% ../../nbs/synth/45_tool_world.ipynb #52d0bc85
+def _refuse(talk: Talk, rule: str) -> str:
+    """The agent says no, and does so again if need be."""
+    rng, why = talk.rng, talk.world.refusals[rule]
+    begin = ("I am sorry, but that is not possible: ", "I cannot do that: ", "Unfortunately I have to decline: ")
+    talk.say(rng.choice(begin) + why, f"The policy forbids it ({rule}).")
+    if rng.random() < 0.4:
+        talk.user(rng.choice(_INSIST))
+        talk.say(
+            rng.choice(("I understand, and still: ", "I would if I could, but ", "No exceptions: ")) + why,
+            "The rule stays.",
+        )
+    return rule
+
 # %% ../../nbs/synth/45_tool_world.ipynb #d7179e2a
 def serve(
     talk: Talk,
@@ -574,20 +588,6 @@ def serve(
     result = talk.call(*goal.act, "The customer agrees.")
     talk.say(_DONE[goal.act[0]].format(**result) + rng.choice(("", " Goodbye.", " Have a good day.")), "Done.")
     return "done"
-
-# %% ../../nbs/synth/45_tool_world.ipynb #52d0bc85
-def _refuse(talk: Talk, rule: str) -> str:
-    """The agent says no, and does so again if need be."""
-    rng, why = talk.rng, talk.world.refusals[rule]
-    begin = ("I am sorry, but that is not possible: ", "I cannot do that: ", "Unfortunately I have to decline: ")
-    talk.say(rng.choice(begin) + why, f"The policy forbids it ({rule}).")
-    if rng.random() < 0.4:
-        talk.user(rng.choice(_INSIST))
-        talk.say(
-            rng.choice(("I understand, and still: ", "I would if I could, but ", "No exceptions: ")) + why,
-            "The rule stays.",
-        )
-    return rule
 
 # %% ../../nbs/synth/45_tool_world.ipynb #b70e6ee7
 def _proof(what: str, reason: str, **evidence: Any) -> Proof:
@@ -638,7 +638,7 @@ def _expected(world: ToolWorld, check: Mapping[str, Any]) -> tuple[State, str]:
     run_world_tool(world, state, *check["act"])
     return state, "done"
 
-
+# %% ../../nbs/synth/45_tool_world.ipynb #d2e19c12
 def _final_words(world: ToolWorld, outcome: str, messages: Sequence[Mapping[str, Any]]) -> bool:
     """Does the agent end with what became of it?"""
     last = messages[-1]
@@ -673,6 +673,11 @@ def judge_tool_world(
         proofs.append(_proof("one fact at a time", "facts_at_once" if at_once else "", facts=len(check["facts"])))
     return proofs
 
+# %% ../../nbs/synth/45_tool_world.ipynb #1f9adc27
+@dataclass(frozen=True)
+class ToolWorldSettings(SynthSettings):
+    """Settings of the pipeline tool_world. It has none of its own."""
+
 # %% ../../nbs/synth/45_tool_world.ipynb #cb1f9b60
 def draw(draft: RowDraft, workshop: Workshop) -> None:
     """A world, a customer, a goal."""
@@ -702,17 +707,12 @@ def talk_over(draft: RowDraft, workshop: Workshop) -> None:
     draft.answer = f"{draft.facts['goal'].summary}: {outcome}"
     draft.about = {"world": check["world"], "goal": draft.facts["goal"].kind, "outcome": outcome}
 
-
+# %% ../../nbs/synth/45_tool_world.ipynb #9f463043
 def prove(draft: RowDraft, workshop: Workshop) -> None:
     """What the judge of finished rows says of this one."""
     row = {"messages": draft.messages, "tools": draft.tools, "synth": {"check": draft.check}}
     for proof in judge_tool_world(row):
         draft.prove(proof)
 
-
-@dataclass(frozen=True)
-class ToolWorldSettings(SynthSettings):
-    """Settings of the pipeline tool_world. It has none of its own."""
-
-
+# %% ../../nbs/synth/45_tool_world.ipynb #cf17dc33
 STEPS = (("draw", draw), ("talk", talk_over), ("prove", prove))

@@ -270,7 +270,7 @@ def _branch(records: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any
         at = known.get(at.get("parentUuid"))
     return way[::-1], len(records) - len(way)
 
-
+# %% ../../nbs/synth/47_trajectories.ipynb #664960e2
 def _output(response: Any) -> str:
     """What a function's response says."""
     if isinstance(response, dict):
@@ -522,7 +522,7 @@ def _as_swe_agent(s: LogSession) -> Any:
     )
     return {"trajectory": [], "history": history, "info": {"exit_status": "submitted", "submission": "diff"}}
 
-
+# %% ../../nbs/synth/47_trajectories.ipynb #f2b8b3fb
 def _as_mini_swe_agent(s: LogSession) -> Any:
     messages = [{"role": "system", "content": s.system}, {"role": "user", "content": s.task}]
     for text, command, output in s.steps:
@@ -581,7 +581,7 @@ class TrajectorySettings(SynthSettings):
         if self.logs and not Path(self.logs).exists():
             raise UserError("there is no such file or folder", where=f"logs: {self.logs}", fix="give a folder of logs")
 
-
+# %% ../../nbs/synth/47_trajectories.ipynb #317ca2f4
 @lru_cache(maxsize=1)
 def _all_of(logs: str) -> tuple[Trajectory, ...]:
     """All logs of a folder, read once a process."""
@@ -619,7 +619,7 @@ def _proof(what: str, reason: str, **evidence: Any) -> Proof:
     """A proof of one question."""
     return Proof(f"trajectories 1: {what}", REFUSED if reason else PASSED, reason, evidence)
 
-
+# %% ../../nbs/synth/47_trajectories.ipynb #22ae0815
 def _out_of_step(messages: Sequence[Mapping[str, Any]], names: set[str]) -> str:
     """The first thing that is wrong with calls and results; empty if nothing is."""
     waiting: list[str] = []
@@ -651,7 +651,7 @@ def judge_trajectories(
         _proof("as it was read", "" if digest(messages) == check["chat"] else "changed", lost=check["lost"]),
     ]
 
-
+# %% ../../nbs/synth/47_trajectories.ipynb #58f575c9
 def prove(draft: RowDraft, workshop: Workshop) -> None:
     """What the judge of finished rows says of this one."""
     for proof in judge_trajectories(

@@ -33,7 +33,7 @@ class World(Protocol):
     def state(self) -> Any:
         """All that calls can change, as JSON."""
 
-
+# %% ../../nbs/synth/22_verify_tools.ipynb #dff05c27
 class Office:
     """The office of the workplace tasks as a world."""
 
@@ -59,7 +59,7 @@ class ChatFault(Exception):
         super().__init__(reason)
         self.reason, self.evidence = reason, evidence
 
-
+# %% ../../nbs/synth/22_verify_tools.ipynb #81fe1336
 @dataclass(frozen=True)
 class Exchange:
     """A call and its result."""
@@ -69,7 +69,7 @@ class Exchange:
     arguments: str  # JSON
     result: str
 
-
+# %% ../../nbs/synth/22_verify_tools.ipynb #a4a43050
 def _calls_of(message: Mapping[str, Any], index: int) -> dict[str, tuple[str, str]]:
     """id -> (name, arguments) of the calls of a message."""
     found: dict[str, tuple[str, str]] = {}
@@ -121,7 +121,7 @@ def _closed(schema: Any) -> Any:
         inner = {"properties": {}, "additionalProperties": False} | inner
     return inner
 
-
+# %% ../../nbs/synth/22_verify_tools.ipynb #9e0b2107
 @functools.lru_cache(maxsize=256)
 def _checks(parameters: str) -> Draft202012Validator:
     """What the arguments of a tool are checked with, from the JSON of its parameters."""
@@ -129,7 +129,7 @@ def _checks(parameters: str) -> Draft202012Validator:
     Draft202012Validator.check_schema(schema)
     return Draft202012Validator(schema, registry=Registry())
 
-
+# %% ../../nbs/synth/22_verify_tools.ipynb #3065c3f1
 def _declared(tools: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """name -> its parameters, as JSON."""
     functions = [tool.get("function", tool) for tool in tools]
@@ -162,7 +162,7 @@ def _same(one: str, other: str) -> bool:
     except (BadJson, RecursionError):
         return False
 
-
+# %% ../../nbs/synth/22_verify_tools.ipynb #e85a5b4a
 def _replayed(calls: Sequence[tuple[Exchange, dict[str, Any]]], world: World) -> None:
     """Carry out the calls; raises where a result differs, or a call is repeated."""
     seen: set[str] = set()
@@ -189,7 +189,7 @@ class ToolGoal:
         """As it travels in a row."""
         return {"facts": list(self.facts), "not_said": list(self.not_said), "state": self.state}
 
-
+# %% ../../nbs/synth/22_verify_tools.ipynb #5671bd4c
 def says(
     text: str,
     fact: str,
@@ -198,7 +198,7 @@ def says(
     words, there = (" ".join(t.casefold().split()) for t in (fact, text))
     return bool(words) and re.search(rf"(?<!\w)(?<!\d[.,]){re.escape(words)}(?!\w)(?![.,]\d)", there) is not None
 
-
+# %% ../../nbs/synth/22_verify_tools.ipynb #0aa747be
 def _check_end(messages: Sequence[Mapping[str, Any]], world: World, goal: ToolGoal) -> None:
     """Raises what is wrong with the end of a chat."""
     last = messages[-1] if messages else {}

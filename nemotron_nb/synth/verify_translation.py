@@ -29,6 +29,8 @@ _MATHS = re.compile(
     re.S,
 )
 _LINK = re.compile(r"\bhttps?://[^\s<>\"'()\[\]{}]*[^\s<>\"'()\[\]{}.,;:!?]")
+
+# %% ../../nbs/synth/23_verify_translation.ipynb #b61d0868
 _WORDS = re.compile(r"\\(?:text|textrm|textbf|mbox)\{[^{}]*\}")
 
 # %% ../../nbs/synth/23_verify_translation.ipynb #2df02857
@@ -55,7 +57,7 @@ class Parts:
     links: tuple[str, ...]
     text: str  # the rest
 
-
+# %% ../../nbs/synth/23_verify_translation.ipynb #8d27250e
 def parts_of(
     text: str,
 ) -> Parts:
@@ -88,12 +90,12 @@ def _ascii_digits(text: str) -> str:
     digits = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
     return digits.replace("\u066b", ".").replace("\u066c", ",")
 
-
+# %% ../../nbs/synth/23_verify_translation.ipynb #80853b1b
 def _plain(whole: str, part: str = "") -> str:
     """A number without separators, and without zeros that mean nothing."""
     return f"{whole.lstrip('0') or '0'}.{part}".rstrip("0").rstrip(".") if part else whole.lstrip("0") or "0"
 
-
+# %% ../../nbs/synth/23_verify_translation.ipynb #6f22bef5
 def values_of(
     number: str,  # as it stands in a text
 ) -> frozenset[str]:
@@ -130,7 +132,7 @@ def _paired(ours: Sequence[frozenset[str]], theirs: Sequence[frozenset[str]]) ->
 
     return len(ours) == len(theirs) <= _MOST and all(find(one, set()) for one in range(len(ours)))
 
-
+# %% ../../nbs/synth/23_verify_translation.ipynb #041ab0f1
 def same_numbers(
     one: str,
     other: str,
@@ -148,7 +150,7 @@ def _skeleton(value: Any) -> Any:
         return [_skeleton(inner) for inner in value]
     return ("text", bool(value.strip())) if isinstance(value, str) else (type(value).__name__, value)
 
-
+# %% ../../nbs/synth/23_verify_translation.ipynb #794d7a20
 def _json(text: str) -> Any:
     """The skeleton of a text that is JSON; None for any other."""
     try:
@@ -170,7 +172,7 @@ def _fences_differ(one: Parts, other: Parts) -> str:
             return "fences_differ"
     return ""
 
-
+# %% ../../nbs/synth/23_verify_translation.ipynb #ebb2acf2
 def _frame(text: str) -> list[str]:
     """What the lines of a text begin with: headings, list items, quotes, or nothing."""
     lines = (line.strip() for line in text.splitlines())
@@ -216,11 +218,10 @@ def _prose(text: str) -> str:
     collect(parse_json(text))
     return "\n\n".join(found)
 
-
+# %% ../../nbs/synth/23_verify_translation.ipynb #823780f3
 def _size(text: str) -> int:
-    """Words of a text; where no blanks are written, two letters count as one."""
-    wide = sum(unicodedata.east_asian_width(c) == "W" and c.isalpha() for c in text)
-    return max(len(words(text)), wide // 2)
+    """Words of a text; where no blanks are written, its letters."""
+    return len(words(text))
 
 # %% ../../nbs/synth/23_verify_translation.ipynb #8cf8f7d8
 def _language(source: str, text: str, language: str) -> tuple[str, str]:
@@ -263,7 +264,7 @@ def _texts(message: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     names = () if message.get("role") == "tool" else ("content", "reasoning_content")
     return ((name, message[name]) for name in names if message.get(name))
 
-
+# %% ../../nbs/synth/23_verify_translation.ipynb #6368aaaf
 def verify_translated_chat(
     messages: Sequence[Mapping[str, Any]],
     translated: Sequence[Mapping[str, Any]],
