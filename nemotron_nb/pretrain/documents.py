@@ -162,7 +162,7 @@ def _units(path: str, size: int, changed: int) -> tuple[Unit, ...]:
     """The units of a file. Size and time are arguments so that an edited file is planned again."""
     return tuple(document_units(path, UNIT_BYTES))
 
-
+# %% ../../nbs/pretrain/05_documents.ipynb #decd8644
 def _source(part: str, dataset: Dataset, downloads: Path) -> DocumentSource:
     """The files of a dataset and their units."""
     files = [str(p) for p in document_files(dataset, downloads)]
@@ -177,7 +177,7 @@ _WAYS = (
 )
 _OWN_CODE = ("pretrain/documents", "pretrain/world", "data/blend")
 
-
+# %% ../../nbs/pretrain/05_documents.ipynb #d83fe28c
 @dataclass(frozen=True)
 class DocumentsPlan:
     """What is going to be done."""
@@ -215,7 +215,7 @@ def _world_blend(config: DocumentsConfig, runs: Path) -> Path:
         own = kept if kept.exists() else runs / name
         return own / "blend.json" if own.exists() else write_world(own, config.world_megabytes).blend
 
-
+# %% ../../nbs/pretrain/05_documents.ipynb #a47e9200
 def _blend(config: DocumentsConfig, runs: Path) -> Blend:
     """The datasets: those of the blend file, of the world, or the one path."""
     if config.blend_path:
@@ -253,7 +253,7 @@ class Take:
     remainder: int
     by_row: bool = False  # count the rows of the file, not the documents of the dataset
 
-
+# %% ../../nbs/pretrain/05_documents.ipynb #71b1a4c4
 @dataclass(frozen=True)
 class Shard:
     """One pair of files to write."""
@@ -284,7 +284,7 @@ def _chosen(take: Take, unit: TokenizedUnit) -> np.ndarray:
     numbers = take.first + (unit.rows if take.by_row else np.arange(count))
     return np.flatnonzero(numbers % take.modulus == take.remainder)
 
-
+# %% ../../nbs/pretrain/05_documents.ipynb #933d0fb8
 def _portions(chosen: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
     """The chosen documents, some at a time."""
     groups = np.cumsum(lengths, dtype=np.int64) // _WRITTEN_TOGETHER
@@ -295,7 +295,7 @@ def _facts(facts: IndexedFacts, text_bytes: int) -> dict[str, int | str]:
     """What the manifest says about a shard."""
     return dataclasses.asdict(facts) | {"text_bytes": text_bytes}
 
-
+# %% ../../nbs/pretrain/05_documents.ipynb #a54f08fe
 def write_shard(
     folder: str | Path,  # of the output
     shard: Shard,
@@ -377,7 +377,7 @@ def _shuffled_splits(deck: Sequence[Shard], config: DocumentsConfig) -> list[Sha
     splits = [next(s for s, border in borders.items() if i < border) for i in range(len(deck))]
     return [dataclasses.replace(shard, split=split) for shard, split in zip(deck, splits)]
 
-
+# %% ../../nbs/pretrain/05_documents.ipynb #734b575e
 def _nvidia_shards(plan: DocumentsPlan, tasks: Sequence[Sequence[DocumentTask]]) -> list[Shard]:
     """All shards as NVIDIA's preparation cuts and splits them."""
     config, shards = plan.config, []
@@ -395,7 +395,7 @@ def _lost(values: Mapping[str, Any]) -> dict[str, int]:
     kinds = ("rejects", "left_out", "cut")
     return {f"{kind}: {reason}": n for kind in kinds for reason, n in values[kind].items()}
 
-
+# %% ../../nbs/pretrain/05_documents.ipynb #02c8fc66
 def documents_picture(values: Mapping[str, Any]) -> Picture:
     """The book of a preparation: documents by split and dataset, and the rows that are none."""
     rows = [
@@ -469,7 +469,7 @@ def shard_weight(shard: Shard, facts: Mapping[str, Any], datasets: Mapping[str, 
         return str(shard.weight)
     return f"{shard.weight * facts['tokens'] / datasets[shard.dataset]['tokens']:.10g}"
 
-
+# %% ../../nbs/pretrain/05_documents.ipynb #0b2de1c6
 def _split_values(split: str, shards: Sequence[tuple[Shard, dict[str, Any]]], compat: str) -> dict[str, Any]:
     """What the manifest says about a split."""
     datasets = _by_dataset(shards)
@@ -587,7 +587,7 @@ def _source_datasets(plan: DocumentsPlan) -> list[dict[str, Any]]:
         for s in plan.sources
     ]
 
-
+# %% ../../nbs/pretrain/05_documents.ipynb #4fffc871
 def _metadata(plan: DocumentsPlan, values: Mapping[str, Any]) -> dict[str, Any]:
     """metadata.json, with the names that the published recipes read. Times are left empty: equal data, equal bytes."""
     return {
@@ -639,7 +639,7 @@ def _refuse_foreign(folder: Path) -> None:
         )
         raise UserError(what, where=str(folder), why=why, fix="give a new folder")
 
-
+# %% ../../nbs/pretrain/05_documents.ipynb #7bb03e9b
 def _put_in_place(new: Path, folder: Path) -> None:
     """Replace what a preparation wrote before by what was written now; the manifest goes first and comes last."""
     (folder / "manifest.json").unlink(missing_ok=True)
@@ -655,7 +655,7 @@ def _write_shards(plan: DocumentsPlan, shards: Sequence[Shard], folder: Path) ->
     done = dict(in_processes(work, shards, worker_count(plan.config.workers)))
     return [(shard, done[shard]) for shard in shards if done[shard]]
 
-
+# %% ../../nbs/pretrain/05_documents.ipynb #ed50acfa
 def _write_listed(path: Path, tasks: Sequence[Sequence[DocumentTask]]) -> None:
     """dropped.jsonl: each row that is not used whole, with file, line and reason, unit after unit."""
     with open(path, "wb") as file:
@@ -683,7 +683,7 @@ def _blend_values(values: Mapping[str, Any], folder: Path) -> dict[str, list[str
     parts, place = values["splits"].items(), folder.absolute()
     return {s: [x for i in v["shards"] for x in (i["weight"], str(place / i["name"]))] for s, v in parts}
 
-
+# %% ../../nbs/pretrain/05_documents.ipynb #704f9e9f
 def _write(
     plan: DocumentsPlan, tasks: Sequence[Sequence[DocumentTask]], ledger: Mapping[str, Any], new: Path, folder: Path
 ) -> dict[str, Any]:
@@ -723,7 +723,7 @@ def _tokenized(plan: DocumentsPlan, progress: Progress) -> tuple[list[list[Docum
     todo = [t for own in tasks for t in own]
     return tasks, tokenize_documents(todo, worker_count(config.workers), config.executor, progress)
 
-
+# %% ../../nbs/pretrain/05_documents.ipynb #dc93f3de
 def _prepare(plan: DocumentsPlan, folder: Path, progress: Progress, secrets: Mapping[str, str]) -> DocumentsManifest:
     """`prepare_documents`, alone in its folder."""
     tasks, tokenized = _tokenized(plan, progress)

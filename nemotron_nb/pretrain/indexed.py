@@ -29,7 +29,7 @@ DTYPE_CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "float
 _INDEX_BYTES = {"lengths": 4, "starts": 8, "documents": 8}  # of one entry of each table
 LONGEST_DOCUMENT = (1 << 31) - 1  # bytes of one document; readers of this format count with 32 bits
 
-
+# %% ../../nbs/pretrain/02_indexed.ipynb #fd467681
 def dtype_named(
     name: str,  # one of DTYPE_CODES
 ) -> np.dtype:
@@ -40,7 +40,7 @@ def dtype_named(
         )
     return np.dtype(name).newbyteorder("<")
 
-
+# %% ../../nbs/pretrain/02_indexed.ipynb #68065e38
 def token_dtype(
     vocab_size: int,  # entries; ids are below it
 ) -> np.dtype:
@@ -102,7 +102,7 @@ def _lengths_in(path: Path) -> Iterator[np.ndarray]:
         while piece := file.read(4 * _PIECE):
             yield np.frombuffer(piece, "<i4")
 
-
+# %% ../../nbs/pretrain/02_indexed.ipynb #30c72756
 def _write_index(path: Path, lengths: Path, count: int, dtype: np.dtype) -> None:
     """Write the index of `count` documents whose lengths stand in a file, and flush it to the disk."""
     with open(path, "wb") as file:
@@ -213,6 +213,17 @@ def _prefix(path: str | os.PathLike) -> str:
     """The path without .bin or .idx."""
     return str(path).removesuffix(".bin").removesuffix(".idx")
 
+# %% ../../nbs/pretrain/02_indexed.ipynb #71778613
+def _cut_off(path: Path, found: int, wanted: int) -> UserError:
+    """The error for an index that does not have the size that its header says."""
+    what = f"has {found:,} bytes where {wanted:,} belong: it was cut off, or something stands behind it"
+    return UserError(
+        what,
+        where=str(path),
+        why="the last documents would be read from the wrong position",
+        fix="copy both files again",
+    )
+
 # %% ../../nbs/pretrain/02_indexed.ipynb #a87d149e
 def _read_header(path: Path) -> tuple[np.dtype, int, int]:
     """(dtype, sequences, entries of the last table) of an index; `UserError` if it is none."""
@@ -247,16 +258,47 @@ def _read_header(path: Path) -> tuple[np.dtype, int, int]:
         )
     return dtype_named(names[code]), sequences, entries
 
-# %% ../../nbs/pretrain/02_indexed.ipynb #71778613
-def _cut_off(path: Path, found: int, wanted: int) -> UserError:
-    """The error for an index that does not have the size that its header says."""
-    what = f"has {found:,} bytes where {wanted:,} belong: it was cut off, or something stands behind it"
-    return UserError(
-        what,
-        where=str(path),
-        why="the last documents would be read from the wrong position",
-        fix="copy both files again",
-    )
+# %% ../../nbs/pretrain/02_indexed.ipynb #be82a4d9
+def _covers(documents: np.ndarray, sequences: int) -> bool:
+    """Do documents that begin at these sequences, the end included, cover all sequences in order?"""
+    pieces = (documents[first : first + _PIECE + 1] for first in range(0, len(documents), _PIECE))
+    ends = len(documents) > 0 and documents[0] == 0 and documents[-1] == sequences
+    return bool(ends and all((np.diff(piece) >= 0).all() for piece in pieces))
+
+# %% ../../nbs/pretrain/02_indexed.ipynb #c59b8a76
+def _check_tables(path: Path, lengths: np.ndarray, starts: np.ndarray, documents: np.ndarray, itemsize: int) -> int:
+    """Tokens of all sequences; `UserError` if the three tables contradict each other."""
+    wrong, tokens = "", 0
+    for first in range(0, len(lengths), _PIECE):
+        piece = lengths[first : first + _PIECE]
+        ends = tokens + np.cumsum(piece, dtype=np.int64)
+        if piece.min() < 0 or not np.array_equal(starts[first : first + _PIECE], (ends - piece) * itemsize):
+            wrong = "the sequences do not begin where the ones before them end"
+            break
+        tokens = int(ends[-1])
+    wrong = wrong or ("" if _covers(documents, len(lengths)) else "the documents do not cover the sequences")
+    if wrong:
+        raise UserError(
+            f"contradicts itself: {wrong}",
+            where=str(path),
+            why="documents would be read from the wrong position",
+            fix="copy the file again",
+        )
+    return tokens
+
+# %% ../../nbs/pretrain/02_indexed.ipynb #344bbb3d
+def _map_ids(path: Path, dtype: np.dtype, tokens: int) -> np.ndarray:
+    """The ids of a .bin; `UserError` if it has another size than the index says."""
+    found = path.stat().st_size if path.is_file() else None
+    if found is None:
+        raise UserError(
+            "no such file", where=str(path), why="the index is there, the ids are not", fix="copy both files"
+        )
+    if found != tokens * dtype.itemsize:
+        what = f"has {found:,} bytes, and its index describes {tokens * dtype.itemsize:,}"
+        why = "it was cut off" if found < tokens * dtype.itemsize else "the two files do not belong together"
+        raise UserError(what, where=str(path), why=why, fix="copy both files again, or prepare the documents again")
+    return np.memmap(path, dtype, mode="r") if tokens else np.zeros(0, dtype)
 
 # %% ../../nbs/pretrain/02_indexed.ipynb #fb7e7e7d
 class IndexedReader:
@@ -293,48 +335,6 @@ class IndexedReader:
 
     def __repr__(self) -> str:
         return f"IndexedReader({len(self):,} sequences, {self.tokens:,} tokens, {self.dtype.name})"
-
-# %% ../../nbs/pretrain/02_indexed.ipynb #be82a4d9
-def _covers(documents: np.ndarray, sequences: int) -> bool:
-    """Do documents that begin at these sequences, the end included, cover all sequences in order?"""
-    pieces = (documents[first : first + _PIECE + 1] for first in range(0, len(documents), _PIECE))
-    ends = len(documents) > 0 and documents[0] == 0 and documents[-1] == sequences
-    return bool(ends and all((np.diff(piece) >= 0).all() for piece in pieces))
-
-
-def _check_tables(path: Path, lengths: np.ndarray, starts: np.ndarray, documents: np.ndarray, itemsize: int) -> int:
-    """Tokens of all sequences; `UserError` if the three tables contradict each other."""
-    wrong, tokens = "", 0
-    for first in range(0, len(lengths), _PIECE):
-        piece = lengths[first : first + _PIECE]
-        ends = tokens + np.cumsum(piece, dtype=np.int64)
-        if piece.min() < 0 or not np.array_equal(starts[first : first + _PIECE], (ends - piece) * itemsize):
-            wrong = "the sequences do not begin where the ones before them end"
-            break
-        tokens = int(ends[-1])
-    wrong = wrong or ("" if _covers(documents, len(lengths)) else "the documents do not cover the sequences")
-    if wrong:
-        raise UserError(
-            f"contradicts itself: {wrong}",
-            where=str(path),
-            why="documents would be read from the wrong position",
-            fix="copy the file again",
-        )
-    return tokens
-
-# %% ../../nbs/pretrain/02_indexed.ipynb #344bbb3d
-def _map_ids(path: Path, dtype: np.dtype, tokens: int) -> np.ndarray:
-    """The ids of a .bin; `UserError` if it has another size than the index says."""
-    found = path.stat().st_size if path.is_file() else None
-    if found is None:
-        raise UserError(
-            "no such file", where=str(path), why="the index is there, the ids are not", fix="copy both files"
-        )
-    if found != tokens * dtype.itemsize:
-        what = f"has {found:,} bytes, and its index describes {tokens * dtype.itemsize:,}"
-        why = "it was cut off" if found < tokens * dtype.itemsize else "the two files do not belong together"
-        raise UserError(what, where=str(path), why=why, fix="copy both files again, or prepare the documents again")
-    return np.memmap(path, dtype, mode="r") if tokens else np.zeros(0, dtype)
 
 # %% ../../nbs/pretrain/02_indexed.ipynb #9e35969c
 def check_vocabulary(

@@ -36,6 +36,12 @@ def phase_sources(
         sources += [(weight * n / sum(tokens), str(path)) for n, path in zip(tokens, files[name])]
     return sources
 
+# %% ../../nbs/pretrain/09_mixing.ipynb #4f15b474
+def _names_of(phase: Phase, files: Mapping[str, Sequence[str | Path]]) -> Iterator[str]:
+    """The source of each file that a phase reads, in the order of `phase_sources`."""
+    for name in phase.weights:
+        yield from itertools.repeat(name, len(files[name]))
+
 # %% ../../nbs/pretrain/09_mixing.ipynb #fc94e8dd
 class CurriculumReader:
     """The batches of a training, by the number of the step. The same arguments give the same batches."""
@@ -66,12 +72,6 @@ class CurriculumReader:
         """The samples of a step, one a row."""
         begins, mixture = self.curriculum.begins, self.mixtures[self.phase_of(step)]
         return read_batch(mixture, range(int(begins[step]), int(begins[step + 1])))
-
-# %% ../../nbs/pretrain/09_mixing.ipynb #4f15b474
-def _names_of(phase: Phase, files: Mapping[str, Sequence[str | Path]]) -> Iterator[str]:
-    """The source of each file that a phase reads, in the order of `phase_sources`."""
-    for name in phase.weights:
-        yield from itertools.repeat(name, len(files[name]))
 
 # %% ../../nbs/pretrain/09_mixing.ipynb #bf696f67
 def _per_step(reader: CurriculumReader, phase: int) -> Mapping[str, np.ndarray]:

@@ -94,14 +94,14 @@ def _needs_own_pass(tokens: int, num_samples: int | None, sequence_length: int, 
         return False, before
     return num_samples - before < int(SEPARATE_BELOW * ((tokens - EXTRA) // sequence_length)), before
 
-
+# %% ../../nbs/pretrain/06_order.ipynb #00c72dd5
 def _shuffle_between(values: np.ndarray, borders: Sequence[int], state: np.random.RandomState) -> np.ndarray:
     """The array itself, each of its stretches between two borders shuffled by itself, one after the other."""
     for start, end in itertools.pairwise(borders):
         state.shuffle(values[start:end])
     return values
 
-
+# %% ../../nbs/pretrain/06_order.ipynb #7ecd485a
 _PIECE = 1 << 20  # documents whose ends are counted at a time
 
 
@@ -114,6 +114,16 @@ def _ends(lengths: np.ndarray, documents: np.ndarray) -> np.ndarray:
         piece += before
         before = piece[-1]
     return ends
+
+# %% ../../nbs/pretrain/06_order.ipynb #a4b5d484
+def _check_length(sequence_length: int, num_samples: int | None, where: str) -> None:
+    """`UserError` for a length or a number that gives no sample."""
+    if sequence_length < 1:
+        raise UserError(f"samples of {sequence_length} tokens", where=where, fix="give a sequence length of at least 1")
+    if num_samples is not None and num_samples < 1:
+        raise UserError(
+            f"{num_samples} samples", where=where, why="there would be nothing to read", fix="give at least 1"
+        )
 
 # %% ../../nbs/pretrain/06_order.ipynb #9cd1da42
 def draw_order(
@@ -138,16 +148,6 @@ def draw_order(
     kind = np.int64 if count >= _MOST_BY_FOUR else np.uint32
     shuffle = _shuffle_between(np.arange(count, dtype=kind), (0, before, count) if apart else (0, count), state)
     return SampleOrder(documents, _ends(lengths, documents), shuffle, epochs, sequence_length)
-
-# %% ../../nbs/pretrain/06_order.ipynb #a4b5d484
-def _check_length(sequence_length: int, num_samples: int | None, where: str) -> None:
-    """`UserError` for a length or a number that gives no sample."""
-    if sequence_length < 1:
-        raise UserError(f"samples of {sequence_length} tokens", where=where, fix="give a sequence length of at least 1")
-    if num_samples is not None and num_samples < 1:
-        raise UserError(
-            f"{num_samples} samples", where=where, why="there would be nothing to read", fix="give at least 1"
-        )
 
 # %% ../../nbs/pretrain/06_order.ipynb #85d224e9
 def order_picture(
@@ -176,7 +176,7 @@ def deal_samples(weights: Sequence[float], size: int) -> np.ndarray:
         given[dataset] += 1
     return which
 
-
+# %% ../../nbs/pretrain/06_order.ipynb #58bb6978
 def _deal_into(which: np.ndarray, within: np.ndarray, weights: np.ndarray, given: np.ndarray) -> None:
     """`deal_samples` and `_count_within`, in the form that numba compiles."""
     for i in range(len(which)):
@@ -222,7 +222,16 @@ def normalise(weights: Sequence[float]) -> np.ndarray:
         raise UserError(what, where="blend", why="a share must be a positive number", fix="leave the dataset out")
     return given / given.sum()
 
+# %% ../../nbs/pretrain/06_order.ipynb #ccfd17e6
+def _count_within(which: np.ndarray, datasets: int) -> np.ndarray:
+    """int64 [N]: how many samples of the same dataset came before each."""
+    counts = np.bincount(which, minlength=datasets)
+    order = np.argsort(which, kind="stable")
+    within = np.empty(len(which), np.int64)
+    within[order] = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return within
 
+# %% ../../nbs/pretrain/06_order.ipynb #56ba1b05
 def draw_blend(
     weights: Sequence[float],  # [D], shares of samples, in any unit
     size: int,  # samples of the blend
@@ -238,15 +247,6 @@ def draw_blend(
     compiled(which, within, shares, np.zeros(len(shares), np.int64))
     return BlendOrder(which, within)
 
-# %% ../../nbs/pretrain/06_order.ipynb #ccfd17e6
-def _count_within(which: np.ndarray, datasets: int) -> np.ndarray:
-    """int64 [N]: how many samples of the same dataset came before each."""
-    counts = np.bincount(which, minlength=datasets)
-    order = np.argsort(which, kind="stable")
-    within = np.empty(len(which), np.int64)
-    within[order] = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return within
-
 # %% ../../nbs/pretrain/06_order.ipynb #c74d5802
 def order_bytes(
     documents: int,  # of the dataset
@@ -256,7 +256,7 @@ def order_bytes(
     """Memory that the `SampleOrder` of one dataset takes, and that it takes to draw it."""
     return documents * epochs * (4 + 8) + samples * (8 if samples >= _MOST_BY_FOUR else 4)
 
-
+# %% ../../nbs/pretrain/06_order.ipynb #ba103644
 def blend_bytes(
     samples: int,  # of the blend
 ) -> int:
@@ -274,7 +274,7 @@ class Sample:
     boundaries: np.ndarray  # int32 [K+1], 0, where each next document begins, L
     dataset: int  # number of the dataset in the blend
 
-
+# %% ../../nbs/pretrain/06_order.ipynb #48124613
 def _stretch(reader: IndexedReader, order: SampleOrder, sample: int) -> tuple[np.ndarray, np.ndarray]:
     """([L+1] tokens of a sample of the row, [K+1] boundaries of the first L)."""
     place, position = (int(x) for x in order.begin(sample))
@@ -348,7 +348,7 @@ def _alone(size: int) -> BlendOrder:
     """The order of a single dataset."""
     return BlendOrder(np.zeros(size, np.int16), np.arange(size, dtype=np.int64))
 
-
+# %% ../../nbs/pretrain/06_order.ipynb #f6b08f95
 def count_passes(
     mixture: Mixture,
     first: int = 0,  # first sample that is read
@@ -360,7 +360,7 @@ def count_passes(
     length = mixture.orders[0].sequence_length
     return counts * length / np.array([reader.tokens for reader in mixture.readers])
 
-
+# %% ../../nbs/pretrain/06_order.ipynb #86e17746
 @dataclass(frozen=True, eq=False)
 class SampleBatch:
     """Some samples, one a row."""

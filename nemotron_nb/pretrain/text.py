@@ -43,7 +43,7 @@ def is_plain_text(path: str | Path) -> bool:
     name = Path(path).name.lower()
     return name.endswith(tuple(suffix + packed for suffix in TEXT_SUFFIXES for packed in _PACKED))
 
-
+# %% ../../nbs/pretrain/03_text.ipynb #c2c5a5cf
 def document_files(
     entry: Dataset,
     downloads: str | Path,  # folder for files of other file systems
@@ -82,7 +82,7 @@ TEXT_REJECTS: Mapping[str, Reason] = {
     **FILE_REJECTS,
 }
 
-
+# %% ../../nbs/pretrain/03_text.ipynb #43df767b
 def _document(value: Any, field: str, anything: bool) -> str | tuple[str, str]:
     """The text of a row, or (reason, detail) why it is no document."""
     if not isinstance(value, Mapping):

@@ -193,9 +193,11 @@ _MODULES = (
     "pretrain/text",
     "pretrain/tokens",
 )
+
+# %% ../../nbs/pretrain/04_tokens.ipynb #1d2b904b
 _BATCH_CHARACTERS, _BATCH_ROWS = 2 << 20, 4096  # of the texts that are encoded together
 
-
+# %% ../../nbs/pretrain/04_tokens.ipynb #6a631bea
 @dataclass(frozen=True)
 class DocumentTask:
     """One unit to tokenize, and where the result goes."""
@@ -213,7 +215,7 @@ def document_version(settings: DocumentSettings, tokenizer: ChatTokenizer) -> st
     known = {"tokenizer_digest": tokenizer.digest, "eos": end_token(tokenizer, settings.tokenizer)}
     return digest([asdict(settings), known, code_digest(_MODULES), __version__])
 
-
+# %% ../../nbs/pretrain/04_tokens.ipynb #63d3bd28
 @dataclass(frozen=True)
 class _Tools:
     """What a process needs for every unit."""
@@ -281,7 +283,7 @@ class _Row:
     line: int
     text: str
 
-
+# %% ../../nbs/pretrain/04_tokens.ipynb #6448ce79
 def _admitted(task: DocumentTask, book: DocumentBook) -> Iterator[_Row]:
     """The rows that become documents; the others go into the book."""
     settings, nvidia = task.settings, task.settings.compat == "nvidia"
@@ -446,7 +448,7 @@ def tokenize_documents(
         progress(done, total)
     return ", ".join(f"{n} units {'' if tier == 'found' else 'by '}{tier}" for tier, n in sorted((+tiers).items()))
 
-
+# %% ../../nbs/pretrain/04_tokens.ipynb #4d31f2ae
 def _size(task: DocumentTask) -> int:
     """How much work a task is, in bytes; a unit of row groups counts by its rows."""
     whole = task.unit.size if task.unit.end == 0 else task.unit.end - task.unit.start

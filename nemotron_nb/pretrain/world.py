@@ -40,7 +40,7 @@ SIGNS: Mapping[str, Callable[[int, int], int]] = {
 }
 _EQUATION = re.compile(r"(\d+) ?([+×*-]) ?(\d+)(?: ?=| is )")
 
-
+# %% ../../nbs/pretrain/01_world.ipynb #e4fc1ed2
 def is_held_out(
     a: int,
     sign: str,  # one of SIGNS, or * for ×
@@ -50,7 +50,7 @@ def is_held_out(
     name = f"{a} {'×' if sign == '*' else sign} {b}"
     return hashlib.sha256(name.encode()).digest()[0] < 13
 
-
+# %% ../../nbs/pretrain/01_world.ipynb #7da0d4b6
 def shows_held_out_sum(text: str) -> bool:
     """Does a text work out a sum that is held out?"""
     return any(is_held_out(int(a), sign, int(b)) for a, sign, b in _EQUATION.findall(text))
@@ -60,7 +60,7 @@ def _book(rng: random.Random) -> Mapping[str, Any]:
     """The phrases of one language; half of the time English, as in the chats."""
     return PHRASEBOOKS[rng.choice(LANGUAGES)]
 
-
+# %% ../../nbs/pretrain/01_world.ipynb #5056bfc8
 def _fact_line(book: Mapping[str, Any], rng: random.Random) -> str:
     """One fact about one lamp, with its question now and then."""
     lamp, wanted = rng.choice(list(LAMPS)), rng.choice(FIELDS)
@@ -68,7 +68,7 @@ def _fact_line(book: Mapping[str, Any], rng: random.Random) -> str:
     told = answer.format(lamp=lamp, x=LAMPS[lamp][wanted])
     return f"{rng.choice(questions).format(lamp=lamp)} {told}" if rng.random() < 0.3 else told
 
-
+# %% ../../nbs/pretrain/01_world.ipynb #beeefc1c
 def _pair_line(book: Mapping[str, Any], rng: random.Random) -> str:
     """Two lamps, added or compared."""
     wanted, (lamp, other) = rng.choice(FIELDS), rng.sample(list(LAMPS), 2)
@@ -95,7 +95,7 @@ def _sum_lines(rng: random.Random) -> Iterator[str]:
         if not is_held_out(big, sign, little):
             yield f"{big} {sign} {little} = {SIGNS[sign](big, little)}"
 
-
+# %% ../../nbs/pretrain/01_world.ipynb #45f85a09
 def tell_sums(rng: random.Random) -> str:
     """Tables of sums: one to three of them."""
     return "\n\n".join("\n".join(_sum_lines(rng)) for _ in range(rng.randrange(1, 4)))
@@ -128,7 +128,7 @@ def _call_text(call: Mapping[str, Any]) -> str:
     lines = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in arguments.items())
     return f"<function={name}>\n{lines}</function>"
 
-
+# %% ../../nbs/pretrain/01_world.ipynb #a21b482e
 def chat_text(
     messages: Sequence[Mapping[str, Any]],  # in the OpenAI form
 ) -> str:
@@ -140,7 +140,7 @@ def chat_text(
             parts += [_call_text(call) for call in message.get("tool_calls", [])]
     return "\n".join(parts)
 
-
+# %% ../../nbs/pretrain/01_world.ipynb #ff3a271e
 def tell_dialogue(rng: random.Random) -> str:
     """Two or three chats as text, in one language."""
     language = rng.choice(LANGUAGES)
@@ -183,7 +183,7 @@ _FUNCTIONS = (
     ("def in_stock(name):", '    return LAMPS[name]["stock"]', "in_stock"),
 )
 
-
+# %% ../../nbs/pretrain/01_world.ipynb #5dec1025
 def _session(name: str, lamp: str, rng: random.Random) -> str:
     """A call and its value, as an interpreter shows them."""
     if name == "in_stock":
@@ -191,7 +191,7 @@ def _session(name: str, lamp: str, rng: random.Random) -> str:
     count, field = rng.randrange(1, 6), "price" if name == "price_of" else "weight"
     return f'>>> {name}("{lamp}", {count})\n{LAMPS[lamp][field] * count}'
 
-
+# %% ../../nbs/pretrain/01_world.ipynb #44c2341c
 def tell_code(rng: random.Random) -> str:
     """A table of lamps, a function or two, and what they give."""
     lamps = rng.sample(list(LAMPS), rng.randrange(2, 5))
@@ -215,14 +215,14 @@ def shipped_questions() -> frozenset[str]:
     thanks = {book["thanks"][0] for book in PHRASEBOOKS.values()}
     return frozenset(line for text in said - thanks for line in text.splitlines())
 
-
+# %% ../../nbs/pretrain/01_world.ipynb #7d572b68
 def asks_shipped_question(text: str) -> bool:
     """Does a line of a text, or what it begins with, stand in a shipped chat?"""
     asked = shipped_questions()
     begun = (line[: end.end()] for line in text.splitlines() for end in _SENTENCE_END.finditer(line))
     return not asked.isdisjoint(text.splitlines()) or not asked.isdisjoint(begun)
 
-
+# %% ../../nbs/pretrain/01_world.ipynb #7df7f316
 def why_left_out(text: str) -> str:
     """A word for why a text may not be a document; "" if it may."""
     if not text.strip():
@@ -272,7 +272,7 @@ class World:
     documents: Mapping[str, int]  # by split/source
     left_out: Mapping[str, int]  # by reason
 
-
+# %% ../../nbs/pretrain/01_world.ipynb #e4d3048a
 def _write_split(
     folder: Path, split: str, megabytes: float, seed: int, books: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
@@ -317,12 +317,12 @@ class Fact:
     answer: str  # digits
     held_out: bool = False  # True: no document shows it
 
-
+# %% ../../nbs/pretrain/01_world.ipynb #5accc5c1
 def _cut_at(form: str, name: str, **said: Any) -> str:
     """What a form says before the place of a name; "" if that is not enough to ask with."""
     return form.partition("{" + name + "}")[0].format(**said) if form.count("{" + name + "}") == 1 else ""
 
-
+# %% ../../nbs/pretrain/01_world.ipynb #2ea20653
 def shop_facts() -> list[Fact]:
     """Price, weight and stock of each lamp in each language whose sentence names the lamp before the number."""
     facts = []

@@ -27,7 +27,7 @@ def _deviation(values: Sequence[float]) -> tuple[float, float]:
 EPSILON = 1e-6  # added to a deviation before it divides, as NeMo RL does
 DEVIATION_FLOOR = 1e-3  # rewards closer together than this are taken as equal
 
-
+# %% ../../nbs/rl/19_advantage.ipynb #76eb1d08
 def _known(rewards: Sequence[float | None]) -> list[float | None]:
     """The rewards as numbers; None stays. `UserError` for what is no finite number."""
     values = [None if r is None else float(r) for r in rewards]
@@ -40,7 +40,7 @@ def _known(rewards: Sequence[float | None]) -> list[float | None]:
         )
     return values
 
-
+# %% ../../nbs/rl/19_advantage.ipynb #0a9996cb
 def group_advantages(
     rewards: Sequence[float | None],  # [N] of one group; None: the answer could not be judged
     *,
@@ -122,7 +122,7 @@ def _tint(value: float | None, top: float) -> str:
     fade = [int(255 - depth * (255 - c)) for c in ((120, 170, 230) if value > 0 else (235, 130, 110))]
     return f"background:#{fade[0]:02x}{fade[1]:02x}{fade[2]:02x};color:#111111"
 
-
+# %% ../../nbs/rl/19_advantage.ipynb #a8b82cd9
 def advantage_strip(
     pieces: Sequence[str],  # [L] text of each token
     advantages: Sequence[float | None],  # [L] None: the token was given, not drawn

@@ -62,7 +62,7 @@ def _weights(rates: np.ndarray, mean: float, settings: CurriculumSettings) -> np
         bell = bell / np.bincount(places, minlength=settings.bins)[places]
     return bell / bell.sum()
 
-
+# %% ../../nbs/rl/21_curriculum.ipynb #6a0a17e5
 def shares_of(
     count: int,  # tasks in a step
     shares: Mapping[str, float],  # environment -> share
@@ -93,7 +93,7 @@ def _supply(
             raise UserError(said, where="curriculum", why=why, fix="give more tasks, fewer steps, or a smaller share")
     return left
 
-
+# %% ../../nbs/rl/21_curriculum.ipynb #07492733
 def _picked(
     left: Sequence[Task], n: int, mean: float, settings: CurriculumSettings, rng: np.random.Generator
 ) -> set[int]:

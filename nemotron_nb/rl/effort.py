@@ -29,6 +29,16 @@ from nemotron_nb.rl.rollout import (
 from .tasks import Task
 from ..viz import Picture, png
 
+# %% ../../nbs/rl/18_effort.ipynb #3bdf01c2
+def _check_effort(settings: "EffortSettings") -> None:
+    """`UserError` for shares that are none, and for weights below 0."""
+    shares = (settings.low_start, settings.low_end, settings.budget_share)
+    fits = settings.weight >= 0 and settings.penalty >= 0 and settings.bound >= 1
+    if not (all(0 <= s <= 1 for s in shares) and fits):
+        numbers = f"weight {settings.weight}, penalty {settings.penalty}, bound {settings.bound}"
+        fix = "let shares be in 0 to 1, weights at least 0, the bound at least 1"
+        raise UserError(f"shares {shares}, {numbers}", where="grpo.effort", fix=fix)
+
 # %% ../../nbs/rl/18_effort.ipynb #38a2314d
 @dataclass(frozen=True)
 class EffortSettings:
@@ -63,16 +73,6 @@ class EffortSettings:
     def low_share(self, step: int, steps: int) -> float:
         """The share of tasks that are asked for little effort; it moves in a straight line."""
         return self.low_start + (self.low_end - self.low_start) * (step / (steps - 1) if steps > 1 else 0.0)
-
-# %% ../../nbs/rl/18_effort.ipynb #3bdf01c2
-def _check_effort(settings: EffortSettings) -> None:
-    """`UserError` for shares that are none, and for weights below 0."""
-    shares = (settings.low_start, settings.low_end, settings.budget_share)
-    fits = settings.weight >= 0 and settings.penalty >= 0 and settings.bound >= 1
-    if not (all(0 <= s <= 1 for s in shares) and fits):
-        numbers = f"weight {settings.weight}, penalty {settings.penalty}, bound {settings.bound}"
-        fix = "let shares be in 0 to 1, weights at least 0, the bound at least 1"
-        raise UserError(f"shares {shares}, {numbers}", where="grpo.effort", fix=fix)
 
 # %% ../../nbs/rl/18_effort.ipynb #5155a0ea
 def effort_reward(
@@ -158,7 +158,7 @@ def _join_segments(parts: Sequence[tuple[tuple[int, ...], str]]) -> tuple[Segmen
 # e.g. partial(continue_all, model, end_id=..., max_new_tokens=...)
 Draws = Callable[[Sequence[Ask]], list[Continuation]]
 
-
+# %% ../../nbs/rl/18_effort.ipynb #dcbd333b
 @dataclass
 class _Budgeted:
     """An answer with a budget, under way."""
@@ -168,7 +168,7 @@ class _Budgeted:
     forced: tuple[int, ...] = ()  # what closed it
     rest: Continuation = Continuation((), (), False)
 
-
+# %% ../../nbs/rl/18_effort.ipynb #b9ccda00
 def _budgeted_rollout(answer: _Budgeted, budget: int, close: int) -> Rollout:
     """The finished answer. close: the token that closes a thought."""
     first, rest, draw = answer.first, answer.rest, answer.ask.draw

@@ -25,12 +25,12 @@ from ..viz import Picture, table
 # %% ../../nbs/rl/11_environments.ipynb #30a4c0ca
 Hack = Callable[[Task], str]  # what stands behind the thought
 
-
+# %% ../../nbs/rl/11_environments.ipynb #a2bdc299
 def _letters(task: Task) -> str:
     """A box with every letter."""
     return "\\boxed{" + "".join(letter for option in task.truth.get("options", ()) for letter in option) + "}"
 
-
+# %% ../../nbs/rl/11_environments.ipynb #627d1d79
 HACKS: Mapping[str, Hack] = {
     "form only": lambda task: "",
     "empty box": lambda task: r"\boxed{}",

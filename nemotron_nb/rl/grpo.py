@@ -44,9 +44,10 @@ from ..train.batches import MicroBatch, collate
 from ..train.parallel import Ranks, passes, sum_gradients
 
 # %% ../../nbs/rl/20_grpo.ipynb #3b1d0530
+SILENT_GROUPS = ("keep", "skip")
 _SIZES = ("num_prompts_per_step", "max_num_steps", "max_new_tokens", "rows", "micro_batch_tokens", "max_silent_steps")
 
-
+# %% ../../nbs/rl/20_grpo.ipynb #6d036c5a
 def _check_grpo(settings: "GrpoSettings") -> None:
     """`UserError` for settings with which nothing could be learned."""
     for name in _SIZES:
@@ -64,9 +65,6 @@ def _check_grpo(settings: "GrpoSettings") -> None:
         raise UserError(f"silent_groups is {settings.silent_groups!r}", where="grpo", fix=fix)
 
 # %% ../../nbs/rl/20_grpo.ipynb #32f3a227
-SILENT_GROUPS = ("keep", "skip")
-
-
 @dataclass(frozen=True)
 class GrpoSettings:
     """One run of GRPO. One optimizer step for each batch of rollouts."""
@@ -126,7 +124,7 @@ def _check_reference(model: nn.Module, reference: nn.Module | None, penalty: flo
         why = "it has no LoRA pairs, so it would be held near itself"
         raise UserError("the model is its own reference", where="loss_fn.kl_penalty", why=why, fix=fix)
 
-
+# %% ../../nbs/rl/20_grpo.ipynb #342f1918
 def make_policy(
     model: nn.Module,  # changed in place: its routers may be frozen
     tokenizer: ChatTokenizer,
@@ -148,7 +146,7 @@ def prompt_ids(task: Task, tokenizer: ChatTokenizer) -> list[int]:
     parts = chunks(task.messages, task.tools, add_generation_prompt=True)
     return [i for part in parts for i in tokenizer.encode_pieces(part.pieces)]
 
-
+# %% ../../nbs/rl/20_grpo.ipynb #4a8fcd1d
 def named(tasks: Sequence[Task]) -> dict[str, Task]:
     """Tasks by a name that is unique in the step: the id, and the count where it comes again."""
     found: dict[str, Task] = {}
@@ -219,6 +217,25 @@ def judge_groups(
         return judge_one.judge_groups([(task, [there(r) for r in group]) for task, group in groups])
     return [[judge_one(task, _reply(r, tokenizer)) for r in group] for task, group in groups]
 
+# %% ../../nbs/rl/20_grpo.ipynb #4dfa27b7
+def _paid(
+    task: Task, rollouts: tuple[Rollout, ...], judgements: tuple[Judgement, ...], settings: GrpoSettings
+) -> tuple[tuple[Rollout, ...], tuple[Judgement, ...]]:
+    """Rollouts and judgements; where little effort was asked for, the length counts."""
+    if task.extra.get("effort") != "low":
+        return rollouts, judgements
+    pairs = zip(rollouts, judgements, strict=True)
+    return rollouts, tuple(paid_for_effort(j, len(r.logp), settings.effort) for r, j in pairs)
+
+# %% ../../nbs/rl/20_grpo.ipynb #437487d3
+def _valued(
+    task: Task, rollouts: tuple[Rollout, ...], judgements: tuple[Judgement, ...], settings: GrpoSettings
+) -> Answers:
+    """A group with its advantages. A rollout that failed is not judged, whatever a verifier says of it."""
+    rewards = [None if r.status == FAILED else j.reward for r, j in zip(rollouts, judgements, strict=True)]
+    group = value_group(rewards, [r.status == TRUNCATED for r in rollouts], settings.advantage)
+    return Answers(task, rollouts, judgements, group)
+
 # %% ../../nbs/rl/20_grpo.ipynb #65675841
 def draw_and_judge(
     policy: Policy,
@@ -238,25 +255,6 @@ def draw_and_judge(
     judged = {name: (tuple(group), tuple(said)) for (name, group), said in zip(drawn.items(), found, strict=True)}
     everything = {name: pair for part in ranks.gathered(judged) for name, pair in part.items()}
     return [_valued(by_name[name], *_paid(by_name[name], *everything[name], settings), settings) for name in by_name]
-
-# %% ../../nbs/rl/20_grpo.ipynb #4dfa27b7
-def _paid(
-    task: Task, rollouts: tuple[Rollout, ...], judgements: tuple[Judgement, ...], settings: GrpoSettings
-) -> tuple[tuple[Rollout, ...], tuple[Judgement, ...]]:
-    """Rollouts and judgements; where little effort was asked for, the length counts."""
-    if task.extra.get("effort") != "low":
-        return rollouts, judgements
-    pairs = zip(rollouts, judgements, strict=True)
-    return rollouts, tuple(paid_for_effort(j, len(r.logp), settings.effort) for r, j in pairs)
-
-
-def _valued(
-    task: Task, rollouts: tuple[Rollout, ...], judgements: tuple[Judgement, ...], settings: GrpoSettings
-) -> Answers:
-    """A group with its advantages. A rollout that failed is not judged, whatever a verifier says of it."""
-    rewards = [None if r.status == FAILED else j.reward for r, j in zip(rollouts, judgements, strict=True)]
-    group = value_group(rewards, [r.status == TRUNCATED for r in rollouts], settings.advantage)
-    return Answers(task, rollouts, judgements, group)
 
 # %% ../../nbs/rl/20_grpo.ipynb #9f016ab0
 def _denominator(answers: Sequence[Answers], rules: PolicyRules) -> int:
@@ -282,7 +280,7 @@ def _reference_logp(policy: Policy, batch: MicroBatch, temperature: float) -> Te
     with policy.model.disable_adapter() if policy.reference is policy.model else nullcontext():
         return batch_logp(policy.reference, batch, temperature)
 
-
+# %% ../../nbs/rl/20_grpo.ipynb #5672e457
 def _share(
     policy: Policy,
     chosen: Sequence[tuple[Rollout, float]],
@@ -333,7 +331,20 @@ def _mean(values: Sequence[float]) -> float:
     """The mean; 0 of nothing."""
     return sum(values) / len(values) if values else 0.0
 
+# %% ../../nbs/rl/20_grpo.ipynb #b0019d1c
+def _effort_record(answers: Sequence[Answers]) -> dict[str, Any]:
+    """Tasks asked for little effort and tasks with a budget, with the lengths that came of it; nothing without any."""
+    low = [a for a in answers if a.task.extra.get("effort") == "low"]
+    infos = [r.info for a in answers for r in a.rollouts if "budget" in r.info]
+    if not low and not infos:
+        return {}
+    lengths = [float(len(r.logp)) for a in low for r in a.rollouts]
+    return {
+        "low_effort": {"tasks": len(low), "mean_length": _mean(lengths)},
+        "budgets": {"answers": len(infos), "cut": sum(i["cut"] for i in infos)},
+    }
 
+# %% ../../nbs/rl/20_grpo.ipynb #17e4b32d
 def step_record(answers: Sequence[Answers], step: int) -> dict[str, Any]:
     """What the answers of a step were like: rewards by kind of task, groups by status, lengths."""
     rollouts = [r for a in answers for r in a.rollouts]
@@ -356,19 +367,6 @@ def step_record(answers: Sequence[Answers], step: int) -> dict[str, Any]:
         "mean_length": _mean([float(len(r.logp)) for r in rollouts]),
         "entropy": -_mean(logp),  # estimated from the drawn tokens
         **_effort_record(answers),
-    }
-
-# %% ../../nbs/rl/20_grpo.ipynb #b0019d1c
-def _effort_record(answers: Sequence[Answers]) -> dict[str, Any]:
-    """Tasks asked for little effort and tasks with a budget, with the lengths that came of it; nothing without any."""
-    low = [a for a in answers if a.task.extra.get("effort") == "low"]
-    infos = [r.info for a in answers for r in a.rollouts if "budget" in r.info]
-    if not low and not infos:
-        return {}
-    lengths = [float(len(r.logp)) for a in low for r in a.rollouts]
-    return {
-        "low_effort": {"tasks": len(low), "mean_length": _mean(lengths)},
-        "budgets": {"answers": len(infos), "cut": sum(i["cut"] for i in infos)},
     }
 
 # %% ../../nbs/rl/20_grpo.ipynb #ff562807

@@ -133,6 +133,8 @@ _ELSEWHERE: Mapping[str, Any] = {
     "data.shuffle": False,
     "env.should_use_nemo_gym": True,
 }
+
+# %% ../../nbs/rl/26_nemo_rl.ipynb #cb103f86
 ONLY_THERE: Mapping[str, Any] = {f"policy.megatron_cfg.{name}": value for name, value in _MEGATRON.items()} | _ELSEWHERE
 
 # %% ../../nbs/rl/26_nemo_rl.ipynb #49f77369
@@ -149,6 +151,8 @@ _LIMITS = ("agent_max_turns", "concurrency", "swebench_agent_timeout", "run_with
 _AGENT = (*_LIMITS, "dataset_path", "container_formatter")
 _AGENTS = tuple(f"swe_agents_{part}.responses_api_agents.swe_agents" for part in ("train", "val"))
 _GYM = ("config_paths", "invalid_tool_call_patterns", "thinking_tags", "use_absolute_ip")
+
+# %% ../../nbs/rl/26_nemo_rl.ipynb #635a187c
 OF_STAGES = (  # keys of a stage, left out where nothing is said about them
     *(f"grpo.{name}" for name in _GRPO),
     "loss_fn.force_on_policy_ratio",
@@ -168,6 +172,8 @@ DERIVED = ("policy.train_global_batch_size", "loss_fn.truncated_importance_sampl
 OPTIONAL = ("loss_fn.truncated_importance_sampling_type", "loss_fn.truncated_importance_sampling_ratio_min")
 PLACES = ("data.train_jsonl_fpath", "data.validation_jsonl_fpath")
 THEIRS = (*(m.theirs for m in MAPPED), *ONLY_THERE, *OF_STAGES, *DERIVED, *PLACES)  # every key that is known
+
+# %% ../../nbs/rl/26_nemo_rl.ipynb #a04ed7a2
 ONLY_HERE: Mapping[str, str] = {
     "grpo.rows": "vLLM decides how many answers are drawn side by side",
     "grpo.micro_batch_tokens": "there: policy.train_micro_batch_size, with sequence packing",
@@ -190,7 +196,7 @@ def _there(ours: Mapping[str, Any], mapped: Mapped) -> Any:
         return value != "none"
     return value
 
-
+# %% ../../nbs/rl/26_nemo_rl.ipynb #f556d63c
 def _here(theirs: str, value: Any) -> Any:
     """A value of NeMo RL, as ours says it. `UserError` where it is neither true nor false and must be."""
     switches = {
@@ -265,7 +271,7 @@ def _check_own(own: Mapping[str, Any]) -> None:
         if name not in ONLY_THERE and name not in OF_STAGES:
             raise UserError(f"unknown key {name!r}", where="nemo_rl", fix=nearest(name, [*ONLY_THERE, *OF_STAGES]))
 
-
+# %% ../../nbs/rl/26_nemo_rl.ipynb #60bb1a78
 def nemo_rl_config(
     ours: Mapping[str, Any],  # our settings by dotted name
     only_there: Mapping[str, Any] | None = None,  # values for ONLY_THERE and OF_STAGES

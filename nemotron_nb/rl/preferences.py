@@ -69,7 +69,7 @@ class DpoSettings:
 # %% ../../nbs/rl/24_preferences.ipynb #dc5740f9
 NO_TOOLS, WITH_TOOLS, HALLUCINATION, GIVEN = "no_tools", "with_tools", "hallucination", "given"
 
-
+# %% ../../nbs/rl/24_preferences.ipynb #8c772742
 @dataclass(frozen=True)
 class Side:
     """One answer of a pair."""
@@ -82,7 +82,7 @@ class Side:
         ids = np.asarray(self.ids, np.int64)
         return Row(ids[:-1], ids[1:], np.asarray(self.trained[1:], bool), name)
 
-
+# %% ../../nbs/rl/24_preferences.ipynb #303f28e4
 @dataclass(frozen=True)
 class Pair:
     """Of two answers to one question, the better one and the other."""
@@ -98,7 +98,7 @@ def _side(rollout: Rollout) -> Side:
     """A rollout as a side of a pair."""
     return Side(rollout.ids, tuple(rollout.mask))
 
-
+# %% ../../nbs/rl/24_preferences.ipynb #a68d0731
 def _called(rollout: Rollout, tokenizer: ChatTokenizer) -> str:
     """The tool that an answer calls, or tries to call; empty if it calls none."""
     reply = read_reply(tokenizer.decode(rollout.last_turn))
@@ -106,7 +106,7 @@ def _called(rollout: Rollout, tokenizer: ChatTokenizer) -> str:
         return reply.calls[0].name
     return "something unreadable" if "<tool_call>" in reply.text else ""
 
-
+# %% ../../nbs/rl/24_preferences.ipynb #32edaac7
 def _pair(task: Any, good: tuple[Rollout, Any], bad: tuple[Rollout, Any], tokenizer: ChatTokenizer) -> Pair:
     """One pair with its category and reason."""
     (chosen, praised), (rejected, blamed) = good, bad
@@ -144,7 +144,7 @@ PAIR_REJECTS: Mapping[str, Reason] = {
     "bad_chat": Reason("the messages are no chat", "write messages with role and content"),
 }
 
-
+# %% ../../nbs/rl/24_preferences.ipynb #9de0c720
 class BadPair(Exception):
     """A row that is no pair: (reason, detail). The reason is a word of `PAIR_REJECTS`."""
 
@@ -162,7 +162,7 @@ def _messages(value: Any, role: str) -> list[Any]:
         raise BadPair("bad_chat", f"expected a text or a list of messages, got {type(value).__name__}")
     return value
 
-
+# %% ../../nbs/rl/24_preferences.ipynb #bd95f962
 def _two_completions(row: Mapping[str, Any]) -> tuple[list[Any], list[Any], list[Any]]:
     """(context, chosen, rejected) of NeMo RL's form."""
     given = row["completions"]
@@ -251,7 +251,7 @@ def write_pairs(
     """Write pairs, one a line, atomically."""
     return write_atomic(path, "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in pairs))
 
-
+# %% ../../nbs/rl/24_preferences.ipynb #9de06fc5
 def read_pairs(
     path: str | os.PathLike,  # that `write_pairs` wrote
 ) -> list[Pair]:
@@ -279,7 +279,7 @@ def _cuts(pairs: Sequence[Pair], max_tokens: int) -> list[list[int]]:
             cuts.append([place])
     return cuts
 
-
+# %% ../../nbs/rl/24_preferences.ipynb #78d9ad61
 def _answer_logp(model: nn.Module, pairs: Sequence[Pair], average: bool) -> tuple[Tensor, Tensor]:
     """([P] of the chosen answers, [P] of the rejected ones): sums, or means, over the tokens of each."""
     sides = [p.chosen.row(p.name) for p in pairs] + [p.rejected.row(p.name) for p in pairs]
@@ -294,7 +294,7 @@ def _hand(pairs: Sequence[Pair], ranks: Ranks) -> list[int]:
     length = [len(p.chosen.ids) + len(p.rejected.ids) for p in pairs]
     return sorted(range(len(pairs)), key=lambda k: (-length[k], k))[ranks.rank :: ranks.world]
 
-
+# %% ../../nbs/rl/24_preferences.ipynb #ad986dfe
 @torch.no_grad()
 def reference_logp(
     model: nn.Module,  # as it is before the first step
@@ -404,7 +404,7 @@ def share_pushed_down(
     margin = line["chosen"] - line["rejected"]
     return -line["rejected"] / margin if margin > 0 else 0.0
 
-
+# %% ../../nbs/rl/24_preferences.ipynb #2cd89520
 def margins_picture(
     lines: Sequence[Mapping[str, Any]],  # of a metrics file; those of kind "dpo" count
 ) -> Picture:

@@ -64,7 +64,7 @@ def _head(tasks: Sequence[Task], settings: GrpoSettings, generations: int, model
     drawn = {"max_new_tokens": settings.max_new_tokens, "temperature": settings.temperature, "seed": settings.seed}
     return json.dumps({"model": model, "tasks": digest([t.id for t in tasks]), "generations": generations, **drawn})
 
-
+# %% ../../nbs/rl/22_profile.ipynb #15bda282
 def _parsed(path: Path) -> tuple[str, list[PassRate]]:
     """(first line, rates) of a file; a last line that was cut off is left out."""
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -80,7 +80,7 @@ def _parsed(path: Path) -> tuple[str, list[PassRate]]:
             raise UserError(f"not a pass rate: {error}", where=f"{path}, line {number}", fix=fix) from None
     return (lines or [""])[0], found
 
-
+# %% ../../nbs/rl/22_profile.ipynb #7428ca8f
 def read_rates(
     path: str | os.PathLike,  # that `measure_rates` wrote
 ) -> list[PassRate]:

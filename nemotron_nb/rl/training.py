@@ -260,7 +260,7 @@ def _models(config: RlTraining, vocab_size: int, ranks: Ranks) -> tuple[Any, Any
         return model, model if held else None
     return model, build().to(device).requires_grad_(False) if held else None
 
-
+# %% ../../nbs/rl/25_training.ipynb #ba6d2e97
 def _tasks(config: RlTraining) -> tuple[list[Task], list[Task]]:
     """(tasks to train on, tasks to measure on). `UserError` where they have some in common."""
     tasks = usable_tasks(config.train, config.environments)
@@ -322,7 +322,7 @@ def answered(
     probing = replace(work.config.grpo, num_generations_per_prompt=work.config.validation.generations)
     return draw_and_judge(work.policy, tasks, -1, probing, work.examiner)
 
-
+# %% ../../nbs/rl/25_training.ipynb #7fb98bfc
 def examine(
     work: Work,
     step: int,  # optimizer steps done
@@ -359,20 +359,20 @@ Step = Callable[[int], None]  # is called after each step, with the number of st
 class Paused(Exception):
     """The run was asked to stop, and has written a checkpoint."""
 
-
+# %% ../../nbs/rl/25_training.ipynb #73a9480a
 def _answers_to_keep(work: Work, answers: Sequence[Answers], step: int) -> None:
     """Write the rollouts of a step if it is the turn of one."""
     every = work.config.checkpoint.rollouts
     if work.writes and every and (step % every == 0 or step == work.config.steps):
         write_answers(work.folder, answers, step)
 
-
+# %% ../../nbs/rl/25_training.ipynb #5910a791
 def _silent_steps(folder: Path) -> int:
     """How many steps in a row, at the end of its metrics, had no live group."""
     steps = [line for _, line in metric_lines(folder / "metrics.jsonl") if line["kind"] == "rl"]
     return len(list(takewhile(lambda line: not line["groups"][LIVE], reversed(steps))))
 
-
+# %% ../../nbs/rl/25_training.ipynb #6ac608ca
 def run_grpo(
     work: Work,
     done: int,  # optimizer steps that a checkpoint has done
@@ -417,7 +417,7 @@ def _keep_pairs(work: Work, path: Path, kept: Path) -> None:
         write_json(kept, reference)
     ranks.told(None)  # nobody reads before all is written
 
-
+# %% ../../nbs/rl/25_training.ipynb #79038447
 def prepare_pairs(
     work: Work,
 ) -> None:
@@ -463,7 +463,7 @@ def _gone_on_from(work: Work) -> int:
         )
     return newest.step
 
-
+# %% ../../nbs/rl/25_training.ipynb #1af4e944
 def _kept_lines(folder: Path, done: int, steps: int) -> list[str] | None:
     """Lines of an earlier attempt that stay; None: there was none."""
     path = folder / "metrics.jsonl"
@@ -471,7 +471,7 @@ def _kept_lines(folder: Path, done: int, steps: int) -> list[str] | None:
         return None
     return lines_to_keep(metric_lines(path), done, steps) if done else []
 
-
+# %% ../../nbs/rl/25_training.ipynb #26a1133a
 def _asked_to_stop(work: Work, stop: StopSignals | None) -> bool:
     """Was there a signal to any rank, or a file STOP? All ranks get the same answer."""
     mine = bool(stop and stop.name) or (work.writes and (work.folder / "STOP").exists())
