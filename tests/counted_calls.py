@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-WATCHED = {"nemotron_nb.data.prep": ["make_plan"], "nemotron_nb.data.jinja_template": ["chat_template"]}
+WATCHED = {"nemotron_nb.data.prep": ["make_plan"], "nemotron_nb.data.jinja_template": ["chat_template"], "nemotron_nb.ops.config": ["sft_config"]}
 
 SITE = '''
 import hashlib, importlib.abc, importlib.util, json, os, sys

@@ -183,9 +183,9 @@ def test_a_run_leaves_all_it_promises(run):
 
 
 def test_what_decides_a_run_is_done_once_in_all_its_processes(run):
-    """The command plans the data and hands it to the notebook, which hands it to the training; no file is hashed twice."""
+    """The command merges the settings and plans the data; the notebook reads them and hands them on. No file is hashed twice."""
     called, importing, hashed = counts(run[1].parents[3] / "counted")
-    assert called["make_plan"] == 1 and not importing
+    assert called["make_plan"] == called["sft_config"] == 1 and not importing
     assert [name for name, times in hashed.items() if times > 1] == [] and any(name.endswith("manifest.json") for name in hashed)
 
 
@@ -260,6 +260,12 @@ def test_a_run_tells_what_it_does(run):
     done, folder = run
     assert f"Report: output/nano3/sft/{folder.name}/report.html" in done.stdout
     assert "step     1 of 2" in done.stdout and "The run is complete." in done.stdout
+
+
+def test_the_executed_notebook_says_where_the_command_found_each_setting(run):
+    cells = json.loads((run[1] / "notebook.ipynb").read_text())["cells"]
+    (shown,) = ["".join(o["data"]["text/plain"]) for c in cells if "notebook_settings(parameters)" in "".join(c["source"]) for o in c["outputs"]]
+    assert re.search(r"train\.train_iters +2 +command line", shown) and re.search(r"optimizer\.lr .* papermill_runs/nano3/sft/\S+\.yaml", shown)
 
 
 def test_the_executed_notebook_is_whole(run):

@@ -10,11 +10,12 @@ __all__ = ['NULLS', 'SPELLINGS', 'SECTION_SPELLINGS', 'LAST_SPELLINGS', 'WORDS',
            'config_names', 'job_configs', 'config_label', 'config_file', 'EnvSection', 'RunSection', 'SftConfig',
            'DataPrepConfig', 'file_layers', 'typed_layers', 'data_prep_config', 'sft_config', 'stage_files',
            'stage_config', 'PretrainConfig', 'DocumentsPrepConfig', 'documents_prep_config', 'pretrain_config',
-           'derived', 'to_yaml']
+           'derived', 'to_yaml', 'settled_config']
 
 # %% ../../nbs/ops/06_config.ipynb #9b4b1e86
 import dataclasses
 import functools
+import json
 import math
 import os
 import re
@@ -1324,3 +1325,17 @@ def to_yaml(
     if effective.engine == "torch":
         values.pop("megatron")
     return OmegaConf.to_yaml(OmegaConf.create(values))
+
+# %% ../../nbs/ops/06_config.ipynb #16688e3c
+def settled_config(
+    cls: type,  # the dataclass of its settings
+    folder: str | os.PathLike,  # a run folder
+) -> Effective:
+    """The settings of a run as its command has settled them: config.yaml as it stands, each value with the origin that
+    the command found. Only variables of the environment are looked up again. `UserError` names what does not fit.
+    """
+    path = Path(folder) / "config.yaml"
+    read = merge(cls, [_file_layer(path)])
+    found = path.with_name("origins.json")
+    origins = json.loads(found.read_text(encoding="utf-8")) if found.exists() else {}
+    return dataclasses.replace(read, origins={name: origins.get(name, where) for name, where in read.origins.items()})

@@ -44,7 +44,7 @@ from nemotron_nb.pretrain.documents import (
     prepare_documents,
 )
 from ..pretrain.world import write_world
-from .sft import Parameters, check_weights_and_record, first_weights, note_artifacts, notebook_layer
+from .sft import Parameters, check_weights_and_record, first_weights, note_artifacts, notebook_config
 from ..train.lr import steps_of_samples
 from ..viz import Picture, table
 
@@ -178,8 +178,8 @@ def following(
 def notebook_settings(
     parameters: Parameters,
 ) -> Effective:
-    """The settings of the run notebook: those of a run folder that was opened, or files, env.toml and overrides."""
-    return pretrain_config(parameters.family, parameters.config, parameters.overrides, notebook_layer(parameters))
+    """The settings of a pretraining's notebook."""
+    return notebook_config(parameters, PretrainConfig, pretrain_config)
 
 # %% ../../nbs/stages/04_pretrain.ipynb #87562400
 def reading_table(

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['MODEL_FILES', 'RUN_NOTEBOOK', 'Show', 'Parameters', 'given_parameters', 'cluster_layer', 'check_chats', 'plan_data',
            'prepare_data', 'check_weights_and_record', 'check_start', 'check_model_here', 'new_folder', 'new_run',
-           'begin_run', 'notebook_layer', 'notebook_settings', 'opened_run', 'training_settings', 'start_command',
-           'open_run', 'new_stage_folder', 'open_stage_folder', 'settled_settings', 'data_artifact', 'first_weights',
-           'note_artifacts', 'consumed', 'model_artifact', 'open_tracker', 'import_folder', 'execute_into',
-           'run_notebook', 'check_place', 'job_script', 'stage_script', 'submit_run', 'Plan', 'on_cluster', 'hand_over',
-           'launch', 'resumed_settings', 'run_stage', 'begin_stage', 'enter_made']
+           'begin_run', 'notebook_layer', 'notebook_config', 'notebook_settings', 'opened_run', 'training_settings',
+           'start_command', 'open_run', 'new_stage_folder', 'open_stage_folder', 'settled_settings', 'data_artifact',
+           'first_weights', 'note_artifacts', 'consumed', 'model_artifact', 'open_tracker', 'import_folder',
+           'execute_into', 'run_notebook', 'check_place', 'job_script', 'stage_script', 'submit_run', 'Plan',
+           'on_cluster', 'hand_over', 'launch', 'resumed_settings', 'run_stage', 'begin_stage', 'enter_made']
 
 # %% ../../nbs/stages/01_sft.ipynb #eda987ec
 import dataclasses
@@ -44,6 +44,7 @@ from nemotron_nb.ops.config import (
     SftConfig,
     config_label,
     config_names,
+    settled_config,
     sft_config,
     stage_config,
     stage_files,
@@ -319,13 +320,30 @@ def notebook_layer(
     return None if _opened(parameters.run_dir) else cluster_layer()
 
 # %% ../../nbs/stages/01_sft.ipynb #12a241ab
+def _begun_by_command(parameters: Parameters) -> bool:
+    """Was the notebook given a run folder with the settings in it, and no other word?"""
+    own = Path(parameters.run_dir, "config.yaml").absolute()
+    return _opened(parameters.run_dir) and not parameters.overrides and Path(parameters.config).absolute() == own
+
+# %% ../../nbs/stages/01_sft.ipynb #dcae7bf2
+def notebook_config(
+    parameters: Parameters,
+    cls: type,  # the dataclass of the settings
+    merged: Callable[..., Effective],  # what merges them: sft_config, say
+) -> Effective:
+    """The settings of a run notebook: those that a command has settled, read as they stand, or files, env.toml and
+    overrides.
+    """
+    if _begun_by_command(parameters):
+        return settled_config(cls, parameters.run_dir)
+    return merged(parameters.family, parameters.config, parameters.overrides, notebook_layer(parameters))
+
+# %% ../../nbs/stages/01_sft.ipynb #3f1f429c
 def notebook_settings(
     parameters: Parameters,
 ) -> Effective:
-    """The settings of the run notebook: those of a run folder that was opened already, or files, env.toml and
-    overrides.
-    """
-    return sft_config(parameters.family, parameters.config, parameters.overrides, notebook_layer(parameters))
+    """The settings of a fine-tuning's notebook."""
+    return notebook_config(parameters, SftConfig, sft_config)
 
 # %% ../../nbs/stages/01_sft.ipynb #563aa4c0
 def opened_run(
