@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOSS_MODES', 'MASK_COLOURS', 'TrainingSequence', 'encode_chunks', 'mask_strip', 'Plan', 'is_trained', 'thinks',
-           'check_arguments', 'sequence_plans', 'Draft', 'SequenceTemplate', 'training_sequences', 'Parity', 'parity',
-           'inference_prompt', 'prompt_panel', 'parity_panel', 'mask_rows', 'mask_diff', 'trained_fractions',
+           'check_arguments', 'sequence_plans', 'Draft', 'SequenceTemplate', 'training_sequences', 'Parity',
+           'inference_prompt', 'parity', 'prompt_panel', 'parity_panel', 'mask_rows', 'mask_diff', 'trained_fractions',
            'inference_prompts', 'drafts', 'SegmentEncoder', 'Encoded', 'encode_drafts']
 
 # %% ../../nbs/data/08_mask.ipynb #065d86cf
@@ -279,20 +279,6 @@ def _first_difference(one: Sequence[int], other: Sequence[int]) -> int:
         return -1
     return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
-# %% ../../nbs/data/08_mask.ipynb #76330db3
-def parity(
-    conversation: Conversation,
-    tokenizer: ChatTokenizer,
-    loss_mode: str = "all",
-) -> list[Parity]:
-    """Compare, for each trained turn, the tokens before it with the prompt that inference would build."""
-    check_arguments(conversation, tokenizer, "parity")
-    rows = _prefixes(conversation, tokenizer, loss_mode)
-    return [
-        Parity(turn, message, len(prompt), before == prompt, _first_difference(before, prompt))
-        for turn, message, before, prompt in rows
-    ]
-
 # %% ../../nbs/data/08_mask.ipynb #ceaf67ea
 def inference_prompt(
     conversation: Conversation,
@@ -321,6 +307,20 @@ def inference_prompt(
         **switches,
     )
     return tokenizer.encode_pieces([piece for c in prompt for piece in c.pieces])
+
+# %% ../../nbs/data/08_mask.ipynb #76330db3
+def parity(
+    conversation: Conversation,
+    tokenizer: ChatTokenizer,
+    loss_mode: str = "all",
+) -> list[Parity]:
+    """Compare, for each trained turn, the tokens before it with the prompt that inference would build."""
+    check_arguments(conversation, tokenizer, "parity")
+    rows = _prefixes(conversation, tokenizer, loss_mode)
+    return [
+        Parity(turn, message, len(prompt), before == prompt, _first_difference(before, prompt))
+        for turn, message, before, prompt in rows
+    ]
 
 # %% ../../nbs/data/08_mask.ipynb #88d6267c
 def _cells(tokens: Sequence[str], alike: Sequence[bool]) -> str:

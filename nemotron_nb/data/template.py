@@ -339,10 +339,10 @@ def turns(
         history += _assistant(message, i, live=False) if _forgets(message) else now
     return Turns(live, history, [*starts, len(live)])
 
-# %% ../../nbs/data/07_template.ipynb #8a401873
+# %% ../../nbs/data/07_template.ipynb #45ccff6e
 LONGEST = 2000  # characters of a message that a picture shows
 
-
+# %% ../../nbs/data/07_template.ipynb #7230654f
 def _spans(parts: Sequence[Chunk]) -> str:
     """Chunks as coloured text, those the model writes underlined."""
     line = {True: "2px solid #0a6b2d", False: "2px solid #ffffff"}
