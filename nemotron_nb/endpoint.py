@@ -153,11 +153,11 @@ class Endpoint(_EndpointKeys):
         """The answer to one question, see `ask`."""
         return ask(self, messages, schema, validators, **more)
 
-# %% ../nbs/05_endpoint.ipynb #edafa8f0
+# %% ../nbs/05_endpoint.ipynb #399a80f5
 # what is wrong with a value, in words that the model can use; None if nothing is
 Validator = Callable[[Any], str | None]
 
-
+# %% ../nbs/05_endpoint.ipynb #cd3eb293
 @dataclass(frozen=True)
 class Answer:
     """What the model said."""
@@ -318,7 +318,7 @@ def _apart(
     inside = head.lstrip().removeprefix(_THINK)
     return (tail.removeprefix("\n"), inside.strip("\n")) if inside.strip() else (tail.lstrip("\n"), "")
 
-# %% ../nbs/05_endpoint.ipynb #779d9a69
+# %% ../nbs/05_endpoint.ipynb #589d78a3
 def _thought(message: Mapping[str, Any], inline: str) -> str:
     """The thought of a message, whichever way it was sent; `ValueError` where there are two."""
     written = [message.get(name) for name in ("reasoning_content", "reasoning") if message.get(name) is not None]
@@ -329,7 +329,7 @@ def _thought(message: Mapping[str, Any], inline: str) -> str:
         raise ValueError("two thoughts that differ")
     return next(iter(found), "")
 
-
+# %% ../nbs/05_endpoint.ipynb #25c38dd9
 def _call(call: Mapping[str, Any]) -> dict[str, Any]:
     """A call of a tool with the parts that the protocol names."""
     name, arguments = call["function"]["name"], call["function"]["arguments"]
@@ -359,14 +359,14 @@ def _read_reply(data: bytes, as_json: bool = False) -> Answer:
         found, model=model if isinstance(model, str) else "", tokens=read_tokens(reply.get("usage"))
     )
 
-# %% ../nbs/05_endpoint.ipynb #f5598f75
+# %% ../nbs/05_endpoint.ipynb #2d24c9fc
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """An object whose names are all different."""
     if len({name for name, _ in pairs}) < len(pairs):
         raise ValueError("a name is given twice")
     return dict(pairs)
 
-
+# %% ../nbs/05_endpoint.ipynb #e7a3a86e
 def _no_constant(name: str) -> Any:
     """Refuses NaN and Infinity."""
     raise ValueError(f"{name} is not JSON")
@@ -440,10 +440,10 @@ def _cache_path(endpoint: Endpoint, request: Request) -> Path | None:
     name = digest(asked | {"schema": request.schema} | ({"sample": request.sample} if request.sample else {}), 40)
     return Path(endpoint.cache_dir) / name[:2] / f"{name}.json"
 
-# %% ../nbs/05_endpoint.ipynb #b8aa82c4
+# %% ../nbs/05_endpoint.ipynb #124fd142
 _FILTERED = "the server's filter stopped the answer"
 
-
+# %% ../nbs/05_endpoint.ipynb #bb51dd4b
 def _checked(answer: Answer, request: Request, check: Callable[[str], Any]) -> Answer:
     """An answer with its value; `_Failure` says what is wrong with it."""
     cut = answer.finish_reason == "length"
@@ -463,6 +463,23 @@ def _checked(answer: Answer, request: Request, check: Callable[[str], Any]) -> A
         why = " (it was cut at its length limit; raise max_tokens in options)" if cut else ""
         raise _Failure("invalid", f"{error}{why}", answer=answer.text) from None
 
+# %% ../nbs/05_endpoint.ipynb #63d2ebe2
+def _keep(path: Path | None, answer: Answer) -> None:
+    """Write an answer to disk. Each thread has a temporary name of its own, and the last one to rename wins."""
+    if not path:
+        return
+    own = path.with_name(f"{path.stem}.{os.getpid()}.{threading.get_ident()}")
+    kept = {name: value for name, value in dataclasses.asdict(answer).items() if name not in ("value", "attempts")}
+    try:
+        write_atomic(own, json.dumps(kept))
+        os.replace(own, path)
+    except OSError as error:
+        raise UserError(
+            f"an answer cannot be written: {error.strerror}",
+            where=f"cache_dir {path.parent.parent}",
+            fix="give a folder that you may write to, with room in it",
+        ) from None
+
 # %% ../nbs/05_endpoint.ipynb #e04d76e1
 def _from_cache(path: Path | None, request: Request, check: Callable[[str], Any]) -> Answer | None:
     """The answer on disk, if it is there and still passes. Older ones hold no more than text and finish reason."""
@@ -480,23 +497,6 @@ def _from_cache(path: Path | None, request: Request, check: Callable[[str], Any]
         raise
     except (_Failure, OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
-
-# %% ../nbs/05_endpoint.ipynb #63d2ebe2
-def _keep(path: Path | None, answer: Answer) -> None:
-    """Write an answer to disk. Each thread has a temporary name of its own, and the last one to rename wins."""
-    if not path:
-        return
-    own = path.with_name(f"{path.stem}.{os.getpid()}.{threading.get_ident()}")
-    kept = {name: value for name, value in dataclasses.asdict(answer).items() if name not in ("value", "attempts")}
-    try:
-        write_atomic(own, json.dumps(kept))
-        os.replace(own, path)
-    except OSError as error:
-        raise UserError(
-            f"an answer cannot be written: {error.strerror}",
-            where=f"cache_dir {path.parent.parent}",
-            fix="give a folder that you may write to, with room in it",
-        ) from None
 
 # %% ../nbs/05_endpoint.ipynb #408532cd
 def _wait(endpoint: Endpoint, failure: _Failure, attempt: int) -> float:
@@ -566,7 +566,7 @@ def _noted(
         price,
     )  # fmt: skip
 
-# %% ../nbs/05_endpoint.ipynb #60ef5d53
+# %% ../nbs/05_endpoint.ipynb #232b6455
 def _said(endpoint: Endpoint, request: Request, messages: Sequence[Mapping[str, Any]]) -> Answer:
     """What the model said to one request; `_Failure` where that cannot be read."""
     question = _question(endpoint, request, messages)
@@ -577,7 +577,7 @@ def _said(endpoint: Endpoint, request: Request, messages: Sequence[Mapping[str, 
         told = f"{type(error).__name__}: {error}" if isinstance(error, TypeError | ValueError) else type(error).__name__
         raise _Failure("invalid", f"the reply is not one of chat completions: {told[:200]}") from None
 
-
+# %% ../nbs/05_endpoint.ipynb #e6971459
 def _attempt(
     endpoint: Endpoint, request: Request, messages: Sequence[Mapping[str, Any]], check: Callable[[str], Any],
     note: Callable[[Answer | None, float, str], None],

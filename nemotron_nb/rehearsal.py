@@ -60,10 +60,10 @@ class Rehearsal:
         """The text of the last message of each request."""
         return [str(body["messages"][-1]["content"]) for body in self.requests]
 
-# %% ../nbs/02_rehearsal.ipynb #771b68df
+# %% ../nbs/02_rehearsal.ipynb #0f0917ed
 _Script = Callable[[dict[str, Any], int], Reply | str]  # (body, how often it came before) -> what to answer
 
-
+# %% ../nbs/02_rehearsal.ipynb #39dc089c
 class _Player(BaseHTTPRequestHandler):
     """Answers POST requests by the script of its server."""
 
@@ -90,6 +90,13 @@ class _Player(BaseHTTPRequestHandler):
         try:
             super().handle()
         except (ConnectionError, ValueError):
+            pass
+
+    def finish(self) -> None:
+        """As usual, though what was still to be sent may have nobody to read it."""
+        try:
+            super().finish()
+        except ConnectionError:
             pass
 
     def log_message(self, *_: Any) -> None:
@@ -129,7 +136,7 @@ class _Stage(ThreadingHTTPServer):
             self.lines.discard(request)
         super().shutdown_request(request)
 
-# %% ../nbs/02_rehearsal.ipynb #da24ecae
+# %% ../nbs/02_rehearsal.ipynb #d3516dd3
 def _hang_up(server: _Stage) -> None:
     """Close all connections that are still open."""
     with server.lock:
@@ -139,7 +146,7 @@ def _hang_up(server: _Stage) -> None:
             except OSError:  # closed by the other side in the meantime
                 pass
 
-
+# %% ../nbs/02_rehearsal.ipynb #3017362f
 @contextmanager
 def rehearsal(
     # (body of a request, how often this body came before) -> what to answer

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# %% ../nbs/01_viz.ipynb #5f70349a
+# %% ../nbs/01_viz.ipynb #fa176658
 _CONTROL = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {0x7F: "\u2421"}
 _INVISIBLE = re.compile("[\u0080-\u009f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 
-
+# %% ../nbs/01_viz.ipynb #8ab705e5
 def visible(
     text: str,  # untrusted text
 ) -> str:
@@ -97,12 +97,12 @@ ROLE_COLOURS: Mapping[str, str] = {
 PAGE = "background:#ffffff;color:#111111"  # every picture brings its own light
 MOST_HTML = 120_000  # characters of HTML in one picture
 
-# %% ../nbs/01_viz.ipynb #622b41ab
+# %% ../nbs/01_viz.ipynb #560fdf3b
 def _line(trained: bool) -> str:
     """The underline of a trained token; the others have a white one, which keeps all of one height."""
     return f"border-bottom:3px solid {'#0a7a2f' if trained else '#ffffff'}"
 
-
+# %% ../nbs/01_viz.ipynb #d89e2978
 def _chip(role: str) -> str:
     """The letter of a speaker."""
     return (
@@ -241,6 +241,21 @@ def _strip_of(
     given = values if values is not None else nothing, special if special is not None else plain
     return _Strip(list(pieces), list(trained), list(roles), list(given[0]), list(given[1]))
 
+# %% ../nbs/01_viz.ipynb #b6206e7a
+def _legend(roles: Sequence[str], values: Sequence[float | None] | None, value_name: str, top: float) -> str:
+    """What the colours mean: speakers, or numbers."""
+    if values is not None:
+        marks = "".join(
+            f'<span style="{_shade(top * i / 4, top)}">&nbsp;{top * i / 4:.2g}&nbsp;</span>' for i in range(5)
+        )
+        return f"{_label(value_name)}: {marks}"
+    speakers = list(dict.fromkeys(roles))[:8]
+    return " ".join(
+        f'{_chip(r)}<span '
+        f'style="background:{ROLE_COLOURS.get(r, "#eeeeee")};color:#111111">&nbsp;{_label(r)}&nbsp;</span>'
+        for r in speakers
+    )
+
 # %% ../nbs/01_viz.ipynb #d6da854f
 def token_strip(
     pieces: Sequence[str],  # [L] text of each token
@@ -283,21 +298,6 @@ def token_strip(
     heading = f"{title}: {count}" if title else count
     return Picture(page, f"{heading}\n{_strip_text(*columns)}{text_tail}")
 
-# %% ../nbs/01_viz.ipynb #b6206e7a
-def _legend(roles: Sequence[str], values: Sequence[float | None] | None, value_name: str, top: float) -> str:
-    """What the colours mean: speakers, or numbers."""
-    if values is not None:
-        marks = "".join(
-            f'<span style="{_shade(top * i / 4, top)}">&nbsp;{top * i / 4:.2g}&nbsp;</span>' for i in range(5)
-        )
-        return f"{_label(value_name)}: {marks}"
-    speakers = list(dict.fromkeys(roles))[:8]
-    return " ".join(
-        f'{_chip(r)}<span '
-        f'style="background:{ROLE_COLOURS.get(r, "#eeeeee")};color:#111111">&nbsp;{_label(r)}&nbsp;</span>'
-        for r in speakers
-    )
-
 # %% ../nbs/01_viz.ipynb #8ed57d96
 def png(
     figure: "Figure",  # a finished matplotlib figure; it is closed
@@ -317,10 +317,10 @@ def png(
     )
     return Picture(page, alt, data)
 
-# %% ../nbs/01_viz.ipynb #81ddb42b
+# %% ../nbs/01_viz.ipynb #67a6b6df
 LONGEST_CELL = 4000  # characters of one value in a table
 
-
+# %% ../nbs/01_viz.ipynb #31864ee8
 def _cell_text(value: Any) -> str:
     """A value as a table shows it."""
     text = (
@@ -340,6 +340,16 @@ def _cell(value: Any) -> str:
         f'<td style="padding:2px 10px;text-align:{align};border-bottom:1px solid '
         f'#cccccc;{PAGE}">{escape(_cell_text(value))}</td>'
     )
+
+# %% ../nbs/01_viz.ipynb #ce5de270
+def _table_text(header: Sequence[str], values: Sequence[Sequence[Any]], title: str) -> str:
+    """The rows in columns of equal width."""
+    lines = [[str(h) for h in header]] + [
+        [visible(_cell_text(v)).replace("\n", "\u21b5") for v in row] for row in values
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    text = ["  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in lines]
+    return "\n".join(([title] if title else []) + text)
 
 # %% ../nbs/01_viz.ipynb #bf824dc4
 def table(
@@ -363,16 +373,6 @@ def table(
     more = f'<div style="{PAGE}">... and {len(values) - drawn:,} more rows</div>' if drawn < len(values) else ""
     page = f'{caption}<table style="border-collapse:collapse;{PAGE}"><tr>{top}</tr>{body}</table>{more}'
     return Picture(page, _table_text(header, values, title))
-
-# %% ../nbs/01_viz.ipynb #ce5de270
-def _table_text(header: Sequence[str], values: Sequence[Sequence[Any]], title: str) -> str:
-    """The rows in columns of equal width."""
-    lines = [[str(h) for h in header]] + [
-        [visible(_cell_text(v)).replace("\n", "\u21b5") for v in row] for row in values
-    ]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    text = ["  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in lines]
-    return "\n".join(([title] if title else []) + text)
 
 # %% ../nbs/01_viz.ipynb #733fd0d3
 def joined(

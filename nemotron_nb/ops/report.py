@@ -112,6 +112,11 @@ def read_run(
 def _perplexity(loss: float) -> str:
     return f"{math.exp(min(loss, 100.0)):,.1f}"
 
+# %% ../../nbs/ops/07_report.ipynb #16b17fa3
+def _held_out(manifest: Mapping[str, Any]) -> int:
+    """Packs that are held out to be measured on."""
+    return manifest["splits"].get("valid", {}).get("packs", 0)
+
 # %% ../../nbs/ops/07_report.ipynb #d6f44294
 def _loss_sentence(run: Run) -> list[str]:
     """Held-out loss before and after, if both are known; that there is none, where nothing was held out."""
@@ -128,10 +133,13 @@ def _loss_sentence(run: Run) -> list[str]:
         f"{_perplexity(old)}, then {_perplexity(new)})."
     ]
 
-# %% ../../nbs/ops/07_report.ipynb #16b17fa3
-def _held_out(manifest: Mapping[str, Any]) -> int:
-    """Packs that are held out to be measured on."""
-    return manifest["splits"].get("valid", {}).get("packs", 0)
+# %% ../../nbs/ops/07_report.ipynb #753d8346
+def _calls_in_words(after: Mapping[str, Any]) -> str:
+    """Whether tools are called where they should be; nothing where no answer, wanted or given, calls one."""
+    texts = (text for said in after.get("generations", ()) for text in (said["expected"], said["generated"]))
+    if not any("<tool_call>" in text for text in texts):
+        return ""
+    return f"{after['called_as_expected_rate']:.0%} of them call a tool exactly where the reference does; "
 
 # %% ../../nbs/ops/07_report.ipynb #c7052381
 def _form_sentence(run: Run) -> list[str]:
@@ -149,14 +157,6 @@ def _form_sentence(run: Run) -> list[str]:
             "word."
         )
     return sentences
-
-# %% ../../nbs/ops/07_report.ipynb #753d8346
-def _calls_in_words(after: Mapping[str, Any]) -> str:
-    """Whether tools are called where they should be; nothing where no answer, wanted or given, calls one."""
-    texts = (text for said in after.get("generations", ()) for text in (said["expected"], said["generated"]))
-    if not any("<tool_call>" in text for text in texts):
-        return ""
-    return f"{after['called_as_expected_rate']:.0%} of them call a tool exactly where the reference does; "
 
 # %% ../../nbs/ops/07_report.ipynb #32992e08
 def _work_sentence(run: Run) -> list[str]:
@@ -222,14 +222,14 @@ def _where_it_lies(run: Run) -> list[str]:
         ]
     return [f"The adapter lies in {adapter}, its base is {base}; load both with {_loads(model, base, adapter)}."]
 
-# %% ../../nbs/ops/07_report.ipynb #a5382614
+# %% ../../nbs/ops/07_report.ipynb #f5a8ec0d
 def _sent_later(run: Run) -> list[str]:
     """What to type to send an offline record to W&B, if there is one."""
     if _json(run.folder / "wandb_run.json").get("mode") != "offline":
         return []
     return [f"W&B: recorded offline; send it with: wandb sync {run.folder / 'wandb'}/offline-run-*"]
 
-
+# %% ../../nbs/ops/07_report.ipynb #0e9b64a0
 def _said_in_training(run: Run) -> list[str]:
     """What the training said about its adapters, from its log: each line once."""
     path = run.folder / "train.log"
@@ -426,6 +426,20 @@ def _mark_switches(axes: "Axes", steps: Sequence[Mapping[str, Any]]) -> None:
             color=GREY,
         )
 
+# %% ../../nbs/ops/07_report.ipynb #cef879d3
+def _loss_alt(steps: Sequence[Mapping[str, Any]], after: Sequence[int]) -> str:
+    """The loss curve in a few sentences."""
+    if not steps:
+        return "No step has been taken yet."
+    first, last = steps[0], steps[-1]
+    switches = "".join(f" The {stage} stage begins at step {step}." for step, stage in stage_switches(steps))
+    switches += "".join(f" Attempt {number} goes on after step {step}." for number, step in enumerate(after, 2))
+    return (
+        f"Loss over {last['step']} steps: mean over tokens from {first['loss_token']:.2f} to "
+        f"{last['loss_token']:.2f}, mean over chats from {first['loss_sample']:.2f} to "
+        f"{last['loss_sample']:.2f}.{switches}"
+    )
+
 # %% ../../nbs/ops/07_report.ipynb #753f29e9
 def loss_picture(
     metrics: Sequence[Mapping[str, Any]],  # metrics lines of any kind
@@ -454,20 +468,6 @@ def loss_picture(
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)
     return png(figure, _loss_alt(steps, seams(metrics)))
-
-# %% ../../nbs/ops/07_report.ipynb #cef879d3
-def _loss_alt(steps: Sequence[Mapping[str, Any]], after: Sequence[int]) -> str:
-    """The loss curve in a few sentences."""
-    if not steps:
-        return "No step has been taken yet."
-    first, last = steps[0], steps[-1]
-    switches = "".join(f" The {stage} stage begins at step {step}." for step, stage in stage_switches(steps))
-    switches += "".join(f" Attempt {number} goes on after step {step}." for number, step in enumerate(after, 2))
-    return (
-        f"Loss over {last['step']} steps: mean over tokens from {first['loss_token']:.2f} to "
-        f"{last['loss_token']:.2f}, mean over chats from {first['loss_sample']:.2f} to "
-        f"{last['loss_sample']:.2f}.{switches}"
-    )
 
 # %% ../../nbs/ops/07_report.ipynb #0e6a3871
 class LivePicture:
@@ -707,16 +707,16 @@ def environment_picture(
         header=["", ""],
     )
 
-# %% ../../nbs/ops/07_report.ipynb #6b963ef7
-def _took(run: Run) -> str:
-    """How long the steps of a run took, as h:mm:ss."""
-    return _clock(sum(s["seconds"] for s in run.lines("train"))) if run.lines("train") else ""
-
-
+# %% ../../nbs/ops/07_report.ipynb #e05119fc
 def _clock(seconds: float) -> str:
     """Seconds as h:mm:ss."""
     seconds = round(seconds)
     return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+# %% ../../nbs/ops/07_report.ipynb #07f125de
+def _took(run: Run) -> str:
+    """How long the steps of a run took, as h:mm:ss."""
+    return _clock(sum(s["seconds"] for s in run.lines("train"))) if run.lines("train") else ""
 
 # %% ../../nbs/ops/07_report.ipynb #91b5eb26
 def _time_of_steps(steps: Sequence[Mapping[str, Any]], whole: bool) -> str:
@@ -738,28 +738,23 @@ def _final_loss(folder: Path) -> str:
         found = re.search(rb'"loss_token": ([0-9.eE+-]+)', f.read(4096))
     return f"{float(found[1]):.3f}" if found else ""
 
-# %% ../../nbs/ops/07_report.ipynb #5dc3ce26
-def run_row(
-    folder: str | os.PathLike,  # a run folder
-) -> dict[str, Any]:
-    """A run as one row of a table, from the ends of its files. A folder that is damaged gives a row that says so."""
-    folder = Path(folder)
-    try:
-        return _row(folder)
-    # whatever lies there, the others are listed
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as e:
-        said = e.what if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
-        where = Path(e.where).name if isinstance(e, UserError) and e.where else ""
-        return dict.fromkeys(_COLUMNS, "") | {
-            "run": str(folder),
-            "state": "damaged",
-            "said": _in_a_line(f"{where}: {said}" if where else said),
-        }
-
 # %% ../../nbs/ops/07_report.ipynb #16fb64a9
 _COLUMNS = ("run", "state", "steps", "held-out loss", "loss", "stage", "time", "attempts", "job", "said", "report")
 
-# %% ../../nbs/ops/07_report.ipynb #535a8ad0
+# %% ../../nbs/ops/07_report.ipynb #999ff0ed
+def _in_a_line(text: str, most: int = 120) -> str:
+    """The first line of a message."""
+    return clipped(next(iter(str(text).strip().splitlines()), ""), most)
+
+# %% ../../nbs/ops/07_report.ipynb #c238026e
+def _taken_up(folder: Path, state: str, status: Mapping[str, Any]) -> str:
+    """What to type to go on with a run that nobody follows, whole, so that it can be copied; empty for all others."""
+    if state not in ("lost", "unfollowed"):
+        return ""
+    up = resume_command(folder) if stage_of(folder).resumes else status.get("command", "")
+    return f"{'nobody follows its training; ' if state == 'unfollowed' else ''}take it up: {up}"
+
+# %% ../../nbs/ops/07_report.ipynb #f6fd1895
 def _row(folder: Path) -> dict[str, Any]:
     """A run as one row. Raises what damage makes of its files."""
     status = read_status(folder)
@@ -785,18 +780,23 @@ def _row(folder: Path) -> dict[str, Any]:
         zip(_COLUMNS, [*values, str(folder / "report.html") if (folder / "report.html").exists() else ""], strict=True)
     )
 
-
-def _taken_up(folder: Path, state: str, status: Mapping[str, Any]) -> str:
-    """What to type to go on with a run that nobody follows, whole, so that it can be copied; empty for all others."""
-    if state not in ("lost", "unfollowed"):
-        return ""
-    up = resume_command(folder) if stage_of(folder).resumes else status.get("command", "")
-    return f"{'nobody follows its training; ' if state == 'unfollowed' else ''}take it up: {up}"
-
-# %% ../../nbs/ops/07_report.ipynb #999ff0ed
-def _in_a_line(text: str, most: int = 120) -> str:
-    """The first line of a message."""
-    return clipped(next(iter(str(text).strip().splitlines()), ""), most)
+# %% ../../nbs/ops/07_report.ipynb #5dc3ce26
+def run_row(
+    folder: str | os.PathLike,  # a run folder
+) -> dict[str, Any]:
+    """A run as one row of a table, from the ends of its files. A folder that is damaged gives a row that says so."""
+    folder = Path(folder)
+    try:
+        return _row(folder)
+    # whatever lies there, the others are listed
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as e:
+        said = e.what if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
+        where = Path(e.where).name if isinstance(e, UserError) and e.where else ""
+        return dict.fromkeys(_COLUMNS, "") | {
+            "run": str(folder),
+            "state": "damaged",
+            "said": _in_a_line(f"{where}: {said}" if where else said),
+        }
 
 # %% ../../nbs/ops/07_report.ipynb #d30d80fd
 @dataclass(frozen=True)
@@ -807,10 +807,10 @@ class Section:
     how: str  # how to read the picture, one sentence
     picture: Picture
 
-# %% ../../nbs/ops/07_report.ipynb #bcecb4e3
+# %% ../../nbs/ops/07_report.ipynb #c84f665b
 _Plan = list[tuple[bool, str, str, Callable[[], Picture]]]  # is there data, title, how to read it, the drawing
 
-
+# %% ../../nbs/ops/07_report.ipynb #10aa743b
 def _data_plan(run: Run) -> _Plan:
     """What became of the chats, and how full the packs are."""
     there, fate = (
@@ -912,14 +912,14 @@ def html_page(
         f"<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1>{said}{body}</body></html>\n"
     )
 
-# %% ../../nbs/ops/07_report.ipynb #74bd5efa
+# %% ../../nbs/ops/07_report.ipynb #3c72780a
 def page(
     run: Run,
 ) -> str:
     """The report as one HTML page that needs nothing else."""
     return html_page(run.folder.name, headline(run), sections(run))
 
-
+# %% ../../nbs/ops/07_report.ipynb #0c18a7e4
 def write_report(
     folder: str | os.PathLike,  # a run folder
 ) -> Path:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Options', 'ANY', 'TAKES', 'BODY', 'VARIABLES', 'FINAL', 'PATIENCE', 'DETACHED', 'read_options', 'profile_options',
-           'sbatch_line', 'shell_line', 'render', 'submit', 'Job', 'parse_job', 'job', 'cancel', 'follow',
-           'how_to_follow', 'in_job', 'rendezvous_port', 'container_options', 'launch_command', 'notebook_parameters',
+           'sbatch_line', 'shell_line', 'render', 'submit', 'Job', 'parse_job', 'job', 'cancel', 'how_to_follow',
+           'follow', 'in_job', 'rendezvous_port', 'container_options', 'launch_command', 'notebook_parameters',
            'progressed', 'note_failure', 'main']
 
 # %% ../../nbs/ops/09_slurm.ipynb #5677ca68
@@ -244,6 +244,12 @@ def submit(
         )
     return _words(answer) if test_only else answer.stdout.strip().partition(";")[0]
 
+# %% ../../nbs/ops/09_slurm.ipynb #71399e83
+FINAL = (
+    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL",
+    "DEADLINE",
+)
+
 # %% ../../nbs/ops/09_slurm.ipynb #c0e99b09
 @dataclass(frozen=True)
 class Job:
@@ -265,12 +271,6 @@ class Job:
     def result(self) -> int:
         """The exit code to hand on: 0 only for a job that was completed."""
         return 0 if self.state == "COMPLETED" else self.exit_code or 1
-
-# %% ../../nbs/ops/09_slurm.ipynb #71399e83
-FINAL = (
-    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL",
-    "DEADLINE",
-)
 
 # %% ../../nbs/ops/09_slurm.ipynb #745c5763
 def parse_job(
@@ -390,6 +390,17 @@ def _asked(job_id: str, ask: Callable[[str], str]) -> str:
     except (KeyboardInterrupt, EOFError):
         return "d"
 
+# %% ../../nbs/ops/09_slurm.ipynb #a0bb4189
+def how_to_follow(
+    job_id: str,
+    log: str | os.PathLike,
+) -> str:
+    """What to type to see a detached job, and to end it."""
+    return (
+        f"job {job_id} goes on by itself\n  its log:  tail -F {shlex.quote(str(log))}\n  its state:  squeue -j "
+        f"{job_id}\n  to end it:  scancel {job_id}"
+    )
+
 # %% ../../nbs/ops/09_slurm.ipynb #33f58f37
 def follow(
     job_id: str,
@@ -411,17 +422,6 @@ def follow(
         elif answer != "w":
             print(how_to_follow(job_id, log))
             return DETACHED
-
-# %% ../../nbs/ops/09_slurm.ipynb #a0bb4189
-def how_to_follow(
-    job_id: str,
-    log: str | os.PathLike,
-) -> str:
-    """What to type to see a detached job, and to end it."""
-    return (
-        f"job {job_id} goes on by itself\n  its log:  tail -F {shlex.quote(str(log))}\n  its state:  squeue -j "
-        f"{job_id}\n  to end it:  scancel {job_id}"
-    )
 
 # %% ../../nbs/ops/09_slurm.ipynb #b4203b93
 def in_job() -> bool:

@@ -77,14 +77,14 @@ class Stage:
         """The folder that its run folders lie in."""
         return Path(output_root) / family / self.name
 
-# %% ../../nbs/ops/08_stage.ipynb #c81f02d7
+# %% ../../nbs/ops/08_stage.ipynb #5c9df897
 def command_words(
     stage: Stage,
 ) -> tuple[str, ...]:
     """The words of its command, after the family."""
     return stage.command or (stage.name,)
 
-
+# %% ../../nbs/ops/08_stage.ipynb #946ad0d9
 def runner(
     stage: Stage,
 ) -> Callable[..., Path | None]:

@@ -155,18 +155,10 @@ def numbers(
     }
     return {k: v for k, v in found.items() if math.isfinite(v)}
 
-# %% ../../nbs/ops/05_tracking.ipynb #f0144e73
+# %% ../../nbs/ops/05_tracking.ipynb #7a1b885b
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 
-
-def hidden(
-    value: Any,  # settings, as JSON can say them
-    variables: Mapping[str, str],  # os.environ
-) -> Any:
-    """The same settings; text that holds the value of a secret variable is replaced by (hidden)."""
-    return _hide(value, _secrets(variables))
-
-
+# %% ../../nbs/ops/05_tracking.ipynb #58c8f6a7
 def _secrets(variables: Mapping[str, str]) -> list[str]:
     """The values of variables whose names look secret; words of less than eight letters would hide half a sentence."""
     return [v for k, v in variables.items() if any(s in k.upper() for s in _SECRET) and len(v) >= 8]
@@ -183,6 +175,14 @@ def _hide(value: Any, found: Sequence[str]) -> Any:
     if value is None or isinstance(value, (bool, int, float)):
         return value
     return "(hidden)" if any(f in str(value) for f in found) else str(value)
+
+# %% ../../nbs/ops/05_tracking.ipynb #c5535684
+def hidden(
+    value: Any,  # settings, as JSON can say them
+    variables: Mapping[str, str],  # os.environ
+) -> Any:
+    """The same settings; text that holds the value of a secret variable is replaced by (hidden)."""
+    return _hide(value, _secrets(variables))
 
 # %% ../../nbs/ops/05_tracking.ipynb #855f7bc6
 PATIENCE = 15.0  # seconds to wait for the network when a run begins

@@ -236,6 +236,11 @@ def collect(
             )
     return kept, rejects
 
+# %% ../../nbs/stages/03_budget.ipynb #675baceb
+def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as JSON lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
 # %% ../../nbs/stages/03_budget.ipynb #f69aa680
 def _write_rollouts(folder: Path, prompts: Sequence[Prompt], texts: Sequence[str]) -> None:
     """What became of the texts: chats, rejects with their reasons, and the counts of both."""
@@ -278,12 +283,7 @@ def collect_folder(
         _write_rollouts(folder, prompts, texts)
         metrics.write({"kind": "end"})
 
-# %% ../../nbs/stages/03_budget.ipynb #ac58982a
-def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Rows as JSON lines."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
+# %% ../../nbs/stages/03_budget.ipynb #e04930dc
 def main() -> None:
     """The collecting process."""
     as_process(collect_folder)
@@ -386,12 +386,12 @@ def resolved_stage(
         )
     return settled
 
-# %% ../../nbs/stages/03_budget.ipynb #9cc74a99
+# %% ../../nbs/stages/03_budget.ipynb #1c16adc0
 def _label(config: BudgetConfig, name: str | Sequence[str]) -> str:
     """What people call the stage."""
     return config.run.label or f"{config_label(name)} budget"
 
-
+# %% ../../nbs/stages/03_budget.ipynb #89ed863f
 def open_stage(
     effective: Effective,
     config: BudgetConfig,  # its settings, model resolved

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DTYPES', 'CalibrationSection', 'CompressConfig', 'compress_config', 'evaluation_of', 'resolved_compression',
            'calibration_samples', 'compress_folder', 'main', 'start_compressing', 'compared_rows', 'headline',
-           'compression_sections', 'write_compression', 'open_compression', 'inputs_of', 'enter_compressed',
+           'compression_sections', 'write_compression', 'inputs_of', 'open_compression', 'enter_compressed',
            'compress_run']
 
 # %% ../../nbs/stages/10_compress.ipynb #cf12274c
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
     from nemotron_nb.data.tokenizer import ChatTokenizer
     from nemotron_nb.ops.profiles import Profile
 
-# %% ../../nbs/stages/10_compress.ipynb #193c8a22
+# %% ../../nbs/stages/10_compress.ipynb #8ff3ad1f
 DTYPES = ("bfloat16", "float32")
 
-
+# %% ../../nbs/stages/10_compress.ipynb #be7aada4
 @dataclass(frozen=True)
 class CalibrationSection:
     """What the scales of the activations are taken from."""
@@ -53,7 +53,7 @@ class CalibrationSection:
     seed: int = 0  # of the draw
     max_tokens: int = 0  # a longer chat is cut; 0 = none is
 
-
+# %% ../../nbs/stages/10_compress.ipynb #0c32f0af
 @dataclass(frozen=True)
 class CompressConfig:
     """Every setting of a compression."""
@@ -76,7 +76,7 @@ class CompressConfig:
             if (value := getattr(self.calibration, name)) < 0:
                 raise UserError(f"{value} is too small", where=f"calibration.{name}", fix="give at least 0")
 
-# %% ../../nbs/stages/10_compress.ipynb #dfc2e26c
+# %% ../../nbs/stages/10_compress.ipynb #3bfda509
 def compress_config(
     family: str,
     name: str | Sequence[str] = "default",
@@ -86,7 +86,7 @@ def compress_config(
     """The settings: papermill_runs/<family>/compress/*.yaml, the cluster's profile, then the command line."""
     return eval_config(family, name, overrides, COMPRESS.name, CompressConfig, profile)
 
-
+# %% ../../nbs/stages/10_compress.ipynb #f327543e
 def evaluation_of(config: CompressConfig) -> EvalConfig:
     """The settings as those of an evaluation that compares with nothing."""
     parts = {name: getattr(config, name) for name in ("family", "model", "data", "generation", "eval", "run")}
@@ -158,7 +158,12 @@ def _measured_twice(config: CompressConfig, folder: Path, tell: Any) -> tuple[An
     write_json(folder / "tuned.json", measure(model, asked, tokenizer, packs, questions, say("quantised")))
     return model, tokenizer, counts
 
-# %% ../../nbs/stages/10_compress.ipynb #f5486179
+# %% ../../nbs/stages/10_compress.ipynb #b3be85b7
+def _weights(folder: Path) -> int:
+    """Bytes of the weights in a folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+# %% ../../nbs/stages/10_compress.ipynb #4d779346
 def _read_back(config: CompressConfig, folder: Path) -> float | None:
     """Held-out loss of the exported checkpoint, read without the tool; None where there is nothing to read."""
     from nemotron_nb.compress.quantise import read_quantised
@@ -170,12 +175,7 @@ def _read_back(config: CompressConfig, folder: Path) -> float | None:
     again = losses_by_source(read_quantised(folder / "model"), packs, config.eval.micro_batch_tokens)
     return together(list(again.values())).loss_token
 
-
-def _weights(folder: Path) -> int:
-    """Bytes of the weights in a folder."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-# %% ../../nbs/stages/10_compress.ipynb #b19548b3
+# %% ../../nbs/stages/10_compress.ipynb #6587872e
 def compress_folder(
     folder: str | os.PathLike,  # a run folder with compress.yaml
 ) -> None:
@@ -197,12 +197,12 @@ def compress_folder(
         write_json(folder / "compressed.json", counts)
         metrics.write({"kind": "end", "bytes": counts["bytes"]["after"]})
 
-
+# %% ../../nbs/stages/10_compress.ipynb #ce4c8435
 def main() -> None:
     """The process."""
     as_process(compress_folder)
 
-
+# %% ../../nbs/stages/10_compress.ipynb #17610878
 def start_compressing(
     folder: str | os.PathLike,  # a run folder with compress.yaml
 ) -> Started:
@@ -252,7 +252,7 @@ def headline(folder: str | os.PathLike) -> list[str]:
         said.append(f"WARNING: {len(counts['never_met'])} inputs met no sample and have no scale, e.g. {first}.")
     return said
 
-# %% ../../nbs/stages/10_compress.ipynb #a6db3109
+# %% ../../nbs/stages/10_compress.ipynb #a2f7773d
 def compression_sections(
     folder: str | os.PathLike,  # of a compression that is done
 ) -> list[Section]:
@@ -279,7 +279,7 @@ def compression_sections(
     parts.append(("What changed", changed, changes_picture(changes(base, tuned))))
     return [Section(*part) for part in parts]
 
-
+# %% ../../nbs/stages/10_compress.ipynb #715183c8
 def write_compression(
     folder: str | os.PathLike,  # of a compression that is done
 ) -> Path:
@@ -294,14 +294,19 @@ def write_compression(
     parts = [*compression_sections(folder), Section("Code and machine", "env.json", environment_picture(env))]
     return write_atomic(folder / "report.html", html_page(folder.name, headline(folder), parts))
 
-# %% ../../nbs/stages/10_compress.ipynb #a5a552b9
+# %% ../../nbs/stages/10_compress.ipynb #d3537f65
 def _label(config: CompressConfig, name: str | Sequence[str]) -> str:
     """What people call a run of it."""
     run = model_run(config.model) or Path(config.model)
     whose = run.name.partition("-")[2] or Path(config.model).name
     return config.run.label or f"{config_label(name)} {config.rule} {whose}"
 
+# %% ../../nbs/stages/10_compress.ipynb #8d01dd6e
+def inputs_of(config: CompressConfig) -> list[Artifact | Source]:
+    """What goes into a compression: its model, the data that calibrates and measures, its questions."""
+    return evaluated(evaluation_of(config))
 
+# %% ../../nbs/stages/10_compress.ipynb #44097c52
 def open_compression(
     effective: Effective,
     config: CompressConfig,  # its settings, resolved
@@ -313,17 +318,27 @@ def open_compression(
     note_artifacts(folder, inputs_of(config))
     return folder
 
-
-def inputs_of(config: CompressConfig) -> list[Artifact | Source]:
-    """What goes into a compression: its model, the data that calibrates and measures, its questions."""
-    return evaluated(evaluation_of(config))
-
-
+# %% ../../nbs/stages/10_compress.ipynb #180cb16b
 def enter_compressed(effective: Effective, config: CompressConfig, folder: Path) -> Artifact:
     """Enter the checkpoint in the register."""
     return enter_made(COMPRESS, effective, folder, folder / "model", inputs_of(config))
 
-# %% ../../nbs/stages/10_compress.ipynb #b894854a
+# %% ../../nbs/stages/10_compress.ipynb #381a49b0
+def _follows(settled: CompressConfig) -> Picture:
+    """What the settings come to."""
+    rows = [("model", settled.model), ("rule", settled.rule), ("data", settled.data.dir)]
+    rows.append(("samples", str(settled.calibration.samples)))
+    return table(rows, header=["what it comes to", ""])
+
+# %% ../../nbs/stages/10_compress.ipynb #bc5eb0b7
+def _here(folder: Path, family: str) -> Path:
+    """Do it on this machine, and say what came of it."""
+    print(f"run folder: {folder}", flush=True)
+    execute_into(COMPRESS.notebook, folder, Parameters(family, str(folder.absolute() / "config.yaml")))
+    print("\n".join(["", *headline(folder), f"Checkpoint: {folder / 'model'}", f"Report: {folder / 'report.html'}"]))
+    return folder
+
+# %% ../../nbs/stages/10_compress.ipynb #a1fdb7b9
 def compress_run(
     family: str,  # nano3 or super3
     config: str | Sequence[str] = "default",  # what -c was given
@@ -344,18 +359,3 @@ def compress_run(
 
     plan = Plan(COMPRESS, effective, str(_follows(settled)), make, lambda: _here(make(), family))
     return launch(plan, profile, mode, dry_run, **shown)
-
-
-def _follows(settled: CompressConfig) -> Picture:
-    """What the settings come to."""
-    rows = [("model", settled.model), ("rule", settled.rule), ("data", settled.data.dir)]
-    rows.append(("samples", str(settled.calibration.samples)))
-    return table(rows, header=["what it comes to", ""])
-
-
-def _here(folder: Path, family: str) -> Path:
-    """Do it on this machine, and say what came of it."""
-    print(f"run folder: {folder}", flush=True)
-    execute_into(COMPRESS.notebook, folder, Parameters(family, str(folder.absolute() / "config.yaml")))
-    print("\n".join(["", *headline(folder), f"Checkpoint: {folder / 'model'}", f"Report: {folder / 'report.html'}"]))
-    return folder

@@ -36,10 +36,10 @@ from ..viz import Picture, joined, table
 if TYPE_CHECKING:
     from nemotron_nb.ops.profiles import Profile
 
-# %% ../../nbs/stages/08_plan.ipynb #2c5a6325
+# %% ../../nbs/stages/08_plan.ipynb #5659bad2
 GPU = "h100-80"  # where nobody names another
 
-
+# %% ../../nbs/stages/08_plan.ipynb #f1346763
 @dataclass(frozen=True)
 class Asked:
     """What a plan is made for, besides the settings."""
@@ -50,7 +50,7 @@ class Asked:
     exact: bool = False  # count parameters in Megatron's own model, too
     others: bool = True  # look at other layouts as well
 
-
+# %% ../../nbs/stages/08_plan.ipynb #41a43cf4
 @dataclass(frozen=True)
 class Answer:
     """A plan, for people and for programs."""
@@ -60,7 +60,7 @@ class Answer:
     notes: tuple[str, ...] = ()  # what was assumed
     warning: str = ""  # why it cannot be run so
 
-
+# %% ../../nbs/stages/08_plan.ipynb #caf4da58
 def read_utilisation(
     text: str,  # one share or two, such as 0.3 or 0.1,0.38
 ) -> tuple[float, float]:
@@ -73,11 +73,11 @@ def read_utilisation(
         raise UserError(what, where="--utilisation", fix=fix) from None
     return low, high
 
-# %% ../../nbs/stages/08_plan.ipynb #058ce04d
+# %% ../../nbs/stages/08_plan.ipynb #9cbe1549
 SHAPES = {"nano3": NANO, "super3": SUPER}
 RELEASED = {"Nemotron-3-Nano-30B-A3B": "nano3", "Nemotron-3-Super-120B-A12B": "super3"}
 
-
+# %% ../../nbs/stages/08_plan.ipynb #b0ca351f
 def tiny_shape(
     config: ModelConfig,  # with the name "tiny"
     vocab: int = 4096,  # tokens; that of the tiny tokenizer is known with the data
@@ -90,7 +90,7 @@ def tiny_shape(
         vocab=vocab, mtp_pattern="*E" if config.mtp_num_layers else "", mtp_depths=config.mtp_num_layers,
     )  # fmt: skip
 
-
+# %% ../../nbs/stages/08_plan.ipynb #51190171
 def _shape_of_folder(folder: Path, depths: int) -> Shape:
     """The sizes of a checkpoint in Hugging Face form."""
     config = json.loads((folder / "config.json").read_text())
@@ -113,13 +113,13 @@ def shape_named(
     note = "" if released else f"nothing is known of the model {name!r}: the sizes of {family} are taken"
     return shape_of(SHAPES[released or family], mtp_depths=depths), note
 
-# %% ../../nbs/stages/08_plan.ipynb #1d0028f8
+# %% ../../nbs/stages/08_plan.ipynb #180352c4
 OPTIMIZER_BYTES = {
     "nemotron_3_nano": 12.0,
     "nemotron_3_super": 6.0,
 }  # recipes of Megatron-Bridge 0.6.2, from their source
 
-
+# %% ../../nbs/stages/08_plan.ipynb #e13725b0
 def megatron_layout(
     values: Mapping[str, Any],  # dotted names of Megatron-Bridge
     world: int,
@@ -139,7 +139,7 @@ def megatron_layout(
     sizes = [size(name) for name in ("tensor_model", "pipeline_model", "context", "expert_model", "expert_tensor")]
     return Layout(world, *sizes, sp=sp)
 
-# %% ../../nbs/stages/08_plan.ipynb #834636ba
+# %% ../../nbs/stages/08_plan.ipynb #7de395f2
 def _sizes(tp: int, pp: int, ep: int, modules: tuple[str, ...] = ()) -> dict[str, Any]:
     """What a recipe says of the layout, under Megatron-Bridge's names."""
     recompute = {"model.recompute_granularity": "selective" if modules else None, "model.recompute_modules": modules}
@@ -148,7 +148,7 @@ def _sizes(tp: int, pp: int, ep: int, modules: tuple[str, ...] = ()) -> dict[str
         "model.sequence_parallel": tp > 1
     }
 
-
+# %% ../../nbs/stages/08_plan.ipynb #b76e8e2d
 # Recipes of Megatron-Bridge 0.6.2, from their source: what holds where the settings say nothing.
 RECIPE_LAYOUTS: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("nemotron_3_nano", "pretrain"): _sizes(1, 1, 8, ("moe", "layernorm")),
@@ -157,7 +157,7 @@ RECIPE_LAYOUTS: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("nemotron_3_super", "sft"): _sizes(8, 1, 16),
 }
 
-
+# %% ../../nbs/stages/08_plan.ipynb #580c4dfe
 def with_recipe(
     values: Mapping[str, Any],  # dotted names of Megatron-Bridge, as the settings have them
     kind: str,  # "sft" or "pretrain"
@@ -171,7 +171,7 @@ def with_recipe(
     sizes = ", ".join(f"{name} {value}" for name, value in added.items() if name.endswith("parallel_size"))
     return {**added, **values}, f"not in the settings, so as the recipe {recipe} of Megatron-Bridge has it: {sizes}"
 
-# %% ../../nbs/stages/08_plan.ipynb #b418ff7f
+# %% ../../nbs/stages/08_plan.ipynb #8960ecd8
 def megatron_formats(values: Mapping[str, Any], precision: str) -> Formats:
     """Bytes of a parameter, as the settings and the recipe of Megatron-Bridge have them."""
     if precision == "fp32":
@@ -185,7 +185,7 @@ def megatron_formats(values: Mapping[str, Any], precision: str) -> Formats:
     )
     return Formats(gradient=2 if narrow else 4, optimizer=optimizer)
 
-
+# %% ../../nbs/stages/08_plan.ipynb #85152e70
 def megatron_recompute(values: Mapping[str, Any], everything: bool) -> tuple[str, ...]:
     """What is computed again."""
     granularity = values.get("model.recompute_granularity")
@@ -193,7 +193,7 @@ def megatron_recompute(values: Mapping[str, Any], everything: bool) -> tuple[str
         return ("full",)
     return tuple(values.get("model.recompute_modules") or ("core_attn",)) if granularity == "selective" else ()
 
-# %% ../../nbs/stages/08_plan.ipynb #64d364dd
+# %% ../../nbs/stages/08_plan.ipynb #af4e72aa
 def torch_work(settings: Any, row: int) -> tuple[Layout, Work, int]:
     """(layout, work of a rank, micro-batches of all ranks in a step) with the PyTorch engine."""
     t = settings.train
@@ -203,7 +203,7 @@ def torch_work(settings: Any, row: int) -> tuple[Layout, Work, int]:
     work = Work(rows * row, formats=FORMATS["fp32"], kernels="torch", recompute=recompute, **shared)
     return Layout(settings.run.ranks), work, max(1, t.packs_in_step(row) // rows)
 
-
+# %% ../../nbs/stages/08_plan.ipynb #a5d9ea42
 def megatron_work(settings: Any, row: int, kind: str = "sft") -> tuple[Layout, Work, int]:
     """(layout, work of a rank, rows of a step) with Megatron-Bridge."""
     t, values = settings.train, with_recipe(settings.megatron, kind)[0]
@@ -211,6 +211,33 @@ def megatron_work(settings: Any, row: int, kind: str = "sft") -> tuple[Layout, W
     recompute, formats = megatron_recompute(values, t.recompute), megatron_formats(values, t.precision)
     work = Work(row, formats=formats, recompute=recompute, distributed_optimizer=shared)
     return megatron_layout(values, settings.run.ranks), work, t.packs_in_step(row)
+
+# %% ../../nbs/stages/08_plan.ipynb #dc26b7d0
+def _planned(
+    shape: Shape, layout: Layout, work: Work, batch: int, steps: int, asked: Asked, notes: tuple[str, ...]
+) -> Answer:
+    """A plan as an answer."""
+    others = asked.others and work.kernels == "fused"
+    plan = make_plan(
+        shape, layout, work, asked.gpu, batch, steps, price=asked.price, utilisation=asked.utilisation, others=others
+    )
+    values, picture = plan_values(plan), plan_picture(plan)
+    if asked.exact:
+        ranks = [stage * layout.world // layout.pp for stage in range(layout.pp)]
+        counted = [sum(found.values()) for found in exact_parameters(shape, layout, ranks)]
+        values["exact_parameters"] = counted
+        rows = [
+            (stage, n, sum(parameters_of_stage(shape, layout, stage).values())) for stage, n in enumerate(counted)
+        ]
+        picture = joined(
+            [
+                table(
+                    rows, header=["stage", "Megatron's own model", "formulas"], title="Parameters of a rank, counted"
+                ),
+                picture,
+            ]
+        )
+    return Answer(picture, values | {"notes": list(notes)}, notes, plan.warning)
 
 # %% ../../nbs/stages/08_plan.ipynb #8784ebc7
 def training_plan(
@@ -239,39 +266,12 @@ def training_plan(
         work = replace(work, adapter=settings.peft.dim)
     return _planned(shape, layout, work, batch, t.train_iters or 1, asked, tuple(notes))
 
-# %% ../../nbs/stages/08_plan.ipynb #119c5ac9
-def _planned(
-    shape: Shape, layout: Layout, work: Work, batch: int, steps: int, asked: Asked, notes: tuple[str, ...]
-) -> Answer:
-    """A plan as an answer."""
-    others = asked.others and work.kernels == "fused"
-    plan = make_plan(
-        shape, layout, work, asked.gpu, batch, steps, price=asked.price, utilisation=asked.utilisation, others=others
-    )
-    values, picture = plan_values(plan), plan_picture(plan)
-    if asked.exact:
-        ranks = [stage * layout.world // layout.pp for stage in range(layout.pp)]
-        counted = [sum(found.values()) for found in exact_parameters(shape, layout, ranks)]
-        values["exact_parameters"] = counted
-        rows = [
-            (stage, n, sum(parameters_of_stage(shape, layout, stage).values())) for stage, n in enumerate(counted)
-        ]
-        picture = joined(
-            [
-                table(
-                    rows, header=["stage", "Megatron's own model", "formulas"], title="Parameters of a rank, counted"
-                ),
-                picture,
-            ]
-        )
-    return Answer(picture, values | {"notes": list(notes)}, notes, plan.warning)
-
-
+# %% ../../nbs/stages/08_plan.ipynb #a3ffa81f
 def plan_sft(settings: Any, asked: Asked) -> Answer:
     """The plan of a fine-tuning."""
     return training_plan(settings, settings.data.pack_size, asked)
 
-
+# %% ../../nbs/stages/08_plan.ipynb #ba50b103
 def plan_pretrain(settings: Any, asked: Asked) -> Answer:
     """The plan of a pretraining."""
     return training_plan(settings, settings.dataset.sequence_length, asked, "pretrain")
@@ -338,13 +338,13 @@ def plan_generation(settings: Any, asked: Asked, bytes_each: float = 4.0) -> Ans
         warning,
     )
 
-# %% ../../nbs/stages/08_plan.ipynb #1cd735ad
+# %% ../../nbs/stages/08_plan.ipynb #bcd3d9ee
 RATES = {  # (bytes of input a core second, seconds that no core shortens), measured: benchmarks/plan.py
     "data_prep": (9.3e6, 1.4),
     "data_prep_pretrain": (2.7e6, 0.5),
 }
 
-
+# %% ../../nbs/stages/08_plan.ipynb #5825a7b4
 def prep_seconds(
     size: int,  # bytes of input
     cores: int,
@@ -354,14 +354,14 @@ def prep_seconds(
     """Seconds of a data preparation whose shards are shared evenly."""
     return fixed + size / (rate * max(1, cores))
 
-
+# %% ../../nbs/stages/08_plan.ipynb #531b6994
 def bytes_of_files(path: str) -> int:
     """Bytes of a file, or of the files of a folder; 0 where there are none."""
     place = Path(path)
     files = [place] if place.is_file() else sorted(place.rglob("*")) if path and place.is_dir() else []
     return sum(file.stat().st_size for file in files if file.is_file())
 
-# %% ../../nbs/stages/08_plan.ipynb #37eb6cbe
+# %% ../../nbs/stages/08_plan.ipynb #59d9c7ec
 def prep_plan(stage: str, settings: Any, asked: Asked) -> Answer:
     """Hours of a data preparation, for the cores of one to many machines."""
     size, notes = bytes_of_files(str(getattr(settings.data, "path", "") or "")), []
@@ -379,22 +379,22 @@ def prep_plan(stage: str, settings: Any, asked: Asked) -> Answer:
     picture = table(rows, header=["cores", "time", "core hours"], title=title)
     return Answer(picture, {"bytes": size, "rate": rate, "seconds": seconds}, tuple(notes))
 
-
+# %% ../../nbs/stages/08_plan.ipynb #0f1c5df0
 def plan_chats(settings: Any, asked: Asked) -> Answer:
     """The plan of the preparation of chats."""
     return prep_plan("data_prep", settings, asked)
 
-
+# %% ../../nbs/stages/08_plan.ipynb #71ecfc18
 def plan_documents(settings: Any, asked: Asked) -> Answer:
     """The plan of the preparation of documents."""
     return prep_plan("data_prep_pretrain", settings, asked)
 
-
+# %% ../../nbs/stages/08_plan.ipynb #b45b14b2
 def plan_tasks(settings: Any, asked: Asked) -> Answer:
     """The plan of the preparation of tasks."""
     return prep_plan("data_prep_rl", settings, asked)
 
-# %% ../../nbs/stages/08_plan.ipynb #88c390c8
+# %% ../../nbs/stages/08_plan.ipynb #c5df0bfc
 def gpu_of(
     profile: "Profile | None",
     named: str = "",  # --gpu
@@ -406,7 +406,7 @@ def gpu_of(
         return gpu_named(profile.gpu), f"env.toml [{profile.name}]"
     return gpu_named(GPU), "assumed: neither --gpu nor `gpu` in env.toml names one"
 
-
+# %% ../../nbs/stages/08_plan.ipynb #a4b21a4b
 def plan_stage(
     stage: Stage,
     settings: Any,  # of its settings class

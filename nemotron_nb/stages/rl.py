@@ -75,10 +75,10 @@ from ..viz import Picture, clipped, joined, png, table
 if TYPE_CHECKING:
     from nemotron_nb.ops.profiles import Profile
 
-# %% ../../nbs/stages/06_rl.ipynb #a6470fe9
+# %% ../../nbs/stages/06_rl.ipynb #c230d1a2
 ENGINES = ("torch", "nemo_rl")
 
-
+# %% ../../nbs/stages/06_rl.ipynb #12048a15
 @dataclass(frozen=True)
 class StartSection:
     """The model to begin with, where none is named."""
@@ -137,10 +137,10 @@ class RlConfig:
         if self.start.chats < 1:
             raise UserError(f"{self.start.chats} chats", where="start.chats", fix="give at least 1")
 
-# %% ../../nbs/stages/06_rl.ipynb #230e7a2a
+# %% ../../nbs/stages/06_rl.ipynb #4b49f323
 OPEN = ("nemo_rl.", "curriculum.shares.")  # sections whose names are not ours: keys of NeMo RL, environments
 
-
+# %% ../../nbs/stages/06_rl.ipynb #a76f8027
 def _gathered(layers: Sequence[Layer], section: str) -> Layer:
     """What all layers say in an open section, as one value: its names keep their dots."""
     own = {n.removeprefix(section): v for _, said in layers for n, v in said.items() if n.startswith(section)}
@@ -193,12 +193,12 @@ def rl_config(
     )  # refuses unknown keys
     return replace(effective, notes=tuple(notes))
 
-# %% ../../nbs/stages/06_rl.ipynb #e38d0283
+# %% ../../nbs/stages/06_rl.ipynb #c53d9369
 NOT_RUN = (
     "NeMo RL was not run by this project: the keys are those of its own files, and what it makes of them is NVIDIA's."
 )
 
-
+# %% ../../nbs/stages/06_rl.ipynb #41915c0d
 def cluster_config(
     config: RlConfig,
 ) -> NemoRlConfig:
@@ -207,7 +207,7 @@ def cluster_config(
     flat = flatten(asdict(replace(config, nemo_rl={})))
     return nemo_rl_config(flat, config.nemo_rl, str(root / "train/data.jsonl"), str(root / "val/data.jsonl"))
 
-
+# %% ../../nbs/stages/06_rl.ipynb #92c882f2
 def cluster_script(
     config: RlConfig,
     profile: "Profile | None" = None,
@@ -308,13 +308,13 @@ def known_model(
         else Source(str(folder), "base model", f"hf://{folder}")
     )
 
-# %% ../../nbs/stages/06_rl.ipynb #c1a69f1f
+# %% ../../nbs/stages/06_rl.ipynb #6d89f236
 def run_label(config: RlConfig, name: str | Sequence[str]) -> str:
     """What people call the run: what they said, or the configuration and the tasks."""
     tasks = config.run.data.partition(":")[0] or Path(config.data.path).stem
     return config.run.label or f"{config_label(name)} {config.method} {tasks}"
 
-
+# %% ../../nbs/stages/06_rl.ipynb #5a3bfa17
 def rl_folder(
     effective: Effective,
     config: RlConfig,  # its settings, model settled
@@ -346,12 +346,12 @@ def start_rl(
     torchrun = ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={ranks}", "--standalone", "--no-python"]
     return start_training(folder, [sys.executable, *torchrun, *alone] if ranks > 1 else alone)
 
-# %% ../../nbs/stages/06_rl.ipynb #7ba1f91c
+# %% ../../nbs/stages/06_rl.ipynb #356a85db
 def _kinds(lines: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:
     """The metrics lines of one kind."""
     return [line for line in lines if line.get("kind") == kind]
 
-
+# %% ../../nbs/stages/06_rl.ipynb #5a066e67
 def before_after_picture(
     lines: Sequence[Mapping[str, Any]],  # of a metrics file
 ) -> Picture:
@@ -414,14 +414,14 @@ def headline(
     end = [f"The model: {model}"] if model.is_dir() else []
     return [*said, *end, *([f"Go on with: {resume_command(folder)}"] if run.state == "preempted" else [])]
 
-# %% ../../nbs/stages/06_rl.ipynb #9c9e96a9
+# %% ../../nbs/stages/06_rl.ipynb #6400b0a2
 def _tokenizer(folder: Path) -> Any:
     """The tokenizer of the model that a run began with."""
     from nemotron_nb.data.tokenizer import load_tokenizer
 
     return load_tokenizer(read_training(folder / "train.yaml").model)
 
-
+# %% ../../nbs/stages/06_rl.ipynb #e01a1c15
 def _step_answers(folder: Path, step: int, held_out: bool = False) -> list[tuple[Any, Any]]:
     """(rollout, judgement) of a step, from its files; empty where they were not kept."""
     from nemotron_nb.rl.judgement import Judgement
@@ -564,7 +564,7 @@ def _answers(folder: Path, lines: Sequence[Mapping[str, Any]]) -> list[tuple[boo
         ((folder / "parity.json").is_file(), "Sampling against training", point, lambda: parity_of_run(folder)),
     ]
 
-# %% ../../nbs/stages/06_rl.ipynb #55f9f1d5
+# %% ../../nbs/stages/06_rl.ipynb #fb6fe6cc
 def rl_sections(
     folder: str | os.PathLike,
 ) -> list[Section]:
@@ -587,7 +587,7 @@ def rl_sections(
     ]
     return [Section(title, how, draw()) for there, title, how, draw in plan if there]
 
-
+# %% ../../nbs/stages/06_rl.ipynb #0256cd7f
 def write_rl_report(
     folder: str | os.PathLike,  # a run folder
 ) -> Path:
