@@ -70,7 +70,7 @@ def goodput(
     restart = m * np.expm1(cluster.restart / m)
     return float(interval / ((m + restart) * np.expm1(stretch / m)))
 
-
+# %% ../../nbs/megatron/18_failures.ipynb #1a2b6652
 def best_interval(
     cluster: Cluster,
 ) -> float:
