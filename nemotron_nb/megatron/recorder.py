@@ -82,24 +82,27 @@ class _Registered:
             callbacks.register(event, getattr(self, event))
         return callbacks
 
+# %% ../../nbs/megatron/05_recorder.ipynb #fff03c90
+def _groups(model: Any) -> Any:
+    """The process groups that Megatron-Bridge made for a model: pp, tp, dp_cp and others."""
+    from megatron.bridge.training.utils.pg_utils import get_pg_collection
+
+    return get_pg_collection(model)
+
 # %% ../../nbs/megatron/05_recorder.ipynb #2dd2fbc2
 class _Listener(_Registered):
     """Who writes, and what is added up over the ranks."""
 
     def _writes(self, model: Any) -> bool:
         """Is this the rank that writes: the last stage of the pipeline, the first of everything else?"""
-        from megatron.bridge.training.utils.pg_utils import get_pg_collection
-
-        groups = get_pg_collection(model)
+        groups = _groups(model)
         return groups.pp.rank() == groups.pp.size() - 1 and groups.tp.rank() == groups.dp_cp.rank() == 0
 
     def _summed(self, model: Any) -> tuple[MeanPair, int]:
         """(sums of the losses, places), over all ranks of the last stage of the pipeline; nothing on the other
         stages.
         """
-        from megatron.bridge.training.utils.pg_utils import get_pg_collection
-
-        groups = get_pg_collection(model)
+        groups = _groups(model)
         if groups.pp.rank() != groups.pp.size() - 1:
             return MeanPair.nothing(), 0
         pair = self.step.pair()
