@@ -105,6 +105,17 @@ def batch_of_rows(
     rows = tuple(replace(row, answer_length=int(length.max())) for row, length in zip(rows, lengths, strict=True))
     return GlobalBatch(rows, count(mask_T, owner_T), sum(map(len, rows)))
 
+# %% ../../nbs/train/05_batches.ipynb #1749b8d5
+def _untrained_error(packs: Sequence[Pack]) -> UserError:
+    """The error of a batch without a loss; five of its conversations are named."""
+    names = sorted({name for pack in packs for name in pack.conversation_ids})
+    return UserError(
+        "no token of this batch is trained",
+        where=f"conversations {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}",
+        why="its loss would be 0/0",
+        fix="look at the loss mask of these conversations; a pack may have cut their answers off",
+    )
+
 # %% ../../nbs/train/05_batches.ipynb #9f720448
 def global_batch(
     packs: Sequence[Pack],
@@ -113,13 +124,7 @@ def global_batch(
     """Take the rows out of the packs of a step and count their denominators."""
     rows = tuple(row for pack in packs for row in rows_of(pack) if row.mask.any())
     if not rows:
-        names = sorted({name for pack in packs for name in pack.conversation_ids})
-        raise UserError(
-            "no token of this batch is trained",
-            where=f"conversations {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}",
-            why="its loss would be 0/0",
-            fix="look at the loss mask of these conversations; a pack may have cut their answers off",
-        )
+        raise _untrained_error(packs)
     if unit == "conversation" and not all(pack.conversation_ids for pack in packs):
         raise UserError(
             "packs without conversation ids",
