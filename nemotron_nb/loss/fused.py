@@ -55,7 +55,7 @@ def _blocks(z_CV: Tensor) -> Iterator[slice]:
     rows = max(1, _BLOCK_BYTES // max(1, z_CV.shape[1] * z_CV.itemsize))
     return (slice(start, start + rows) for start in range(0, len(z_CV), rows))
 
-
+# %% ../../nbs/loss/03_fused.ipynb #4c5129bc
 def _capped(z: Tensor, softcap: float) -> Tensor:
     """softcap * tanh(z / softcap), or `z` itself without a cap."""
     return softcap * torch.tanh(z / softcap) if softcap else z
@@ -530,7 +530,7 @@ def _check_shards(rows: _Rows, target_M: Tensor, call: _Call, steps: Any) -> Non
     if steps is PyTorchSteps and call.group:
         _refuse_labels(rows.labels_M, rows.index_M, target_M == -torch.inf, " of all shards")
 
-
+# %% ../../nbs/loss/03_fused.ipynb #01a43672
 def _count(rows: _Rows) -> Tensor:
     """Rows that were computed and count, 0-dim."""
     return torch.full((), len(rows.index_M), device=rows.index_M.device) if rows.kept_M is None else rows.kept_M.sum()
@@ -587,7 +587,7 @@ def _attach(
     """The loss, with gradients that are known already."""
     return loss.clone()
 
-
+# %% ../../nbs/loss/03_fused.ipynb #82d38e00
 @_attach.register_fake
 def _attach_shapes(hidden, weight, loss, dhidden, dweight, accumulated):
     """A loss is a number."""
@@ -599,7 +599,7 @@ def _keep_gradients(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(inputs[3], inputs[4])
     ctx.accumulated = inputs[5]
 
-
+# %% ../../nbs/loss/03_fused.ipynb #aaf9991a
 def _times(gradient: Tensor, upstream: Tensor) -> Tensor:
     """gradient * upstream: in place where the graph is freed after this walk, else into new memory."""
     if type(upstream) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph():
@@ -696,7 +696,7 @@ def _keep_inputs(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor])
     ctx.save_for_backward(output[1], *inputs[:7])
     ctx.how = inputs[7:]
 
-
+# %% ../../nbs/loss/03_fused.ipynb #4bdfb2b7
 @once_differentiable
 def _nll_gradients(ctx: Any, nll_grad: Tensor, lse_grad: Tensor, count_grad: Tensor) -> tuple[Tensor | None, ...]:
     """Backward of `_linear_nll`."""
@@ -732,7 +732,7 @@ def _maths(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """float64 if one of them is, else float32."""
     return torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
 
-
+# %% ../../nbs/loss/03_fused.ipynb #fc229c68
 def _number(value: Tensor | float | None, maths: torch.dtype, device: torch.device) -> Tensor:
     """A 0-dim tensor on the device. Made there: a copy would wait."""
     if isinstance(value, Tensor):
@@ -781,7 +781,7 @@ def _learning(hidden: Tensor, weight: Tensor) -> list[bool]:
     """Whether each of the two wants a gradient."""
     return [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
 
-
+# %% ../../nbs/loss/03_fused.ipynb #2f5f1bbe
 def _chosen(strategy: str, tensors: tuple, workspace_bytes: int, low: bool) -> str:
     """`_choose` for the inputs of the loss: hidden, weight, labels, weights, scale, rows, buffer."""
     hidden, weight, labels, _, scale, active_idx, _ = tensors

@@ -28,7 +28,7 @@ def _check_word(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise UserError(f"unknown value {value!r}", where=f"loss_fn.{name}", fix=nearest(str(value), known))
 
-
+# %% ../../nbs/loss/06_policy.ipynb #3c2dcd1c
 def _require(holds: bool, name: str, what: str, fix: str) -> None:
     """`UserError` about a setting unless it holds."""
     if not holds:

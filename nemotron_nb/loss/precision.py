@@ -31,7 +31,7 @@ def _in(x: Tensor | nn.Module, dtype: torch.dtype, stretch: float = 1.0) -> Tens
             p.mul_(stretch)
     return model.to(dtype)
 
-
+# %% ../../nbs/loss/00_precision.ipynb #7da3183e
 def _precision(x: Tensor | nn.Module) -> torch.dtype:
     """The floating-point type of a tensor or of a model's parameters."""
     return x.dtype if isinstance(x, Tensor) else next(x.parameters()).dtype
@@ -41,7 +41,7 @@ def _outputs(found: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """What a computation returns, as a list of detached tensors."""
     return [t.detach() for t in ([found] if isinstance(found, Tensor) else found)]
 
-
+# %% ../../nbs/loss/00_precision.ipynb #0e8730ca
 def float_errors(
     compute: Callable[..., Tensor | Sequence[Tensor]],  # the plain computation, of the inputs
     *inputs: Tensor | nn.Module,  # in the precision in question

@@ -209,7 +209,7 @@ class SplitResult:
     # |gradient - gradient of the first way| / |gradient of the first way|, largest entry over largest entry
     gradient_gap: float
 
-
+# %% ../../nbs/loss/02_two_stage.ipynb #c3f54936
 def _gap(gradient: Tensor, reference: Tensor) -> float:
     """How far a gradient is from another: largest difference over largest entry."""
     return ((gradient - reference).abs().max() / reference.abs().max()).item()
@@ -236,7 +236,7 @@ def _sequences(sequence_of_T: Tensor) -> list[Tensor]:
     first_seen = dict.fromkeys(sequence_of_T.tolist())
     return [(sequence_of_T == s).nonzero().squeeze(1) for s in first_seen]
 
-
+# %% ../../nbs/loss/02_two_stage.ipynb #d394fe3e
 def _packs(rows: Sequence[Tensor], untrained_T: Tensor) -> list[Tensor]:
     """Two rows of several sequences each, the shorter filled up with a label that is not trained."""
     packs = [torch.cat([*rows[::2]]), torch.cat([*rows[1::2], rows[0][:0]])]
@@ -252,7 +252,7 @@ def _ranks(rows: Sequence[Tensor]) -> list[Tensor]:
         torch.cat([*part, rows[0][:0]]) for part in (rows[:half], rows[half:three_quarters], rows[three_quarters:], [])
     ]
 
-
+# %% ../../nbs/loss/02_two_stage.ipynb #dbb64d54
 def _slices(rows: Sequence[Tensor], ranks: int = 2) -> list[Tensor]:
     """Context-parallel ranks: each takes part r and part 2R-1-r of every sequence."""
     parts = [row.tensor_split(2 * ranks) for row in rows]

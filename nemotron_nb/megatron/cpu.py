@@ -48,7 +48,7 @@ def _chunk_scan(
     """Its parameters are looked at, so it must have these."""
     _refuse()
 
-
+# %% ../../nbs/megatron/08_cpu.ipynb #d61e165a
 def _install_mamba() -> None:
     """Put plain PyTorch where Megatron-Core looks for the kernels of Mamba-2."""
     for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton"):
@@ -160,7 +160,7 @@ _NO_EFFECT = ("set_device", "synchronize", "empty_cache", "reset_peak_memory_sta
 def _nothing(*arguments: Any, **options: Any) -> None:
     """A call of the driver that needs no effect."""
 
-
+# %% ../../nbs/megatron/08_cpu.ipynb #127bf7c9
 def _driver_answers() -> dict[str, Callable[..., Any]]:
     """What `torch.cuda` answers, by the name of the function."""
     properties = types.SimpleNamespace(total_memory=1 << 34, major=0, minor=0, name="cpu", multi_processor_count=1)
@@ -196,7 +196,7 @@ def _sizes_of_parts(sizes: Any) -> Any:
     """Sizes of the parts as gloo wants them."""
     return sizes.tolist() if isinstance(sizes, Tensor) else sizes
 
-
+# %% ../../nbs/megatron/08_cpu.ipynb #29b9c115
 def _replace_collectives() -> None:
     """A barrier that names no device, and an exchange whose sizes may be tensors."""
     barrier, exchange = torch.distributed.barrier, torch.distributed.all_to_all_single
@@ -267,7 +267,7 @@ def _own_places(borders: Tensor, length: int, group: Any) -> tuple[Tensor, Tenso
     parts = [partitioned_indices(borders, length * ranks, ranks, r) for r in range(ranks)]
     return parts[group.rank()], torch.argsort(torch.cat(parts))
 
-
+# %% ../../nbs/megatron/08_cpu.ipynb #2a67a741
 def _attend(query: Tensor, key: Tensor, value: Tensor, packed: Any, group: Any, scale: float | None) -> Tensor:
     """Core attention of a packed row; keys and values are gathered where context parallelism shares it."""
     q, k, v = (x.squeeze(1) if x.dim() == 4 else x for x in (query, key, value))
@@ -360,7 +360,7 @@ def _attention_layer() -> type:
 
     return PackedAttention
 
-
+# %% ../../nbs/megatron/08_cpu.ipynb #6a5cd804
 def _attend_rows(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
     """[T,B,H*P] core attention of rows of one sequence each."""
     length, rows = query.shape[:2]
@@ -385,7 +385,7 @@ def _norm_layer() -> type:
 
     return Norm
 
-
+# %% ../../nbs/megatron/08_cpu.ipynb #7397197d
 @functools.cache
 def _layers() -> types.SimpleNamespace:
     """The classes that derive from Megatron's; made once, in the process that is patched."""
@@ -539,7 +539,7 @@ def check_standins() -> None:
         what, why = "megatron-bridge is not installed", "stand-ins are for its kernels, not for itself"
         raise UserError(what, where=where, why=why, fix="install it: .ci/setup dev does")
 
-
+# %% ../../nbs/megatron/08_cpu.ipynb #6c7e2652
 def install_standins() -> None:
     """Make Megatron-Bridge run in this process without a GPU; `UserError` where that makes no sense."""
     check_standins()

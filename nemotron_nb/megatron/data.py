@@ -44,7 +44,7 @@ def _filled(rows: Sequence[np.ndarray], length: int, filler: int) -> np.ndarray:
         out[b, : len(row)] = row
     return out
 
-
+# %% ../../nbs/megatron/03_data.ipynb #544605a8
 def _borders(rows: Sequence[Sequence[int]]) -> np.ndarray:
     """int32 [B,K]: lists of borders as one array, shorter ones repeat their last."""
     most = max(map(len, rows))
@@ -55,7 +55,7 @@ def _closed(borders: list[int], length: int) -> list[int]:
     """Borders whose last is the end of the row: what fills it up is one more sequence."""
     return borders if borders[-1] == length else [*borders, length]
 
-
+# %% ../../nbs/megatron/03_data.ipynb #3d86b230
 def _row_length(places: Sequence[int], pack_size: int, fill: bool) -> int:
     """How long the rows of a batch are: the size of the packs, or the longest pack, rounded up to 16."""
     return pack_size if fill else min(pack_size, -(-max(places) // 16) * 16)
@@ -66,7 +66,7 @@ def _logical_borders(pack: Pack, eos_id: int) -> list[int]:
     ends = [np.flatnonzero(pack.input_ids[a : b - 1] != eos_id) for a, b in pack.spans]
     return [0, *np.cumsum([0 if not len(e) else int(e[-1]) + 1 for e in ends]).tolist()]
 
-
+# %% ../../nbs/megatron/03_data.ipynb #c81f4ba9
 def _pieces(pack: Pack, array: np.ndarray, first: int, last: int) -> np.ndarray:
     """A column of a pack with `first` places cut off the front of each sequence and `last` off its end."""
     return np.concatenate([array[a + first : b - last] for a, b in pack.spans])
@@ -105,6 +105,17 @@ def bridge_batch(
     logical = [[*row, *row[-1:] * (len(full) - len(row))] for row, full in zip(logical, physical, strict=True)]
     return BridgeBatch(cu_seqlens_q=_borders(logical), cu_seqlens_q_padded=_borders(physical), **fields)
 
+# %% ../../nbs/megatron/03_data.ipynb #397df41a
+def _check_even(lengths: np.ndarray, ranks: int) -> None:
+    """`UserError` for the first sequence that cannot be cut into two equal parts a rank."""
+    for k in np.flatnonzero(lengths % (2 * ranks))[:1].tolist():
+        raise UserError(
+            f"{lengths[k]} places cannot be cut into {2 * ranks} equal parts",
+            where=f"sequence {k} of a pack",
+            why="ranks would attend to the wrong places",
+            fix=f"prepare the data with pad_to_multiple={2 * ranks}, or train with context_parallel_size=1",
+        )
+
 # %% ../../nbs/megatron/03_data.ipynb #1b4fde42
 def context_slices(
     borders: Sequence[int] | np.ndarray,  # [K] borders of the sequences in a row, repeats allowed
@@ -115,16 +126,7 @@ def context_slices(
     2*ranks-1-rank. `UserError` if one cannot be cut evenly.
     """
     edges = np.asarray(borders, np.int64)
-    lengths = np.diff(edges)
-    uneven = np.flatnonzero(lengths % (2 * ranks))
-    if len(uneven):
-        k = int(uneven[0])
-        raise UserError(
-            f"{lengths[k]} places cannot be cut into {2 * ranks} equal parts",
-            where=f"sequence {k} of a pack",
-            why="ranks would attend to the wrong places",
-            fix=f"prepare the data with pad_to_multiple={2 * ranks}, or train with context_parallel_size=1",
-        )
+    _check_even(np.diff(edges), ranks)
     parts = [np.array_split(np.arange(a, b), 2 * ranks) for a, b in zip(edges, edges[1:]) if b > a]
     return np.concatenate([edges[:0], *(np.concatenate([p[rank], p[2 * ranks - 1 - rank]]) for p in parts)])
 
@@ -244,6 +246,19 @@ def _renamed_end(text: str, end_token: str) -> str:
     values = json.loads(text)
     return json.dumps(values | {"eos_token": end_token}, indent=2, ensure_ascii=False) + "\n"
 
+# %% ../../nbs/megatron/03_data.ipynb #b3072be1
+def _check_end(source: Path, end_token: str) -> None:
+    """`UserError` unless the tokenizer has that special token."""
+    tokens = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+    if end_token not in {t["content"] for t in tokens["added_tokens"]}:
+        raise UserError(
+            f"the tokenizer has no token {end_token!r}",
+            where=str(source),
+            why="Megatron-Bridge strikes out what is predicted from the end-of-sequence token, so it must be one that "
+                "no chat contains",
+            fix="name another special token that is never used",
+        )
+
 # %% ../../nbs/megatron/03_data.ipynb #de046033
 def reading_tokenizer(
     source: str | Path,  # the folder of a tokenizer
@@ -254,15 +269,7 @@ def reading_tokenizer(
     predicted.
     """
     source, target = Path(source), Path(target)
-    tokens = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
-    if end_token not in {t["content"] for t in tokens["added_tokens"]}:
-        raise UserError(
-            f"the tokenizer has no token {end_token!r}",
-            where=str(source),
-            why="Megatron-Bridge strikes out what is predicted from the end-of-sequence token, so it must be one that "
-                "no chat contains",
-            fix="name another special token that is never used",
-        )
+    _check_end(source, end_token)
     for file in sorted(f for f in source.iterdir() if f.is_file()):
         ends = file.name in ("tokenizer_config.json", "special_tokens_map.json")
         write_atomic(

@@ -82,7 +82,7 @@ def _kind(place: Any, name: str) -> Any:
     except (NameError, TypeError):
         return Any
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #55b9f52d
 def _members(kind: Any) -> list[type]:
     """The classes that an annotation is made of."""
     return [k for k in (typing.get_args(kind) or (kind,)) if isinstance(k, type)]
@@ -475,7 +475,7 @@ def _has_checkpoint(folder: str) -> bool:
     """Has Megatron-Bridge written a whole checkpoint here?"""
     return (Path(folder) / "latest_train_state.pt").exists()
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #ee5b92ac
 def _first_weights(shared: TrainConfig) -> str:
     """The folder of the weights to begin with: one of checkpoints that is named, or the model in Hugging Face form."""
     named = shared.checkpoint.pretrained_checkpoint
@@ -620,7 +620,7 @@ def _engine_name(standins: bool) -> str:
     versions = ", ".join(f"{name} {installed_version(name)}" for name in ("megatron-bridge", "megatron-core"))
     return versions + (f", {_standins().SAID}" if standins else "")
 
-
+# %% ../../nbs/megatron/09_engine.ipynb #ae34b518
 def _trained_parameters(folder: Path) -> int:
     """Parameters of a model in Hugging Face form; the routers' bias is not trained by gradients."""
     named = shapes(folder).items()

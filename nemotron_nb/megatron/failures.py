@@ -38,6 +38,16 @@ class Cluster:
 YEAR = 365 * 86_400.0
 LLAMA_NODE_MTBF = 54 * 86_400 * (16_384 // 8) / 419  # seconds; from the paper above
 
+# %% ../../nbs/megatron/18_failures.ipynb #ab5e4d9e
+def _up_again(cluster: Cluster, fails: float, draw: np.random.Generator) -> tuple[float, float]:
+    """(when the job runs again after a failure, when it fails next)."""
+    clock = fails + cluster.restart
+    fails += draw.exponential(cluster.mtbf)
+    while fails < clock:
+        clock = fails + cluster.restart
+        fails += draw.exponential(cluster.mtbf)
+    return clock, fails
+
 # %% ../../nbs/megatron/18_failures.ipynb #b7ff5ec2
 def simulate(
     cluster: Cluster,
@@ -53,11 +63,7 @@ def simulate(
         if done <= fails:
             clock, kept = done, kept + interval
         else:  # the work since the last checkpoint is lost, and restarting may fail as well
-            clock = fails + cluster.restart
-            fails += draw.exponential(cluster.mtbf)
-            while fails < clock:
-                clock = fails + cluster.restart
-                fails += draw.exponential(cluster.mtbf)
+            clock, fails = _up_again(cluster, fails, draw)
     return kept / clock
 
 # %% ../../nbs/megatron/18_failures.ipynb #562441c3
@@ -70,7 +76,7 @@ def goodput(
     restart = m * np.expm1(cluster.restart / m)
     return float(interval / ((m + restart) * np.expm1(stretch / m)))
 
-
+# %% ../../nbs/megatron/18_failures.ipynb #1a2b6652
 def best_interval(
     cluster: Cluster,
 ) -> float:

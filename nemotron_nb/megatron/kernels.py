@@ -30,6 +30,11 @@ def widened(
     """At least in float32, as the kernels compute."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
+# %% ../../nbs/megatron/07_kernels.ipynb #9bc12184
+def _parts(zxbcdt_BTC: Tensor, channels: int, heads: int) -> tuple[Tensor, ...]:
+    """Gate, what is filtered, and step sizes, which lie side by side."""
+    return zxbcdt_BTC.split([zxbcdt_BTC.shape[-1] - channels - heads, channels, heads], -1)
+
 # %% ../../nbs/megatron/07_kernels.ipynb #6f741cb0
 def _scan_of_one(
     zxbcdt_BTC: Tensor,
@@ -42,10 +47,9 @@ def _scan_of_one(
     dt_limit: tuple[float, float],
 ) -> Tensor:
     """Filter, scan and gate of one sequence: [B,T,inner], at least in float32."""
-    heads = len(dt_bias_H)
-    channels = len(weight_CW)
-    inner = zxbcdt_BTC.shape[-1] - channels - heads
-    gate, mixed, dt = zxbcdt_BTC.split([inner, channels, heads], -1)
+    heads, channels = len(dt_bias_H), len(weight_CW)
+    gate, mixed, dt = _parts(zxbcdt_BTC, channels, heads)
+    inner = gate.shape[-1]
     x, b, c = widened(F.silu(causal_conv(mixed, weight_CW, bias_C)[0])).split(
         [inner, (channels - inner) // 2, (channels - inner) // 2], -1
     )
@@ -53,6 +57,13 @@ def _scan_of_one(
     y = chunked_scan(x, F.softplus(widened(dt) + widened(dt_bias_H)).clamp(*dt_limit), widened(a_H), b, c)[0]
     y = y + x * (widened(d)[:, None] if d.dim() == 1 else widened(d))
     return y.flatten(2) * F.silu(widened(gate))
+
+# %% ../../nbs/megatron/07_kernels.ipynb #765de620
+def _spans_of_rows(zxbcdt: Tensor, seq_idx: Tensor | None) -> list[list[tuple[int, int]]]:
+    """Begin and end of each sequence of each row; without numbers a row is one sequence."""
+    if seq_idx is None:
+        return [[(0, zxbcdt.shape[1])]] * len(zxbcdt)
+    return [stretches(numbers) for numbers in seq_idx]
 
 # %% ../../nbs/megatron/07_kernels.ipynb #2ff7ffca
 def split_conv_scan(
@@ -83,13 +94,10 @@ def split_conv_scan(
     given = rmsnorm_weight is not None or outproj_weight is not None or initial_states is not None
     if given or return_final_states or activation != "silu":
         raise NotImplementedError("Megatron's training asks for none of this")
-    rows = (
-        [stretches(numbers) for numbers in seq_idx] if seq_idx is not None else [[(0, zxbcdt.shape[1])]] * len(zxbcdt)
-    )
     options = (conv1d_weight, conv1d_bias, dt_bias, A, D, ngroups, dt_limit)
     out = [
         torch.cat([_scan_of_one(row[None, a:b], *options) for a, b in spans], 1)
-        for row, spans in zip(zxbcdt, rows, strict=True)
+        for row, spans in zip(zxbcdt, _spans_of_rows(zxbcdt, seq_idx), strict=True)
     ]
     return torch.cat(out).to(zxbcdt.dtype)
 

@@ -28,7 +28,7 @@ def _asset() -> dict[str, Any]:
     """The list as it was shipped."""
     return json.loads(ASSET.read_text(encoding="utf-8"))
 
-
+# %% ../../nbs/megatron/02_names.ipynb #f632548c
 def names_version() -> str:
     """The version of megatron-bridge that the names are of."""
     return _asset()["version"]
@@ -42,7 +42,7 @@ def known_bridge_names() -> frozenset[str]:
         f"{section}.{name}" if section else name for section, names in _asset()["names"].items() for name in names
     )
 
-
+# %% ../../nbs/megatron/02_names.ipynb #df13fb14
 def open_bridge_names() -> frozenset[str]:
     """Those below which any name is taken."""
     return frozenset(name.removesuffix(".*") for name in known_bridge_names() if name.endswith(".*"))
@@ -52,7 +52,7 @@ def _is_known(name: str, known: frozenset[str], open_below: frozenset[str]) -> b
     """Is it a name of the list, or one below an open name?"""
     return name in known or any(name.startswith(f"{parent}.") for parent in open_below)
 
-
+# %% ../../nbs/megatron/02_names.ipynb #bb695c5d
 def _suggestion(name: str, known: Iterable[str]) -> str:
     """The nearest name, of the same section if there is that section."""
     section = name.rpartition(".")[0]

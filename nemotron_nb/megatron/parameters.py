@@ -155,7 +155,7 @@ def _compiled(formula: str) -> CodeType:
     """A formula, ready to be evaluated."""
     return compile(formula.replace("\n", " "), formula, "eval")
 
-
+# %% ../../nbs/megatron/12_parameters.ipynb #60e6e25e
 def evaluate(
     formula: str,  # arithmetic of letters; one of this project's tables, never a text from outside
     letters: Mapping[str, float],

@@ -192,15 +192,9 @@ def search_table(
     title = f"{len(fitting):,} of {len(found.judged):,} layouts fit; {found.refused:,} more are not allowed"
     return table(rows, header=header, title=title)
 
-# %% ../../nbs/megatron/16_plan.ipynb #7fed98fd
-def search_picture(
-    found: Search,
-) -> Picture:
-    """Layouts as dots: memory of the fullest rank against the expected time of a step; grey ones do not fit."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
+# %% ../../nbs/megatron/16_plan.ipynb #1a0a0651
+def _draw_layouts(axes: Any, found: Search) -> None:
+    """A dot a layout: grey where it does not fit, else in the colour of what is computed again."""
     colours = dict(zip(RECOMPUTE, ("#27496d", "#d98324", "#6a994e"), strict=True))
     names = {(): "nothing computed again", RECOMPUTE[1]: "modules", ("full",): "all layers"}
     dots = [(j.memory.total / 1e9, j.time.expected, j) for j in found.judged]
@@ -211,6 +205,17 @@ def search_picture(
         axes.scatter(
             [x for x, _ in mine], [y for _, y in mine], s=16, color=colour, label=f"fits, {names[recompute]}"
         )
+
+# %% ../../nbs/megatron/16_plan.ipynb #7fed98fd
+def search_picture(
+    found: Search,
+) -> Picture:
+    """Layouts as dots: memory of the fullest rank against the expected time of a step; grey ones do not fit."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    _draw_layouts(axes, found)
     axes.axvline(found.gpu.memory / 1e9, color="#b00020", linewidth=1)
     axes.set(
         xscale="log",
@@ -258,6 +263,14 @@ class Plan:
             f"{j.memory.total / 1e9:.0f} GB ({j.breaks}){instead}"
         )
 
+# %% ../../nbs/megatron/16_plan.ipynb #ae590572
+def _others(*asked: Any) -> Search | None:
+    """`search`; None where no layout at all is allowed: the refusals of a plan say why."""
+    try:
+        return search(*asked)
+    except UserError:
+        return None
+
 # %% ../../nbs/megatron/16_plan.ipynb #a85eb56d
 def make_plan(
     shape: Shape,
@@ -276,33 +289,28 @@ def make_plan(
     judged = judge(shape, layout, work, gpu, batch, utilisation, outside)
     refused = tuple(refusals(shape, layout, work.tokens, batch))
     bill = bill_of(judged.time, layout, steps, batch * work.tokens, price)
-    found = None
-    if others:
-        try:
-            found = search(shape, layout.world, work, gpu, batch, utilisation, outside)
-        except UserError:  # no layout at all is allowed: `refused` says why
-            found = None
+    found = _others(shape, layout.world, work, gpu, batch, utilisation, outside) if others else None
     return Plan(shape, judged, bill, gpu, refused, found)
+
+# %% ../../nbs/megatron/16_plan.ipynb #bc602aa4
+def _span(pair: tuple[float, float], form: str) -> str:
+    """Both ends, the smaller first as it is given."""
+    return f"{pair[0]:{form}} - {pair[1]:{form}}"
 
 # %% ../../nbs/megatron/16_plan.ipynb #847cff9b
 def bill_table(plan: Plan) -> Picture:
     """Time and cost of the training, at the fast and the slow end."""
     time, bill = plan.judged.time, plan.bill
-
-    def span(pair: tuple[float, float], form: str) -> str:
-        """Both ends, the smaller first as it is given."""
-        return f"{pair[0]:{form}} - {pair[1]:{form}}"
-
     rows = [
         ("step", f"{time.fast:.2f} - {time.slow:.2f} s", f"bound {time.bound:.2f} s: all at its peak"),
         ("bubble of the pipeline", f"{time.bubble:.1%}", f"{plan.judged.work.micro_batches} micro-batches"),
-        ("tokens a day, B", span(tuple(n / 1e9 for n in bill.tokens_a_day), ",.2f"),
+        ("tokens a day, B", _span(tuple(n / 1e9 for n in bill.tokens_a_day), ",.2f"),
          f"{bill.tokens / 1e9:,.2f} B in {bill.steps:,} steps"),
-        ("days", span(bill.days, ",.2f"), f"{plan.judged.layout.world} x {plan.gpu.name}"),
-        ("GPU hours", span(bill.gpu_hours, ",.0f"), ""),
+        ("days", _span(bill.days, ",.2f"), f"{plan.judged.layout.world} x {plan.gpu.name}"),
+        ("GPU hours", _span(bill.gpu_hours, ",.0f"), ""),
     ]  # fmt: skip
     if bill.cost:
-        rows.append(("cost", span(bill.cost, ",.0f"), "at the given price"))
+        rows.append(("cost", _span(bill.cost, ",.0f"), "at the given price"))
     rows += [
         (f"at the peak: {name}", f"{seconds:.3f} s", "of a step, on the slowest rank")
         for name, seconds in time.parts.items()

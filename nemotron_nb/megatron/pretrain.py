@@ -74,7 +74,7 @@ def _padded_borders(items: Sequence[dict[str, Any]]) -> Any:
     most = max(len(item["borders"]) for item in items)
     return torch.tensor([[*b, *[b[-1]] * (most - len(b))] for b in (item["borders"] for item in items)]).int()
 
-
+# %% ../../nbs/megatron/11_pretrain.ipynb #15d298f0
 def collate_rows(
     items: Sequence[dict[str, Any]],  # of row_item
 ) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _data_class() -> type:
 
     return Documents
 
-
+# %% ../../nbs/megatron/11_pretrain.ipynb #6d9bcc90
 def _data_of(train: TrainRows, held_out: HeldOutRows | None) -> Any:
     """The data set of a run."""
     kind = _data_class()
@@ -233,7 +233,7 @@ def _values(run: MegatronConfig, source: DocumentSource) -> dict[str, Any]:
         values["checkpoint.pretrained_checkpoint"] = None
     return values | dict(run.overrides)
 
-
+# %% ../../nbs/megatron/11_pretrain.ipynb #762c6d61
 def build_config(
     run: MegatronConfig,  # its length in steps
     source: DocumentSource,
@@ -279,7 +279,7 @@ def _data_ranks(config: Any, known: Any) -> int:
     whole = config.train.global_batch_size // known.get() if times is None else times
     return whole // config.train.micro_batch_size
 
-
+# %% ../../nbs/megatron/11_pretrain.ipynb #693de4d3
 class GrowingRecorder(Recorder):
     """A listener that also tells Megatron-Core how the batch grows."""
 
@@ -312,7 +312,7 @@ def _counts(source: DocumentSource) -> dict[str, Any]:
     }
     return {"splits": {"train": train}}
 
-
+# %% ../../nbs/megatron/11_pretrain.ipynb #4be11ab4
 def _recorder(
     run: MegatronConfig, config: Any, step: TwoStageStep, source: DocumentSource, stop: StopSignals
 ) -> GrowingRecorder:

@@ -82,25 +82,33 @@ class _Registered:
             callbacks.register(event, getattr(self, event))
         return callbacks
 
+# %% ../../nbs/megatron/05_recorder.ipynb #fff03c90
+def _groups(model: Any) -> Any:
+    """The process groups that Megatron-Bridge made for a model: pp, tp, dp_cp and others."""
+    from megatron.bridge.training.utils.pg_utils import get_pg_collection
+
+    return get_pg_collection(model)
+
+# %% ../../nbs/megatron/05_recorder.ipynb #ebe9c6cc
+def _is_last_stage(groups: Any) -> bool:
+    """Is this rank of the last stage of the pipeline, where the losses are?"""
+    return groups.pp.rank() == groups.pp.size() - 1
+
 # %% ../../nbs/megatron/05_recorder.ipynb #2dd2fbc2
 class _Listener(_Registered):
     """Who writes, and what is added up over the ranks."""
 
     def _writes(self, model: Any) -> bool:
         """Is this the rank that writes: the last stage of the pipeline, the first of everything else?"""
-        from megatron.bridge.training.utils.pg_utils import get_pg_collection
-
-        groups = get_pg_collection(model)
-        return groups.pp.rank() == groups.pp.size() - 1 and groups.tp.rank() == groups.dp_cp.rank() == 0
+        groups = _groups(model)
+        return _is_last_stage(groups) and groups.tp.rank() == groups.dp_cp.rank() == 0
 
     def _summed(self, model: Any) -> tuple[MeanPair, int]:
         """(sums of the losses, places), over all ranks of the last stage of the pipeline; nothing on the other
         stages.
         """
-        from megatron.bridge.training.utils.pg_utils import get_pg_collection
-
-        groups = get_pg_collection(model)
-        if groups.pp.rank() != groups.pp.size() - 1:
+        groups = _groups(model)
+        if not _is_last_stage(groups):
             return MeanPair.nothing(), 0
         pair = self.step.pair()
         places = pair.sums.new_full((1,), self.step.places)
@@ -144,18 +152,9 @@ class _Steps(_Beginnings):
         """The line of a step."""
         stage, means = self.step.schedule.stage_at(self.done - 1), pair.record()
         norm = None if context.grad_norm is None else float(context.grad_norm)
-        kind = "skipped" if context.skipped_iter else "train"
-        line = {
-            "kind": kind,
-            "step": self.done,
-            "stage": stage,
-            "loss": means[f"loss_{stage}"],
-            **means,
-            "lr": self.lr,
-            "grad_norm": norm,
-            "tokens": places,
-        }
-        return line | {"seconds": time.perf_counter() - self.step_began, "epoch": self.epoch(self.done)}
+        head = {"kind": "skipped" if context.skipped_iter else "train", "step": self.done, "stage": stage}
+        line = {"loss": means[f"loss_{stage}"], **means, "lr": self.lr, "grad_norm": norm, "tokens": places}
+        return head | line | {"seconds": time.perf_counter() - self.step_began, "epoch": self.epoch(self.done)}
 
     def _asked_to_stop(self, model: Any) -> bool:
         """Is there a file STOP, or did a rank get a signal? The first process looks for the file, all hear."""

@@ -32,7 +32,7 @@ def _mixed(half: int, key: int, turn: int, bits: int) -> int:
     said = hashlib.blake2b(b"%d %d %d" % (half, key, turn), digest_size=8).digest()
     return int.from_bytes(said, "little") & ((1 << bits) - 1)
 
-
+# %% ../../nbs/megatron/17_scale.ipynb #a57228f7
 def place_of_sample(
     position: int,  # in the order, 0 to samples - 1
     samples: int,
@@ -80,7 +80,7 @@ class Checkpoint:
     seconds: float  # while all ranks wait; hidden by asynchronous saving, if the next one is later
     per_rank: float  # bytes, on average
 
-
+# %% ../../nbs/megatron/17_scale.ipynb #138bd66a
 def checkpoint_of(
     shape: Shape,
     layout: Layout,
@@ -110,7 +110,7 @@ def cost_of_pack(
     n = np.asarray(lengths, dtype=np.float64)
     return float(per_token * n.sum() + per_pair * (n * n).sum() / 2)
 
-
+# %% ../../nbs/megatron/17_scale.ipynb #92fda75a
 def waiting_for_packs(
     costs: Sequence[float],  # of packs, e.g. all of a data set
     ranks: int,  # data parallel

@@ -81,6 +81,16 @@ class Share:
         """The counts for the metrics, once."""
         return MeanPair.counted(self.counts) if self.counted_here else MeanPair.nothing()
 
+# %% ../../nbs/megatron/04_step.ipynb #6ec0d00a
+def _means(lengths: Tensor, share: Share, nll: Tensor) -> dict[str, Tensor]:
+    """The mean of every stage as [numerator, denominator] in float64, whichever of them is trained."""
+    *sums, tokens, conversations = MeanPair.of(nll, lengths).sums + share.pair.sums.to(nll.device)
+    counted = {"tokens": tokens, "conversations": conversations}
+    return {
+        f"loss_{name}": torch.stack([part, counted[row.counts]])
+        for (name, row), part in zip(LOSS_STAGES.items(), sums, strict=True)
+    }
+
 # %% ../../nbs/megatron/04_step.ipynb #30507f76
 def weighted_loss(
     lengths: Tensor,  # [..., T] integer from `riding_lengths`, as this rank has it
@@ -91,13 +101,8 @@ def weighted_loss(
     nll, lengths = nll.view(-1).float(), lengths.view(-1)
     total = (nll * share.weights(lengths)).sum()
     number = torch.tensor(share.number, dtype=torch.int32, device=nll.device)
-    *sums, tokens, conversations = MeanPair.of(nll, lengths).sums + share.pair.sums.to(nll.device)
-    counted = {"tokens": tokens, "conversations": conversations}
-    means = {
-        f"loss_{name}": torch.stack([part, counted[row.counts]])
-        for (name, row), part in zip(LOSS_STAGES.items(), sums, strict=True)
-    }
-    return total, number, {"lm loss": torch.stack([total.detach().double(), number.double()])} | means
+    lm_loss = torch.stack([total.detach().double(), number.double()])
+    return total, number, {"lm loss": lm_loss} | _means(lengths, share, nll)
 
 # %% ../../nbs/megatron/04_step.ipynb #42f15d93
 def physical_borders(
@@ -111,6 +116,11 @@ def physical_borders(
         found[f"cu_seqlens_{side}"] = packed[f"cu_seqlens_{side}"] if laid is None else laid
     return found | {"total_tokens": total_tokens}
 
+# %% ../../nbs/megatron/04_step.ipynb #f75ca123
+def _pattern_of(config: Any) -> str:
+    """The letters of the layers, under the name of now or of before; empty for a plain transformer."""
+    return str(getattr(config, "hybrid_layer_pattern", None) or getattr(config, "hybrid_override_pattern", None) or "")
+
 # %% ../../nbs/megatron/04_step.ipynb #63d6304c
 def check_model_settings(
     config: Any,  # Megatron's configuration of the model
@@ -118,9 +128,6 @@ def check_model_settings(
     """`UserError` if the model would divide the loss by something else, leak its state, or hand out the step in
     pieces.
     """
-    pattern = str(
-        getattr(config, "hybrid_layer_pattern", None) or getattr(config, "hybrid_override_pattern", None) or ""
-    )
     if not getattr(config, "calculate_per_token_loss", False):
         raise UserError(
             "it is not set",
@@ -128,7 +135,7 @@ def check_model_settings(
             why="the loss would be a mean of the means of micro-batches",
             fix="set it to true; both stages need it",
         )
-    if "M" in pattern and not getattr(config, "is_hybrid_model", False):
+    if "M" in _pattern_of(config) and not getattr(config, "is_hybrid_model", False):
         raise UserError(
             "it is not set, but the model has Mamba layers",
             where="model.is_hybrid_model",

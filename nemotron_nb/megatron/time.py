@@ -30,7 +30,7 @@ class Gpu:
     domain: int  # GPUs that NVLink connects
     source: str
 
-
+# %% ../../nbs/megatron/15_time.ipynb #3e9eea98
 _HGX = "NVIDIA's data sheet of the {}; network: one adapter of {} Gb/s a GPU, as in {}"
 GPUS: Mapping[str, Gpu] = {
     gpu.name: gpu
@@ -103,7 +103,7 @@ def _of_layers(shape: Shape, layout: Layout, tokens: int, sequence: int) -> tupl
     letters = kept_letters(shape, layout, Work(tokens, sequence=sequence)) | {"l": min(sequence or tokens, tokens)}
     return tuple((o.kind, evaluate(o.formula, letters) * letters["n"] / layout.tp) for o in OPERATORS)
 
-
+# %% ../../nbs/megatron/15_time.ipynb #a443c6b2
 def operations_of_stage(
     shape: Shape,
     layout: Layout,
@@ -260,7 +260,7 @@ def check_utilisation(
         )
         raise UserError(what, where="--utilisation", fix=fix)
 
-
+# %% ../../nbs/megatron/15_time.ipynb #7e5d7129
 def _parts(shape: Shape, layout: Layout, work: Work, gpu: Gpu, stage: int) -> dict[str, float]:
     """Seconds of a step on a rank of a stage, each resource at its peak."""
     m = work.micro_batches
@@ -309,7 +309,7 @@ class Bill:
     tokens_a_day: tuple[float, float]  # at the slow and the fast end
     cost: tuple[float, float] | None  # None: no price was given
 
-
+# %% ../../nbs/megatron/15_time.ipynb #bb455c6c
 def bill_of(
     time: StepTime,
     layout: Layout,

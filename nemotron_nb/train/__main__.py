@@ -28,13 +28,11 @@ from .ending import StopSignals
 from .settings import ERROR_FILE, TrainConfig, check_places
 from ..viz import visible
 
-# %% ../../nbs/train/24_command.ipynb #776569a4
-def read_config(
-    path: str | Path,  # a YAML file
-) -> TrainConfig:
-    """The settings of a training from a file; anything unknown or of the wrong type raises `UserError`."""
+# %% ../../nbs/train/24_command.ipynb #21d2bded
+def _values_of(path: str | Path) -> Any:
+    """What a YAML file holds, interpolations resolved."""
     try:
-        values: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except OSError as error:
         raise UserError(
             "cannot be read", where=str(path), why=str(error.strerror), fix="give the path of a YAML file"
@@ -43,6 +41,13 @@ def read_config(
         raise UserError(
             "is not valid YAML", where=str(path), why=" ".join(str(error).split()), fix="mend the file"
         ) from error
+
+# %% ../../nbs/train/24_command.ipynb #776569a4
+def read_config(
+    path: str | Path,  # a YAML file
+) -> TrainConfig:
+    """The settings of a training from a file; anything unknown or of the wrong type raises `UserError`."""
+    values = _values_of(path)
     missing = {"data_dir", "output_dir"} - set(values) if isinstance(values, dict) else {"data_dir", "output_dir"}
     if missing:
         raise UserError(
@@ -65,6 +70,15 @@ def holds_documents(
         raise UserError(what, where="evaluation.needle_lengths", fix=fix)
     return documents
 
+# %% ../../nbs/train/24_command.ipynb #0a4d7dc8
+def _average(config: TrainConfig, source: Any) -> None:
+    """The mean of the last checkpoints, measured on what the source holds out."""
+    from nemotron_nb.train.averaging import average_training
+
+    config = replace(config, train=config.train.in_steps(len(source), source.size))
+    source.begin(config)
+    average_training(config, source)
+
 # %% ../../nbs/train/24_command.ipynb #0f78d702
 def train(
     config: TrainConfig,
@@ -86,12 +100,27 @@ def train(
         kind = torch_engine.PackSource
     torch_engine.train(config, stop, kind)
     if config.checkpoint.average_last and os.environ.get("RANK", "0") == "0":
-        from nemotron_nb.train.averaging import average_training
+        _average(config, kind(config))
 
-        source = kind(config)
-        config = replace(config, train=config.train.in_steps(len(source), source.size))
-        source.begin(config)
-        average_training(config, source)
+# %% ../../nbs/train/24_command.ipynb #b1fc69bd
+def _parser() -> argparse.ArgumentParser:
+    """What the command understands."""
+    parser = argparse.ArgumentParser(prog="python -m nemotron_nb.train", description="Train a model on packed chats.")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE.yaml", help="settings; see nemotron_nb.train.settings.TrainConfig"
+    )
+    return parser
+
+# %% ../../nbs/train/24_command.ipynb #145c7b6a
+def _note(config: TrainConfig | None, message: str) -> None:
+    """Leave the first error in the output folder: with several ranks, their logs bury it.
+
+    Where nothing can be written, the log has to do.
+    """
+    if config is None:
+        return
+    with contextlib.suppress(OSError), open(Path(config.output_dir) / ERROR_FILE, "x", encoding="utf-8") as file:
+        file.write(message)
 
 # %% ../../nbs/train/24_command.ipynb #f3690b2a
 def main(
@@ -102,11 +131,7 @@ def main(
     The exit status: 0 done, or paused because it was asked to stop; 1 an error the user can mend; argparse itself exits
     with 2.
     """
-    parser = argparse.ArgumentParser(prog="python -m nemotron_nb.train", description="Train a model on packed chats.")
-    parser.add_argument(
-        "--config", required=True, metavar="FILE.yaml", help="settings; see nemotron_nb.train.settings.TrainConfig"
-    )
-    path = parser.parse_args(arguments).config
+    path = _parser().parse_args(arguments).config
     transformers_logging.disable_progress_bar()
     config = None
     try:
@@ -123,17 +148,6 @@ def main(
         _note(config, f"{type(error).__name__}: {error}")
         raise
     return 0
-
-# %% ../../nbs/train/24_command.ipynb #145c7b6a
-def _note(config: TrainConfig | None, message: str) -> None:
-    """Leave the first error in the output folder: with several ranks, their logs bury it.
-
-    Where nothing can be written, the log has to do.
-    """
-    if config is None:
-        return
-    with contextlib.suppress(OSError), open(Path(config.output_dir) / ERROR_FILE, "x", encoding="utf-8") as file:
-        file.write(message)
 
 # %% ../../nbs/train/24_command.ipynb #5d29351e
 # as a command; a notebook is "__main__" too, without a package

@@ -132,6 +132,14 @@ def continuations(
         found.append(Continuation(source, *map(tokenizer.decode, (prompt, expected, ids)), right))
     return found
 
+# %% ../../nbs/train/22_base_model.ipynb #5d95f801
+def _by_source(rows: Sequence[Row], losses: Sequence[np.ndarray], sizes: np.ndarray) -> dict[str, dict[str, Any]]:
+    """`loss_record` of the rows of each source."""
+    own = {
+        source: [k for k, row in enumerate(rows) if row.source == source] for source in sorted({r.source for r in rows})
+    }
+    return {s: loss_record([rows[k] for k in own[s]], [losses[k] for k in own[s]], sizes) for s in own}
+
 # %% ../../nbs/train/22_base_model.ipynb #5b481205
 def examine_base(
     model: nn.Module,
@@ -145,15 +153,11 @@ def examine_base(
 ) -> dict[str, Any]:
     """Losses in all and by source, losses by position, continuations; ready for JSON."""
     sizes, losses = token_bytes(tokenizer), label_losses(model, rows, max_tokens)
-    own = {
-        source: [k for k, row in enumerate(rows) if row.source == source] for source in sorted({r.source for r in rows})
-    }
-    by_source = {s: loss_record([rows[k] for k in own[s]], [losses[k] for k in own[s]], sizes) for s in own}
     written = continuations(model, begun, tokenizer, end_id, max_new_tokens) if begun else []
     return {
         "step": step,
         **loss_record(rows, losses, sizes),
-        "sources": by_source,
+        "sources": _by_source(rows, losses, sizes),
         "positions": loss_by_position(losses),
         "continuations": [asdict(c) for c in written],
     }

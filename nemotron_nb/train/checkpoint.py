@@ -78,7 +78,7 @@ def on_first(
     rank, _ = rank_and_world()
     return _together(act if rank == 0 else lambda: None)[0]
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #713f281d
 def _say(line: str) -> None:
     """A line that must be seen, once and not once a rank."""
     if rank_and_world()[0] == 0:
@@ -102,7 +102,7 @@ def _plain(name: str) -> str:
     """The name of a tensor without the wrappers in it."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #71dca7bb
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter under its plain name."""
     return {_plain(name): p for name, p in unwrapped(model).named_parameters(remove_duplicate=False)}
@@ -512,7 +512,7 @@ def _folders(folder: Path) -> list[Path]:
     named = [p for p in folder.iterdir() if FOLDER.fullmatch(p.name)] if folder.is_dir() else []
     return sorted(named, key=lambda p: int(p.name[5:]))
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #7602d106
 def _whole(folder: Path) -> list[Checkpoint]:
     """The whole ones, oldest first."""
     return [found for path in _folders(folder) if (found := _read(path)[0])]
@@ -780,7 +780,7 @@ def _needed(value: Any, kind: str) -> Any:
         raise pickle.UnpicklingError(f"a {type(value).__name__} where a {kind} belongs")
     return value.state
 
-
+# %% ../../nbs/train/09_checkpoint.ipynb #6e28663b
 def _whole_number(value: Any) -> int:
     """A number of bytes, or of entries."""
     if type(value) is not int or value < 0:

@@ -104,6 +104,27 @@ def lock_holder(
         except BlockingIOError:
             return json.loads(file.read() or "{}") or {"pid": 0}
 
+# %% ../../nbs/train/15_ending.ipynb #230de029
+def _this_process() -> dict[str, Any]:
+    """What the lock says to people."""
+    since = f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
+    return {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+
+# %% ../../nbs/train/15_ending.ipynb #e1aa2375
+def _second_error(folder: str | Path, about: dict[str, Any]) -> UserError:
+    """The error of a second training in a folder: who holds it, as far as is known."""
+    who = (
+        f"process {about['pid']} on {about['host']}, since {about['since']}"
+        if "host" in about
+        else "another process"
+    )
+    return UserError(
+        f"another training works in this folder: {who}",
+        where=str(folder),
+        why="two would cut each other's metrics and checkpoints",
+        fix="wait for it, ask it to end with a file STOP in the folder, or give another output_dir",
+    )
+
 # %% ../../nbs/train/15_ending.ipynb #5ec7a933
 @contextmanager
 def locked_folder(
@@ -114,30 +135,10 @@ def locked_folder(
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = _opened_lock(path)
     if handle is None:
-        about = lock_holder(folder)
-        who = (
-            f"process {about['pid']} on {about['host']}, since {about['since']}"
-            if "host" in about
-            else "another process"
-        )
-        raise UserError(
-            f"another training works in this folder: {who}",
-            where=str(folder),
-            why="two would cut each other's metrics and checkpoints",
-            fix="wait for it, ask it to end with a file STOP in the folder, or give another output_dir",
-        )
+        raise _second_error(folder, lock_holder(folder))
     try:
         os.ftruncate(handle, 0)
-        os.write(
-            handle,
-            json.dumps(
-                {
-                    "pid": os.getpid(),
-                    "host": socket.gethostname(),
-                    "since": f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}",
-                }
-            ).encode(),
-        )
+        os.write(handle, json.dumps(_this_process()).encode())
         yield
     finally:
         path.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ from ..core import UserError, nearest
 from ..data.pack import Pack
 from ..loss.precision import rounding
 from ..loss.two_stage import Denominators
-from .batches import collate, grouped, rows_of, share_of_loss
+from .batches import Row, collate, grouped, rows_of, share_of_loss
 from .scan import ChunkedMixer, causal_conv
 from ..viz import Picture, png, table
 
@@ -91,6 +91,15 @@ def _mamba(mixer: ChunkedMixer, x_1TH: Tensor, convolution: list[int], scan: lis
     ]
     return mixer.out_proj(mixer.norm(torch.cat(y, dim=1), gate).to(x_1TH.dtype))
 
+# %% ../../nbs/train/06_leaks.ipynb #cfe414d2
+def _mixed(block: nn.Module, x_1TH: Tensor, parts: Mapping[str, list[int]]) -> Tensor:
+    """What the mixer of a layer makes of a row, each operation in the parts that are given for it."""
+    if block.block_type == "mamba":
+        return _mamba(block.mixer, x_1TH, parts["convolution"], parts["scan"])
+    if block.block_type == "attention":
+        return torch.cat([block.mixer(part)[0] for part in x_1TH.split(parts["attention"], dim=1)], dim=1)
+    return block.mixer(x_1TH)
+
 # %% ../../nbs/train/06_leaks.ipynb #ee9fe602
 def one_row_hidden(
     model: NemotronHForCausalLM,
@@ -102,18 +111,26 @@ def one_row_hidden(
     parts = {name: list(lengths) if name in resets else [len(tokens_T)] for name in RESETS}
     h_1TH = model.model.embeddings(tokens_T[None])
     for block in model.model.layers:
-        x_1TH = block.norm(h_1TH)
-        if block.block_type == "mamba":
-            x_1TH = _mamba(block.mixer, x_1TH, parts["convolution"], parts["scan"])
-        elif block.block_type == "attention":
-            x_1TH = torch.cat([block.mixer(part)[0] for part in x_1TH.split(parts["attention"], dim=1)], dim=1)
-        else:
-            x_1TH = block.mixer(x_1TH)
-        h_1TH = h_1TH + x_1TH
+        h_1TH = h_1TH + _mixed(block, block.norm(h_1TH), parts)
     return model.model.norm_f(h_1TH)[0]
 
 # %% ../../nbs/train/06_leaks.ipynb #6d445982
 Layout = Callable[[NemotronHForCausalLM, Pack, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+# %% ../../nbs/train/06_leaks.ipynb #357577e7
+def _rows_read(pack: Pack, tokens_T: Tensor, counted_T: Tensor) -> list[Row]:
+    """The rows of a pack with other tokens to read; a row is named by the number of its sequence."""
+    names = tuple(map(str, range(len(pack.spans))))
+    asked = replace(pack, loss_mask=counted_T.numpy().astype(np.uint8), conversation_ids=names)
+    read = replace(asked, input_ids=tokens_T.numpy().astype(np.int32))
+    return [replace(row, tokens=other.tokens) for row, other in zip(rows_of(asked), rows_of(read), strict=True)]
+
+# %% ../../nbs/train/06_leaks.ipynb #0315a906
+def _predicting(pack: Pack) -> Tensor:
+    """bool [T]: the tokens that predict another; the last one of a sequence predicts nothing."""
+    counted_T = torch.ones(len(pack), dtype=torch.bool)
+    counted_T[[end - 1 for _, end in pack.spans]] = False
+    return counted_T
 
 # %% ../../nbs/train/06_leaks.ipynb #01bd420d
 def engine_rows(
@@ -126,12 +143,8 @@ def engine_rows(
     """(sum of the losses asked for, differentiable; the losses [T] in nats, 0 elsewhere), computed as the PyTorch
     engine does.
     """
-    names = tuple(map(str, range(len(pack.spans))))
-    asked = replace(pack, loss_mask=counted_T.numpy().astype(np.uint8), conversation_ids=names)
-    read = replace(asked, input_ids=tokens_T.numpy().astype(np.int32))
-    rows = [replace(row, tokens=other.tokens) for row, other in zip(rows_of(asked), rows_of(read), strict=True)]
     total, nll_T = torch.zeros(()), torch.zeros(len(pack))
-    for group in grouped(rows, max_tokens):
+    for group in grouped(_rows_read(pack, tokens_T, counted_T), max_tokens):
         batch = collate(group)
         share, nll_RT = share_of_loss(model, batch, "token", Denominators(1, 1))
         total = total + share
@@ -246,8 +259,7 @@ def leak_map(
     """Change one input token at a time and measure how the loss of every label moves."""
     name, compute = _layout(layout)
     tokens_T, places = torch.from_numpy(pack.input_ids.astype(np.int64)), _probes(pack, probes)
-    counted_T = torch.ones(len(pack), dtype=torch.bool)
-    counted_T[[end - 1 for _, end in pack.spans]] = False  # the last token of a sequence predicts nothing
+    counted_T = _predicting(pack)
     with torch.no_grad():
         _, before_T = compute(model, pack, tokens_T, counted_T)
         allowed, changes = rounding(lambda m: compute(m, pack, tokens_T, counted_T)[1], model), []
@@ -257,12 +269,22 @@ def leak_map(
             changes.append((compute(model, pack, changed_T, counted_T)[1] - before_T).abs())
     return LeakMap(name, tuple(pack.spans), places, torch.stack(changes).double().numpy(), allowed)
 
+# %% ../../nbs/train/06_leaks.ipynb #1ae31dde
+def _frame(axes: "Axes", found: LeakMap) -> None:
+    """A frame around what each sequence may do to itself."""
+    from matplotlib.patches import Rectangle
+
+    for a, b in found.spans:
+        low, high = np.searchsorted(found.probes, (a, b))
+        axes.add_patch(
+            Rectangle((a, low), b - a, high - low, fill=False, edgecolor="#111111", linewidth=1.2, clip_on=False)
+        )
+
 # %% ../../nbs/train/06_leaks.ipynb #c7060ee3
 def _leak_panel(axes: "Axes", found: LeakMap, faintest: float) -> Any:
     """One map as a heat map with a frame around each sequence; white up to the faintest change."""
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap, LogNorm
-    from matplotlib.patches import Rectangle
 
     shown = np.ma.masked_less_equal(found.changes, faintest)
     colours = ListedColormap(
@@ -276,11 +298,7 @@ def _leak_panel(axes: "Axes", found: LeakMap, faintest: float) -> Any:
         norm=LogNorm(faintest, 10),
         extent=(0, found.changes.shape[1], len(found.probes), 0),
     )
-    for a, b in found.spans:
-        low, high = np.searchsorted(found.probes, (a, b))
-        axes.add_patch(
-            Rectangle((a, low), b - a, high - low, fill=False, edgecolor="#111111", linewidth=1.2, clip_on=False)
-        )
+    _frame(axes, found)
     axes.set(xticks=[], yticks=[])
     axes.set_title(
         f"{found.layout}\n" + ("isolated" if found.isolated else f"LEAKS, up to {found.largest_leak:.1g} nats"),

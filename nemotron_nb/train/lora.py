@@ -89,7 +89,7 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     output = model.get_output_embeddings()
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not output}
 
-
+# %% ../../nbs/train/10_lora.ipynb #98531c6d
 def _stacked_experts(model: nn.Module) -> list[str]:
     """Parameters that hold the matrices of many experts."""
     return [name for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3]
@@ -195,7 +195,7 @@ def _draw(linear: nn.Linear, how: str) -> None:
     else:
         nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
 
-
+# %% ../../nbs/train/10_lora.ipynb #ce46f11f
 def _drop_late(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, share: float) -> Tensor:
     """Dropout of what comes out of the pair: a hook on B."""
     return nn.functional.dropout(output, share, module.training)

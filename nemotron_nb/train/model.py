@@ -77,6 +77,18 @@ def active_parameters(
     routed = counts.get("routed experts", 0) * config.num_experts_per_tok // config.n_routed_experts
     return sum(n for part, n in counts.items() if "embeddings" not in part and part != "routed experts") + routed
 
+# %% ../../nbs/train/04_model.ipynb #419e8080
+def _check_heads(config: ModelConfig) -> None:
+    """Refuse heads that two groups cannot share."""
+    for name in ("attention_heads", "mamba_heads"):
+        if getattr(config, name) < 2 or getattr(config, name) % 2:
+            raise UserError(
+                f"{name} is {getattr(config, name)}",
+                where=f"model.{name}",
+                why="heads share keys and values, or B and C, in two groups",
+                fix="give an even number",
+            )
+
 # %% ../../nbs/train/04_model.ipynb #220734cb
 def _check_shape(config: ModelConfig) -> None:
     """Refuse sizes of which no model can be made."""
@@ -94,14 +106,7 @@ def _check_shape(config: ModelConfig) -> None:
             where="model.experts_per_token",
             fix="route to fewer",
         )
-    for name in ("attention_heads", "mamba_heads"):
-        if getattr(config, name) < 2 or getattr(config, name) % 2:
-            raise UserError(
-                f"{name} is {getattr(config, name)}",
-                where=f"model.{name}",
-                why="heads share keys and values, or B and C, in two groups",
-                fix="give an even number",
-            )
+    _check_heads(config)
 
 # %% ../../nbs/train/04_model.ipynb #d10444c4
 def tiny_config(
@@ -174,15 +179,17 @@ def _check_manners(model: PreTrainedModel, name: str) -> None:
             fix="train a model without scaled, capped or biased logits",
         )
 
+# %% ../../nbs/train/04_model.ipynb #e4e13364
+def _type_of(folder: Path) -> str:
+    """The kind of model that a checkpoint says it is."""
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).model_type
+
 # %% ../../nbs/train/04_model.ipynb #b3443d26
 def _loaded_model(name: str) -> PreTrainedModel:
     """A model from a local folder or from the local cache of the hub, in float32."""
     folder = checkpoint_folder(name)
     try:
-        family = (
-            AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).model_type
-            == "nemotron_h"
-        )
+        family = _type_of(folder) == "nemotron_h"
         ours = {"use_mamba_kernels": False, "experts_implementation": "eager"} if family else {}
         with weights_in_words(folder, "give a folder in Hugging Face form, as save_pretrained writes it"):
             model = AutoModelForCausalLM.from_pretrained(
@@ -212,17 +219,22 @@ NAMES_THERE = {
     "init_std": "initializer_range",
 }  # what config.json calls the sizes of the tiny model
 
+# %% ../../nbs/train/04_model.ipynb #3d14a2ec
+def _given_sizes(config: ModelConfig) -> dict[str, object]:
+    """The sizes that a recipe sets otherwise than by default."""
+    return {
+        f.name: getattr(config, f.name)
+        for f in dataclasses.fields(config)
+        if f.name not in TRAITS and getattr(config, f.name) != f.default
+    }
+
 # %% ../../nbs/train/04_model.ipynb #868eaea8
 def _check_sizes(config: ModelConfig) -> None:
     """Sizes belong to the tiny model.
 
     Beside a checkpoint those that fit it change nothing, and all others are refused.
     """
-    given = {
-        f.name: getattr(config, f.name)
-        for f in dataclasses.fields(config)
-        if f.name not in TRAITS and getattr(config, f.name) != f.default
-    }
+    given = _given_sizes(config)
     if config.name == TINY or not given:
         return
     file = Path(config.name) / "config.json"

@@ -56,6 +56,12 @@ def _turn_spans(ids: Sequence[int], tokenizer: ChatTokenizer) -> list[tuple[str,
         for a, b in spans
     ]
 
+# %% ../../nbs/train/25_modes.ipynb #fdc8e71d
+def _ending(mode: str, budget: int | None, marker: str) -> str:
+    """What a mode and a budget put at the end of the last user turn."""
+    told = "" if budget is None else f"\n\n{{thinking token budget: {budget}}}"
+    return (marker if mode == "low" else "") + told
+
 # %% ../../nbs/train/25_modes.ipynb #5f34bc60
 def with_mode(
     prompt: Sequence[int],  # ends with the opening of an assistant turn
@@ -76,9 +82,7 @@ def with_mode(
         )
     ids[spans[-1][1] :] = [*head, *tokenizer.encode(_OPENINGS[mode], special=True)]
     last_user = max((i for i, (role, *_) in enumerate(spans) if role == "user"), default=-1)
-    words = (marker if mode == "low" else "") + (
-        f"\n\n{{thinking token budget: {budget}}}" if budget is not None else ""
-    )
+    words = _ending(mode, budget, marker)
     if words and last_user >= 0:
         _, start, end = spans[last_user]
         ids[start:end] = _with_ending(ids[start:end], words, tokenizer)
@@ -235,6 +239,13 @@ def question_prompt(
     messages = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": problem}]
     return [i for chunk in chunks(messages, add_generation_prompt=True) for i in tokenizer.encode_pieces(chunk.pieces)]
 
+# %% ../../nbs/train/25_modes.ipynb #a0731c28
+def _judged(question: Question, mode: str, test: int, text: str, verifier: str, rel_tol: float) -> Answered:
+    """What was written, and the verdict on its answer."""
+    verdict = verify(answer_of(text, _OPENINGS[mode] == OPEN_THOUGHT), question.solution, verifier, rel_tol)
+    said = verdict.right, verdict.by, verdict.found
+    return Answered(question.problem, question.solution, question.domain, mode, test, text, *said)
+
 # %% ../../nbs/train/25_modes.ipynb #1075a8b2
 def answer_questions(
     model: NemotronHForCausalLM,
@@ -260,13 +271,5 @@ def answer_questions(
         tokenizer.decode,
         generate(model, prompts, tokenizer.im_end_id, max_new_tokens, max_tokens, sampling, stop, tests),
     )
-    answered = []
-    for (question, test), text in zip(itertools.product(questions, range(tests)), texts, strict=True):
-        verdict = verify(answer_of(text, _OPENINGS[mode] == OPEN_THOUGHT), question.solution, verifier, rel_tol)
-        answered.append(
-            Answered(
-                question.problem, question.solution, question.domain, mode, test, text, verdict.right, verdict.by,
-                verdict.found,
-            )
-        )
-    return answered
+    asked = itertools.product(questions, range(tests))
+    return [_judged(q, mode, test, text, verifier, rel_tol) for (q, test), text in zip(asked, texts, strict=True)]

@@ -35,6 +35,15 @@ class Needle:
     control: tuple[int, ...]  # the same length, another needle
     answer: tuple[int, ...]
 
+# %% ../../nbs/train/21_needle.ipynb #2763c45d
+def _sentences(tokenizer: ChatTokenizer, rng: random.Random) -> tuple[list[int], list[int], list[list[int]]]:
+    """(the question, its answer, two needles: the one that tells it and the one of another lamp), as token ids."""
+    name, other = ("".join(rng.sample(_SYLLABLES, 2)).capitalize() for _ in range(2))
+    number, wrong = (f"{rng.randrange(1000, 10_000)}" for _ in range(2))
+    code = lambda text: tokenizer.encode(text, special=False)  # noqa: E731
+    said = [code(f" The number of the lamp {n} is {k}.") for n, k in ((name, number), (other + "x", wrong))]
+    return code(f" The number of the lamp {name} is"), code(f" {number}"), said
+
 # %% ../../nbs/train/21_needle.ipynb #53dae08f
 def make_needle(
     tokenizer: ChatTokenizer,
@@ -44,11 +53,7 @@ def make_needle(
     rng: random.Random,
 ) -> Needle | None:
     """A trial of this length; None where there is no room for a needle, or not enough hay."""
-    name, other = ("".join(rng.sample(_SYLLABLES, 2)).capitalize() for _ in range(2))
-    number, wrong = (f"{rng.randrange(1000, 10_000)}" for _ in range(2))
-    code = lambda text: tokenizer.encode(text, special=False)  # noqa: E731
-    question, answer = code(f" The number of the lamp {name} is"), code(f" {number}")
-    said = [code(f" The number of the lamp {n} is {k}.") for n, k in ((name, number), (other + "x", wrong))]
+    question, answer, said = _sentences(tokenizer, rng)
     room = tokens - max(map(len, said)) - len(question)
     if room < 0 or len(hay) < room + 8:
         return None
@@ -75,6 +80,14 @@ def answer_loss(
     nll = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
     return nll, bool((logits.argmax(-1) == wanted).all())
 
+# %% ../../nbs/train/21_needle.ipynb #0311dcaf
+def _tried(model: nn.Module, made: Sequence[Needle]) -> dict[str, Any]:
+    """How many trials there were, how many were right, and the mean loss with the needle and without."""
+    asked = [answer_loss(model, n.prompt, n.answer) for n in made]
+    without = [answer_loss(model, n.control, n.answer)[0] for n in made]
+    losses = {"loss": float(np.mean([loss for loss, _ in asked])), "loss_without": float(np.mean(without))}
+    return {"trials": len(made), "right": sum(ok for _, ok in asked), **losses}
+
 # %% ../../nbs/train/21_needle.ipynb #2fed3d65
 def needle_trials(
     model: nn.Module,
@@ -94,11 +107,7 @@ def needle_trials(
             made = [n for _ in range(trials) if (n := make_needle(tokenizer, hay, tokens, depth, rng))]
             if not made:
                 continue
-            asked = [answer_loss(model, n.prompt, n.answer) for n in made]
-            without = [answer_loss(model, n.control, n.answer)[0] for n in made]
-            losses = {"loss": float(np.mean([loss for loss, _ in asked])), "loss_without": float(np.mean(without))}
-            right = {"trials": len(made), "right": sum(ok for _, ok in asked)}
-            found.append({"tokens": tokens, "depth": depth, **right, **losses})
+            found.append({"tokens": tokens, "depth": depth, **_tried(model, made)})
     return found
 
 # %% ../../nbs/train/21_needle.ipynb #a4c10b93

@@ -153,17 +153,6 @@ def set_precision(
         for part in [*routers, *(m for m in module.modules() if isinstance(m, ChunkedMixer))]:
             part.__class__ = ShieldedRouter if isinstance(part, NemotronHTopkRouter) else ShieldedMixer
 
-# %% ../../nbs/train/12_objective.ipynb #bcc02505
-class Share(NamedTuple):
-    """What one micro-batch adds. All shares of a step, over micro-batches and ranks, add up to the global batch."""
-
-    loss: Tensor  # 0-dim, differentiable: main loss, further depths and balance
-    main: Tensor  # 0-dim: the main loss alone
-    nll: Tensor  # [1+K,R,T] in nats at each depth, 0 where untrained
-    trained: Tensor  # bool [1+K,R,T]
-    imbalance: Tensor  # 0-dim: mean over layers and the rows of the global batch, 1 = even
-    counts: Tensor  # int64 [L,E], how often each expert was taken
-
 # %% ../../nbs/train/12_objective.ipynb #fb786cfa
 class _Model(nn.Module):
     """A causal language model, how wide its numbers are, and whether its routers are looked at."""
@@ -233,6 +222,17 @@ class _Forward(_Model):
                     torch.zeros(0, 0, dtype=torch.int64, device=loss.device),
                 ),
             )
+
+# %% ../../nbs/train/12_objective.ipynb #bcc02505
+class Share(NamedTuple):
+    """What one micro-batch adds. All shares of a step, over micro-batches and ranks, add up to the global batch."""
+
+    loss: Tensor  # 0-dim, differentiable: main loss, further depths and balance
+    main: Tensor  # 0-dim: the main loss alone
+    nll: Tensor  # [1+K,R,T] in nats at each depth, 0 where untrained
+    trained: Tensor  # bool [1+K,R,T]
+    imbalance: Tensor  # 0-dim: mean over layers and the rows of the global batch, 1 = even
+    counts: Tensor  # int64 [L,E], how often each expert was taken
 
 # %% ../../nbs/train/12_objective.ipynb #1334c2cb
 class _Predicting(_Forward):

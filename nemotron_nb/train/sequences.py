@@ -52,6 +52,14 @@ def files_of(
         files.setdefault(shard["dataset"], []).append(manifest.folder / shard["name"])
     return files
 
+# %% ../../nbs/train/20_sequences.ipynb #2016ea18
+def _shares_of(manifest: DocumentsManifest) -> dict[str, float]:
+    """Source -> weight, as the data is blended."""
+    found: dict[str, float] = {}
+    for shard, (weight, _) in zip(manifest.shards("train"), manifest.prefixes("train"), strict=True):
+        found[shard["dataset"]] = found.get(shard["dataset"], 0.0) + weight
+    return found
+
 # %% ../../nbs/train/20_sequences.ipynb #93dc0ff9
 def _of_lengths(
     manifest: DocumentsManifest, dataset: DatasetSection, steps: int, batch_size: int, seed: int, vocab_size: int | None
@@ -62,14 +70,6 @@ def _of_lengths(
     weights = dataset.phases[0].weights if dataset.phases else _shares_of(manifest)
     phase = LongContext(lengths, steps * per_step, per_step, dict(weights))
     return LongContextReader(phase, files_of(manifest), seed, vocab_size=vocab_size)
-
-
-def _shares_of(manifest: DocumentsManifest) -> dict[str, float]:
-    """Source -> weight, as the data is blended."""
-    found: dict[str, float] = {}
-    for shard, (weight, _) in zip(manifest.shards("train"), manifest.prefixes("train"), strict=True):
-        found[shard["dataset"]] = found.get(shard["dataset"], 0.0) + weight
-    return found
 
 # %% ../../nbs/train/20_sequences.ipynb #fa218670
 class _Places:
@@ -179,7 +179,7 @@ def _laid_out(paths: Sequence[Path], most: int | None) -> tuple[np.ndarray, np.n
     ids = np.concatenate(parts) if parts else np.zeros(0, np.int64)
     return ids[:most], np.array(starts, np.int64)
 
-
+# %% ../../nbs/train/20_sequences.ipynb #e8cd39d8
 def _cut(ids: np.ndarray, starts: np.ndarray, length: int) -> Iterator[SampleBatch]:
     """Samples of `length` tokens, one after the other; the last one may be shorter."""
     for a in range(0, len(ids) - 1, length):
@@ -213,7 +213,7 @@ class SequenceCount:
     def __len__(self) -> int:
         return self.rows
 
-
+# %% ../../nbs/train/20_sequences.ipynb #97942b28
 def place_of(
     manifest: DocumentsManifest,
     dataset: DatasetSection,

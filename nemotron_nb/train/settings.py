@@ -648,7 +648,7 @@ def _is_path(name: str) -> bool:
     """Is it the name of a folder rather than one of the hub?"""
     return name.startswith(("/", "./", "../", "~")) or Path(name).is_dir() or name.count("/") > 1
 
-
+# %% ../../nbs/train/01_settings.ipynb #273b105f
 def _has_steps(folder: Path) -> bool:
     """Are there checkpoints of ours?"""
     return folder.is_dir() and any(folder.glob("step_*"))

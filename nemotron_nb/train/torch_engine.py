@@ -206,7 +206,7 @@ def _as_learner(model: nn.Module) -> Learner:
     """The learner, or one around a language model."""
     return model if isinstance(model, Learner) else Learner(model)
 
-
+# %% ../../nbs/train/19_torch_engine.ipynb #d986c8d6
 def _step_line(
     found: Measured, learner: Learner, batch: GlobalBatch, stage: str, step: int, config: TrainConfig
 ) -> dict[str, Any]:
