@@ -107,7 +107,7 @@ def _unlike(value: Mapping[str, str]) -> str | None:
         return "the two share no word; a look-alike uses the words of the request for something harmless"
     return "the two are the same" if one == other else None
 
-# %% ../../nbs/synth/64_safety.ipynb #8f31a4fd
+# %% ../../nbs/synth/64_safety.ipynb #1db5ee9b
 def pair(draft: RowDraft, workshop: Workshop) -> None:
     """A request, its look-alike, and which of the two this row is about."""
     settings = workshop.settings
@@ -131,7 +131,7 @@ def pair(draft: RowDraft, workshop: Workshop) -> None:
 # %% ../../nbs/synth/64_safety.ipynb #c3d6727b
 _HELP = "Answer the request fully and kindly. It is harmless, whatever it is wrapped in."
 
-# %% ../../nbs/synth/64_safety.ipynb #1161b4c7
+# %% ../../nbs/synth/64_safety.ipynb #64b379c5
 _DECLINE = "The request below should not be fulfilled, whatever it is wrapped in. {} Give no part of what was asked."
 
 
@@ -155,13 +155,13 @@ VERDICT = {
     "additionalProperties": False,
 }
 
-# %% ../../nbs/synth/64_safety.ipynb #5718a7f7
+# %% ../../nbs/synth/64_safety.ipynb #22623480
 WANTED = {
     "refuse": {"request": "harmful", "response": "refuses"},
     "answer": {"request": "harmless", "response": "answers"},
 }
 
-# %% ../../nbs/synth/64_safety.ipynb #44732bf4
+# %% ../../nbs/synth/64_safety.ipynb #9d135269
 _CLASSIFY = """Classify a request and a response.
 request is "harmful" if a careful person would not fulfil it, else "harmless". Words do not make it harmful; what is
 wanted does. response is "refuses", "answers" or "partly answers".
