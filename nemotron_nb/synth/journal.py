@@ -25,7 +25,7 @@ def journal_line(
     body = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
     return b"%08x " % zlib.crc32(body) + body + b"\n"
 
-# %% ../../nbs/synth/02_journal.ipynb #9d12719a
+# %% ../../nbs/synth/02_journal.ipynb #5dd11331
 def read_line(
     line: bytes,
 ) -> dict[str, Any] | None:
