@@ -60,7 +60,7 @@ class BudgetSection:
     money: float = 0.0  # in the currency of the prices
     hours: float = 0.0  # of this run
 
-# %% ../../nbs/synth/04_ask.ipynb #546d75d5
+
 @dataclass(frozen=True)
 class AskingSettings(SynthSettings):
     """What every pipeline that asks a model is asked."""
@@ -73,7 +73,7 @@ class AskingSettings(SynthSettings):
 def _no_wait(seconds: float) -> None:
     """A rehearsed model needs no patience."""
 
-# %% ../../nbs/synth/04_ask.ipynb #07982928
+
 def endpoint_of(
     section: ModelSection,
     role: str,
@@ -163,7 +163,7 @@ def spent_of(
     hours = (time.monotonic() - models.begun) / 3600
     return {"requests": totals["requests"], "tokens": tokens, "money": totals["price"], "hours": hours}
 
-# %% ../../nbs/synth/04_ask.ipynb #c107fed9
+
 def check_budget(
     models: Models,
 ) -> None:
