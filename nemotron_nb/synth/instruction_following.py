@@ -132,7 +132,7 @@ def requests_schema(count: int) -> dict[str, Any]:
     known = {"requests": {"type": "array", "items": text, "minItems": count, "maxItems": count}}
     return {"type": "object", "properties": known, "required": ["requests"], "additionalProperties": False}
 
-
+# %% ../../nbs/synth/66_instruction_following.ipynb #824c032d
 def _no_repeats(value: Mapping[str, Any]) -> str | None:
     """What is wrong with requests."""
     texts = [" ".join(text.lower().split()) for text in value["requests"]]
@@ -159,7 +159,7 @@ def _proof(text: str, drawn: Sequence[Sequence[Any]], turn: int) -> Proof:
     evidence = {"turn": turn} | ({"broken": broken} if broken else {"followed": len(drawn)})
     return Proof("instructions: counted", REFUSED if broken else PASSED, broken[0] if broken else "", evidence)
 
-
+# %% ../../nbs/synth/66_instruction_following.ipynb #a864e442
 def answer(draft: RowDraft, workshop: Workshop) -> None:
     """The chat. `Drop` at the first turn that does not follow all its instructions."""
     for turn, (asked, drawn) in enumerate(zip(draft.facts["requests"], draft.check["turns"], strict=True)):

@@ -70,7 +70,7 @@ class Topic:
     ways: tuple[str, ...]  # how things are
     deeds: tuple[str, ...]  # what is done with them
 
-# %% ../../nbs/synth/44_instructions.ipynb #bcd39ce2
+# %% ../../nbs/synth/44_instructions.ipynb #97b913a9
 def topic_named(
     name: str,
 ) -> Topic:
@@ -138,7 +138,7 @@ def _sentence(rng: random.Random, topic: Topic, plan: Plan) -> str:
             return said
     raise Drop("no_sentence", "the plan allows none")
 
-# %% ../../nbs/synth/44_instructions.ipynb #e7d1de29
+# %% ../../nbs/synth/44_instructions.ipynb #6dfc28e7
 def _with_word(rng: random.Random, topic: Topic, plan: Plan, word: str) -> str:
     """A sentence with one more word in it, once."""
     forms = ("Remember the {w}", "Think of the {w}", "The {w} matters", "Do not forget the {w}", "Here the {w} helps")
@@ -156,7 +156,7 @@ def _sentences(rng: random.Random, topic: Topic, plan: Plan) -> list[str]:
     rng.shuffle(said)
     return said + ([plan.last] if plan.last else [])
 
-# %% ../../nbs/synth/44_instructions.ipynb #147cc61c
+# %% ../../nbs/synth/44_instructions.ipynb #1049d138
 def _marked(rng: random.Random, said: Sequence[str], plan: Plan) -> list[str]:
     """Sentences with their marks, some of them highlighted."""
     marks = plan.marks.replace("?", "") or "!"
@@ -186,7 +186,7 @@ _SHAPES: Mapping[str, Callable[[Sequence[str], Plan], str]] = {
     "json": lambda parts, plan: json.dumps({f"point {i}": part for i, part in enumerate(parts, 1)}, indent=1),
 }
 
-# %% ../../nbs/synth/44_instructions.ipynb #ff14d07c
+# %% ../../nbs/synth/44_instructions.ipynb #91c709f7
 def write_text(
     rng: random.Random,
     topic: Topic,
@@ -215,7 +215,7 @@ class Instruction:
     sets: Mapping[str, Any]  # field of the plan -> value; lists are added to
     claims: tuple[str, ...] = ()  # what nobody else may touch, beyond the fields
 
-# %% ../../nbs/synth/44_instructions.ipynb #06a2df10
+# %% ../../nbs/synth/44_instructions.ipynb #39cb8c36
 Drawn = Callable[[random.Random, Topic], Instruction]
 
 
@@ -290,7 +290,7 @@ def _bullets(rng: random.Random, topic: Topic) -> Instruction:
         ("shape", "start"),
     )
 
-# %% ../../nbs/synth/44_instructions.ipynb #3d0002d4
+# %% ../../nbs/synth/44_instructions.ipynb #75dc0c82
 def _numbered(rng: random.Random, topic: Topic) -> Instruction:
     n = rng.randint(3, 6)
     words = rng.choice(("Number your points from 1 to {n}.", "Give a numbered list of {n} items."))
@@ -314,7 +314,7 @@ def _lines(rng: random.Random, topic: Topic) -> Instruction:
         ("shape", "paragraphs"),
     )
 
-# %% ../../nbs/synth/44_instructions.ipynb #8bc82a60
+# %% ../../nbs/synth/44_instructions.ipynb #f3f777be
 def _sections(rng: random.Random, topic: Topic) -> Instruction:
     n, splitter = rng.randint(2, 4), rng.choice(("Section", "Part", "Step", "Chapter"))
     words = rng.choice(("Write {n} sections; head each with {s} and its number.", "Divide it: {s} 1 to {s} {n}."))
@@ -351,7 +351,7 @@ def _word_times(rng: random.Random, topic: Topic) -> Instruction:
         "keywords:frequency", arguments, words.format(w=word, n=_NUMBERS[n]), {"words": [(word, n)]}, ("count",)
     )
 
-# %% ../../nbs/synth/44_instructions.ipynb #5dafa2dd
+# %% ../../nbs/synth/44_instructions.ipynb #d9203834
 def _keywords(rng: random.Random, topic: Topic) -> Instruction:
     chosen = rng.sample(topic.things, rng.randint(2, 3))
     words = rng.choice(("Include the words {w}.", "These words must be in it: {w}.", "Mention {w}."))
@@ -369,7 +369,7 @@ def _once(rng: random.Random, topic: Topic) -> Instruction:
     words = rng.choice(("Use the word {w} once and only once.", "Say {w} exactly one time."))
     return Instruction("keywords:once", {"keyword": word}, words.format(w=word), {"words": [(word, 1)]}, ("count",))
 
-# %% ../../nbs/synth/44_instructions.ipynb #d5c2a32f
+# %% ../../nbs/synth/44_instructions.ipynb #c07e6975
 def _forbidden(rng: random.Random, topic: Topic) -> Instruction:
     chosen = rng.sample([*topic.things, *topic.ways, *topic.deeds], rng.randint(1, 3))
     words = rng.choice(("Do not use the words {w}.", "Avoid: {w}.", "None of these words: {w}."))
@@ -394,7 +394,7 @@ def _sentence_count(rng: random.Random, topic: Topic) -> Instruction:
         ("sentences", "digits"),
     )
 
-# %% ../../nbs/synth/44_instructions.ipynb #1eed9fd7
+# %% ../../nbs/synth/44_instructions.ipynb #cbfc31f1
 def _short_sentences(rng: random.Random, topic: Topic) -> Instruction:
     n = rng.randint(6, 9)
     words = rng.choice(("No sentence may have more than {n} words.", "Keep every sentence to {n} words at most."))
@@ -419,7 +419,7 @@ def _word_limit(rng: random.Random, topic: Topic) -> Instruction:
         ("length",),
     )
 
-# %% ../../nbs/synth/44_instructions.ipynb #9b76d868
+# %% ../../nbs/synth/44_instructions.ipynb #a20b50ca
 def _characters(rng: random.Random, topic: Topic) -> Instruction:
     n = rng.randint(12, 30) * 50
     return Instruction(
@@ -442,7 +442,7 @@ def _begin(rng: random.Random, topic: Topic) -> Instruction:
         ("start", "shape", "sentences", "last"),
     )
 
-# %% ../../nbs/synth/44_instructions.ipynb #806b6801
+# %% ../../nbs/synth/44_instructions.ipynb #b3c01d64
 def _end(rng: random.Random, topic: Topic) -> Instruction:
     phrase = rng.choice(
         ("That is all.", "Good luck with it.", "Try it and see.", "The rest is practice.", "Now it is your turn.")
@@ -489,7 +489,7 @@ _FORMS: Mapping[str, Drawn] = {
         "end", "bold", "case", "digits", "shape", "paragraphs", "sentences", "longest", "widest", "start"),
 }  # fmt: skip
 
-# %% ../../nbs/synth/44_instructions.ipynb #5bec2480
+# %% ../../nbs/synth/44_instructions.ipynb #94ab8f11
 _RICH = {  # letter -> a sentence that has six of it and more
     "e": "Every season needs the same steady effort", "o": "No good book on work comes too soon",
     "a": "A fair day always has a plan at hand", "p": "Plain paper helps to keep plans",
@@ -512,7 +512,7 @@ def _figures(rng: random.Random, topic: Topic) -> Instruction:
     arguments = {"number": n, "relation": "at least"}
     return Instruction("detectable_content:numbers", arguments, words.format(n=_NUMBERS[n]), sets, ("digits",))
 
-# %% ../../nbs/synth/44_instructions.ipynb #596a988d
+# %% ../../nbs/synth/44_instructions.ipynb #65046492
 def _placeholders(rng: random.Random, topic: Topic) -> Instruction:
     n = rng.randint(1, 3)
     words = rng.choice(("Leave at least {n} placeholders like [name].", "Put {n} or more placeholders in [brackets]."))
@@ -529,7 +529,7 @@ def _capitals(rng: random.Random, topic: Topic) -> Instruction:
     arguments = {"capital_frequency": n, "capital_relation": "at least"}
     return Instruction("change_case:capital_word_frequency", arguments, words.format(n=_NUMBERS[n]), sets, ("case",))
 
-# %% ../../nbs/synth/44_instructions.ipynb #bef6a464
+# %% ../../nbs/synth/44_instructions.ipynb #d23271d7
 def _in_order(rng: random.Random, topic: Topic) -> Instruction:
     first, second = rng.sample(topic.things, 2)
     words = rng.choice(("Use the words {a} and {b} in this order.", "Mention {a} first and {b} after it."))
@@ -545,7 +545,7 @@ def _everywhere(rng: random.Random, topic: Topic) -> Instruction:
     sets = {"each": word, "banned": [word]}
     return Instruction("keywords:in_every_sentence", {"keyword": word}, words.format(w=word), sets, claims)
 
-# %% ../../nbs/synth/44_instructions.ipynb #80085232
+# %% ../../nbs/synth/44_instructions.ipynb #56ffd7d4
 def _same_ends(rng: random.Random, topic: Topic) -> Instruction:
     word = rng.choice(("Patience", "Care", "Order", "Time", "Practice"))
     words = rng.choice(("The first word is also the last one.", "Begin and end with the same word."))
@@ -563,7 +563,7 @@ def _first_word(rng: random.Random, topic: Topic) -> Instruction:
         "length_constraints:nth_paragraph_first_word", arguments, words.format(n=_NUMBERS[n], w=word), sets, claims
     )
 
-# %% ../../nbs/synth/44_instructions.ipynb #c13604f7
+# %% ../../nbs/synth/44_instructions.ipynb #a3e44266
 def _short_words(rng: random.Random, topic: Topic) -> Instruction:
     n = rng.randint(7, 8)
     words = rng.choice(("No word may have more than {n} letters.", "Use words of at most {n} letters."))
@@ -578,7 +578,7 @@ def _different_words(rng: random.Random, topic: Topic) -> Instruction:
     claims = ("sentences", "longest", "each")
     return Instruction("length_constraints:unique_words", {"num_words": n}, said, sets, claims)
 
-# %% ../../nbs/synth/44_instructions.ipynb #fe3c36c8
+# %% ../../nbs/synth/44_instructions.ipynb #9e50faf5
 def _repeat(rng: random.Random, topic: Topic) -> Instruction:
     forms = ("What do I need for {t}?", "How does one begin with {t}?", "Why do people like {t}?")
     prompt = rng.choice(forms).format(t=topic.name)
@@ -600,7 +600,7 @@ def _touches(instruction: Instruction) -> set[str]:
     """Fields and claims of an instruction."""
     return {*(name for name in instruction.sets if name not in ("banned", "extras")), *instruction.claims}
 
-# %% ../../nbs/synth/44_instructions.ipynb #c6a580ca
+# %% ../../nbs/synth/44_instructions.ipynb #781abf2b
 def draw_instructions(
     rng: random.Random,
     topic: Topic,
@@ -627,7 +627,7 @@ def planned(
             setattr(plan, name, getattr(plan, name) + value if isinstance(value, list) else value)
     return plan
 
-# %% ../../nbs/synth/44_instructions.ipynb #a2c9684e
+# %% ../../nbs/synth/44_instructions.ipynb #6f4b4440
 def broken_instructions(
     text: str,
     asked: Sequence[Mapping[str, Any]],  # name and arguments of each
@@ -692,7 +692,7 @@ _ADD = (
 )
 _WHO = "grandmother neighbour class nephew colleague sister club landlord choir pupils".split()
 
-# %% ../../nbs/synth/44_instructions.ipynb #8cd94bea
+# %% ../../nbs/synth/44_instructions.ipynb #9de16f3a
 def _one_more(rng: random.Random, topic: Topic, known: Sequence[Instruction]) -> Instruction | None:
     """An instruction that goes together with others; None where none was found."""
     taken = {name for instruction in known for name in _touches(instruction)}

@@ -25,7 +25,7 @@ def journal_line(
     body = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
     return b"%08x " % zlib.crc32(body) + body + b"\n"
 
-
+# %% ../../nbs/synth/02_journal.ipynb #5dd11331
 def read_line(
     line: bytes,
 ) -> dict[str, Any] | None:
@@ -55,6 +55,15 @@ def read_journal(
                 places[entry["index"]] = (end, len(line))
             end += len(line)
     return places, end
+
+# %% ../../nbs/synth/02_journal.ipynb #1bff6a39
+def _append(file: BinaryIO, places: dict[int, tuple[int, int]], lock: threading.Lock, index: int, line: bytes) -> None:
+    """Write a line to the end of a file and note where it lies."""
+    with lock:
+        if index in places:
+            raise ValueError(f"entry {index} is there already")
+        places[index] = (file.seek(0, os.SEEK_END), len(line))
+        file.write(line)
 
 # %% ../../nbs/synth/02_journal.ipynb #d43d992c
 class Journal:
@@ -95,12 +104,3 @@ class Journal:
         """Force what is there to disk, and close the file."""
         os.fsync(self._file.fileno())
         self._file.close()
-
-# %% ../../nbs/synth/02_journal.ipynb #1bff6a39
-def _append(file: BinaryIO, places: dict[int, tuple[int, int]], lock: threading.Lock, index: int, line: bytes) -> None:
-    """Write a line to the end of a file and note where it lies."""
-    with lock:
-        if index in places:
-            raise ValueError(f"entry {index} is there already")
-        places[index] = (file.seek(0, os.SEEK_END), len(line))
-        file.write(line)

@@ -51,7 +51,7 @@ class Diversity:
     pass_rates: Mapping[str, int] = field(default_factory=dict)  # of several answers the share that was right -> rows
     proofs: Mapping[str, int] = field(default_factory=dict)  # verifier -> rows that it passed
 
-
+# %% ../../nbs/synth/06_look.ipynb #54e31078
 def read_rows(
     path: str | os.PathLike,  # rows.jsonl, or any file of made rows
 ) -> Iterator[dict[str, Any]]:
@@ -75,7 +75,7 @@ def _user_text(row: Mapping[str, Any]) -> str:
     """What the users of a chat say."""
     return "\n".join(str(m.get("content", "")) for m in row["messages"] if m.get("role") == "user")
 
-
+# %% ../../nbs/synth/06_look.ipynb #28820924
 def diversity_of(
     rows: Iterable[Mapping[str, Any]],
 ) -> Diversity:
@@ -139,7 +139,7 @@ def _cost_picture(
     unknown = f"; {cost['without_price']:,} requests without a price" if cost["without_price"] else ""
     return table(rows, header=["step", *names, "failed"], title=f"what it cost{unknown}")
 
-
+# %% ../../nbs/synth/06_look.ipynb #e15e357b
 def run_picture(
     made: Produced,
 ) -> Picture:
@@ -152,7 +152,7 @@ def run_picture(
         parts.append(_cost_picture(cost))
     return joined(parts)
 
-
+# %% ../../nbs/synth/06_look.ipynb #22bc7a98
 def write_run_report(
     made: Produced,
 ) -> Path:

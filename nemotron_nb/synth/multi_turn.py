@@ -70,6 +70,8 @@ OPENINGS = own_seeds("openings", tuple(
                   "writing a short story.", "planning a week in the mountains.", "learning the violin at forty.",
                   "choosing a used car.")
 ))  # fmt: skip
+
+# %% ../../nbs/synth/65_multi_turn.ipynb #7c20a430
 MOODS = ("curious", "in a hurry", "sceptical", "a beginner who asks for examples", "an expert who wants details")
 
 
@@ -96,16 +98,22 @@ SCORES = {
     "required": list(_LINES),
     "additionalProperties": False,
 }
+
+# %% ../../nbs/synth/65_multi_turn.ipynb #2f0c2724
 TURN = {
     "type": "object",
     "properties": {"done": {"type": "boolean"}, "says": {"type": "string", "maxLength": 2000}},
     "required": ["done", "says"],
     "additionalProperties": False,
 }
+
+# %% ../../nbs/synth/65_multi_turn.ipynb #07c3cd6a
 _SCORE = """Judge the last answer of a chat: helpful, true, to_the_point. 1 is no, 2 hardly, 3 mostly, 4 yes.
 Answer with a JSON object of these numbers.
 
 {chat}"""
+
+# %% ../../nbs/synth/65_multi_turn.ipynb #a472fd44
 _PLAY = """You play the user of this chat, who is {mood}. Say what the user says next: something new that the last
 answer leads to. If the user has what was wanted, done is true. Do not thank only, do not repeat a question.
 Answer with a JSON object: done, says.
@@ -117,7 +125,7 @@ def as_text(messages: Sequence[Mapping[str, Any]]) -> str:
     """A chat as a model reads it that is not part of it."""
     return "\n\n".join(f"[{m['role']}]\n{m['content']}" for m in messages)
 
-
+# %% ../../nbs/synth/65_multi_turn.ipynb #4e40b87f
 def _answered(draft: RowDraft, workshop: Workshop) -> str:
     """Add an answer with its scores; why the chat ends before it, or nothing."""
     said = workshop.models.ask(draft, "teacher", "answer", draft.messages)
@@ -185,12 +193,12 @@ def _proof(messages: Sequence[Mapping[str, Any]], check: Mapping[str, Any]) -> P
     fault = _fault(messages, check)
     return Proof("turns of a chat", REFUSED if fault else PASSED, fault, {"answers judged": len(check["scores"])})
 
-
+# %% ../../nbs/synth/65_multi_turn.ipynb #298a7799
 def judge_multi_turn(row: Mapping[str, Any]) -> list[Proof]:
     """A finished row again."""
     return [_proof(row["messages"], row["synth"]["check"])]
 
-
+# %% ../../nbs/synth/65_multi_turn.ipynb #435ccb94
 def prove(draft: RowDraft, workshop: Workshop) -> None:
     """The row's own judge, on the row."""
     draft.check |= {name: getattr(workshop.settings, name) for name in ("least_turns", "least_score", "most_alike")}

@@ -184,7 +184,7 @@ def _judged(row: Mapping[str, Any]) -> tuple[str, str, str]:
     bad = next((p for p in proofs if p.status != PASSED), None)
     return (bad.status, bad.verifier, bad.reason) if bad else (PASSED, "", "")
 
-
+# %% ../../nbs/synth/90_pipelines.ipynb #62f5af1a
 def check_file(
     path: str | os.PathLike,  # of made rows, of one pipeline or of several
 ) -> Rejudged:

@@ -31,7 +31,7 @@ class ProofSettings(AskingSettings):
     project: str = ""  # folder with a lakefile that the proofs are compiled in; empty: Lean alone
     proofs: int = 4  # attempts to prove a statement
 
-
+# %% ../../nbs/synth/70_proofs.ipynb #d9bf6225
 def _drawn(rng: random.Random) -> str:
     """A small problem."""
     a, b, c = (rng.randint(2, 60) for _ in range(3))
@@ -41,7 +41,7 @@ def _drawn(rng: random.Random) -> str:
         f"Show that {a} plus {b} is less than {a + b + c}.",
     ])  # fmt: skip
 
-
+# %% ../../nbs/synth/70_proofs.ipynb #ed4ac2b7
 def draw(draft: RowDraft, workshop: Workshop) -> None:
     """A problem."""
     path, rng = workshop.settings.problems, draft.rng("draw")
@@ -71,7 +71,7 @@ SAME = {
     "additionalProperties": False,
 }
 
-
+# %% ../../nbs/synth/70_proofs.ipynb #2d8c90d2
 def formalise(draft: RowDraft, workshop: Workshop) -> None:
     """The problem as a statement of Lean, without a proof."""
     order = "State this problem as one theorem of Lean 4, without its proof and without := at the end."
@@ -79,7 +79,7 @@ def formalise(draft: RowDraft, workshop: Workshop) -> None:
     said = workshop.models.ask(draft, "teacher", "formalise", question, STATEMENT)
     draft.facts["statement"] = said.value["statement"].strip().removesuffix(":=").strip()
 
-
+# %% ../../nbs/synth/70_proofs.ipynb #a6836f09
 def translate_back(draft: RowDraft, workshop: Workshop) -> None:
     """Does the statement mean the problem? It is told by a call that has not seen the problem."""
     models, statement = workshop.models, draft.facts["statement"]
@@ -139,7 +139,7 @@ def _formal(problem: str, lie: bool) -> str:
     relation = "<" if "less" in problem else "="
     return f"theorem t : {numbers[0]} {sign} {numbers[1]} {relation} {numbers[2]}"
 
-
+# %% ../../nbs/synth/70_proofs.ipynb #55eca9ed
 def rehearse_proofs(body: dict[str, Any], before: int) -> Reply | str:
     """Statements, words and proofs."""
     question = body["messages"][0]["content"]

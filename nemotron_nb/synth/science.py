@@ -112,7 +112,7 @@ def asked_as(question: str, options: Sequence[str]) -> str:
     lines = "\n".join(f"{letter}) {option}" for letter, option in zip("ABCDEFGHIJ", options, strict=False))
     return _FORM.format(question=question.strip(), options=lines)
 
-
+# %% ../../nbs/synth/62_science.ipynb #ab23138d
 def letter_of(text: str) -> str | None:
     """The letter in the box of an answer; None if there is none, or if two boxes differ."""
     box = the_box(text, lambda a, b: a == b) or ""
@@ -140,6 +140,24 @@ def write(draft: RowDraft, workshop: Workshop) -> None:
     draft.about = {"topic": seed.text[:60], "level": level, "task": task, "letter": letter}
     draft.parents = [seed.parent]
 
+# %% ../../nbs/synth/62_science.ipynb #77ccb71b
+_OPTION = re.compile(r"(?m)^([A-J])\) (.+)$")
+
+
+def _proofs(messages: Sequence[Mapping[str, Any]], check: Mapping[str, Any]) -> list[Proof]:
+    """Options that differ, a letter that is one of them, an answer that chooses it, enough votes."""
+    question, said = (m["content"] for m in messages)
+    options = _OPTION.findall(question)
+    letters, different = [letter for letter, _ in options], {plain_answer(text) for _, text in options}
+    bad = next((reason for reason, is_bad in (
+        ("options_repeat", len(different) < len(options) or letters != list("ABCDEFGHIJ"[: len(letters)])),
+        ("letter_is_no_option", check["letter"] not in letters),
+        ("other_letter", letter_of(said) != check["letter"]),
+        ("too_few_votes", not 2 <= check["agree"] <= check["votes"] <= check["asked"]),
+    ) if is_bad), "")  # fmt: skip
+    evidence = {"letter": check["letter"], "agree": check["votes"], "asked": check["asked"]}
+    return [Proof("vote of answers", REFUSED if bad else PASSED, bad, evidence)]
+
 # %% ../../nbs/synth/62_science.ipynb #2d1eab85
 def answer(draft: RowDraft, workshop: Workshop) -> None:
     """Several answers, the vote, and the shortest of the answers that won."""
@@ -158,24 +176,6 @@ def answer(draft: RowDraft, workshop: Workshop) -> None:
     draft.pass_rate = won.share
     for proof in _proofs(draft.messages, draft.check):
         draft.prove(proof)
-
-# %% ../../nbs/synth/62_science.ipynb #77ccb71b
-_OPTION = re.compile(r"(?m)^([A-J])\) (.+)$")
-
-
-def _proofs(messages: Sequence[Mapping[str, Any]], check: Mapping[str, Any]) -> list[Proof]:
-    """Options that differ, a letter that is one of them, an answer that chooses it, enough votes."""
-    question, said = (m["content"] for m in messages)
-    options = _OPTION.findall(question)
-    letters, different = [letter for letter, _ in options], {plain_answer(text) for _, text in options}
-    bad = next((reason for reason, is_bad in (
-        ("options_repeat", len(different) < len(options) or letters != list("ABCDEFGHIJ"[: len(letters)])),
-        ("letter_is_no_option", check["letter"] not in letters),
-        ("other_letter", letter_of(said) != check["letter"]),
-        ("too_few_votes", not 2 <= check["agree"] <= check["votes"] <= check["asked"]),
-    ) if is_bad), "")  # fmt: skip
-    evidence = {"letter": check["letter"], "agree": check["votes"], "asked": check["asked"]}
-    return [Proof("vote of answers", REFUSED if bad else PASSED, bad, evidence)]
 
 # %% ../../nbs/synth/62_science.ipynb #0ab9d991
 def judge_science(row: Mapping[str, Any]) -> list[Proof]:

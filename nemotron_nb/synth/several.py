@@ -61,7 +61,7 @@ def _text_at(value: Any, name: str) -> str | None:
     text = json.dumps(text, ensure_ascii=False) if isinstance(text, list) and text else text  # the messages of a chat
     return text if isinstance(text, str) and text.strip() else None
 
-
+# %% ../../nbs/synth/59_several.ipynb #3f814c0e
 def _no_seeds(path: Path, name: str, rows: Sequence[Any]) -> UserError:
     """No row of a file is a seed."""
     fields = {key for row in rows if isinstance(row, Mapping) for key in row}
@@ -179,7 +179,7 @@ def plain_answer(text: str) -> str:
     text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text.casefold())
     return " ".join(re.sub(r"[$*_`\\]", "", text).split()).rstrip(" .")
 
-
+# %% ../../nbs/synth/59_several.ipynb #166c8d5e
 def short_answer(
     text: str,
     most: int = 80,  # characters

@@ -32,7 +32,7 @@ class WorldTool:
     run: Callable[..., dict[str, Any]]  # (state, **arguments)
     changes: bool = False  # does it change the state?
 
-# %% ../../nbs/synth/45_tool_world.ipynb #8a6fb470
+# %% ../../nbs/synth/45_tool_world.ipynb #d8d8d169
 @dataclass(frozen=True)
 class Goal:
     """What a customer wants."""
@@ -148,7 +148,7 @@ def _find(state: State, name: str, secret: str, key: str) -> dict[str, Any]:
     found = [c for c, about in state["customers"].items() if (about["name"], about[key]) == (name, secret)]
     return {"customer": found[0]} if found else {"error": f"nobody has this name and this {key}"}
 
-# %% ../../nbs/synth/45_tool_world.ipynb #40bc2538
+# %% ../../nbs/synth/45_tool_world.ipynb #f7ca6224
 def _bookings(state: State, customer: str) -> dict[str, Any]:
     own = {b: about for b, about in state["bookings"].items() if about["customer"] == customer}
     return {
@@ -157,7 +157,7 @@ def _bookings(state: State, customer: str) -> dict[str, Any]:
         ]
     }
 
-# %% ../../nbs/synth/45_tool_world.ipynb #90c0fa3f
+# %% ../../nbs/synth/45_tool_world.ipynb #abe551b0
 def _trips(state: State, origin: str, destination: str, day: str) -> dict[str, Any]:
     found = [
         {"trip": t, **a}
@@ -173,13 +173,13 @@ def _book(state: State, customer: str, trip: str, seats: int, fare: str) -> dict
     state["bookings"][number] = {"customer": customer, "trip": trip, "seats": seats, "fare": fare}
     return {"booking": number, "price": state["trips"][trip]["price"] * seats}
 
-# %% ../../nbs/synth/45_tool_world.ipynb #2b28f966
+# %% ../../nbs/synth/45_tool_world.ipynb #063ac697
 def _cancel(state: State, booking: str) -> dict[str, Any]:
     about = state["bookings"].pop(booking)
     state["trips"][about["trip"]]["seats"] += about["seats"]
     return {"cancelled": booking, "refund": state["trips"][about["trip"]]["price"] * about["seats"]}
 
-# %% ../../nbs/synth/45_tool_world.ipynb #2de719f5
+# %% ../../nbs/synth/45_tool_world.ipynb #c3c58507
 def _change(state: State, booking: str, trip: str) -> dict[str, Any]:
     about = state["bookings"][booking]
     state["trips"][trip]["seats"] -= about["seats"]
@@ -313,7 +313,7 @@ def _want_trip(rng: random.Random, state: State, customer: str) -> Goal:
     summary = f"book {seats} seat{'s' * (seats > 1)} ({fare}) from {way[0]} to {way[1]} on {day} at {trip['time']}"
     return Goal("book", opening, facts, reads, act, summary)
 
-# %% ../../nbs/synth/45_tool_world.ipynb #529eaf6b
+# %% ../../nbs/synth/45_tool_world.ipynb #42586924
 TRAVEL = ToolWorld(
     "travel desk", _TRAVEL_POLICY, TRAVEL_TOOLS, draw_travel,
     {"cancel": _want_cancel, "change": _want_change, "book": _want_trip}, "postcode", travel_forbids, _TRAVEL_REFUSALS,
@@ -347,14 +347,14 @@ def _accounts(state: State, customer: str) -> dict[str, Any]:
     }
     return own | {"customer_since": state["customers"][customer]["since"]}
 
-# %% ../../nbs/synth/45_tool_world.ipynb #0b7e6418
+# %% ../../nbs/synth/45_tool_world.ipynb #6d3a8586
 def _transfer(state: State, source: str, target: str, amount: int) -> dict[str, Any]:
     state["accounts"][source]["balance"] -= amount
     if target in state["accounts"]:
         state["accounts"][target]["balance"] += amount
     return {"sent": amount, "balance": state["accounts"][source]["balance"]}
 
-# %% ../../nbs/synth/45_tool_world.ipynb #6e1213e1
+# %% ../../nbs/synth/45_tool_world.ipynb #e771947d
 def _block(state: State, card: str) -> dict[str, Any]:
     state["cards"][card]["blocked"] = True
     return {"card": card, "blocked": True}
@@ -425,7 +425,7 @@ def _own(rng: random.Random, state: State, part: str, customer: str) -> str:
     own = [n for n, about in state[part].items() if about["owner"] == customer]
     return rng.choice(list(state[part])) if rng.random() < 0.125 else rng.choice(own)
 
-# %% ../../nbs/synth/45_tool_world.ipynb #881eba29
+# %% ../../nbs/synth/45_tool_world.ipynb #e718f055
 def _want_transfer(rng: random.Random, state: State, customer: str) -> Goal:
     source, amount = (
         _own(rng, state, "accounts", customer),
@@ -475,7 +475,7 @@ def _want_limit(rng: random.Random, state: State, customer: str) -> Goal:
         f"set the limit of card {card} to {limit}",
     )
 
-# %% ../../nbs/synth/45_tool_world.ipynb #5b35660a
+# %% ../../nbs/synth/45_tool_world.ipynb #54d73f85
 BANK = ToolWorld(
     "bank", _BANK_POLICY, BANK_TOOLS, draw_bank,
     {"transfer": _want_transfer, "block": _want_block, "limit": _want_limit}, "birthday", bank_forbids, _BANK_REFUSALS,
@@ -638,7 +638,7 @@ def _expected(world: ToolWorld, check: Mapping[str, Any]) -> tuple[State, str]:
     run_world_tool(world, state, *check["act"])
     return state, "done"
 
-# %% ../../nbs/synth/45_tool_world.ipynb #d2e19c12
+# %% ../../nbs/synth/45_tool_world.ipynb #600f8200
 def _final_words(world: ToolWorld, outcome: str, messages: Sequence[Mapping[str, Any]]) -> bool:
     """Does the agent end with what became of it?"""
     last = messages[-1]
@@ -673,7 +673,7 @@ def judge_tool_world(
         proofs.append(_proof("one fact at a time", "facts_at_once" if at_once else "", facts=len(check["facts"])))
     return proofs
 
-# %% ../../nbs/synth/45_tool_world.ipynb #1f9adc27
+# %% ../../nbs/synth/45_tool_world.ipynb #560521d7
 @dataclass(frozen=True)
 class ToolWorldSettings(SynthSettings):
     """Settings of the pipeline tool_world. It has none of its own."""
@@ -707,12 +707,12 @@ def talk_over(draft: RowDraft, workshop: Workshop) -> None:
     draft.answer = f"{draft.facts['goal'].summary}: {outcome}"
     draft.about = {"world": check["world"], "goal": draft.facts["goal"].kind, "outcome": outcome}
 
-# %% ../../nbs/synth/45_tool_world.ipynb #9f463043
+# %% ../../nbs/synth/45_tool_world.ipynb #6a8e79e0
 def prove(draft: RowDraft, workshop: Workshop) -> None:
     """What the judge of finished rows says of this one."""
     row = {"messages": draft.messages, "tools": draft.tools, "synth": {"check": draft.check}}
     for proof in judge_tool_world(row):
         draft.prove(proof)
 
-# %% ../../nbs/synth/45_tool_world.ipynb #cf17dc33
+# %% ../../nbs/synth/45_tool_world.ipynb #8e4fca90
 STEPS = (("draw", draw), ("talk", talk_over), ("prove", prove))
