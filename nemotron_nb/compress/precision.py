@@ -91,7 +91,7 @@ def pattern_text(rule: Rule, pattern: str) -> str:
               for layer in precisions(rule, pattern)]
     return f"{rule.name}\n{pattern}\n{''.join(short[p] for p in lowest)}"
 
-
+# %% ../../nbs/compress/02_precision.ipynb #cf0ac2ee
 def precision_picture(
     rules: Mapping[str, str],  # name of a rule -> the pattern it is shown on
 ) -> Picture:
@@ -130,7 +130,7 @@ def weight_bytes(
         found[precision] += parameter.numel() * BITS[precision] / 8
     return {precision: size for precision, size in found.items() if size}
 
-
+# %% ../../nbs/compress/02_precision.ipynb #543a7f52
 def _precision_of(name: str, pattern: str, layers: list[dict[str, str]]) -> str:
     """The precision of a parameter of the whole model, by its name."""
     _, _, rest = name.partition("model.layers.")
@@ -145,7 +145,7 @@ _QUANTIZERS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     "NVFP4": {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}},
 })
 
-
+# %% ../../nbs/compress/02_precision.ipynb #2477ff8a
 def modelopt_config(
     rule: Rule,
     pattern: str,

@@ -43,7 +43,7 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
 
-
+# %% ../../nbs/compress/03_quantise.ipynb #2ff27b43
 def modelopt_module(name: str) -> ModuleType:
     """A module of ModelOpt. `UserError` where it is not installed."""
     try:
@@ -62,7 +62,7 @@ def pattern_of(model: PreTrainedModel) -> str:
         raise UserError(f"a {type(model).__name__} has no pattern of layers", where="model", fix=fix)
     return "".join(LETTERS[kind] for kind in kinds)
 
-
+# %% ../../nbs/compress/03_quantise.ipynb #8a2c4595
 @dataclass(frozen=True)
 class Quantised:
     """What became of a model."""
@@ -91,7 +91,7 @@ def quantise(
         tool.quantize(model, told, calibrate)
     return _counted(model)
 
-
+# %% ../../nbs/compress/03_quantise.ipynb #b02363d8
 def _counted(model: nn.Module) -> Quantised:
     """The quantizers that are at work, by what they round."""
     at_work = {name: q for name, q in model.named_modules() if getattr(q, "is_enabled", False)}
@@ -110,7 +110,7 @@ def mended(names: Iterable[str]) -> tuple[list[str], int]:
     clean = [_MARKER.sub("", name) for name in names]
     return clean, sum(a != b for a, b in zip(names, clean))
 
-
+# %% ../../nbs/compress/03_quantise.ipynb #ee8a1699
 def _mend_config(folder: Path) -> int:
     """Take the markers out of both files that say what is quantised; how many there were."""
     path, whole = folder / "hf_quant_config.json", folder / "config.json"
@@ -146,7 +146,7 @@ def stored_tensors(folder: str | Path) -> dict[str, Tensor]:
             found |= {name: file.get_tensor(name) for name in file.keys()}
     return found
 
-
+# %% ../../nbs/compress/03_quantise.ipynb #3ef68406
 SCALES = ("weight_scale", "input_scale", "k_scale", "v_scale")
 
 
@@ -171,7 +171,7 @@ def _rounding(scale: Tensor) -> Callable[[Tensor], Tensor]:
     """The function that rounds as FP8 with a known scale does."""
     return lambda x: (rounded(x.double() / scale.double(), E4M3) * scale.double()).to(x.dtype)
 
-
+# %% ../../nbs/compress/03_quantise.ipynb #831c872e
 class PlainExperts(nn.Module):
     """The experts of a layer, one after the other, their inputs rounded. Naive on purpose."""
 

@@ -176,7 +176,7 @@ def _plain(value: Any) -> Any:
         return {key: _plain(inner) for key, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
-
+# %% ../../nbs/generate/05_served.ipynb #3b93414c
 def _same(a: Any, b: Any) -> bool:
     """Are they the same JSON?"""
     return json.dumps(_plain(a), sort_keys=True) == json.dumps(_plain(b), sort_keys=True)
@@ -184,7 +184,7 @@ def _same(a: Any, b: Any) -> bool:
 # %% ../../nbs/generate/05_served.ipynb #de9eeb1e
 _TAGS = ("<tool_call>", "</tool_call>", "<function=", "</function>", "<parameter=", "</parameter>")
 
-
+# %% ../../nbs/generate/05_served.ipynb #dcaa23ac
 def _why(name: str, meant: Any, fields: Mapping[str, Any]) -> str:
     """Why an argument is read otherwise."""
     if any(tag in (meant if isinstance(meant, str) else json.dumps(meant)) for tag in _TAGS):
@@ -192,7 +192,7 @@ def _why(name: str, meant: Any, fields: Mapping[str, Any]) -> str:
     kind, _ = declared_type(fields, name)
     return f"declared as {kind}" if kind else "not declared, so it stays text"
 
-
+# %% ../../nbs/generate/05_served.ipynb #7d6057c9
 def _call_misreadings(
     index: int, k: int, meant: Mapping[str, Any], read: Mapping[str, Any], tools: Tools
 ) -> Iterator[Misreading]:

@@ -43,6 +43,15 @@ def _rendered(template: Any, row: Mapping[str, Any]) -> str:
     ) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
+# %% ../../nbs/generate/04_synthesise.ipynb #dfef7aee
+def _made(answer: Answer | EndpointError, source: str, line: int) -> dict[str, Any] | Reject:
+    """What a row became. An unavailable model is no matter of one row."""
+    if isinstance(answer, Answer):
+        return answer.value
+    if answer.kind == "unavailable":
+        raise answer
+    return Reject(source, line, "refused" if answer.kind == "refused" else "invalid_answer", answer.what)
+
 # %% ../../nbs/generate/04_synthesise.ipynb #9084b7bc
 def synthesise(
     rows: Iterable[Mapping[str, Any]],  # what fills the blanks, a mapping for each question
@@ -83,12 +92,3 @@ def synthesise(
         prompts.popleft()
         yield _made(answer, source, line)
     yield from (Reject(source, line + n, "bad_prompt", str(error)) for n, error in enumerate(prompts, 1))
-
-# %% ../../nbs/generate/04_synthesise.ipynb #dfef7aee
-def _made(answer: Answer | EndpointError, source: str, line: int) -> dict[str, Any] | Reject:
-    """What a row became. An unavailable model is no matter of one row."""
-    if isinstance(answer, Answer):
-        return answer.value
-    if answer.kind == "unavailable":
-        raise answer
-    return Reject(source, line, "refused" if answer.kind == "refused" else "invalid_answer", answer.what)

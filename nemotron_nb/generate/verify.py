@@ -282,7 +282,7 @@ def _text(row: Any, key: str, what: str) -> str:
         raise _Unusable(f"no_{what}", f"no text under {key!r}; the row has {known[:200]}")
     return value.strip()
 
-
+# %% ../../nbs/generate/01_verify.ipynb #6ac30f7d
 class _Unusable(Exception):
     """A row that is no question: (reason, detail)."""
 

@@ -224,7 +224,7 @@ def _driver_input(inputs: Sequence[str], limits: Limits) -> bytes:
     rules = {"seconds": limits.seconds, "output": limits.output, "processes": limits.processes, "space": space}
     return json.dumps(rules | {"inputs": given}).encode()
 
-
+# %% ../../nbs/rl/08_code.ipynb #00c0684d
 def _limits_of_all(limits: Limits, tests: int) -> Limits:
     """The limits of the box, from those of each test: time and output add up, and the driver needs some itself."""
     seconds, output = limits.seconds * tests + 10, 2 * limits.output * tests + (1 << 16)

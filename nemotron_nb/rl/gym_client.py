@@ -193,7 +193,7 @@ class GymClient:
 # %% ../../nbs/rl/12_gym.ipynb #22ca14cd
 Script = Callable[[dict[str, Any], int], tuple[int, bytes, float]]  # (body, requests before) -> (status, body, seconds)
 
-
+# %% ../../nbs/rl/12_gym.ipynb #3d647527
 def _send(handler: BaseHTTPRequestHandler, status: int, data: bytes) -> None:
     """Answer a request; a redirection leads to a port where nobody listens."""
     try:
@@ -206,7 +206,7 @@ def _send(handler: BaseHTTPRequestHandler, status: int, data: bytes) -> None:
     except ConnectionError:
         pass  # a client that has gone away is no news
 
-
+# %% ../../nbs/rl/12_gym.ipynb #fe906a14
 def _handler(script: Script, log: list[dict[str, Any]]) -> type:
     """A handler that answers by a script."""
 

@@ -296,7 +296,7 @@ def _endpoint_of(settings: GenrmSettings) -> Endpoint:
     options = {name: getattr(settings, name) for name in ("temperature", "top_p", "max_tokens")}
     return Endpoint(**{name: getattr(settings, name) for name in same}, options=options)
 
-
+# %% ../../nbs/rl/14_judges.ipynb #8a0fb3a7
 def circle_judge(
     settings: GenrmSettings,
     switched_on: Sequence[str] = (),  # environments that are off unless they are named
