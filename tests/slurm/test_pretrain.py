@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 from commands import ENV_TOML, NEMOTRON, ONE_THREAD
