@@ -347,10 +347,14 @@ def test_the_metrics_are_those_of_a_fine_tuning(documents, tmp_path):
     ({"train": {"train_iters": 8, "global_batch_size": 4, "step_batch_size_schedule": "0:2 64:3"}}, "the last size is 3"),
     ({"dataset": {"sequence_length": 32, "mixed_lengths": [{"tokens": 32, "share": 1.0}, {"tokens": 5, "share": 1.0}]}}, "no multiple of"),
     ({"checkpoint": {"save_interval": 4, "average_last": 4}}, "a window of 4 steps, and a checkpoint every 4"),
-], ids=["no length", "no sample", "no source", "no step", "no way down", "no growth", "no lengths", "no mean"])  # fmt: skip
-def test_what_cannot_be_trained_is_refused_and_nothing_is_written(documents, tmp_path, sections, said):
+    ({"checkpoint": {"save_interval": 9, "average_last": 10}}, "1 checkpoint in the last 10 of 8 steps"),
+    ({"checkpoint": {"save_interval": 2, "average_last": 5}, "peft": {"enabled": True}}, "a mean of adapters"),
+], ids=["no length", "no sample", "no source", "no step", "no way down", "no growth", "no lengths", "no mean", "a mean of one", "of adapters"])  # fmt: skip
+@pytest.mark.parametrize("engine", ["torch", "megatron"])
+def test_what_cannot_be_trained_is_refused_and_nothing_is_written(documents, tmp_path, sections, said, engine):
     with pytest.raises(UserError, match=said):
-        train_any(config_of(documents.folder, tmp_path / "out", **sections))
+        config = config_of(documents.folder, tmp_path / "out", **sections)
+        train_any(dataclasses.replace(config, train=dataclasses.replace(config.train, engine=engine)))
     assert not (tmp_path / "out").exists()
 
 
