@@ -470,9 +470,15 @@ def test_a_value_of_the_environment_is_written_nowhere(home, monkeypatch):
     (["blend_path=odd.json"], "odd.json|weight"),
     (["blend_path=nowhere.json"], "there is no such file"),
     (["path=docs.jsonl", "valid_shards=-1"], "valid_shards is -1"),
+    (["path=s3://bucket/docs.jsonl"], r"s3://bucket/docs.jsonl(.|\n)*s3fs"),
+    (["path=gs://bucket/*.parquet"], r"gs://bucket/\*.parquet(.|\n)*gcsfs"),
+    (["path=hf://nobody/nothing"], r"cannot be fetched from the hub(.|\n)*no network(.|\n)*hf download"),
+    (["path=sss://bucket/docs.jsonl"], "Protocol not known: sss"),
 ], ids=lambda x: "-".join(x)[:40] if isinstance(x, list) else "")  # fmt: skip
 def test_bad_input_is_refused_by_name_and_nothing_half_written(home, typed, said, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for package in ("s3fs", "gcsfs"):
+        monkeypatch.setitem(sys.modules, package, None)
     jsonl(home / "docs.jsonl", ["one document", "another", "a third", "a fourth", "a fifth"])
     jsonl(home / "null.jsonl", [None, None, "text"])
     (home / "odd.json").write_text('{"datasets": [{"name": "a", "path": "docs.jsonl", "weight": 0}]}')
