@@ -25,6 +25,7 @@ from ..core import UserError, write_json
 from ..data.shards import read_packs
 from ..data.tokenizer import ChatTokenizer, load_tokenizer
 from .versions import dotted
+from ..train.preflight import check_tokenizer
 from ..train.release import release_folder, shapes
 from ..train.settings import TINY, ModelConfig, TrainConfig, checkpoint_folder
 from ..train.tensor_files import give_usual_rights
@@ -77,9 +78,11 @@ def write_start(
 ) -> Path:
     """Write the model that a training begins with, where that is needed and not yet done.
 
-    One process calls it. `UserError` for further predictions of a checkpoint that has none.
+    One process calls it. `UserError` for a checkpoint with another tokenizer than the data, and for further
+    predictions of one that has none.
     """
     source, folder, tokenizer_dir = _source(config), start_folder(config), Path(config.data_dir) / "tokenizer"
+    check_tokenizer(source, config.data_dir)
     if _must_be_written(source) and not folder.exists():
         if source == TINY:
             _write_tiny(config, tokenizer_dir, folder)
