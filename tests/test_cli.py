@@ -81,6 +81,13 @@ PUBLISHED = [  # the commands of the published texts, as they stand there, with 
     "super3 sft --run YOUR-CLUSTER logger.wandb_project=your_project logger.wandb_entity=nvidia logger.log_interval=5 checkpoint.save=/path/to/checkpoints checkpoint.load=/path/to/checkpoints checkpoint.pretrained_checkpoint=/path/to/pretrained/ckpt checkpoint.save_interval=50 train.global_batch_size=16 train.train_iters=200 loss.stages=[{stage:\xa0token}] scheduler.lr_warmup_iters=10 scheduler.lr_warmup_samples=0 model.tensor_model_parallel_size=4 model.sequence_parallel=True",
     "super3 sft --run YOUR-CLUSTER --peft lora checkpoint.pretrained_checkpoint=/path/to/pretrained/ckpt train.global_batch_size=4 model.tensor_model_parallel_size=4 model.context_parallel_size=2 model.sequence_parallel=True",
     "nano3 sft cluster.gpus_per_node=1 logger.wandb.name=sft-dev-1-gpu",
+    "nano3 data prep pretrain --run YOUR-CLUSTER path=docs.jsonl",
+    "nano3 data prep pretrain --run YOUR-CLUSTER path=docs.jsonl --sample 1000 --force",
+    "nano3 pretrain --run YOUR-CLUSTER",
+    "nano3 pretrain -c tiny --run YOUR-CLUSTER",
+    "nano3 pretrain -c tiny --batch YOUR-CLUSTER",
+    "super3 pretrain --run YOUR-CLUSTER",
+    "super3 pretrain -c long_context --batch YOUR-CLUSTER",
 ]
 
 

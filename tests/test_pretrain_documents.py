@@ -175,6 +175,73 @@ def test_rows_in_python_s_way_are_the_same_with_orjson_where_the_text_decides():
         assert result(fast, case) == result(_loosely, case), case[:100]
 
 
+# --- files behind an address -------------------------------------------------------------------------------------------
+
+STORED = {
+    "rows": {"a.jsonl": "plain", "more/b.jsonl.gz": "gz", "README.md": "about"},
+    "texts": {"one.txt": "note", "two.md.gz": "packed", "table.bin": "about"},
+}
+
+
+def stored(folder):
+    """The files of STORED, and 3 documents each in rows and texts."""
+    plain = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:2])
+    contents = {"plain": plain.encode(), "gz": gzip.compress(json.dumps({"text": TEXTS[2]}).encode()), "about": b"# not a document"}
+    contents |= {"note": "A lamp.".encode(), "packed": gzip.compress("# Lamps".encode())}
+    for name, files in STORED.items():
+        for file, kind in files.items():
+            (folder / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name / file).write_bytes(contents[kind])
+    return folder
+
+
+@pytest.fixture(params=["s3", "gs", "hf"])
+def address(request, tmp_path, monkeypatch):
+    """What begins each address of a stand-in that holds the folders of STORED: a bucket, or an owner on the hub."""
+    folder, scheme = stored(tmp_path / "stored"), request.param
+    if scheme == "hf":
+        import huggingface_hub
+
+        of = lambda repo: folder / repo.partition("/")[2]
+        names = lambda self, repo, repo_type: sorted(str(p.relative_to(of(repo))) for p in of(repo).rglob("*") if p.is_file())
+        monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", names)
+        monkeypatch.setattr("nemotron_nb.data.blend.hub_file", lambda repo, file, repo_type: of(repo) / file)
+        return "hf://owner/"
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Bucket(MemoryFileSystem):
+        protocol, store, pseudo_dirs, cachable = scheme, {}, [""], False
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(path.removeprefix(f"{scheme}://"))
+
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, scheme, Bucket)  # `fsspec.registry` is its content
+    Bucket().pipe({f"/bucket/{p.relative_to(folder)}": p.read_bytes() for p in folder.rglob("*") if p.is_file()})
+    return f"{scheme}://bucket/"
+
+
+def test_documents_behind_an_address_are_those_of_the_files(tmp_path, address):
+    alone = {"num_shards": 1, "valid_shards": 0, "test_shards": 0}
+    for name, texts in (("rows", TEXTS[:3]), ("texts", ["A lamp.", "# Lamps"])):
+        manifest = prepare(tmp_path, name, path=address + name, **alone)
+        found = documents_of(manifest, "train")
+        assert sorted(found) == sorted([*TOKENIZER.encode(text, special=False), END] for text in texts)
+        again = prepare(tmp_path, f"{name} again", path=address + name, **alone)
+        assert contents(again.folder) == contents(manifest.folder)
+
+
+def test_one_file_and_a_glob_behind_an_address(tmp_path, address):
+    if address.startswith("hf"):
+        with pytest.raises(UserError, match="no file belongs to split 'valid'(.|\n)*a.jsonl"):
+            document_files(Dataset("x", address + "rows", split="valid"), tmp_path)
+        return
+    found = {path: [f.name for f in document_files(Dataset("x", address + path), tmp_path)] for path in ("rows/a.jsonl", "rows/*.jsonl", "rows", "texts/one.txt")}
+    assert found == {"rows/a.jsonl": ["a.jsonl"], "rows/*.jsonl": ["a.jsonl"], "rows": ["a.jsonl", "b.jsonl.gz"], "texts/one.txt": ["one.txt"]}
+    with pytest.raises(UserError, match="'x' matches no file"):
+        document_files(Dataset("x", address + "rows/*.parquet"), tmp_path)
+
+
 # --- which tokens they have ------------------------------------------------------------------------------------------
 
 

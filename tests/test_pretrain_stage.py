@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -347,10 +348,14 @@ def test_the_metrics_are_those_of_a_fine_tuning(documents, tmp_path):
     ({"train": {"train_iters": 8, "global_batch_size": 4, "step_batch_size_schedule": "0:2 64:3"}}, "the last size is 3"),
     ({"dataset": {"sequence_length": 32, "mixed_lengths": [{"tokens": 32, "share": 1.0}, {"tokens": 5, "share": 1.0}]}}, "no multiple of"),
     ({"checkpoint": {"save_interval": 4, "average_last": 4}}, "a window of 4 steps, and a checkpoint every 4"),
-], ids=["no length", "no sample", "no source", "no step", "no way down", "no growth", "no lengths", "no mean"])  # fmt: skip
-def test_what_cannot_be_trained_is_refused_and_nothing_is_written(documents, tmp_path, sections, said):
+    ({"checkpoint": {"save_interval": 9, "average_last": 10}}, "1 checkpoint in the last 10 of 8 steps"),
+    ({"checkpoint": {"save_interval": 2, "average_last": 5}, "peft": {"enabled": True}}, "a mean of adapters"),
+], ids=["no length", "no sample", "no source", "no step", "no way down", "no growth", "no lengths", "no mean", "a mean of one", "of adapters"])  # fmt: skip
+@pytest.mark.parametrize("engine", ["torch", "megatron"])
+def test_what_cannot_be_trained_is_refused_and_nothing_is_written(documents, tmp_path, sections, said, engine):
     with pytest.raises(UserError, match=said):
-        train_any(config_of(documents.folder, tmp_path / "out", **sections))
+        config = config_of(documents.folder, tmp_path / "out", **sections)
+        train_any(dataclasses.replace(config, train=dataclasses.replace(config.train, engine=engine)))
     assert not (tmp_path / "out").exists()
 
 
@@ -463,15 +468,26 @@ def test_a_value_of_the_environment_is_written_nowhere(home, monkeypatch):
     (["path=docs.jsonl", "max_doc_tokens=1"], "max_doc_tokens is 1"),
     (["path=docs.jsonl", "num_shard=3"], "did you mean 'data.num_shards'"),
     (["path=null.jsonl", "num_shards=3"], "rows are no document"),
-    (["blend_path=odd.json"], "odd.json|weight"),
+    (["blend_path=odd.json"], "weight 0.* of 'a'"),
+    (["blend_path=flat.json"], r"flat.json: train\[0\]"),
+    (["blend_path=empty.json"], "empty.json: valid: is not a list with at least one dataset"),
+    (["path=docs.jsonl", "dtype=int23"], "unknown dtype 'int23'"),
     (["blend_path=nowhere.json"], "there is no such file"),
     (["path=docs.jsonl", "valid_shards=-1"], "valid_shards is -1"),
+    (["path=s3://bucket/docs.jsonl"], r"s3://bucket/docs.jsonl(.|\n)*s3fs"),
+    (["path=gs://bucket/*.parquet"], r"gs://bucket/\*.parquet(.|\n)*gcsfs"),
+    (["path=hf://nobody/nothing"], r"cannot be fetched from the hub(.|\n)*no network(.|\n)*hf download"),
+    (["path=sss://bucket/docs.jsonl"], "Protocol not known: sss"),
 ], ids=lambda x: "-".join(x)[:40] if isinstance(x, list) else "")  # fmt: skip
 def test_bad_input_is_refused_by_name_and_nothing_half_written(home, typed, said, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for package in ("s3fs", "gcsfs"):
+        monkeypatch.setitem(sys.modules, package, None)
     jsonl(home / "docs.jsonl", ["one document", "another", "a third", "a fourth", "a fifth"])
     jsonl(home / "null.jsonl", [None, None, "text"])
     (home / "odd.json").write_text('{"datasets": [{"name": "a", "path": "docs.jsonl", "weight": 0}]}')
+    (home / "flat.json").write_text('{"train": ["1.0", "docs.jsonl", "0.5"]}')
+    (home / "empty.json").write_text('{"train": [{"name": "a", "path": "docs.jsonl"}], "valid": []}')
     typed = typed if any(t.startswith("tokenizer") for t in typed) else [*typed, "tokenizer=tiny"]
     done = ask("nano3", "data", "prep", "pretrain", "workers=1", *typed)
     assert isinstance(done.exception, UserError), (done.output, done.exception)
@@ -481,10 +497,90 @@ def test_bad_input_is_refused_by_name_and_nothing_half_written(home, typed, said
     assert not (home / "output" / "artifacts").exists()
 
 
+def test_a_document_beyond_the_format_is_refused_and_leaves_no_shard(home, monkeypatch):
+    """The limit of 2^31 bytes, made small: the first documents of the shard are written before it is met."""
+    monkeypatch.setattr("nemotron_nb.pretrain.indexed.LONGEST_DOCUMENT", 400)
+    jsonl(home / "docs.jsonl", [*["A lamp."] * 20, "one lamp after another " * 30, "The end."])
+    done = ask("nano3", "data", "prep", "pretrain", "path=docs.jsonl", "tokenizer=tiny", "num_shards=3", "workers=1")
+    assert isinstance(done.exception, UserError), (done.output, done.exception)
+    assert re.search(r"has [\d,]+ bytes of tokens, more than 2\^31 - 1", str(done.exception))
+    assert not [p for p in home.rglob("*") if p.name in ("manifest.json", "blend.json", "artifacts") or p.suffix in (".bin", ".idx")]
+
+
+def lost_end(ending, count):
+    """What cuts a file of the first shard of a folder off."""
+
+    def cut(folder):
+        path = folder / (DocumentsManifest.load(folder).shards("train")[0]["name"] + ending)
+        path.write_bytes(path.read_bytes()[:-count])
+
+    return cut
+
+
+@pytest.mark.parametrize("damage, said", [
+    (lost_end(".idx", 9), r"\.idx(.|\n)*it was cut off"),
+    (lost_end(".bin", 4), r"\.bin(.|\n)*it was cut off"),
+    (lambda folder: (folder / (DocumentsManifest.load(folder).shards("valid")[0]["name"] + ".bin")).unlink(), "no such file"),
+    (lambda folder: (folder / "manifest.json").write_text("null"), "data of another kind"),
+], ids=["idx", "bin", "missing", "manifest"])  # fmt: skip
+def test_damaged_documents_do_not_enter_the_register(home, documents, damage, said):
+    folder = shutil.copytree(documents.folder, home / "copied")
+    damage(folder)
+    done = ask("nano3", "data", "import", "pretrain", "copied")
+    assert isinstance(done.exception, UserError) and re.search(said, str(done.exception)), (done.output, done.exception)
+    assert [p.name for p in home.iterdir()] == ["copied"]
+
+
+def test_changed_documents_are_refused_before_there_is_a_folder(home, documents):
+    folder = shutil.copytree(documents.folder, home / "copied")
+    assert ask("nano3", "data", "import", "pretrain", "copied").exit_code == 0
+    lost_end(".idx", 9)(folder)
+    done = ask("nano3", "pretrain", "-c", "tiny", "run.data=DataBlendsArtifact-pretrain")
+    assert isinstance(done.exception, UserError) and re.search(r"changed: train/.*\.idx", str(done.exception)), done.exception
+    assert not list(home.rglob("output/nano3"))
+
+
+def wrong_id(home, folder):
+    """An id that the tokenizer does not have; nothing else of the folder tells."""
+    path = folder / (DocumentsManifest.load(folder).shards("train")[0]["name"] + ".bin")
+    ids = np.fromfile(path, "<i4")
+    ids[3] = 5000
+    ids.tofile(path)
+    return []
+
+
+def wrong_model(home, folder):
+    """A model with a tokenizer that lost five merges."""
+    build_model(ModelConfig(**SMALL), TINY.vocab_size).save_pretrained(home / "model")
+    TINY.save(home / "model", None)
+    tokenizer = json.loads((home / "model" / "tokenizer.json").read_text())
+    del tokenizer["model"]["merges"][-5:]
+    (home / "model" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return ["checkpoint.pretrained_checkpoint=model"]
+
+
+@pytest.mark.parametrize("wrong, said", [
+    (wrong_id, "holds the token id 5000"),
+    (wrong_model, "the checkpoint has the tokenizer"),
+], ids=["id", "tokenizer"])  # fmt: skip
+def test_what_only_the_training_can_see_is_refused_before_its_first_step(home, documents, wrong, said):
+    folder = shutil.copytree(documents.folder, home / "copied")
+    more = wrong(home, folder)
+    assert ask("nano3", "data", "import", "pretrain", "copied").exit_code == 0
+    done = run_command(home, "nano3", "pretrain", "-c", "tiny", *TYPED, "run.data=DataBlendsArtifact-pretrain", *more)
+    assert done.returncode == 1 and said in done.stderr + done.stdout, done.stderr + done.stdout
+    (run,) = (home / "output/nano3/pretrain").iterdir()
+    assert said in json.loads((run / "status.json").read_text())["message"]
+    assert not [p for name in ("metrics.jsonl", "checkpoints", "model", "evaluation_before.json") if (p := run / name).exists()]
+
+
 @pytest.mark.parametrize("typed, said", [
     (["-c", "tiny", "dataset.sequence_length=-5"], "-5 is negative"),
     (["-c", "tiny", "dataset.sequence_length=0"], "nothing says how long a sample is"),
     (["-c", "tiny", "dataset.phases=[{weights: {sums: 0}}]"], "a share must be a positive number"),
+    (["-c", "tiny", "dataset.phases=[{weights: {sums: 1}, until_step: 999}, {weights: {code: 1}}]"], "ends at step 999, and the training has 260"),
+    (["-c", "tiny", "data.num_shards=4", "data.shard_size=1MB"], "num_shards and shard_size are both given"),
+    (["-c", "tiny", "data.dtype=int23"], "unknown dtype 'int23'"),
     (["-c", "tiny", "loss.stages=[{stage: sample}]"], "loss.stages"),
     (["-c", "tiny", "peft.enabled=true"], "peft"),
     (["-c", "tiny", "data.path="], "no documents are given"),

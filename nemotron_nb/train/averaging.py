@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,10 @@ from .torch_engine import Source, build_learner, export_model
 
 # %% ../../nbs/train/23_averaging.ipynb #a2c84967
 def checkpoints_in_window(
-    checkpoints: Sequence[Checkpoint],
+    checkpoints: Sequence[Any],  # of any engine: what has a step
     steps: int,  # how wide the window is
     until: int | None = None,  # the step it ends with; None: that of the newest
-) -> list[Checkpoint]:
+) -> list[Any]:
     """The checkpoints of a window, the oldest first. `UserError` for fewer than two."""
     last = max((c.step for c in checkpoints), default=0) if until is None else until
     found = sorted((c for c in checkpoints if last - steps < c.step <= last), key=lambda c: c.step)

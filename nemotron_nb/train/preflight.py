@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECIDING', 'IDLE', 'Inventory', 'inventory', 'check_tokens', 'check_batches', 'check_context', 'check_tokenizer',
-           'check_settings', 'made_for', 'deciding_settings', 'changed_settings', 'unused_words']
+           'check_window', 'check_settings', 'made_for', 'deciding_settings', 'changed_settings', 'unused_words']
 
 # %% ../../nbs/train/16_preflight.ipynb #68511cb2
 import dataclasses
@@ -140,11 +140,31 @@ def check_tokenizer(
                 "to learn the new form, put the data's tokenizer/chat_template.jinja in its place",
         )
 
+# %% ../../nbs/train/16_preflight.ipynb #35ea9a73
+def _saved_in_window(steps: int, every: int, last: int) -> int:
+    """Checkpoints of the last so many steps of a training; its last step leaves one, too."""
+    return steps // every - max(0, steps - last) // every + (steps % every > 0)
+
+
+def check_window(
+    config: TrainConfig,  # its length in steps
+) -> None:
+    """A mean of checkpoints, where it is asked for, will have two of them at least, and they are of whole models."""
+    c, steps, where = config.checkpoint, config.train.train_iters, "checkpoint.average_last"
+    if c.average_last and config.peft.enabled:
+        what, why = "a mean of adapters", "the mean of their products is not the product of their means"
+        raise UserError(what, where=where, why=why, fix="set checkpoint.average_last=0")
+    found = _saved_in_window(steps, c.save_interval, c.average_last) if c.average_last else 2
+    if found < 2:
+        what, why = f"{found} checkpoint in the last {c.average_last} of {steps} steps", "the mean of one is itself"
+        raise UserError(what, where=where, why=why, fix="save more often: checkpoint.save_interval")
+
 # %% ../../nbs/train/16_preflight.ipynb #a8222e15
 def check_settings(
     config: TrainConfig,
 ) -> None:
     """Settings of the PyTorch engine that exclude each other."""
+    check_window(config)
     if (
         config.scheduler.lr_decay_style == "WSD"
         and not 0 < config.scheduler.lr_wsd_decay_iters <= config.train.train_iters

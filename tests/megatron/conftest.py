@@ -71,6 +71,8 @@ def pretrainings(root):
     looked = {"evaluation": {"num_generations": 2, "max_new_tokens": 4}}
     part = {"steps": 5, "train": {"eval_interval": 3}, "dataset": {"phases": PHASES}, "shared": looked, "megatron": PLAIN_OPTIMIZER}
     grown = {"train": {"step_batch_size_schedule": "0:2 256:4"}}
+    window = MOVING | looked | {"checkpoint": {"pretrained_checkpoint": f"{root}/model", "save_interval": 2, "average_last": 4}}
+    exported = lambda step: {"checkpoint": f"{root}/pre_mean/checkpoints/iter_{step:07d}", "model": f"{root}/model", "output_dir": f"{root}/mean_{step}"}
     return [
         _pretrain(root, "pre_still"),
         _pretrain(root, "pre", shared=MOVING),
@@ -93,6 +95,9 @@ def pretrainings(root):
         _pretrain(root, "pre_mtp", steps=2, shared=FURTHER, megatron=SUPER, begin="model_mtp") | {"model": f"{root}/model_mtp"},
         _pretrain(root, "pre_tiny", 2, steps=2, begin="", model="tiny", shared={"model": SMALL | {"name": "tiny"}}),
         _pretrain(root, "pre_random", steps=2, begin=""),
+        _pretrain(root, "pre_mean", 2, steps=5, shared=window, megatron=TP | PLAIN_OPTIMIZER),
+        *({"name": f"mean_{step}", "do": "export", "ranks": 1, **exported(step)} for step in (2, 4, 5)),
+        _pretrain(root, "pre_mean_on", begin="pre_mean/model_averaged"),
     ]
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import HEAVY, LENGTH, PHASES, pretrainings
 from precision import FACTOR
+from safetensors.torch import load_file
 from transformers import NemotronHForCausalLM
 
 from nemotron_nb.core import from_mapping
@@ -18,7 +19,7 @@ from nemotron_nb.pretrain.documents import DocumentsManifest
 from nemotron_nb.train.base_model import DocumentSource
 from nemotron_nb.train.release import audit
 from nemotron_nb.train.scan import use_chunked_scan
-from nemotron_nb.train.sequences import SequenceReader
+from nemotron_nb.train.sequences import SequenceReader, held_out_samples
 from nemotron_nb.train.settings import DatasetSection, TrainConfig
 from nemotron_nb.train.torch_engine import train
 
@@ -155,6 +156,41 @@ def test_a_run_that_goes_on_keeps_its_length(results, root):
     check_place(config, place)
     with pytest.raises(UserError, match="samples 20, here 24"):
         check_place(config, place | {"samples": 24})
+
+
+def weights_of(folder):
+    """Name -> float64 tensor of all files of a model."""
+    return {name: tensor.double() for path in Path(folder).glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def test_the_mean_of_checkpoints_is_that_of_their_exports_in_float64(results, root):
+    """Two ranks that share each matrix; each checkpoint is exported by a process of its own, and the mean taken by hand."""
+    steps = (2, 4, 5)
+    parts = [weights_of(results[f"mean_{step}"]["folder"]) for step in steps]
+    mean, last = (weights_of(root / "pre_mean" / name) for name in ("model_averaged", "model"))
+    assert set(mean) == set(last) == set(parts[0]) and all(torch.equal(parts[-1][name], last[name]) for name in last)
+    for name in mean:
+        assert torch.equal(mean[name].float(), ((parts[0][name] + parts[1][name] + parts[2][name]) / 3).float()), name
+    assert any(not torch.equal(mean[name], last[name]) for name in mean if name.endswith("e_score_correction_bias"))
+
+
+def test_the_mean_is_looked_at_and_the_run_still_ends_with_its_own_model(results, root):
+    folder = root / "pre_mean"
+    after, mean = (json.loads((folder / f"evaluation_{name}.json").read_text()) for name in ("after", "averaged"))
+    assert mean["averaged"] == [2, 4, 5] and mean["step"] == 5
+    rows = held_out_samples(DocumentsManifest.load(f"{root}/documents"), DatasetSection(LENGTH, valid_samples=2))
+    model = model_in_float64(folder / "model_averaged").eval()
+    with torch.no_grad():
+        nll = [F.cross_entropy(model(torch.from_numpy(row.tokens)[None].long(), use_cache=False).logits[0], torch.from_numpy(row.labels).long(), reduction="none") for row in rows]
+    truth = torch.cat(nll).mean().item()
+    assert mean["loss_token"] == pytest.approx(truth, rel=1e-5) and abs(after["loss_token"] / truth - 1) > 1e-4
+    assert results.lines("pre_mean", "valid")[-1]["loss_token"] == pytest.approx(after["loss_token"], rel=1e-5)
+
+
+def test_a_training_goes_on_from_the_mean(results, root):
+    model, x = model_in_float64(root / "pre_mean" / "model_averaged"), samples_of(root, 0)
+    loss = F.cross_entropy(model(x[:, :-1], use_cache=False).logits.flatten(0, 1), x[:, 1:].flatten()).item()
+    assert results.curve("pre_mean_on")[0][0] == pytest.approx(loss, rel=1e-5) and abs(results.curve("pre")[0][0] / loss - 1) > 1e-3
 
 
 def test_the_recipe_of_super_pretrains(results, root):
