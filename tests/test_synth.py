@@ -42,6 +42,17 @@ def test_right_queries_pass(rows):
     assert all(proof.status == PASSED for row in rows for proof in sql.judge_sql(row))
 
 
+def test_a_row_asks_each_database_once(monkeypatch):
+    """The database, its six variations, its rows in another order, its tables without distractors."""
+    asked, kept = [], 0
+    monkeypatch.setattr(verify_sql, "_opened", lambda data, opened=verify_sql._opened: asked.append(data) or opened(data))
+    for index in range(20):
+        asked.clear()
+        kept += not isinstance(make_row("sql", sql.STEPS, Workshop(sql.SqlSettings()), index, "recipe"), Fallen)
+        assert len(asked) == len(set(asked)) == 9
+    assert kept >= 15
+
+
 CHANGES = [
     ("COUNT(*)", "COUNT(*) + 1"), ("COUNT(*)", "COUNT(DISTINCT f.kind)"), (" DESC", " ASC"), (">= ", "> "), ("NOT EXISTS", "EXISTS"),
     ("SUM(", "MAX("), ("AVG(", "MIN("), ("f.kind = '", "f.kind <> '"), ("LIMIT 2", "LIMIT 3"), ("LIMIT 3", "LIMIT 2"), ("= '2022'", "= '2023'"),
