@@ -250,6 +250,7 @@ def test_a_script_that_was_edited_is_another_one(tmp_path):
         exec(compile((tmp_path / "script.py").read_text(), str(tmp_path / "script.py"), "exec"), {"__name__": "script"}, known)
         names.append(ask.script_name(known["teacher"]))
     assert names[0] == names[2] != names[1] and names[0].startswith("rehearsal script.teacher:1 ")
+    assert [ask.script_name(lambda body, before: names[0]), ask.script_name(lambda body, before, said="7": said)] == ["", ""]
 
 
 def test_the_answers_of_two_servers_are_kept_apart(tmp_path):

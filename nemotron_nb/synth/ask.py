@@ -183,9 +183,11 @@ ROLES = ("teacher", "judge")
 def script_name(
     script: Script,
 ) -> str:
-    """A name of a script that says where it is written, and changes with its file."""
+    """A name of a script that says where it is written, and changes with its file; empty where more than that decides
+    what it answers.
+    """
     code = getattr(script, "__code__", None)
-    if code is None:
+    if code is None or script.__closure__ or script.__defaults__ or script.__kwdefaults__:
         return ""
     source = Path(code.co_filename)
     written = file_digest(source) if source.is_file() else digest(code.co_code)
