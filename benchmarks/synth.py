@@ -8,6 +8,8 @@ Processor time of this process and its children, median of the repeats; the cloc
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import time
 from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 from shutil import which
@@ -77,13 +79,18 @@ def milliseconds(repeats, act):
 
 def sandbox_lines(repeats):
     """Where the time of a start goes."""
-    many = 7 * repeats
+    many = 10 * repeats
     alone = milliseconds(many, lambda: run_command(["/bin/true"], {}))
+    python = milliseconds(many, lambda: subprocess.run([sys.executable, "-I", "-S", "-c", ""]))
     program = milliseconds(many, lambda: run_program("print(1)"))
     tests = milliseconds(many, lambda: run_tests("print(input())", ["1"] * 6))
+    ballast = b"x" * (1 << 30)  # as a process has that holds a model
+    beside = milliseconds(many, lambda: run_program("print(1)"))
     return [
         ["sandbox start", f"{program:.0f} ms", "a program that prints", TARGETS["sandbox start"]],
         ["of it: the box", f"{alone:.0f} ms", "/bin/true in it", ""],
+        ["of it: Python", f"{python:.0f} ms", "without a box", ""],
+        ["a start, full memory", f"{beside:.0f} ms", f"beside {len(ballast) >> 30} GiB", ""],
         ["six tests, one start", f"{tests:.0f} ms", "", ""],
     ]
 

@@ -1,8 +1,11 @@
 """Programs of strangers: what the box stops, what it lets work, and that a broken box blames nobody."""
 
+import contextlib
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -73,9 +76,17 @@ def bait(tmp_path, monkeypatch):
     (tmp_path / "mark").write_text("secret")
     monkeypatch.setenv("SECRET", "4711-4712")
     server = socket.create_server(("127.0.0.1", 0))
-    threading.Thread(target=lambda: server.accept(), daemon=True).start()
+
+    def listen():
+        with contextlib.suppress(OSError):  # nobody came
+            server.accept()
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
     words = {"{mark}": str(tmp_path / "mark"), "{port}": str(server.getsockname()[1]), "{pid}": str(os.getpid()), "{secret}": "4711-4712", "{sleep}": UNIQUE}
     yield lambda text: __import__("functools").reduce(lambda t, item: t.replace(*item), words.items(), text)
+    server.shutdown(socket.SHUT_RDWR)
+    listener.join()
     server.close()
 
 
@@ -148,6 +159,30 @@ def test_a_bubblewrap_that_cannot_make_a_box_is_none(monkeypatch, tmp_path):
 def test_namespaces_are_closed_where_bubblewrap_can():
     words, _ = sandbox_command(os.curdir)
     assert ("--disable-userns" in words) == ("--disable-userns" in code._can(words[0]))
+
+
+@pytest.mark.skipif(not code._limiter(), reason="prlimit is not installed")
+@pytest.mark.parametrize("boxed", [True, False])
+def test_the_limits_are_the_same_whoever_sets_them(boxed, monkeypatch):
+    if not boxed:
+        monkeypatch.setattr(code, "sandbox_command", lambda *_: ([], "limits"))
+    some = code.Limits(seconds=7, memory=300 << 20, output=4096, processes=50)
+    told = []
+    for limiter in (code._limiter(), ""):
+        monkeypatch.setattr(code, "_limiter", lambda limiter=limiter: limiter)
+        told.append(run_command(["/bin/cat", "/proc/self/limits"], {}, limits=some))
+    assert told[0] == told[1] and told[0].code == 0
+    found = {line[:26].strip(): line[26:].split()[:2] for line in told[0].output.splitlines()[1:]}
+    assert found["Max cpu time"] == ["7", "7"] and found["Max address space"] == [str(300 << 20)] * 2
+    assert found["Max file size"] == ["4096", "4096"] and found["Max core file size"] == ["0", "0"]
+    assert found["Max open files"] == ["256", "256"] and int(found["Max processes"][0]) <= 50
+
+
+def test_a_limit_is_not_above_what_this_process_may_have():
+    """Where the hard limit is lower, it holds; asking for more would end every program before it starts."""
+    program = "from nemotron_nb.rl import code; print([code._most(code.Limits(), 1 << 20)[w] for w in code._NAMES][4], code.run_command(['/bin/true'], {}).code)"
+    words = [sys.executable, "-c", f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (99, 99)); {program}"]
+    assert subprocess.run(words, capture_output=True, text=True).stdout == "(99, 99) 0\n"
 
 
 def test_a_command_sees_its_files_and_its_input():

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -155,18 +154,40 @@ def test_a_server_that_goes_away_leaves_the_query_open_and_comes_back(engine, mo
     assert len(server.ask(LAMPS, ROOMS)) == 3
 
 
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_server_dies_with_its_process(engine):
+def test_a_server_dies_with_its_process_and_the_next_one_removes_its_folder(engine, sent):
     program = f"from nemotron_nb.synth.sql_servers import server_of\ns = server_of({engine!r})\ns.start()\nprint(s._process.pid, s._kind.folder, flush=True)\nimport time; time.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     pid, folder = process.stdout.readline().split()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert folder not in servers.remove_left_folders() and Path(folder, "data").is_dir()
+    process.send_signal(sent)
+    assert process.wait() == -sent
     end = time.monotonic() + 60
     while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() and time.monotonic() < end:
         time.sleep(0.05)
     assert not Path(f"/proc/{pid}").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes()
-    shutil.rmtree(folder, ignore_errors=True)
+    assert Path(folder).is_dir()  # nobody was there to remove it
+    next_one = servers.SqlServer(engine)
+    next_one.start()
+    assert not Path(folder).exists() and not Path(f"{folder}.lock").exists()
+    own = next_one._kind.folder
+    next_one.stop()
+    assert not Path(own).exists() and not Path(f"{own}.lock").exists()
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path, monkeypatch):
+    """What is no lock file of ours is neither opened nor removed, nor is what it points to."""
+    monkeypatch.setattr(servers, "_TMP", tmp_path)
+    precious = tmp_path / "precious"
+    (precious / "sub").mkdir(parents=True)
+    (tmp_path / "sql-a.lock").symlink_to(precious / "new")
+    (tmp_path / "sql-a").symlink_to(precious)
+    (tmp_path / "sql-b").mkdir()
+    (tmp_path / "sql-c").symlink_to(precious)
+    (tmp_path / "sql-c.lock").touch()
+    assert servers.remove_left_folders() == [str(tmp_path / "sql-c")]
+    assert (precious / "sub").is_dir() and not (precious / "new").exists() and (tmp_path / "sql-b").is_dir()
 
 
 @pytest.mark.parametrize(("engine", "missing", "reason"), [("postgresql", "find_program", "no_postgresql"), ("mariadb", "find_program", "no_mariadb"), ("postgresql", "sqlglot", "no_sqlglot"), ("mariadb", "pymysql", "no_pymysql")])

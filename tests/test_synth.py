@@ -15,12 +15,12 @@ from nemotron_nb.core import UserError
 from nemotron_nb.data.filters import check as filter_chat
 from nemotron_nb.data.records import parse_conversation
 from nemotron_nb.endpoint import EndpointError
-from nemotron_nb.rehearsal import Reply
+from nemotron_nb.rehearsal import Reply, rehearsal
 from nemotron_nb.stages.synth import synth_config
 from nemotron_nb.synth import ask, pipelines, produce, sql, verify_sql
 from nemotron_nb.synth.journal import Journal
 from nemotron_nb.synth.pipelines import pipeline_named
-from nemotron_nb.synth.row import PASSED
+from nemotron_nb.synth.row import PASSED, RowDraft
 from nemotron_nb.synth.steps import Fallen, Workshop, make_row
 
 SQL = pipelines.PIPELINES["sql"]
@@ -40,6 +40,17 @@ def rows():
 
 def test_right_queries_pass(rows):
     assert all(proof.status == PASSED for row in rows for proof in sql.judge_sql(row))
+
+
+def test_a_row_asks_each_database_once(monkeypatch):
+    """The database, its six variations, its rows in another order, its tables without distractors."""
+    asked, kept = [], 0
+    monkeypatch.setattr(verify_sql, "_opened", lambda data, opened=verify_sql._opened: asked.append(data) or opened(data))
+    for index in range(20):
+        asked.clear()
+        kept += not isinstance(make_row("sql", sql.STEPS, Workshop(sql.SqlSettings()), index, "recipe"), Fallen)
+        assert len(asked) == len(set(asked)) == 9
+    assert kept >= 15
 
 
 CHANGES = [
@@ -160,8 +171,8 @@ judge = teacher = None
 Settings = ask.AskingSettings
 
 
-def asked(script, folder, **settings):
-    teacher = ask.ModelSection(ask.REHEARSAL, retries=1, concurrency=4)
+def asked(script, folder, cache_dir="", **settings):
+    teacher = ask.ModelSection(ask.REHEARSAL, retries=1, concurrency=4, cache_dir=cache_dir)
     this = sys.modules[__name__]
     this.teacher = script
     pipeline = produce.Pipeline("asked", "", "", __name__, "Settings", "judge", teacher="teacher")
@@ -207,6 +218,52 @@ def test_a_server_that_goes_away_stops_the_run_and_nothing_is_lost(tmp_path):
     questions = []
     made = asked(lambda body, before: questions.append(body) or "7", tmp_path)
     assert made.funnel.kept == 20 and len(questions) == made.made_now == 20 - done
+
+
+def _count(body, before):
+    COUNTED.append(body)
+    return "7"
+
+
+COUNTED = []
+
+
+def test_a_rehearsed_run_that_is_made_again_asks_nothing(tmp_path):
+    """The port is another one; the script is the same."""
+    for name, questions in (("first", 20), ("second", 0)):
+        COUNTED.clear()
+        made = asked(_count, tmp_path / name, cache_dir=str(tmp_path / "answers"))
+        assert (made.funnel.kept, made.made_now, len(COUNTED)) == (20, 20, questions)
+    assert (tmp_path / "first/rows.jsonl").read_bytes() == (tmp_path / "second/rows.jsonl").read_bytes()
+    cost = json.loads((tmp_path / "second/cost.json").read_text())
+    assert (cost["requests"], cost["from_disk"]) == (0, 20)
+    COUNTED.clear()
+    asked(lambda body, before: _count(body, before), tmp_path / "third", cache_dir=str(tmp_path / "answers"))
+    assert len(COUNTED) == 20  # another script: its answers are its own
+
+
+def test_a_script_that_was_edited_is_another_one(tmp_path):
+    names = []
+    for answer in ("7", "8", "7"):
+        (tmp_path / "script.py").write_text(f"def teacher(body, before):\n    return {answer!r}\n")
+        known = {}
+        exec(compile((tmp_path / "script.py").read_text(), str(tmp_path / "script.py"), "exec"), {"__name__": "script"}, known)
+        names.append(ask.script_name(known["teacher"]))
+    assert names[0] == names[2] != names[1] and names[0].startswith("rehearsal script.teacher:1 ")
+    assert [ask.script_name(lambda body, before: names[0]), ask.script_name(lambda body, before, said="7": said)] == ["", ""]
+
+
+def test_the_answers_of_two_servers_are_kept_apart(tmp_path):
+    """The address of a model that is really served is part of what its answers are kept under."""
+    said = []
+    for answer in ("7", "8"):
+        with rehearsal(lambda body, before, answer=answer: answer) as server:
+            section = ask.ModelSection(server.url, "m", retries=0, cache_dir=str(tmp_path / "answers"))
+            with ask.open_models(ask.AskingSettings(teacher=section), _count, tmp_path / answer) as models:
+                for _ in range(2):
+                    said.append(models.ask(RowDraft("asked", 0, 1), "teacher", "ask", "How many?").text)
+                assert ask.spent_of(models)["requests"] == 1
+    assert said == ["7", "7", "8", "8"]
 
 
 def test_a_slow_answer_holds_up_its_own_row_alone(tmp_path):

@@ -1,15 +1,18 @@
 """Long chats: exact to the token, answered by their own text, refused when anything in them is changed."""
 
 import random
+import re
 from collections import Counter
 
 import pytest
-from synth_rows import configs_of, made, prepared, reasons, right, spoilt
+from synth_rows import configs_of, prepared, reasons, right, spoilt
 
 from nemotron_nb.core import UserError
 from nemotron_nb.data.tokenizer import load_tokenizer
+from nemotron_nb.synth import long_context
 from nemotron_nb.synth.long_context import LONG_TASKS, Filler, LongSettings, chat_tokens, fill, placed
-from nemotron_nb.synth.steps import Fallen
+from nemotron_nb.synth.look import diversity_of
+from nemotron_nb.synth.steps import Workshop, make_row
 
 SMALL = {"tokenizer": "tiny", "target_mean": 1500, "target_cap": 3000, "target_least": 1024}
 
@@ -73,8 +76,6 @@ def needle_changed(row):
 
 
 def lines_of(row):
-    import re
-
     mark = LONG_TASKS[row["synth"]["check"]["task"]].mark
     return [line for line in row["messages"][0]["content"].splitlines() if re.fullmatch(mark, line)]
 
@@ -146,10 +147,44 @@ def test_gaps_are_filled_to_the_token():
         assert len(tokenizer.encode(text, special=False)) == wanted
 
 
-def test_needles_longer_than_the_target_fall():
-    small = {"tokenizer": "tiny", "target_mean": 1024, "target_cap": 1024, "target_sigma": 0, "tasks": ("common_words", "sequence")}
-    fallen = {(m.step, m.reason) for m in made("long_context", 40, **small) if isinstance(m, Fallen)}
-    assert fallen <= {("write", "needles_longer_than_target")}
+@pytest.mark.parametrize("name", LONG_TASKS)
+def test_needles_longer_than_the_target_fall(name):
+    """A row whose planted lines fill its length is not cut: it falls, and its length is said."""
+
+    def draw_too_much(draft, workshop):
+        long_context.draw(draft, workshop)
+        draft.check["tokens"] = 200
+
+    steps = (("draw", draw_too_much), ("write", long_context.write))
+    fallen = make_row("long_context", steps, Workshop(LongSettings(**SMALL, tasks=(name,))), 0, "recipe")
+    assert (fallen.step, fallen.reason) == ("write", "needles_longer_than_target")
+    assert re.fullmatch(r"\d+ of 200 tokens", fallen.detail)
+
+
+def test_texts_differ():
+    """Of all stretches of four words nearly all are said once: in each task, in the rows alone, in all of them."""
+    assert diversity_of(rows()).stretches >= 0.6
+    by_task = {name: [row for row in rows() if row["synth"]["about"]["task"] == name] for name in LONG_TASKS}
+    for name, some in by_task.items():
+        assert diversity_of(some).stretches >= 0.45, name
+        assert min(diversity_of([row]).stretches for row in some) >= 0.3, name
+        questions = {row["messages"][0]["content"].splitlines()[-1] for row in some}
+        assert len(questions) > 0.6 * len(some), name
+
+
+def test_the_answer_is_said_as_asked():
+    said = Counter()
+    for row in rows():
+        question, answer = (row["messages"][i]["content"].splitlines()[-1] for i in (0, 1))
+        expected = {
+            "Answer in a sentence.": f"The answer is {row['synth']['answer']}.", "Begin with 'Answer:'.": "Answer: {a}",
+            "Write it behind 'Result:'.": "Result: {a}", "Put it into square brackets.": "[{a}]",
+            "Set it in bold type.": "**{a}**",
+        }  # fmt: skip
+        how = next((how for how in expected if question.endswith(how)), "")
+        said[how] += 1
+        assert answer == expected.get(how, "{a}").replace("{a}", row["synth"]["answer"])
+    assert len(said) == 6 and min(said.values()) >= 10
 
 
 def test_the_text_of_a_row_becomes_no_special_token():

@@ -2,13 +2,16 @@
 
 import json
 import random
+import re
 
 import pytest
 from synth_rows import configs_of, made, prepared, reason, reasons, right, spoilt
 
 from nemotron_nb.core import UserError
+from nemotron_nb.synth.look import diversity_of
 from nemotron_nb.synth.search import (
-    Library, SearchSettings, distances, draw_facts, draw_walk, edges_of, names_that_touch, without_shortcuts,
+    FORMS, RELATIONS, Library, SearchSettings, distances, draw_facts, draw_walk, edges_of, names_that_touch, ways_of,
+    without_shortcuts,
 )  # fmt: skip
 
 
@@ -17,6 +20,23 @@ def test_right_rows_pass_and_are_prepared(tmp_path):
     assert reasons("search", rows) == {"": 200}
     assert len({row["synth"]["answer"] for row in rows}) > 190
     prepared(rows, tmp_path)
+
+
+def test_riddles_are_said_in_many_ways():
+    """Of all stretches of four words in a thousand questions nearly half are said once, in each half of the rows."""
+    rows = right("search", 1000)
+    assert diversity_of(rows).stretches >= 0.45
+    assert min(diversity_of(half).stretches for half in (rows[:500], rows[500:])) >= 0.5
+    forms = {row["synth"]["check"]["form"]: [] for row in rows}
+    for row in rows:
+        forms[row["synth"]["check"]["form"]].append(row)
+    assert set(forms) == set(FORMS) and min(diversity_of(some).stretches for some in forms.values()) >= 0.45
+
+
+def test_a_grammar_of_wordings():
+    assert ways_of("a [b|c] [d|] ; [e|f]") == ("a b d", "a b ", "a c d", "a c ", "e", "f")
+    with_places = [way for r in RELATIONS.values() for way in (*r.asks, *r.whose)]
+    assert len(with_places) > 300 and all(re.fullmatch(r"[^\[\]|;{}]*\{x\}[^\[\]|;{}]*", way) for way in with_places)
 
 
 def results(row):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REHEARSAL', 'Script', 'ROLES', 'ModelSection', 'BudgetSection', 'AskingSettings', 'endpoint_of', 'PromptFile',
-           'Models', 'spent_of', 'check_budget', 'open_models']
+           'Models', 'spent_of', 'check_budget', 'script_name', 'open_models']
 
 # %% ../../nbs/synth/04_ask.ipynb #651815ac
 import json
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core import UserError
+from ..core import UserError, digest, file_digest
 from ..endpoint import Answer, Endpoint, EndpointError, Request, Validator, ask
 from ..rehearsal import Reply, rehearsal
 from .row import Drop, RowDraft
@@ -79,6 +79,7 @@ def endpoint_of(
     role: str,
     folder: str | Path,  # for answers, where the section names none
     rehearsed_at: str = "",  # address of the rehearsal, if there is one
+    kept_as: str = "",  # the rehearsal's name, whatever its address is this time
 ) -> Endpoint:
     """The endpoint of a role. `UserError` if it is not said where the model is."""
     if not section.base_url or not section.model and not section.rehearsed:
@@ -88,7 +89,7 @@ def endpoint_of(
     cache = section.cache_dir or str(Path(folder) / "answers")
     kept = {name: getattr(section, name) for name in ("timeout", "retries", "concurrency", "price_in", "price_out")}
     if section.rehearsed:
-        url, model, more = rehearsed_at, "rehearsed", {"sleep": _no_wait}
+        url, model, more = rehearsed_at, "rehearsed", {"sleep": _no_wait, "kept_as": kept_as}
     else:
         url, model, more = section.base_url, section.model, {"api_key_env": section.api_key_env}
     return Endpoint(url, model, cache_dir=cache, structured=section.structured, options=options, **kept, **more)
@@ -179,6 +180,20 @@ Script = Callable[[dict[str, Any], int], Reply | str]  # (body of a request, how
 ROLES = ("teacher", "judge")
 
 
+def script_name(
+    script: Script,
+) -> str:
+    """A name of a script that says where it is written, and changes with its file; empty where more than that decides
+    what it answers.
+    """
+    code = getattr(script, "__code__", None)
+    if code is None or script.__closure__ or script.__defaults__ or script.__kwdefaults__:
+        return ""
+    source = Path(code.co_filename)
+    written = file_digest(source) if source.is_file() else digest(code.co_code)
+    return f"{REHEARSAL} {script.__module__}.{script.__qualname__}:{code.co_firstlineno} {written}"
+
+# %% ../../nbs/synth/04_ask.ipynb #0f3b97a0
 @contextmanager
 def open_models(
     settings: AskingSettings,
@@ -193,7 +208,8 @@ def open_models(
 
     def opened(url: str) -> Models:
         """The models, the rehearsed ones at an address."""
-        return Models({r: endpoint_of(sections[r], r, folder, url) for r in ROLES}, usage, prompts, settings.budget)
+        endpoints = {role: endpoint_of(sections[role], role, folder, url, script_name(script)) for role in ROLES}
+        return Models(endpoints, usage, prompts, settings.budget)
 
     if not any(section.rehearsed for section in sections.values()):
         yield opened("")

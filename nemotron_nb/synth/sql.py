@@ -17,7 +17,7 @@ from typing import Any
 from .row import PASSED, REFUSED, UNVERIFIED, Proof, RowDraft
 from .sql_servers import ENGINES, engine_named, table_made, translated, why_absent
 from .steps import SynthSettings, Workshop
-from .verify_sql import SqlData, SqlTable, query_of, result_digests, run_query, verify_sql
+from .verify_sql import SqlData, SqlTable, examine_sql, query_of, verify_sql
 
 # %% ../../nbs/synth/40_sql.ipynb #40b0e2ce
 @dataclass(frozen=True)
@@ -352,15 +352,14 @@ def prove(draft: RowDraft, workshop: Workshop) -> None:
     if reason:
         draft.prove(Proof(f"{engine}: runs", UNVERIFIED, reason, {"why": missing}))
     data, query = database_of(world), spelled(asked.query, engine)
-    expected = result_digests(data, query, asked.ordered, engine)
-    for proof in verify_sql(data, query, asked.ordered, expected, engine):
+    found = examine_sql(data, query, asked.ordered, None, engine)
+    for proof in found.proofs:
         draft.prove(proof)
-    found = run_query(data, query, asked.ordered, engine)
-    same = found == (asked.answer if asked.ordered else sorted(asked.answer, key=repr))
+    same = found.rows == (asked.answer if asked.ordered else sorted(asked.answer, key=repr))
     status, reason = (PASSED, "") if same else (REFUSED, "loops_disagree")
-    draft.prove(Proof("plain loops", status, reason, {"rows": len(found)}))
+    draft.prove(Proof("plain loops", status, reason, {"rows": len(found.rows)}))
     draft.answer = query
-    draft.check = {"data": data.as_json(), "ordered": asked.ordered, "expected": expected, "engine": engine}
+    draft.check = {"data": data.as_json(), "ordered": asked.ordered, "expected": found.digests, "engine": engine}
 
 # %% ../../nbs/synth/40_sql.ipynb #256f92e7
 _STYLES = ("{q}", "Could you tell me: {q}", "For the quarterly report. {q}", "{q} Thanks.", "A colleague asks: {q}")
@@ -403,7 +402,6 @@ def write(draft: RowDraft, workshop: Workshop) -> None:
 
 
 STEPS = (("draw", draw), ("prove", prove), ("write", write))
-
 
 # %% ../../nbs/synth/40_sql.ipynb #71453942
 def judge_sql(

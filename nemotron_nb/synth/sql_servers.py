@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENGINES', 'LONGEST_QUERY', 'MOST_SECONDS', 'MOST_ROWS', 'MOST_BYTES', 'PATIENCE', 'MOST_CASES', 'Tables', 'Engine',
            'engine_named', 'QueryError', 'NoServer', 'find_program', 'why_absent', 'translated', 'table_made', 'plain',
-           'bounded', 'Postgres', 'Maria', 'SqlServer', 'server_of']
+           'bounded', 'Postgres', 'Maria', 'remove_left_folders', 'SqlServer', 'server_of']
 
 # %% ../../nbs/synth/19_sql_servers.ipynb #1ca37f1c
 import ctypes
@@ -21,7 +21,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
@@ -29,7 +29,7 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
-from ..core import UserError, digest, nearest
+from ..core import UserError, digest, locked, nearest
 
 # %% ../../nbs/synth/19_sql_servers.ipynb #4cc4729f
 @dataclass(frozen=True)
@@ -420,6 +420,44 @@ def _connected(kind: Postgres | Maria, process: subprocess.Popen[bytes]) -> Any:
                 raise NoServer("server_does_not_start", f"{error}; {said}") from None
             time.sleep(0.01)
 
+# %% ../../nbs/synth/19_sql_servers.ipynb #54f464f7
+_TMP = Path("/tmp")  # the name of a socket has to be short
+
+
+def _remove_folder(folder: str) -> None:
+    """Remove a folder, then its lock file."""
+    shutil.rmtree(folder, ignore_errors=True)
+    Path(f"{folder}.lock").unlink(missing_ok=True)
+
+
+def remove_left_folders() -> list[str]:
+    """Remove the folders of servers whose process is gone; their names."""
+    left = []
+    for lock in sorted(_TMP.glob("sql-*.lock")):
+        with suppress(OSError):
+            if lock.is_symlink() or lock.lstat().st_uid != os.geteuid():
+                continue
+            with locked(lock) as held:
+                if held is not None:
+                    left.append(str(lock)[: -len(".lock")])
+                    _remove_folder(left[-1])
+    return left
+
+# %% ../../nbs/synth/19_sql_servers.ipynb #c4cb31e6
+def _new_folder(
+    hold: ExitStack,  # what keeps its lock
+) -> str:
+    """A new folder that only its owner may open; what killed processes left is removed."""
+    remove_left_folders()
+    while True:
+        handle, lock = tempfile.mkstemp(prefix="sql-", suffix=".lock", dir=_TMP)
+        os.close(handle)
+        folder = lock[: -len(".lock")]
+        with suppress(FileExistsError):  # somebody else's folder
+            if hold.enter_context(locked(lock)) is not None:  # else it was taken for a left one
+                os.mkdir(folder, 0o700)
+                return folder
+
 # %% ../../nbs/synth/19_sql_servers.ipynb #dbd91cd3
 MOST_CASES = 24  # databases that are kept
 
@@ -429,7 +467,7 @@ class _Private:
 
     def __init__(self, engine: str):
         self.engine, self.version = engine, ""
-        self._lock = threading.RLock()
+        self._lock, self._hold = threading.RLock(), ExitStack()
         self._kind: Postgres | Maria | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._users: dict[str, Any] = {}
@@ -450,7 +488,8 @@ class _Private:
         if self._process is not None:
             self._process.send_signal(self._kind.stop)
             self._process.wait()
-        shutil.rmtree(self._kind.folder, ignore_errors=True)
+        _remove_folder(self._kind.folder)
+        self._hold.close()
         self._kind, self._process, self._users, self._cases = None, None, {}, OrderedDict()
 
 # %% ../../nbs/synth/19_sql_servers.ipynb #fec23e81
@@ -465,7 +504,7 @@ class _Startable(_Private):
         reason, missing = why_absent(self.engine)
         if reason:
             raise NoServer(reason, missing)
-        folder = tempfile.mkdtemp(prefix="sql-", dir="/tmp")  # the name of a socket has to be short
+        folder = _new_folder(self._hold)
         self._kind = {"postgresql": Postgres, "mariadb": Maria}[self.engine](folder)
         if os.geteuid() == 0:
             os.chown(folder, _NOBODY, _NOBODY)

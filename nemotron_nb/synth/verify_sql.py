@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['MOST_STEPS', 'MOST_ROWS', 'MOST_BYTES', 'VARIATIONS', 'SqlTable', 'SqlData', 'run_query', 'variations',
-           'result_digests', 'verify_sql', 'query_of']
+           'result_digests', 'Examined', 'examine_sql', 'verify_sql', 'query_of']
 
 # %% ../../nbs/synth/20_verify_sql.ipynb #c8d24632
 import random
 import re
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -121,7 +121,6 @@ def run_query(
         raise QueryError("too_many_rows", f"more than {MOST_ROWS:,} rows")
     return rows if ordered else sorted(rows, key=repr)
 
-
 # %% ../../nbs/synth/20_verify_sql.ipynb #91caed30
 VARIATIONS = 6
 
@@ -151,20 +150,30 @@ def variations(
         yield SqlData(tuple(replace(t, rows=rows) if t is largest else t for t in data.tables))
 
 # %% ../../nbs/synth/20_verify_sql.ipynb #9a96cae6
+def _digest_of(rows: Sequence[tuple[Any, ...]]) -> str:
+    """A digest of an answer."""
+    return digest([list(row) for row in rows], 12)
+
+
+def _digests(databases: Iterable[SqlData], query: str, ordered: bool, engine: str) -> list[str]:
+    """A digest of the answer in each database; an error is an answer, too."""
+    found = []
+    for each in databases:
+        try:
+            found.append(_digest_of(run_query(each, query, ordered, engine)))
+        except QueryError as error:
+            found.append(error.reason)
+    return found
+
+
 def result_digests(
     data: SqlData,
     query: str,
     ordered: bool,
     engine: str = "sqlite",
 ) -> list[str]:
-    """A digest of the answer in the database and in each of its variations; an error is an answer, too."""
-    found = []
-    for each in (data, *variations(data)):
-        try:
-            found.append(digest([list(row) for row in run_query(each, query, ordered, engine)], 12))
-        except QueryError as error:
-            found.append(error.reason)
-    return found
+    """A digest of the answer in the database and in each of its variations."""
+    return _digests((data, *variations(data)), query, ordered, engine)
 
 # %% ../../nbs/synth/20_verify_sql.ipynb #62c8ade5
 def _named(engine: str) -> str:
@@ -195,13 +204,11 @@ def _looks_elsewhere(
     return "" if alone == rows else "depends_on_distractor"
 
 # %% ../../nbs/synth/20_verify_sql.ipynb #89d4a4a7
-def _proofs(data: SqlData, query: str, ordered: bool, expected: Sequence[str], engine: str) -> list[Proof]:
-    """What an engine says of a query, one question after the other."""
-    try:
-        rows = run_query(data, query, ordered, engine)
-    except QueryError as error:
-        return [_proof(engine, "runs", error.reason, error=str(error))]
-    found = result_digests(data, query, ordered, engine)
+def _proofs(
+    data: SqlData, query: str, ordered: bool, expected: Sequence[str], engine: str, rows: Sequence[tuple[Any, ...]],
+    found: Sequence[str],
+) -> list[Proof]:  # fmt: skip
+    """What an engine says of a query that was answered by these rows, one question after the other."""
     changed = sum(other != found[0] for other in found[1:])
     again = run_query(_reordered(data, random.Random("order")), query, ordered, engine)
     depends = "" if changed >= 3 else "hardly_depends_on_data"
@@ -216,6 +223,32 @@ def _proofs(data: SqlData, query: str, ordered: bool, expected: Sequence[str], e
         asked.append(_proof(engine, "right result", right, result=found[0]))
     return asked[: next((i + 1 for i, proof in enumerate(asked) if proof.status != PASSED), len(asked))]
 
+# %% ../../nbs/synth/20_verify_sql.ipynb #35da2d3b
+@dataclass(frozen=True)
+class Examined:
+    """What came of running a query in every database."""
+
+    proofs: list[Proof]  # the first that is none of being right is the last
+    rows: Sequence[tuple[Any, ...]] = ()  # the answer, where there is one
+    digests: Sequence[str] = ()  # see `result_digests`
+
+
+def examine_sql(
+    data: SqlData,
+    query: str,  # in the dialect of the engine
+    ordered: bool = False,  # is the order of the rows part of the answer?
+    expected: Sequence[str] | None = (),  # digests of the right answer; empty: nothing is known; None: it is this one
+    engine: str = "sqlite",  # or postgresql, mariadb
+) -> Examined:
+    """Run a query, in each database once, and say what can be said of it. `NoServer` where nobody could run it."""
+    try:
+        rows = run_query(data, query, ordered, engine)
+    except QueryError as error:
+        return Examined([_proof(engine, "runs", error.reason, error=str(error))])
+    found = [_digest_of(rows), *_digests(variations(data), query, ordered, engine)]
+    proofs = _proofs(data, query, ordered, found if expected is None else expected, engine, rows, found)
+    return Examined(proofs, rows, found)
+
 # %% ../../nbs/synth/20_verify_sql.ipynb #4fc19c09
 def verify_sql(
     data: SqlData,
@@ -226,7 +259,7 @@ def verify_sql(
 ) -> list[Proof]:
     """What can be said of a query by running it. The first proof that is none of being right is the last."""
     try:
-        return _proofs(data, query, ordered, expected, engine)
+        return examine_sql(data, query, ordered, expected, engine).proofs
     except NoServer as absent:
         return [Proof(f"{engine}: runs", UNVERIFIED, absent.reason, {"why": str(absent)})]
 
