@@ -67,6 +67,7 @@ class _EndpointKeys:
     retries: int = 4  # further attempts after the first
     concurrency: int = 8  # questions at once
     cache_dir: str = ""  # folder for answers; empty: none are kept
+    kept_as: str = ""  # in place of the address in the name of a kept answer, for a server that moves; empty: base_url
     backoff: float = 1.0  # seconds before the first further attempt; doubled each time
     max_wait: float = 60.0  # seconds; no wait is longer
     max_bytes: int = 16 << 20  # of an answer
@@ -436,7 +437,8 @@ def _cache_path(endpoint: Endpoint, request: Request) -> Path | None:
     """Where the answer to a question lies on disk; None where none is kept."""
     if not endpoint.cache_dir:
         return None
-    asked = {"url": endpoint.base_url.rstrip("/"), "question": _question(endpoint, request, request.messages)}
+    url = endpoint.kept_as or endpoint.base_url.rstrip("/")
+    asked = {"url": url, "question": _question(endpoint, request, request.messages)}
     name = digest(asked | {"schema": request.schema} | ({"sample": request.sample} if request.sample else {}), 40)
     return Path(endpoint.cache_dir) / name[:2] / f"{name}.json"
 

@@ -277,9 +277,10 @@ def files_of_split(
     subset: str,  # a configuration, or empty for the default one
     split: str,  # or empty for all
     where: str,  # for errors
+    texts: tuple[str, ...] = (),  # endings of files that are taken where there are no data files
 ) -> list[str]:
     """The data files of one split of a dataset in the form of the hub, sorted."""
-    data = sorted(n for n in _without_notes(names) if n.endswith(DATA_SUFFIXES))
+    data = _readable(_without_notes(names), texts)
     configs = _declared(readme, f"{where}/README.md")
     if subset or configs:
         known = [str(c.get("config_name", "default")) for c in configs]
@@ -361,52 +362,67 @@ def _local(entry: Dataset) -> list[Path]:
     return found
 
 # %% ../../nbs/data/15_blend.ipynb #a257f1eb
-def _remote(entry: Dataset, folder: Path) -> list[Path]:
-    """Files of an fsspec address, copied under `folder` once."""
+def _readable(names: Iterable[str], texts: tuple[str, ...]) -> list[str]:
+    """The names of data files, sorted; where there are none, those with the endings of plain text."""
+    names = sorted(names)
+    return [n for n in names if n.endswith(DATA_SUFFIXES)] or [n for n in names if n.lower().endswith(texts)]
+
+# %% ../../nbs/data/15_blend.ipynb #2a36a9a9
+def _listed(entry: Dataset, texts: tuple[str, ...]) -> tuple[Any, dict[str, Mapping[str, Any]]]:
+    """(the file system of an address, what it says of each file)."""
     import fsspec
 
-    try:
-        system, _, found = fsspec.get_fs_token_paths(entry.path)
-        found = sorted(p for f in found for p in (system.find(f) if system.isdir(f) else [f]))
-        found = [p for p in found if p.endswith(DATA_SUFFIXES)]
-        facts = {p: system.info(p) for p in found}
-    except (ImportError, OSError, ValueError) as e:
-        raise UserError(
-            f"{entry.name!r} cannot be read: {e}",
-            where=entry.path,
-            fix="install the file system's package (s3fs, gcsfs), or copy the files here first",
-        ) from None
-    local = []
-    for path in found:
-        stamp = {k: str(facts[path].get(k)) for k in ("size", "ETag", "etag", "mtime", "generation", "created")}
-        target = (
-            folder
-            / hashlib.sha256(json.dumps([path, stamp], sort_keys=True).encode()).hexdigest()[:16]
-            / PurePosixPath(path).name
-        )
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = temporary_name(target)
+    system, _, found = fsspec.get_fs_token_paths(entry.path)
+    names = [p for f in found for p in (system.find(f) if system.isdir(f) else [f])]
+    return system, {path: system.info(path) for path in _readable(names, texts)}
+
+
+def _copied(system: Any, path: str, facts: Mapping[str, Any], folder: Path) -> Path:
+    """A file of another file system, copied under `folder` once for each version of it."""
+    stamp = {k: str(facts.get(k)) for k in ("size", "ETag", "etag", "mtime", "generation", "created")}
+    version = hashlib.sha256(json.dumps([path, stamp], sort_keys=True).encode()).hexdigest()[:16]
+    target = folder / version / PurePosixPath(path).name
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = temporary_name(target)
+        try:
             system.get_file(path, str(partial))
             partial.replace(target)
-        local.append(target)
-    return local
+        finally:
+            partial.unlink(missing_ok=True)
+    return target
+
+# %% ../../nbs/data/15_blend.ipynb #6ffc4578
+def _remote(entry: Dataset, folder: Path, texts: tuple[str, ...]) -> list[Path]:
+    """Files of an fsspec address, copied under `folder` once."""
+    try:
+        system, found = _listed(entry, texts)
+        return [_copied(system, path, facts, folder) for path, facts in found.items()]
+    except Exception as e:  # a file system without a network, or without rights, raises what its package likes
+        said = (str(e).strip().splitlines() or [""])[0][:300]
+        raise UserError(
+            f"{entry.name!r} cannot be read: {type(e).__name__}: {said}",
+            where=entry.path,
+            why="the package of its file system may be missing here, or the network, or the right to read it",
+            fix="install the package (s3fs for s3://, gcsfs for gs://) and log in, or copy the files here and give "
+                "their folder as path",
+        ) from None
 
 # %% ../../nbs/data/15_blend.ipynb #fbed070d
-def _hub(entry: Dataset) -> list[Path]:
-    """Files of hf://owner/name, from the hub's cache on this machine or from the hub."""
+def _hub(entry: Dataset, texts: tuple[str, ...]) -> list[Path]:
+    """Files of hf://owner/name. The hub lists them; those in its cache on this machine are not fetched again."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     name = entry.path.removeprefix("hf://").removeprefix("datasets/").strip("/")
     try:
         names = HfApi().list_repo_files(name, repo_type="dataset")
-        readme = (
-            hub_file(name, "README.md", repo_type="dataset").read_text() if "README.md" in names else ""
-        )
+        has_readme = "README.md" in names
+        readme = hub_file(name, "README.md", repo_type="dataset").read_text() if has_readme else ""
+        data = [n for n in names if n != "README.md"]  # it is about the data
         return [
             hub_file(name, n, repo_type="dataset")
-            for n in files_of_split(names, readme, entry.subset, entry.split, entry.path)
+            for n in files_of_split(data, readme, entry.subset, entry.split, entry.path, texts)
         ]
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         if isinstance(e, UserError):
@@ -422,10 +438,14 @@ def _hub(entry: Dataset) -> list[Path]:
 def resolve(
     entry: Dataset,
     downloads: str | Path,  # folder for files of other file systems
+    texts: tuple[str, ...] = (),  # endings of files that are taken behind an address without data files
 ) -> list[Path]:
     """The files of an entry, sorted. Nothing found is a `UserError`."""
     scheme = entry.path.partition("://")[0] if "://" in entry.path else ""
-    found = _hub(entry) if scheme == "hf" else _remote(entry, Path(downloads)) if scheme else _local(entry)
+    if scheme == "hf":
+        found = _hub(entry, texts)
+    else:
+        found = _remote(entry, Path(downloads), texts) if scheme else _local(entry)
     if not found:
         parent = Path(entry.path).expanduser().parent
         beside = (

@@ -30,7 +30,7 @@ from ..core import UserError, nearest, write_atomic, write_json
 from ..data.manifest import Manifest
 from ..loss.schedule import StageSchedule
 from ..train.batches import packs_of_step
-from ..train.preflight import changed_settings, deciding_settings
+from ..train.preflight import changed_settings, check_window, deciding_settings
 from ..train.ending import StopSignals, locked_folder
 from nemotron_nb.megatron.versions import (
     dotted,
@@ -42,7 +42,7 @@ from nemotron_nb.megatron.versions import (
     require_megatron,
 )
 from .data import PackCheck, reading_tokenizer, validate_packs
-from .lifecycle import examine, start_folder, write_model, write_start
+from .lifecycle import MEAN, examine, start_folder, write_result, write_start
 from ..train.release import shapes
 from .recorder import METRICS, STOP, Recorder, append_line
 from .step import TwoStageStep
@@ -250,7 +250,7 @@ def _require(holds: bool, where: str, what: str, fix: str) -> None:
     if not holds:
         raise UserError(what, where=where, fix=fix)
 
-# %% ../../nbs/megatron/09_engine.ipynb #41065b4f
+# %% ../../nbs/megatron/09_engine.ipynb #65c77af9
 def _check_shared_steps(t: Any) -> None:
     """Refuse what Megatron does not do in a step: `t` is the section train."""
     fix = "leave it out, or train with train.engine=torch"
@@ -266,10 +266,7 @@ def _check_shared_steps(t: Any) -> None:
 
 # %% ../../nbs/megatron/09_engine.ipynb #ed58c436
 def _check_shared_rest(config: TrainConfig) -> None:
-    """Refuse a mean of checkpoints, spikes, and a choice of the best checkpoints."""
-    what = "the mean of checkpoints is made of those of the PyTorch engine"
-    fix = "export the checkpoints with nemotron_nb.megatron.engine.export_hf and average the folders"
-    _require(not config.checkpoint.average_last, "checkpoint.average_last", what, fix)
+    """Refuse spikes, and a choice of the best checkpoints."""
     what, fix = "Megatron does not look for spikes in our sense", "leave it out, or train with train.engine=torch"
     _require(not config.train.spike_factor, "train.spike_factor", what, fix)
     what = "Megatron-Bridge keeps the newest checkpoints, not the best"
@@ -286,6 +283,7 @@ def check_shared(
     _require(by_sequence, "loss.conversation_unit", what, "use sequence, or train.engine=torch")
     _check_shared_steps(config.train)
     _check_shared_rest(config)
+    check_window(config)
 
 # %% ../../nbs/megatron/09_engine.ipynb #e673f513
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -484,9 +482,18 @@ def _first_weights(shared: TrainConfig) -> str:
     _check_weights(weights)
     return weights
 
-# %% ../../nbs/megatron/09_engine.ipynb #9f6da470
+# %% ../../nbs/megatron/09_engine.ipynb #ae385c7e
+def _check_kept(run: MegatronConfig) -> None:
+    """Refuse to throw away what a mean will be made of."""
+    kept, wanted = run.overrides.get("checkpoint.most_recent_k") or 0, run.shared.checkpoint.average_last
+    what = f"only {kept} checkpoints are kept, and a mean of those of {wanted} steps is asked for"
+    fix = "leave it out, and all are kept; or set checkpoint.average_last=0"
+    _require(kept < 1 or not wanted, "megatron.checkpoint.most_recent_k", what, fix)
+
+# %% ../../nbs/megatron/09_engine.ipynb #f2c1699b
 def _checkpoint_values(run: MegatronConfig) -> dict[str, Any]:
     """Where weights come from, and where they go. The newest checkpoint of this run comes before one that is named."""
+    _check_kept(run)
     c = run.shared.checkpoint
     save = str(run.overrides.get("checkpoint.save") or c.save or Path(run.shared.output_dir) / "checkpoints")
     load = next((folder for folder in (save, c.load) if folder and _has_checkpoint(folder)), None)
@@ -736,7 +743,7 @@ def _recorder(run: MegatronConfig, config: Any, step: TwoStageStep, packs: int, 
     size, steps = config.train.global_batch_size, config.train.train_iters
     timed = replace(run.shared, train=replace(run.shared.train, global_batch_size=size, train_iters=steps))
     rate = partial(learning_rate, config=timed) if own_schedule(run.overrides, step.schedule) else None
-    write = partial(write_model, run.shared, config.peft)
+    write = partial(write_result, run.shared, config)
     return Recorder(run.shared.output_dir, step, rate, lambda done: done * size / packs, write, stop)
 
 # %% ../../nbs/megatron/09_engine.ipynb #2df54499
@@ -766,6 +773,9 @@ def _end(run: MegatronConfig, recorder: Recorder, began: float, source: "Source 
         return
     if (output / "model").is_dir():
         examine(run.shared, "after", output / "model", recorder.done, source)
+    if (output / MEAN).is_dir():
+        averaged = json.loads((output / "evaluation_averaged.json").read_text())["averaged"]
+        examine(run.shared, "averaged", output / MEAN, recorder.done, source, {"averaged": averaged})
     append_line(output, {"kind": "end", "steps": recorder.done, "seconds": time.perf_counter() - began})
 
 # %% ../../nbs/megatron/09_engine.ipynb #d69bd155

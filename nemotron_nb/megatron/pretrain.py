@@ -29,7 +29,7 @@ from nemotron_nb.megatron.engine import (
     set_value,
     train_with,
 )
-from .lifecycle import start_folder, write_model
+from .lifecycle import start_folder, write_result
 from .recorder import Recorder
 from .step import TwoStageStep
 from .versions import dotted, local_model, recipe_function, require_megatron
@@ -322,7 +322,7 @@ def _recorder(
         shared, train=replace(shared.train, global_batch_size=t.global_batch_size, train_iters=t.train_iters)
     )
     rate = partial(learning_rate, config=timed) if own_schedule(run.overrides, step.schedule) else None
-    write, epoch = partial(write_model, shared, config.peft), lambda done: shared.packs_read(done) / len(source)
+    write, epoch = partial(write_result, shared, config), lambda done: shared.packs_read(done) / len(source)
     recorder = GrowingRecorder(shared.output_dir, step, rate, epoch, write, stop)
     recorder.schedule, recorder.sequence_length = shared.train.step_batch_size_schedule, source.size
     return recorder

@@ -958,9 +958,11 @@ def log_data(
     about: Mapping[str, Any] | None = None,  # what else a configuration may ask for
 ) -> Artifact:
     """Enter prepared data, with the files it was made from. `UserError` if the folder holds none."""
-    from nemotron_nb.pretrain.documents import DocumentsManifest  # here, since a list of artifacts needs none
+    from nemotron_nb.pretrain.documents import DocumentsManifest, check_shards  # a list of artifacts needs none
 
     manifest = DocumentsManifest.load(folder) if stage == "pretrain" else Manifest.load(folder)
+    if stage == "pretrain":
+        check_shards(manifest)
     written = _json(Path(folder) / "metadata.json")
     fields = (
         {name: written[name] for name in _DATA_FIELDS if written.get(name) is not None}

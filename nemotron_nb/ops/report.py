@@ -7,7 +7,7 @@ __all__ = ['BLUE', 'ORANGE', 'GREY', 'Run', 'read_run', 'state_sentences', 'head
            'preparation_notes', 'fill_picture', 'arithmetic_picture', 'stage_switches', 'seams', 'loss_picture',
            'LivePicture', 'lr_picture', 'speed_picture', 'shortened', 'strips_picture', 'form_in_words', 'clipped',
            'generations_picture', 'settings_picture', 'attempts_picture', 'artifacts_picture', 'environment_picture',
-           'run_row', 'Section', 'sections', 'html_page', 'page', 'write_report']
+           'run_row', 'Section', 'provenance', 'sections', 'html_page', 'page', 'write_report']
 
 # %% ../../nbs/ops/07_report.ipynb #2a197d65
 import html
@@ -864,26 +864,32 @@ def _result_plan(run: Run) -> _Plan:
     ]
 
 # %% ../../nbs/ops/07_report.ipynb #c48ba3e8
-def _facts_plan(run: Run) -> _Plan:
+def _drawn(plan: _Plan) -> list[Section]:
+    """The parts that there is data for."""
+    return [Section(title, how, draw()) for there, title, how, draw in plan if there]
+
+
+def provenance(
+    run: Run,  # of any stage
+) -> list[Section]:
     """Where it came from, and what it takes to repeat it."""
     digests = "Digests say which bytes they were; `nemotron lineage NAME` follows each of them back to the raw data."
     attempts = "Each row is one attempt at this run; what follows the first went on from its newest checkpoint."
     settings = "What somebody changed, with the place where it was written; all other settings are folded away below."
     machine = "What is needed to repeat the run; all package versions are in env.json."
-    return [
+    return _drawn([
         (bool(run.artifacts), "What came from what", digests, lambda: artifacts_picture(run.artifacts)),
         (len(run.attempts) > 1, "Attempts", attempts, lambda: attempts_picture(run.attempts)),
         (bool(run.config), "Settings in force", settings, lambda: settings_picture(run)),
         (bool(run.env), "Code and machine", machine, lambda: environment_picture(run.env)),
-    ]
+    ])
 
 # %% ../../nbs/ops/07_report.ipynb #8c6d64b4
 def sections(
     run: Run,
 ) -> list[Section]:
     """The parts of the report that the run folder has data for."""
-    plan = [*_data_plan(run), *_training_plan(run), *_result_plan(run), *_facts_plan(run)]
-    return [Section(title, how, draw()) for there, title, how, draw in plan if there]
+    return [*_drawn([*_data_plan(run), *_training_plan(run), *_result_plan(run)]), *provenance(run)]
 
 # %% ../../nbs/ops/07_report.ipynb #715eeb72
 _STYLE = (

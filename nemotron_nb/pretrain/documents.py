@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ON_BAD', 'SHARD_SIZE', 'LEAST_SHARDS', 'UNIT_BYTES', 'read_size', 'DocumentsConfig', 'DocumentSource',
            'DocumentsPlan', 'plan_documents', 'Take', 'Shard', 'deal', 'write_shard', 'shard_count',
-           'documents_picture', 'DocumentsManifest', 'shard_weight', 'read_megatron_blend', 'prepare_documents']
+           'documents_picture', 'DocumentsManifest', 'check_shards', 'shard_weight', 'read_megatron_blend',
+           'prepare_documents']
 
 # %% ../../nbs/pretrain/05_documents.ipynb #81b53cd7
 import dataclasses
@@ -36,7 +37,7 @@ from ..data.encoder import TIERS
 from ..data.files import Unit
 from ..data.tokenized import EXECUTORS, Progress, code_digest, in_processes, worker_count
 from ..data.tokenizer import ChatTokenizer, cache_folder, load_tokenizer
-from .indexed import IndexedFacts, IndexedWriter
+from .indexed import IndexedFacts, IndexedReader, IndexedWriter
 from .text import document_files, document_units
 from nemotron_nb.pretrain.tokens import (
     DocumentSettings,
@@ -412,6 +413,17 @@ def documents_picture(values: Mapping[str, Any]) -> Picture:
         pictures.append(table(examples, header=["reason", "the first case"]))
     return joined(pictures)
 
+# %% ../../nbs/pretrain/05_documents.ipynb #fa91633b
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The content of a manifest of documents; `UserError` for any other."""
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"is not JSON: {error}", where=str(path), fix="prepare the documents again") from None
+    if not isinstance(values, dict) or values.get("kind") != "documents":
+        raise UserError("holds data of another kind", where=str(path), fix="give a folder of documents")
+    return values
+
 # %% ../../nbs/pretrain/05_documents.ipynb #3b74c38c
 @dataclass(frozen=True)
 class DocumentsManifest:
@@ -427,10 +439,7 @@ class DocumentsManifest:
         path = Path(folder) / "manifest.json"
         if not path.is_file():
             raise UserError("manifest.json is missing", where=str(folder), fix="prepare the documents first")
-        values = json.loads(path.read_bytes())
-        if values.get("kind") != "documents":
-            raise UserError("holds data of another kind", where=str(path), fix="give a folder of documents")
-        return cls(values, Path(folder))
+        return cls(_read_manifest(path), Path(folder))
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
@@ -452,6 +461,15 @@ class DocumentsManifest:
 
     def _repr_html_(self) -> str:
         return self.picture().html
+
+# %% ../../nbs/pretrain/05_documents.ipynb #90ab9bc2
+def check_shards(
+    manifest: DocumentsManifest,
+) -> None:
+    """`UserError` for the first shard whose files are missing or damaged, or do not belong together."""
+    for split in manifest["splits"]:
+        for _, prefix in manifest.prefixes(split):
+            IndexedReader(prefix)
 
 # %% ../../nbs/pretrain/05_documents.ipynb #e6e0f3d3
 def _by_dataset(shards: Sequence[tuple[Shard, dict[str, Any]]]) -> dict[str, dict[str, int]]:

@@ -36,12 +36,12 @@ from nemotron_nb.data.files import (
 # %% ../../nbs/pretrain/03_text.ipynb #3d082acc
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 _PACKED = ("", ".gz", ".zst")
+_TEXT_NAMES = tuple(suffix + packed for suffix in TEXT_SUFFIXES for packed in _PACKED)
 
 
 def is_plain_text(path: str | Path) -> bool:
     """Does a name say that the file is plain text, compressed or not?"""
-    name = Path(path).name.lower()
-    return name.endswith(tuple(suffix + packed for suffix in TEXT_SUFFIXES for packed in _PACKED))
+    return Path(path).name.lower().endswith(_TEXT_NAMES)
 
 # %% ../../nbs/pretrain/03_text.ipynb #c2c5a5cf
 def document_files(
@@ -55,7 +55,7 @@ def document_files(
         texts = sorted(p for p in names if is_plain_text(p))
         if texts and not any(p.name.endswith(DATA_SUFFIXES) for p in names):
             return texts
-    return resolve(entry, downloads)
+    return resolve(entry, downloads, _TEXT_NAMES)
 
 # %% ../../nbs/pretrain/03_text.ipynb #a4be47b1
 def document_units(

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,20 +92,47 @@ def sandbox_command(
     return [wrap, *_ALONE, *no_spaces, *_NOBODY, "--setenv", "HOME", "/tmp", *seen], "bubblewrap"
 
 # %% ../../nbs/rl/08_code.ipynb #6b29e84c
-def _limit(limits: Limits, output: int) -> None:
+_NAMES = {
+    resource.RLIMIT_CPU: "cpu", resource.RLIMIT_AS: "as", resource.RLIMIT_FSIZE: "fsize", resource.RLIMIT_CORE: "core",
+    resource.RLIMIT_NOFILE: "nofile", resource.RLIMIT_NPROC: "nproc",
+}  # fmt: skip
+
+
+def _most(limits: Limits, output: int) -> dict[int, tuple[int, int]]:
+    """What a program may use, as the kernel says it: (soft, hard) of each."""
+    wanted = (max(1, int(limits.seconds)), limits.memory, output, 0, 256, limits.processes)
+    most = {}
+    for what, value in zip(_NAMES, wanted, strict=True):
+        hard = resource.getrlimit(what)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        most[what] = (value, hard if what == resource.RLIMIT_NPROC else value)
+    return most
+
+
+def _limit(most: Mapping[int, tuple[int, int]]) -> None:
     """In the child, before the program starts."""
-    most = {
-        resource.RLIMIT_CPU: max(1, int(limits.seconds)),
-        resource.RLIMIT_AS: limits.memory,
-        resource.RLIMIT_FSIZE: output,
-        resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_NOFILE: 256,
-    }
-    for what, value in most.items():
-        resource.setrlimit(what, (value, value))
-    soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
-    processes = limits.processes if hard == resource.RLIM_INFINITY else min(limits.processes, hard)
-    resource.setrlimit(resource.RLIMIT_NPROC, (processes, hard))
+    for what, pair in most.items():
+        resource.setrlimit(what, pair)
+
+# %% ../../nbs/rl/08_code.ipynb #fb25dd49
+@functools.cache
+def _limiter() -> str:
+    """Path of prlimit; empty where it cannot be used."""
+    path = shutil.which("prlimit") or ""
+    try:
+        works = path and subprocess.run([path, "--core=0:0", "--", "/bin/true"], timeout=20).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        works = False
+    return path if works else ""
+
+
+def _limited(limits: Limits, output: int) -> tuple[list[str], Callable[[], None] | None]:
+    """Words before a command that limit it; or else what the child has to do."""
+    most = _most(limits, output)
+    if not _limiter():
+        return [], lambda: _limit(most)
+    said = {what: ["unlimited" if v == resource.RLIM_INFINITY else str(v) for v in pair] for what, pair in most.items()}
+    return [_limiter(), *(f"--{_NAMES[what]}={':'.join(pair)}" for what, pair in said.items()), "--"], None
 
 # %% ../../nbs/rl/08_code.ipynb #0312562c
 def _wait(process: subprocess.Popen, seconds: float) -> int | None:
@@ -144,10 +171,11 @@ def run_command(
         stdin.seek(0)
         before, sandbox = sandbox_command(Path(name), limits.disk, shown)
         job = "/job" if before else name
+        limiting, act = _limited(limits, limits.output)
         process = subprocess.Popen(
-            [*before, *(word.replace("{job}", job) for word in words)], stdin=stdin, stdout=stdout,
+            [*limiting, *before, *(word.replace("{job}", job) for word in words)], stdin=stdin, stdout=stdout,
             stderr=subprocess.STDOUT if errors else subprocess.DEVNULL, cwd=name, start_new_session=True,
-            env={"PATH": "/usr/bin:/bin", "HOME": name}, preexec_fn=lambda: _limit(limits, limits.output),
+            env={"PATH": "/usr/bin:/bin", "HOME": name}, preexec_fn=act,
         )  # fmt: skip
         code = _wait(process, limits.seconds)
         stdout.seek(0)

@@ -21,7 +21,7 @@ from typing import Any
 from ..core import UserError, nearest
 from ..loss.schedule import Phase, StageSchedule, check_unit
 from ..pretrain.batch_size import read_batch_schedule, samples_after
-from ..pretrain.curriculum import Phase as MixturePhase
+from ..pretrain.curriculum import Curriculum, Phase as MixturePhase
 
 # %% ../../nbs/train/01_settings.ipynb #30c618e2
 def _require(holds: bool, where: str, what: str, fix: str) -> None:
@@ -594,6 +594,14 @@ def _check_batch_schedule(config: "TrainConfig") -> None:
     what = f"the last size is {last}, and train.global_batch_size {given}"
     _require(given == last, where, what, "let train.global_batch_size be the last one")
 
+# %% ../../nbs/train/01_settings.ipynb #995aca25
+def _check_phases(config: "TrainConfig") -> None:
+    """Refuse phases that a training of this length cannot have."""
+    d, t = config.dataset, config.train
+    if d.phases and d.sequence_length:
+        counted = (t.train_iters, t.packs_in_step(d.sequence_length), d.sequence_length, t.step_batch_size_schedule)
+        Curriculum(list(d.phases), *counted)
+
 # %% ../../nbs/train/01_settings.ipynb #68ce81d2
 def _check_together(config: "TrainConfig") -> None:
     """Refuse sections that contradict each other."""
@@ -605,8 +613,9 @@ def _check_together(config: "TrainConfig") -> None:
         _check_peft(config.peft, config.train.engine, ranks)
     if config.train.step_batch_size_schedule:
         _check_batch_schedule(config)
-    if config.train.train_iters:  # with epochs, the stages are compared with the length when the data is known
+    if config.train.train_iters:  # with epochs, stages and phases are compared with the length when the data is known
         StageSchedule.from_config(config.loss.stages).plan(config.train.train_iters)
+        _check_phases(config)
 
 # %% ../../nbs/train/01_settings.ipynb #72e19035
 @dataclass(frozen=True)
