@@ -34,60 +34,71 @@ def test_stored_pictures_have_words(path):
 
 # A notebook whose cells are a lesson -> the lines of an export cell in the median. A new one is added, none is taken out.
 LESSONS = {
-    "00_core": 12, "01_viz": 11, "02_rehearsal": 21, "03_connection": 15, "04_usage": 19, "05_endpoint": 15,
-    "90_cli": 18, "92_api": 11,
-    "data/01_files": 11, "data/02_levels": 13, "data/03_records": 10, "data/04_sample": 14, "data/05_tokenizer": 13,
-    "data/06_encoder": 9, "data/07_template": 13, "data/08_mask": 12, "data/09_sandbox": 12,
-    "data/10_jinja_template": 12, "data/11_nvidia_prep": 14, "data/12_reasoning": 12, "data/13_filters": 12,
-    "data/14_judge": 14, "data/15_blend": 16, "data/16_sources": 13, "data/17_pack": 13, "data/18_pack_fast": 16,
-    "data/19_shards": 12, "data/20_tokenized": 14, "data/21_manifest": 15, "data/22_prep": 12, "data/23_inspect": 17,
-    "data/24_duplicates": 12, "data/25_contamination": 15, "data/26_language": 17, "data/27_personal": 15,
-    "data/28_quality": 19, "data/29_clean": 21,
-    "loss/00_precision": 12, "loss/01_schedule": 11, "loss/02_two_stage": 14, "loss/03_fused": 12,
+    "00_core": 12, "01_viz": 9, "02_rehearsal": 15, "03_connection": 15, "04_usage": 19, "05_endpoint": 13,
+    "90_cli": 9, "92_api": 11,
+    "data/01_files": 11, "data/02_levels": 13, "data/03_records": 10, "data/04_sample": 13, "data/05_tokenizer": 12,
+    "data/06_encoder": 8, "data/07_template": 12, "data/08_mask": 12, "data/09_sandbox": 11,
+    "data/10_jinja_template": 10, "data/11_nvidia_prep": 9, "data/12_reasoning": 12, "data/13_filters": 12,
+    "data/14_judge": 13, "data/15_blend": 10, "data/16_sources": 13, "data/17_pack": 11, "data/18_pack_fast": 16,
+    "data/19_shards": 9, "data/20_tokenized": 12, "data/21_manifest": 15, "data/22_prep": 11, "data/23_inspect": 17,
+    "data/24_duplicates": 12, "data/25_contamination": 6, "data/26_language": 8, "data/27_personal": 8,
+    "data/28_quality": 4, "data/29_clean": 19,
+    "loss/00_precision": 3, "loss/01_schedule": 11, "loss/02_two_stage": 13, "loss/03_fused": 10,
     "loss/04_kernel": 14, "loss/05_mtp": 14, "loss/06_policy": 10,
     "generate/01_verify": 9, "generate/02_turns": 11, "generate/03_sampling": 19, "generate/04_synthesise": 11,
-    "generate/05_served": 12,
-    "pretrain/01_world": 19, "pretrain/02_indexed": 17, "pretrain/03_text": 16, "pretrain/04_tokens": 18,
-    "pretrain/05_documents": 16, "pretrain/06_order": 15, "pretrain/07_batch_size": 16, "pretrain/08_curriculum": 11,
-    "pretrain/09_mixing": 15,
-    "train/01_settings": 14, "train/02_tensor_files": 10, "train/03_scan": 14, "train/04_model": 18,
-    "train/05_batches": 16, "train/06_leaks": 19, "train/07_release": 9, "train/08_metrics": 15,
-    "train/09_checkpoint": 12, "train/10_lora": 10, "train/11_router_balance": 12, "train/12_objective": 14,
-    "train/13_parallel": 12, "train/14_anomalies": 13, "train/15_ending": 17, "train/16_preflight": 11,
-    "train/17_evaluate": 13, "train/18_lr": 19, "train/19_torch_engine": 15, "train/20_sequences": 17,
-    "train/21_needle": 21, "train/22_base_model": 16, "train/23_averaging": 17, "train/24_command": 20,
-    "train/25_modes": 14,
-    "megatron/01_versions": 10, "megatron/02_names": 10, "megatron/03_data": 17, "megatron/04_step": 18,
-    "megatron/05_recorder": 19, "megatron/06_lifecycle": 11, "megatron/07_kernels": 22, "megatron/08_cpu": 15,
-    "megatron/09_engine": 11, "megatron/10_compare": 15, "megatron/11_pretrain": 17, "megatron/12_parameters": 23,
-    "megatron/13_memory": 19, "megatron/14_measure": 20, "megatron/15_time": 23, "megatron/16_plan": 26,
-    "megatron/17_scale": 16, "megatron/18_failures": 20,
-    "rl/01_tasks": 10, "rl/02_placeholders": 11, "rl/03_judgement": 14, "rl/04_answers": 10, "rl/05_structured": 13,
-    "rl/06_instructions": 13, "rl/07_workplace": 11, "rl/08_code": 12, "rl/09_genrm": 14, "rl/10_judge_tasks": 19,
-    "rl/11_environments": 15, "rl/12_gym": 15, "rl/13_length": 15, "rl/14_judges": 16, "rl/15_sample_tasks": 11,
-    "rl/16_rollout": 10, "rl/17_turns": 14, "rl/18_effort": 11, "rl/19_advantage": 23, "rl/20_grpo": 17,
-    "rl/21_curriculum": 23, "rl/22_profile": 16, "rl/23_prepare": 11, "rl/24_preferences": 18, "rl/25_training": 16,
-    "rl/26_nemo_rl": 21,
-    "compress/01_formats": 16, "compress/02_precision": 16, "compress/03_quantise": 17, "compress/04_distil": 16,
-    "compress/05_prune": 28,
-    "synth/01_row": 14, "synth/02_journal": 18, "synth/03_steps": 16, "synth/04_ask": 22, "synth/05_produce": 17,
-    "synth/06_look": 22, "synth/19_sql_servers": 25, "synth/20_verify_sql": 16, "synth/21_verify_python": 21,
-    "synth/22_verify_tools": 26, "synth/23_verify_translation": 19, "synth/24_verify_lean": 24,
-    "synth/25_verify_cuda": 21, "synth/26_verify_json": 22, "synth/40_sql": 17, "synth/41_search": 25,
-    "synth/42_long_context": 25, "synth/43_finance": 25, "synth/44_instructions": 25, "synth/45_tool_world": 25,
-    "synth/46_terminal": 25, "synth/47_trajectories": 25, "synth/59_several": 25, "synth/60_infinity": 25,
-    "synth/61_rqa": 25, "synth/62_science": 25, "synth/63_multilingual": 25, "synth/64_safety": 25,
-    "synth/65_multi_turn": 25, "synth/66_instruction_following": 25, "synth/67_low_effort": 25,
-    "synth/68_paraphrase": 25, "synth/69_cuda": 26, "synth/70_proofs": 16, "synth/90_pipelines": 22,
-    "ops/01_profiles": 18, "ops/02_spellings": 20, "ops/03_run_folder": 12, "ops/04_artifacts": 12,
-    "ops/05_tracking": 15, "ops/06_config": 11, "ops/07_report": 12, "ops/08_stage": 12, "ops/09_slurm": 11,
+    "generate/05_served": 10,
+    "pretrain/01_world": 8, "pretrain/02_indexed": 12, "pretrain/03_text": 12, "pretrain/04_tokens": 13,
+    "pretrain/05_documents": 9, "pretrain/06_order": 9, "pretrain/07_batch_size": 16, "pretrain/08_curriculum": 11,
+    "pretrain/09_mixing": 14,
+    "train/01_settings": 12, "train/02_tensor_files": 10, "train/03_scan": 14, "train/04_model": 11,
+    "train/05_batches": 15, "train/06_leaks": 12, "train/07_release": 9, "train/08_metrics": 15,
+    "train/09_checkpoint": 11, "train/10_lora": 10, "train/11_router_balance": 12, "train/12_objective": 14,
+    "train/13_parallel": 12, "train/14_anomalies": 13, "train/15_ending": 13, "train/16_preflight": 11,
+    "train/17_evaluate": 11, "train/18_lr": 14, "train/19_torch_engine": 13, "train/20_sequences": 11,
+    "train/21_needle": 16, "train/22_base_model": 14, "train/23_averaging": 17, "train/24_command": 12,
+    "train/25_modes": 13,
+    "megatron/01_versions": 10, "megatron/02_names": 5, "megatron/03_data": 12, "megatron/04_step": 11,
+    "megatron/05_recorder": 14, "megatron/06_lifecycle": 9, "megatron/07_kernels": 13, "megatron/08_cpu": 12,
+    "megatron/09_engine": 9, "megatron/10_compare": 15, "megatron/11_pretrain": 14, "megatron/12_parameters": 14,
+    "megatron/13_memory": 13, "megatron/14_measure": 13, "megatron/15_time": 14, "megatron/16_plan": 13,
+    "megatron/17_scale": 9, "megatron/18_failures": 15,
+    "rl/01_tasks": 10, "rl/02_placeholders": 11, "rl/03_judgement": 13, "rl/04_answers": 10, "rl/05_structured": 13,
+    "rl/06_instructions": 13, "rl/07_workplace": 11, "rl/08_code": 11, "rl/09_genrm": 14, "rl/10_judge_tasks": 19,
+    "rl/11_environments": 11, "rl/12_gym": 15, "rl/13_length": 15, "rl/14_judges": 14, "rl/15_sample_tasks": 11,
+    "rl/16_rollout": 10, "rl/17_turns": 14, "rl/18_effort": 10, "rl/19_advantage": 11, "rl/20_grpo": 10,
+    "rl/21_curriculum": 14, "rl/22_profile": 8, "rl/23_prepare": 11, "rl/24_preferences": 11, "rl/25_training": 12,
+    "rl/26_nemo_rl": 13,
+    "compress/01_formats": 12, "compress/02_precision": 11, "compress/03_quantise": 8, "compress/04_distil": 16,
+    "compress/05_prune": 21,
+    "synth/01_row": 13, "synth/02_journal": 7, "synth/03_steps": 16, "synth/04_ask": 22, "synth/05_produce": 11,
+    "synth/06_look": 12, "synth/19_sql_servers": 22, "synth/20_verify_sql": 14, "synth/21_verify_python": 21,
+    "synth/22_verify_tools": 11, "synth/23_verify_translation": 10, "synth/24_verify_lean": 24,
+    "synth/25_verify_cuda": 21, "synth/26_verify_json": 22, "synth/40_sql": 17, "synth/41_search": 17,
+    "synth/42_long_context": 19, "synth/43_finance": 11, "synth/44_instructions": 10, "synth/45_tool_world": 11,
+    "synth/46_terminal": 17, "synth/47_trajectories": 15, "synth/59_several": 11, "synth/60_infinity": 9,
+    "synth/61_rqa": 11, "synth/62_science": 12, "synth/63_multilingual": 12, "synth/64_safety": 11,
+    "synth/65_multi_turn": 8, "synth/66_instruction_following": 11, "synth/67_low_effort": 11,
+    "synth/68_paraphrase": 10, "synth/69_cuda": 23, "synth/70_proofs": 9, "synth/90_pipelines": 12,
+    "ops/01_profiles": 18, "ops/02_spellings": 14, "ops/03_run_folder": 10, "ops/04_artifacts": 10,
+    "ops/05_tracking": 14, "ops/06_config": 10, "ops/07_report": 12, "ops/08_stage": 11, "ops/09_slurm": 11,
     "ops/10_readme": 8, "ops/11_docs": 12, "ops/12_card": 14,
-    "stages/01_sft": 13, "stages/02_evaluate": 14, "stages/03_budget": 12, "stages/04_pretrain": 14,
-    "stages/05_rl_data": 20, "stages/06_rl": 18, "stages/07_rl_tools": 25, "stages/08_plan": 25,
-    "stages/10_compress": 22, "stages/11_synth": 13, "stages/12_chat": 13, "stages/13_serve": 15,
-    "stages/15_recipe": 16, "stages/16_compare": 22,
+    "stages/01_sft": 12, "stages/02_evaluate": 11, "stages/03_budget": 9, "stages/04_pretrain": 14,
+    "stages/05_rl_data": 20, "stages/06_rl": 13, "stages/07_rl_tools": 25, "stages/08_plan": 8,
+    "stages/10_compress": 9, "stages/11_synth": 13, "stages/12_chat": 13, "stages/13_serve": 14,
+    "stages/15_recipe": 11, "stages/16_compare": 21,
 }
 LONGEST_CELL, LONGEST_LINE = 40, 120
+
+
+FAMILY = 40  # exported lines that may stand in a notebook before the next assertion
+# Lessons in which more stand before it. None is added.
+LATE: set[str] = {
+    "00_core", "03_connection", "04_usage", "92_api", "pretrain/05_documents", "synth/04_ask",
+    "synth/19_sql_servers", "synth/20_verify_sql", "synth/21_verify_python", "synth/25_verify_cuda", "synth/40_sql",
+    "synth/41_search", "synth/42_long_context", "synth/69_cuda", "ops/01_profiles", "ops/02_spellings",
+    "ops/12_card", "stages/07_rl_tools", "stages/11_synth", "stages/12_chat", "stages/13_serve",
+    "stages/16_compare",
+}
 
 
 def cells_of(name):
@@ -126,6 +137,19 @@ def test_a_lesson_shows_what_it_exports(name):
     assert not [line for s in exported for line in s.splitlines() if len(line) > LONGEST_LINE]
     seen = set().union(*(used(source) for source, is_exported in cells if not is_exported))
     assert not {n for names in sizes for n in names if not n.startswith("_")} - seen, "public names that are never shown"
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_what_is_exported_is_asserted_soon(name):
+    """A definition or a small family, then a cell that a reader sees and that can fail."""
+    waiting, longest = 0, 0
+    for source, is_exported in cells_of(name):
+        if is_exported:
+            waiting += len(source.splitlines()) - 1 if any(defined(source)) else 0
+        elif re.search(r"^\s*(assert|test_eq|test_fail)\b", source, re.MULTILINE) and not re.match(r"#\|\s*hide", source):
+            waiting = 0
+        longest = max(longest, waiting)
+    assert (longest > FAMILY) == (name in LATE), f"{longest} exported lines before an assertion"
 
 
 def test_the_map_knows_every_module():
