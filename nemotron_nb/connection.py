@@ -59,7 +59,7 @@ def _way(url: str) -> _Way:
         return _Way(True, proxy.hostname, port, path, (host, parts.port or 443), login)
     return _Way(proxy.scheme == "https", proxy.hostname, port, url, None, login)
 
-# %% ../nbs/03_connection.ipynb #185c842d
+# %% ../nbs/03_connection.ipynb #613add70
 class NoConnection(OSError):
     """Nobody is there."""
 
@@ -71,7 +71,7 @@ class TooLong(Exception):
 class _Dropped(Exception):
     """A kept connection was closed by the server before it answered."""
 
-
+# %% ../nbs/03_connection.ipynb #37416890
 @dataclass(frozen=True)
 class Response:
     """What a server answered."""
@@ -206,7 +206,7 @@ class Connections(_Waiting):
         """A copy, here or in another process, starts without connections."""
         return Connections, ()
 
-# %% ../nbs/03_connection.ipynb #4d2ab2ad
+# %% ../nbs/03_connection.ipynb #36aa2477
 def _answer_over(
     lines: Connections, line: http.client.HTTPConnection, way: _Way, *question: object
 ) -> Response:
@@ -218,7 +218,7 @@ def _answer_over(
     finally:
         lines._put(way, line, good)
 
-
+# %% ../nbs/03_connection.ipynb #7386e669
 def post(
     lines: Connections,
     url: str,

@@ -26,12 +26,12 @@ class Tokens:
     thought: int | None = None  # of those written
     cached: int | None = None  # of those given, remembered from an earlier question
 
-# %% ../nbs/04_usage.ipynb #86ed1d04
+# %% ../nbs/04_usage.ipynb #e787eba2
 def _count(value: Any) -> int | None:
     """A number of tokens, or None for anything else."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
-
+# %% ../nbs/04_usage.ipynb #3a7ad710
 def read_tokens(
     usage: Any,  # of a reply; any value at all will do
 ) -> Tokens | None:
@@ -78,10 +78,10 @@ class Spent:
         flat = {k: v for k, v in asdict(self).items() if k != "tokens"}
         return flat | {f"tokens_{name}": count for name, count in counts.items()}
 
-# %% ../nbs/04_usage.ipynb #b61b794a
+# %% ../nbs/04_usage.ipynb #33257f0c
 COUNTS = ("tokens_given", "tokens_written", "tokens_thought", "tokens_cached", "price", "seconds")
 
-
+# %% ../nbs/04_usage.ipynb #569bec9e
 class _Sums:
     """Sums over lines of a ledger."""
 

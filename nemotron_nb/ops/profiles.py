@@ -56,6 +56,19 @@ class _ProfileKeys:
     detach: bool = False  # as if --batch were always given
     ray_working_dir: str = ""  # of reinforcement learning
 
+# %% ../../nbs/ops/01_profiles.ipynb #035885c7
+PLANNED = ("docker", "skypilot", "dgxcloud", "lepton")
+
+# %% ../../nbs/ops/01_profiles.ipynb #8f12aea5
+NOTES = {
+    "container_image": "container_image stands in the profile; images belong in the recipe, and one named there is "
+                       "taken instead",
+    "ray_working_dir": "ray_working_dir is for reinforcement learning; nothing here reads it",
+    "cloud": "cloud is for a cloud executor; Slurm does not read it",
+    "gpus": "gpus is for a cloud executor; for Slurm give gpus_per_node",
+    "identity": "identity is for an ssh tunnel; this machine submits itself",
+}
+
 # %% ../../nbs/ops/01_profiles.ipynb #555a29bf
 @dataclass(frozen=True)
 class Profile(_ProfileKeys):
@@ -82,17 +95,6 @@ class Profile(_ProfileKeys):
     def notes(self) -> tuple[str, ...]:
         """What a user should know about this profile before it is used."""
         return tuple(said for key, said in NOTES.items() if getattr(self, key))
-
-# %% ../../nbs/ops/01_profiles.ipynb #8b2c3ee4
-PLANNED = ("docker", "skypilot", "dgxcloud", "lepton")
-NOTES = {
-    "container_image": "container_image stands in the profile; images belong in the recipe, and one named there is "
-                       "taken instead",
-    "ray_working_dir": "ray_working_dir is for reinforcement learning; nothing here reads it",
-    "cloud": "cloud is for a cloud executor; Slurm does not read it",
-    "gpus": "gpus is for a cloud executor; for Slurm give gpus_per_node",
-    "identity": "identity is for an ssh tunnel; this machine submits itself",
-}
 
 # %% ../../nbs/ops/01_profiles.ipynb #a530bc9f
 def _where(profile: Profile, key: str) -> str:
@@ -167,17 +169,17 @@ def _check_words(profile: Profile) -> None:
                     else "give a long option of sbatch, without the dashes",
                 )
 
-# %% ../../nbs/ops/01_profiles.ipynb #1c30243c
+# %% ../../nbs/ops/01_profiles.ipynb #5407c775
 PLACES = "./env.toml, env.toml in the checkout, $NEMOTRON_ENV_TOML"
 SHIPPED = ("papermill_runs", "nbs/runs", "slurm")  # recipes, run notebooks and job scripts
 PACKAGED = "checkout"  # the folder of an installed package that holds them
 
-
+# %% ../../nbs/ops/01_profiles.ipynb #a088f427
 def library_folder() -> Path:
     """The folder of the package `nemotron_nb`."""
     return Path(nemotron_nb.__file__).resolve().parent
 
-# %% ../../nbs/ops/01_profiles.ipynb #3d7e01aa
+# %% ../../nbs/ops/01_profiles.ipynb #2c77f745
 def project_root() -> Path:
     """The folder that holds recipes, run notebooks and job scripts: the checkout, or else the package."""
     library = library_folder()
@@ -191,7 +193,7 @@ def project_root() -> Path:
         fix="pip install nemotron-nb, or work in a checkout, installed with `pip install -e .`",
     )
 
-
+# %% ../../nbs/ops/01_profiles.ipynb #4bcef3d5
 def work_folder() -> Path:
     """Where a run notebook works when nobody says: in the checkout; without one, in the present folder."""
     return Path.cwd() if project_root().is_relative_to(library_folder()) else project_root()

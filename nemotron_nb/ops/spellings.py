@@ -247,10 +247,10 @@ def suggestions(
     found += difflib.get_close_matches(name, [*known, *others], n=count, cutoff=0 if not found else 0.6)
     return list(dict.fromkeys(found))[:count]
 
-# %% ../../nbs/ops/02_spellings.ipynb #f4f1acd3
+# %% ../../nbs/ops/02_spellings.ipynb #7f3dbaa3
 _LIST = "list the settings of this command with --dry-run --all"
 
-
+# %% ../../nbs/ops/02_spellings.ipynb #5289c6e2
 def _either(names: list[str], word: str = "or") -> str:
     """'a', 'b' or 'c'; empty without names."""
     quoted = [repr(name) for name in names]

@@ -26,10 +26,10 @@ from ..viz import Picture, clipped, table, token_strip, visible
 if TYPE_CHECKING:
     from nemotron_nb.generate.sampling import Sampling
 
-# %% ../../nbs/stages/12_chat.ipynb #bd0206fa
+# %% ../../nbs/stages/12_chat.ipynb #8c672a34
 Write = Callable[[Sequence[int], int | None], list[int]]  # (prompt ids, tokens of thought or None) -> what is written
 
-
+# %% ../../nbs/stages/12_chat.ipynb #6a499b10
 @dataclass(frozen=True)
 class Reply:
     """One turn of the model."""
@@ -116,7 +116,7 @@ def next_prompt(
     parts = chunks(talk.messages, talk.tools, **switches)
     return talk.tokenizer.encode_pieces([piece for part in parts for piece in part.pieces])
 
-# %% ../../nbs/stages/12_chat.ipynb #edfe4024
+# %% ../../nbs/stages/12_chat.ipynb #f46dd5b3
 def _answer(talk: Talk) -> Reply:
     """Let the model write the next turn, and put it into the talk."""
     prompt, budget = next_prompt(talk), talk.budget if talk.thinking else None
@@ -127,7 +127,7 @@ def _answer(talk: Talk) -> Reply:
     talk.replies.append((len(talk.messages) - 1, reply))
     return reply
 
-
+# %% ../../nbs/stages/12_chat.ipynb #75c60590
 def say(
     talk: Talk,
     text: str,  # of the user
@@ -243,7 +243,7 @@ def open_talk(
     tokenizer = load_tokenizer(folder)
     return Talk(tokenizer, model_writer(folder, tokenizer, sampling, max_new_tokens), tools, system, thinking, budget)
 
-# %% ../../nbs/stages/12_chat.ipynb #44411bbe
+# %% ../../nbs/stages/12_chat.ipynb #27ba8938
 COMMANDS: Mapping[str, str] = {
     "/think": "on, off, or a number: tokens of thought",
     "/tools": "FILE.json: declare the tools of a list, and begin anew",
@@ -256,7 +256,7 @@ COMMANDS: Mapping[str, str] = {
     "/quit": "leave",
 }
 
-
+# %% ../../nbs/stages/12_chat.ipynb #23d99eef
 def read_tools(
     path: str | Path,
 ) -> list[dict[str, Any]]:
@@ -272,7 +272,7 @@ def read_tools(
     row = {"messages": [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}], "tools": tools}
     return list(parse_conversation(row).tools)
 
-# %% ../../nbs/stages/12_chat.ipynb #fc57f269
+# %% ../../nbs/stages/12_chat.ipynb #cb8a71d2
 def _begin_anew(talk: Talk, system: str | None = None) -> str:
     """Forget what was said; the system turn stays, or is another."""
     kept = talk.messages[:1] if talk.messages and talk.messages[0]["role"] == "system" else []
@@ -280,7 +280,7 @@ def _begin_anew(talk: Talk, system: str | None = None) -> str:
     talk.replies = []
     return "a new talk begins"
 
-
+# %% ../../nbs/stages/12_chat.ipynb #bb01ed1b
 def _set_thinking(talk: Talk, said: str) -> str:
     """What /think does."""
     if said not in ("on", "off") and not (said.isdecimal() and int(said) > 0):
@@ -288,12 +288,12 @@ def _set_thinking(talk: Talk, said: str) -> str:
     talk.thinking, talk.budget = said != "off", int(said) if said.isdecimal() else None
     return f"thinking: {said}"
 
-# %% ../../nbs/stages/12_chat.ipynb #95351c99
+# %% ../../nbs/stages/12_chat.ipynb #87e831a0
 def _shown_mask(talk: Talk) -> str:
     """What /mask shows."""
     return f"{terminal_text(mask_of(talk), colour=False)}\n\n{parity_picture(talk).text}"
 
-
+# %% ../../nbs/stages/12_chat.ipynb #d77959c2
 def _last(talk: Talk) -> str:
     """What /tokens shows."""
     return talk.replies[-1][1].picture().text if talk.replies else "nothing was said yet"

@@ -24,13 +24,13 @@ from ..data.tokenizer import ChatTokenizer, load_tokenizer
 from ..generate.served import read_served_calls
 from .chat import model_folder
 
-# %% ../../nbs/stages/13_serve.ipynb #94f11032
+# %% ../../nbs/stages/13_serve.ipynb #4f3dcde5
 ENGINES: Mapping[str, Sequence[str]] = {  # server -> packages that it needs
     "vllm": ("vllm",),
     "transformers": ("fastapi", "uvicorn", "openai"),
 }
 
-
+# %% ../../nbs/stages/13_serve.ipynb #19c76b96
 def choose_engine(
     name: str = "auto",  # auto, or one of ENGINES
 ) -> str:
@@ -58,10 +58,10 @@ def serve_command(
     readers = ["--enable-auto-tool-choice", "--tool-call-parser", "qwen3_coder", "--reasoning-parser", "nemotron_v3"]
     return ["vllm", "serve", folder, *place, *readers, "--mamba-ssm-cache-dtype", "float32"]
 
-# %% ../../nbs/stages/13_serve.ipynb #fd1f98c0
+# %% ../../nbs/stages/13_serve.ipynb #4f25fc33
 SWITCHES = ("enable_thinking", "reasoning_budget", "truncate_history_thinking", "low_effort_marker")
 
-
+# %% ../../nbs/stages/13_serve.ipynb #43d8a9ed
 def request_prompt(
     messages: Sequence[Mapping[str, Any]],  # as a program sends them
     tools: Sequence[Mapping[str, Any]] | None,
@@ -190,18 +190,18 @@ def _answering(base: type) -> type:
 
     return Handler
 
-# %% ../../nbs/stages/13_serve.ipynb #97e4e951
+# %% ../../nbs/stages/13_serve.ipynb #1da310f2
 def _reading(processor: Any, ids: Any, schema: Any) -> list[dict[str, str]] | None:
     """What takes the place of the reader of calls."""
     return read_answer(processor.decode(ids, skip_special_tokens=False), _asked.get())
 
-
+# %% ../../nbs/stages/13_serve.ipynb #852413a1
 def _delimiters(processor: Any, model: Any) -> dict[str, Any]:
     """The tokens around a call, which are kept out of a stream of text."""
     begin, end = (processor.convert_tokens_to_ids(token) for token in ("<tool_call>", "</tool_call>"))
     return {"schema": {}, "stc_id": begin, "etc_id": end}
 
-
+# %% ../../nbs/stages/13_serve.ipynb #c0819048
 def thinks_on(
     ids: Any,  # of a prompt: a list, or a tensor [1, L]
     end_id: int,  # of </think>
@@ -224,7 +224,7 @@ def _reasoning(original: Any) -> Any:
 
     return config_of
 
-# %% ../../nbs/stages/13_serve.ipynb #cd8d67e4
+# %% ../../nbs/stages/13_serve.ipynb #bfa3782b
 def _exchange(module: Any, name: str, new: Any) -> None:
     """Put something else in place of a part. `UserError` where this version has no such part."""
     if not hasattr(module, name):
@@ -234,7 +234,7 @@ def _exchange(module: Any, name: str, new: Any) -> None:
         raise UserError(what, fix="pip install transformers==5.12.1, or serve with --engine vllm")
     setattr(module, name, new)
 
-
+# %% ../../nbs/stages/13_serve.ipynb #ee37d106
 def serve_with_transformers(
     folder: str,  # with the model
     host: str = "localhost",

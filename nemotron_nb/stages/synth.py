@@ -32,7 +32,7 @@ from ..viz import Picture, joined, table
 if TYPE_CHECKING:
     from nemotron_nb.ops.profiles import Profile
 
-# %% ../../nbs/stages/11_synth.ipynb #e76339b7
+# %% ../../nbs/stages/11_synth.ipynb #151836ff
 def settings_class(
     pipeline: Pipeline,
 ) -> type:
@@ -45,7 +45,7 @@ def settings_class(
     ]
     return dataclasses.make_dataclass("SynthConfig", fields, frozen=True, namespace={"__module__": __name__})
 
-
+# %% ../../nbs/stages/11_synth.ipynb #0b5b8cba
 def _in_synth(name: str) -> str:
     """A setting with its section."""
     return name if name == "family" or name.startswith(("synth.", "run.")) else f"synth.{name}"
@@ -91,10 +91,10 @@ def rows_folder(
     key = digest([recipe_of(pipeline, synth), synth.rows, synth.max_same_answer], 12)
     return Path(settings.run.output_root) / SYNTH / pipeline.name / key
 
-# %% ../../nbs/stages/11_synth.ipynb #8af479e1
+# %% ../../nbs/stages/11_synth.ipynb #379df91f
 _NOT_ROWS = ("journal", ".lock", "ledger.jsonl", "report.html")  # of a folder: how it was made
 
-
+# %% ../../nbs/stages/11_synth.ipynb #6fdaa690
 def row_sources(
     made: Produced,
 ) -> list[Source]:
@@ -108,7 +108,7 @@ def row_sources(
     recipe = Source(made.manifest["pipeline"], "pipeline", "", made.manifest["recipe"])
     return [recipe, *(found[key] for key in sorted(found))]
 
-
+# %% ../../nbs/stages/11_synth.ipynb #fad0dc31
 def log_rows(
     store: Store,
     made: Produced,
@@ -172,7 +172,7 @@ def preview(
         first = next(read_rows(made.folder / "rows.jsonl"), None)
         return joined([*([chat_picture(first)] if first else []), run_picture(made)])
 
-# %% ../../nbs/stages/11_synth.ipynb #ab1f09c7
+# %% ../../nbs/stages/11_synth.ipynb #b833210b
 def synth_stage(
     pipeline: Pipeline,
 ) -> Stage:
@@ -188,7 +188,7 @@ def synth_stage(
         command=(pipeline.name,),
     )
 
-
+# %% ../../nbs/stages/11_synth.ipynb #3e9b0b0f
 def _submitted(pipeline: Pipeline, settings: Any, profile: "Profile", mode: str, script: str) -> None:
     """Make rows in a job; a job that fails ends the process with its code."""
     from nemotron_nb.ops.slurm import submit
@@ -197,7 +197,7 @@ def _submitted(pipeline: Pipeline, settings: Any, profile: "Profile", mode: str,
     if code := hand_over(job, mode, Path(f"{profile.job_name or 'nemotron-synth'}-{job}.log")):
         sys.exit(code)
 
-
+# %% ../../nbs/stages/11_synth.ipynb #1f35828c
 def _made_here(pipeline: Pipeline, settings: Any, command: str, progress: Callable[[int, int], None]) -> Path:
     """Make rows on this machine, draw the report, enter them."""
     made = produce(pipeline, settings.synth, rows_folder(pipeline, settings), progress)
@@ -207,13 +207,13 @@ def _made_here(pipeline: Pipeline, settings: Any, command: str, progress: Callab
     print(f"to look at: {report}\nregistered: {artifact.address}")
     return made.folder
 
-# %% ../../nbs/stages/11_synth.ipynb #4ef5dfad
+# %% ../../nbs/stages/11_synth.ipynb #c0d280ec
 def _tell(done: int, rows: int) -> None:
     """Print a line at each tenth of the way."""
     if rows >= 10 and done % (rows // 10) == 0:
         print(f"{done:,} of {rows:,} rows", flush=True)
 
-
+# %% ../../nbs/stages/11_synth.ipynb #11bcb877
 def synth_run(
     name: str,  # of the pipeline
     config: str | Sequence[str] = "default",  # what -c was given
