@@ -97,7 +97,7 @@ def _between(text: str, begin: str, *ends: str) -> Iterator[str]:
         yield text[at:stop]
         at = text.find(begin, stop)
 
-
+# %% ../../nbs/generate/05_served.ipynb #407dbb17
 def _call(inner: str, tools: Tools) -> dict[str, Any]:
     """One call, from behind `<function=`."""
     name, _, body = inner.partition(">")

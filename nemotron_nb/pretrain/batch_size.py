@@ -58,7 +58,7 @@ def sample_begins(
         read += size * count
     return np.concatenate(begins)
 
-
+# %% ../../nbs/pretrain/07_batch_size.ipynb #6bca636a
 def samples_after(
     schedule: Sequence[tuple[int, int]],
     steps: int,  # optimizer steps done

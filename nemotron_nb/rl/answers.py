@@ -98,14 +98,14 @@ def _only(found: set[str]) -> str:
 _LETTER = re.compile(r"(?:\\text\{|\\mathrm\{|\\mathbf\{)?\s*[(\[]?([A-Z])[)\].:]?\s*\}?")
 _COLON = re.compile(r"(?im)^[ \t>*_#]*(?:the )?(?:final )?answer(?: is)?[ \t*_]*:?[ \t*_(]*([A-Z])[)*_. \t]*$")
 
-
+# %% ../../nbs/rl/04_answers.ipynb #8e0eb536
 def _letter_in_box(answer: str, strict: bool) -> str:
     """The letter in the last box, bare if `strict`; or an empty text."""
     box = the_box(answer, lambda a, b: a == b) or ""
     inside = re.fullmatch("([A-Z])", box) if strict else _LETTER.fullmatch(box)
     return inside[1] if inside else ""
 
-
+# %% ../../nbs/rl/04_answers.ipynb #f269b2ec
 def _letter_by(pattern: str, answer: str) -> str:
     """The one text that the first group of a task's own pattern finds, or the whole pattern if it has no group."""
     return _only({m.group(1) if m.re.groups else m.group(0) for m in re.finditer(pattern, answer)}).strip()

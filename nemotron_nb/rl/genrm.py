@@ -74,7 +74,7 @@ def _objects(text: str) -> list[dict[str, Any]]:
         found.append(value)
     return found
 
-
+# %% ../../nbs/rl/09_genrm.ipynb #09dbe691
 def read_verdict(
     text: str,  # what a judge wrote; any text at all will do
 ) -> Verdict:

@@ -29,7 +29,7 @@ def _message(text: str) -> dict[str, Any]:
     content = [{"type": "output_text", "text": text, "annotations": []}]
     return {"type": "message", "id": "m", "role": "assistant", "status": "completed", "content": content}
 
-
+# %% ../../nbs/rl/12_gym.ipynb #12b2c9d5
 def response_items(reply: Reply) -> list[dict[str, Any]]:
     """An answer as items of the Responses API. In bad form all of it is the message."""
     if not reply.good_form:
@@ -60,7 +60,7 @@ class _Failed(Exception):
         super().__init__(why)
         self.again = again  # may another attempt help?
 
-
+# %% ../../nbs/rl/12_gym.ipynb #1ee5b70c
 class _Stay(urllib.request.HTTPRedirectHandler):
     """Follows no redirection: a row would be sent to whoever is named there."""
 
@@ -68,7 +68,7 @@ class _Stay(urllib.request.HTTPRedirectHandler):
         """No request in place of the one that was redirected."""
         return None
 
-
+# %% ../../nbs/rl/12_gym.ipynb #1f00a5f8
 def _opener(url: str) -> urllib.request.OpenerDirector:
     """What sends a request: no redirection, and no proxy for a server on this machine."""
     local = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")

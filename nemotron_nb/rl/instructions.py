@@ -21,12 +21,12 @@ def words_of(text: str) -> list[str]:
     """The words of a text, with their apostrophes and hyphens."""
     return re.findall(r"\w+(?:['’-]\w+)*", text)
 
-
+# %% ../../nbs/rl/06_instructions.ipynb #33ea67a7
 def sentences_of(text: str) -> list[str]:
     """The sentences of a text: up to . ! ? and what follows them."""
     return [s.strip() for s in re.split(r"(?<=[.!?])[\s\"')\]]+|\n{2,}", text) if words_of(s)]
 
-
+# %% ../../nbs/rl/06_instructions.ipynb #15abcf1e
 def paragraphs_of(text: str, mark: str = "\n\n") -> list[str]:
     """The parts between blank lines, or between another mark."""
     return [p.strip() for p in text.split(mark) if p.strip()]
@@ -93,13 +93,13 @@ _KEYWORDS: Mapping[str, Check] = {
 # %% ../../nbs/rl/06_instructions.ipynb #943f5997
 _NUMBER, _PLACEHOLDER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?"), re.compile(r"\[[^\[\]\n]+\]")
 
-
+# %% ../../nbs/rl/06_instructions.ipynb #da390fe1
 def _has_postscript(text: str, marker: str) -> bool:
     """A line begins with the marker, in any case, and goes on."""
     lines = [line.strip() for line in text.splitlines()]
     return any(line.lower().startswith(marker.lower()) and len(line) > len(marker) for line in lines)
 
-
+# %% ../../nbs/rl/06_instructions.ipynb #be3ca300
 def _goes_on(text: str, beginning: str) -> bool:
     """The text begins so, and more follows."""
     return text.startswith(beginning) and text != beginning

@@ -16,6 +16,31 @@ from .judgement import FAILED, Judgement, Reply, failed, said
 from .tasks import BadTask, Task
 
 # %% ../../nbs/rl/10_judge_tasks.ipynb #bfa4cd5f
+def _from_scale(row: Mapping[str, Any]) -> tuple[Any, Any, float]:
+    """HelpSteer3: from -3, the first is much better, to 3, the second is."""
+    said_of = row["overall_preference"]
+    if isinstance(said_of, bool) or said_of not in (-3, -2, -1, 0, 1, 2, 3):
+        raise BadTask("bad_truth", f"overall_preference is {said_of!r}, and goes from -3 to 3")
+    ranking = MIDDLE + said_of - (0.5 if said_of > 0 else -0.5 if said_of < 0 else 0.0)
+    return row.get("response1"), row.get("response2"), ranking
+
+# %% ../../nbs/rl/10_judge_tasks.ipynb #7730e71c
+def _from_pair(row: Mapping[str, Any]) -> tuple[Any, Any, float]:
+    """A better and a worse answer. Which stands first is drawn by the content, so that it tells nothing."""
+    pair = row["chosen"], row["rejected"]
+    turned = int(digest([str(p) for p in pair]), 16) % 2 == 1
+    first, second = pair[:: -1 if turned else 1]
+    return first, second, 5.0 if turned else 2.0
+
+# %% ../../nbs/rl/10_judge_tasks.ipynb #e19c6dbe
+def _from_vote(row: Mapping[str, Any]) -> tuple[Any, Any, float]:
+    """A vote for one of two models, with ties."""
+    known = {"model_a": 2.0, "model_b": 5.0, "tie": MIDDLE}
+    if row["winner"] not in known:
+        raise BadTask("bad_truth", f"winner is {row['winner']!r}; known: {', '.join(known)}")
+    return row.get("response_a"), row.get("response_b"), known[row["winner"]]
+
+# %% ../../nbs/rl/10_judge_tasks.ipynb #a562ec54
 def preferred_side(
     row: Mapping[str, Any],  # of a preference data set
 ) -> tuple[str, str, float]:
@@ -23,21 +48,12 @@ def preferred_side(
 
     `BadTask` for another form.
     """
-    if "overall_preference" in row:  # HelpSteer3: -3 the first is much better ... 3 the second
-        first, second, said_of = row.get("response1"), row.get("response2"), row["overall_preference"]
-        if isinstance(said_of, bool) or said_of not in (-3, -2, -1, 0, 1, 2, 3):
-            raise BadTask("bad_truth", f"overall_preference is {said_of!r}, and goes from -3 to 3")
-        ranking = MIDDLE + said_of - (0.5 if said_of > 0 else -0.5 if said_of < 0 else 0.0)
-    elif {"chosen", "rejected"} <= row.keys():  # which stands first is drawn by the content, so that it tells nothing
-        pair = row["chosen"], row["rejected"]
-        turned = int(digest([str(p) for p in pair]), 16) % 2 == 1
-        (first, second), ranking = pair[:: -1 if turned else 1], 5.0 if turned else 2.0
+    if "overall_preference" in row:
+        first, second, ranking = _from_scale(row)
+    elif {"chosen", "rejected"} <= row.keys():
+        first, second, ranking = _from_pair(row)
     elif "winner" in row:
-        first, second = row.get("response_a"), row.get("response_b")
-        known = {"model_a": 2.0, "model_b": 5.0, "tie": MIDDLE}
-        if row["winner"] not in known:
-            raise BadTask("bad_truth", f"winner is {row['winner']!r}; known: {', '.join(known)}")
-        ranking = known[row["winner"]]
+        first, second, ranking = _from_vote(row)
     else:
         raise BadTask("missing_truth", "no overall_preference, no chosen and rejected, and no winner")
     if not (isinstance(first, str) and isinstance(second, str) and first.strip() and second.strip()):
@@ -53,7 +69,7 @@ ASK = (
     "r goes from 1 (the first is far better) to 6 (the second is far better)."
 )
 
-
+# %% ../../nbs/rl/10_judge_tasks.ipynb #9e853fc9
 def judge_messages(
     messages: tuple[Mapping[str, Any], ...] | list[Mapping[str, Any]],  # the conversation
     first: str,
@@ -94,7 +110,7 @@ def judge_rows(
 # %% ../../nbs/rl/10_judge_tasks.ipynb #2d9a66f2
 RIGHT_SIDE = "right side"  # the rule of a verdict that agrees
 
-
+# %% ../../nbs/rl/10_judge_tasks.ipynb #c208cfe2
 def verify_preference(task: Task, reply: Reply) -> Judgement:
     """1 for the ranking that people gave, less the further it is off.
 

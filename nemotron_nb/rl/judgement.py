@@ -86,7 +86,7 @@ def said(
     numbers = {k: float(v) for k, v in parts.items()}
     return Judgement(float(right), rule, clipped(str(found), 300), clipped(str(expected), 300), numbers)
 
-
+# %% ../../nbs/rl/03_judgement.ipynb #2bc33846
 def failed(rule: str, detail: str) -> Judgement:
     """A verification that did not come to an end. It has no reward."""
     return Judgement(None, rule, status=FAILED, detail=clipped(detail, 300))
@@ -100,7 +100,7 @@ def _ring(number: int, frame: FrameType | None) -> None:
     """What the timer does."""
     raise _Late
 
-
+# %% ../../nbs/rl/03_judgement.ipynb #e0c40b33
 @contextlib.contextmanager
 def _timer(seconds: float) -> Iterator[None]:
     """`_Late` is raised inside, once the seconds are over. Main thread only."""
@@ -164,7 +164,7 @@ def _check_reward(found: Judgement) -> Judgement:
         return failed(found.rule, f"a reward of {found.reward}")
     return found
 
-
+# %% ../../nbs/rl/03_judgement.ipynb #e4df3f8c
 def guarded(
     verifier: Verifier,
     task: Task,

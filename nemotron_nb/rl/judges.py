@@ -188,7 +188,7 @@ def _shown(reply: Reply) -> tuple[str, str]:
     """(thought, answer) whose length counts; all of a text in bad form counts as both."""
     return (reply.thought, reply.answer) if reply.good_form else (reply.text, reply.text)
 
-
+# %% ../../nbs/rl/14_judges.ipynb #f57a8c02
 def _judgement(placed: Standing, adjusted: Adjusted | None) -> Judgement:
     """The judgement of one answer."""
     if adjusted is None:

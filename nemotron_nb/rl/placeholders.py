@@ -129,7 +129,7 @@ def _row_number(row: Mapping[str, Any]) -> int:
         raise LostRow("bad_placeholder", f"row is {index!r}")
     return index
 
-
+# %% ../../nbs/rl/02_placeholders.ipynb #ec7a5221
 def _origin_of(row: Mapping[str, Any]) -> Origin:
     """The source that its data set comes from."""
     if row.get("dataset") not in ORIGINS:
@@ -148,7 +148,7 @@ def _stored_row(row: Mapping[str, Any], fetch: Fetch) -> tuple[Origin, Mapping[s
     except LookupError:
         raise LostRow("row_out_of_range", f"{origin.repository}, split {origin.split}, has no row {index}") from None
 
-
+# %% ../../nbs/rl/02_placeholders.ipynb #58a992d2
 def _stored_pair(stored: Mapping[str, Any]) -> tuple[str, Any]:
     """(prompt, answer) as the source's row has them."""
     try:

@@ -128,7 +128,7 @@ def write_rollouts(
     """Write rollouts.jsonl, atomically."""
     return write_atomic(path, "".join(rollout_line(r) + "\n" for r in rollouts))
 
-
+# %% ../../nbs/rl/16_rollout.ipynb #202fe246
 def read_rollouts(path: str | os.PathLike) -> list[Rollout]:
     """The rollouts of a file. `UserError` names the line that is none."""
     found = []

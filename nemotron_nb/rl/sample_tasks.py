@@ -78,7 +78,7 @@ def _prompt(task: SampleTask) -> tuple[list[dict[str, Any]], list[dict[str, Any]
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": task.question}]
     return messages, [LOOKUPS[0]] if task.kind == "tool" else []
 
-
+# %% ../../nbs/rl/15_sample_tasks.ipynb #67b3acd5
 def _row_of(task: SampleTask) -> dict[str, Any]:
     """A task as a row of NeMo Gym."""
     messages, tools = _prompt(task)
@@ -97,7 +97,7 @@ def sample_tasks(
     drawn = (draw_task(kinds[i % len(kinds)], random.Random(f"rl/{seed}/{i}")) for i in range(count))
     return [parse_task(_row_of(task), f"sample/{seed}", i)[0] for i, task in enumerate(drawn, 1)]
 
-
+# %% ../../nbs/rl/15_sample_tasks.ipynb #c834fc62
 def kind_of(task: Task) -> str:
     """The kind of a sample task, as reports name it; of any other task its environment."""
     return str(task.extra.get("kind") or task.environment)
@@ -122,7 +122,7 @@ def _careful(task: SampleTask) -> dict[str, Any]:
         return _call(task)
     return _words(task.thought, f"It is {task.truth['expected_answer']}." if task.kind == "sum" else "I do not know.")
 
-
+# %% ../../nbs/rl/15_sample_tasks.ipynb #a0a9cac4
 def _careless(task: SampleTask, rng: random.Random) -> dict[str, Any]:
     """A typical wrong turn."""
     if task.kind == "sum":
@@ -207,7 +207,7 @@ def _verdict_line(rng: random.Random, share: float) -> str:
     asked = judge_messages(row["context"], row["response1"], row["response2"])
     return json.dumps({"messages": [*asked, careless_verdict(row, rng, share)]}, ensure_ascii=False)
 
-
+# %% ../../nbs/rl/15_sample_tasks.ipynb #7d33e564
 def write_careless_verdicts(
     path: str | os.PathLike,
     count: int = 4000,

@@ -36,7 +36,7 @@ def _strict_member(key: str, value: Any) -> Any:
         return {name: strictify(schema) for name, schema in value.items()}
     return value if key in _VALUES else strictify(value)
 
-
+# %% ../../nbs/rl/05_structured.ipynb #0a4b54fe
 def strictify(schema: Any) -> Any:
     """The schema with every property required and no other allowed."""
     if isinstance(schema, list):
@@ -76,7 +76,7 @@ def _element(element: ElementTree.Element) -> Any:
         found.setdefault(child.tag, []).append(_element(child))
     return {k: v[0] if len(v) == 1 else v for k, v in found.items()}
 
-
+# %% ../../nbs/rl/05_structured.ipynb #bb50e857
 def _read_xml(text: str) -> Any:
     """The content of the root element."""
     if "<!" in text:
@@ -110,7 +110,7 @@ def _typed_text(text: str, kind: Any) -> Any:
         return float(text) if "." in text else int(text)
     return {"true": True, "false": False}.get(text, text) if kind == "boolean" else text
 
-
+# %% ../../nbs/rl/05_structured.ipynb #f7790694
 def as_typed(
     value: Any,  # texts, as CSV and XML give them
     schema: Any,

@@ -177,7 +177,7 @@ def _as_text(value: Any, repairs: list[str]) -> Any:
         return json.dumps(value)
     return value
 
-
+# %% ../../nbs/rl/01_tasks.ipynb #2643b95a
 def _is_empty(name: str, value: Any) -> bool:
     """Whether a field says nothing. An empty `ground_truth` says that nothing is to be called."""
     if isinstance(value, str):
@@ -248,7 +248,7 @@ def _request_of(task: Task) -> dict[str, Any]:
     prompt = {"input": [dict(m) for m in task.messages], **({"tools": flat} if flat else {})}
     return prompt | task.extra.get("responses_create_params", {})
 
-
+# %% ../../nbs/rl/01_tasks.ipynb #692088c1
 def task_row(task: Task) -> dict[str, Any]:
     """A task as a row of NeMo Gym; what `parse_task` kept in `extra` comes back."""
     extra = {k: v for k, v in task.extra.items() if k != "responses_create_params"}

@@ -39,7 +39,7 @@ def _tool_of(action: str, name: str, fields: Sequence[str]) -> dict[str, Any]:
     }
     return {"type": "function", "function": function}
 
-
+# %% ../../nbs/rl/07_workplace.ipynb #83405f10
 def office_tools() -> list[dict[str, Any]]:
     """The twenty tools in chat form."""
     return [_tool_of(action, name, fields) for name, fields in TABLES.items() for action in ACTIONS]
@@ -65,20 +65,20 @@ def empty_office() -> State:
 class ToolRefusal(Exception):
     """A call that the office does not carry out; the text is what the model is told."""
 
-
+# %% ../../nbs/rl/07_workplace.ipynb #a21d72f3
 def _record(table: Mapping[str, Any], name: str, arguments: Mapping[str, str]) -> str:
     """The id of an existing record that a call names."""
     if arguments.get("id") not in table:
         raise ToolRefusal(f"error: no {name} has the id {arguments.get('id')!r}")
     return arguments["id"]
 
-
+# %% ../../nbs/rl/07_workplace.ipynb #fd65a407
 def _find(table: Mapping[str, Mapping[str, str]], values: Mapping[str, str]) -> str:
     """The records that have all these values, as JSON."""
     found = {i: r for i, r in table.items() if all(r[k] == v for k, v in values.items())}
     return json.dumps(found, ensure_ascii=False)
 
-
+# %% ../../nbs/rl/07_workplace.ipynb #3f44ef33
 def _add(table: dict[str, dict[str, str]], fields: Sequence[str], values: dict[str, str]) -> str:
     """A new record with the next id. Every field must be given."""
     if missing := sorted(set(fields) - set(values)):
