@@ -225,7 +225,7 @@ class _Tools:
     bos: int | None
     eos: int | None
 
-
+# %% ../../nbs/pretrain/04_tokens.ipynb #e62069c7
 @functools.lru_cache(maxsize=2)
 def _tools(section: DocumentTokenizer, version: str, tier: str, large: bool) -> _Tools:
     """Made once in each process; forked workers inherit it. `version` keeps an edited tokenizer from being mistaken."""

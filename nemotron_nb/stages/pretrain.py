@@ -128,10 +128,10 @@ def check_start(
         raise UserError(what, where="scheduler.lr_wsd_decay_iters", fix=fix)
     check_weights_and_record(settings)
 
-# %% ../../nbs/stages/04_pretrain.ipynb #dc59a76f
+# %% ../../nbs/stages/04_pretrain.ipynb #9bf423c3
 _Row = tuple[str, Any, str]  # what follows, the number, what it is counted in
 
-
+# %% ../../nbs/stages/04_pretrain.ipynb #e443d0fe
 def _size_rows(t: Any, length: int) -> list[_Row]:
     """Tokens of a step and of the run; `t` is the section train, its length in steps."""
     read = t.packs_read(t.train_iters, length) * length
@@ -225,7 +225,7 @@ def consumed(
     note_artifacts(folder, inputs)
     return inputs
 
-# %% ../../nbs/stages/04_pretrain.ipynb #921231f3
+# %% ../../nbs/stages/04_pretrain.ipynb #be5dc105
 def _measured(run: Run) -> list[str]:
     """Loss and bits per byte on held-out documents, before and after."""
     if any(not isinstance(e.get("bits_per_byte"), float) for e in (run.before, run.after)):
@@ -234,7 +234,7 @@ def _measured(run: Run) -> list[str]:
     bits = f"{b:.3f} bits per byte before, {d:.3f} after"
     return [f"Held-out documents: {bits} (loss {a:.3f}, then {c:.3f} nats a token)."]
 
-
+# %% ../../nbs/stages/04_pretrain.ipynb #ae52fa34
 def _work(run: Run) -> list[str]:
     """Steps, tokens and time."""
     steps = run.lines("train")
@@ -258,10 +258,10 @@ def headline(
         said.append(f"The model lies in {model}. Fine-tune it: {tune}")
     return said
 
-# %% ../../nbs/stages/04_pretrain.ipynb #ff34b411
+# %% ../../nbs/stages/04_pretrain.ipynb #d75422d6
 _Part = tuple[bool, str, str, Callable[[], Picture]]  # is there anything to draw, title, how to read it, how to draw it
 
-
+# %% ../../nbs/stages/04_pretrain.ipynb #36b56077
 def _of_training(run: Run) -> list[_Part]:
     """Text, steps, loss, rate, speed."""
     steps, start = bool(run.lines("train")), run.lines("start")
@@ -276,7 +276,7 @@ def _of_training(run: Run) -> list[_Part]:
         (steps, "Speed", "Every token is a label; a dip is a slow step.", lambda: speed_picture(run.metrics)),
     ]
 
-# %% ../../nbs/stages/04_pretrain.ipynb #3257ec0a
+# %% ../../nbs/stages/04_pretrain.ipynb #fe3acf61
 _HOW_TO_READ = {
     "Bits per byte by source": "To how many bits a byte the model would compress held-out text, against 8; tokenizers "
     "can be compared by it.",
@@ -287,7 +287,7 @@ _HOW_TO_READ = {
     "read it, in nats. The dotted line is the length of a sample.",
 }
 
-
+# %% ../../nbs/stages/04_pretrain.ipynb #364bb45b
 def _of_the_model(run: Run) -> list[_Part]:
     """What the base model knows, before and after."""
     from nemotron_nb.train.base_model import bits_table, continuations_table, positions_picture
@@ -325,7 +325,7 @@ def sections(
     plan = [*_of_training(run), *_of_the_model(run), *_of_the_run(run)]
     return [Section(title, how, draw()) for there, title, how, draw in plan if there]
 
-# %% ../../nbs/stages/04_pretrain.ipynb #d06acc04
+# %% ../../nbs/stages/04_pretrain.ipynb #532219bc
 BASE_TASKS = {"mmlu": 5, "arc_challenge": 25, "winogrande": 5, "hellaswag": 0, "openbookqa": 0}
 # of lm-evaluation-harness, with shots: the five of the open recipe for base models; the recipe says the shots of two,
 # MMLU's are those of its authors, and what nothing is said of is asked without
@@ -335,7 +335,7 @@ _HARNESS = (
     "set -e\n"
 )
 
-
+# %% ../../nbs/stages/04_pretrain.ipynb #0c5467f2
 def write_harness(
     folder: str | os.PathLike,  # a run folder
     tasks: Mapping[str, int] = MappingProxyType(BASE_TASKS),  # name -> shots
