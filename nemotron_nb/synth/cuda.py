@@ -41,7 +41,7 @@ class CudaSettings(AskingSettings):
     repairs: int = 1  # further attempts after the compiler's words
     without_box: bool = False  # may nvcc run where there are limits and no bubblewrap?
 
-
+# %% ../../nbs/synth/69_cuda.ipynb #33d55ef4
 def draw(draft: RowDraft, workshop: Workshop) -> None:
     """A task."""
     rng = draft.rng("draw")
@@ -62,7 +62,7 @@ def kernel_of(
     """The source of an answer: its last fenced block; empty if there is none."""
     return last_block(answer, ("cuda", "cpp", "c++", "c"))
 
-
+# %% ../../nbs/synth/69_cuda.ipynb #9f7a6443
 def _repair_question(source: str, error: str) -> str:
     """What is asked about a kernel that does not compile."""
     return (
@@ -70,7 +70,7 @@ def _repair_question(source: str, error: str) -> str:
         "Mend it, and answer with the whole source in a block of ```cuda."
     )
 
-
+# %% ../../nbs/synth/69_cuda.ipynb #540ba053
 def _asked(draft: RowDraft, workshop: Workshop, question: str, step: str) -> tuple[str, str, str]:
     """(thought, answer, source) of a model. `Drop` without a source."""
     answer = workshop.models.ask(draft, "teacher", step, question)
@@ -78,6 +78,12 @@ def _asked(draft: RowDraft, workshop: Workshop, question: str, step: str) -> tup
     if not source:
         raise Drop("no_source", "the answer holds no fenced block", answer.text)
     return answer.reasoning, answer.text, source
+
+# %% ../../nbs/synth/69_cuda.ipynb #f6b35271
+def _named(source: str, name: str) -> Proof:
+    """Is the kernel there that was asked for?"""
+    there = re.search(rf"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?{re.escape(name)}\s*\(", source)
+    return Proof("name of the kernel", PASSED if there else REFUSED, "" if there else "another_kernel", {"asked": name})
 
 # %% ../../nbs/synth/69_cuda.ipynb #d55d9351
 def write(draft: RowDraft, workshop: Workshop) -> None:
@@ -98,13 +104,7 @@ def write(draft: RowDraft, workshop: Workshop) -> None:
     thinks = {"reasoning_content": thought} if thought else {}
     draft.messages = [{"role": "user", "content": question}, {"role": "assistant", **thinks, "content": text}]
 
-
-def _named(source: str, name: str) -> Proof:
-    """Is the kernel there that was asked for?"""
-    there = re.search(rf"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?{re.escape(name)}\s*\(", source)
-    return Proof("name of the kernel", PASSED if there else REFUSED, "" if there else "another_kernel", {"asked": name})
-
-
+# %% ../../nbs/synth/69_cuda.ipynb #f3b031a8
 STEPS = (("draw", draw), ("write", write))
 
 # %% ../../nbs/synth/69_cuda.ipynb #9036297d
@@ -118,7 +118,7 @@ def _kernel(question: str) -> str:
         f"        {rule};\n    }}\n}}"
     )
 
-
+# %% ../../nbs/synth/69_cuda.ipynb #dd91332f
 def rehearse_cuda(body: dict[str, Any], before: int) -> Reply | str:
     """Kernels, some of them broken, mended when they are shown again."""
     question = body["messages"][0]["content"]

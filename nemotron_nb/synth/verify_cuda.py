@@ -52,7 +52,7 @@ def find_nvcc() -> tuple[str, str]:
     version = re.search(r"release (\d+\.\d+)", done.stdout) if done else None
     return (str(Path(path).resolve()), version[1]) if version else ("", "")
 
-
+# %% ../../nbs/synth/25_verify_cuda.ipynb #d75c0236
 def _error(said: str) -> str:
     """The first error that the compiler finds in the source; empty if it failed for another reason."""
     lines = (line.rpartition("kernel.cu")[2] for line in said.splitlines() if "kernel.cu" in line and "error" in line)

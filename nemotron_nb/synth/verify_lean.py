@@ -49,7 +49,7 @@ def _forbidden(code: str) -> str:
     words = (part for token in _TOKEN.findall(code) for part in (token, *token.split(".")))
     return next((word for word in words if word in FORBIDDEN), "")
 
-
+# %% ../../nbs/synth/24_verify_lean.ipynb #73ed49f2
 def _states(code: str, statement: str) -> bool:
     """Does the statement stand in the code once, and is it proved there?"""
     there, asked = (" ".join(text.split()) for text in (code, statement))
@@ -70,7 +70,7 @@ class Lean:
         alone = [f"{self.home}/bin/lean", "{job}/Proof.lean"]
         return [f"{self.home}/bin/lake", "--dir", self.project, "env", *alone] if self.project else alone
 
-
+# %% ../../nbs/synth/24_verify_lean.ipynb #a269e886
 def _told(words: Sequence[str], where: str) -> str:
     """What a command of this machine says; empty where it fails."""
     try:
@@ -79,7 +79,7 @@ def _told(words: Sequence[str], where: str) -> str:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
 
-
+# %% ../../nbs/synth/24_verify_lean.ipynb #84e42e83
 def find_lean(
     project: str | Path = "",  # folder with a lakefile; its version of Lean is taken
 ) -> Lean | None:
@@ -93,14 +93,14 @@ PATIENCE = Limits(seconds=30.0, memory=64 << 30, output=1 << 20, processes=64)
 ALLOWED = {"propext", "Classical.choice", "Quot.sound"}
 _RESTS = re.compile(r"'([^']+)' (?:depends on axioms: \[([^\]]*)\]|does not depend on any axioms)")
 
-
+# %% ../../nbs/synth/24_verify_lean.ipynb #23c5ca87
 def _compiled(lean: Lean, source: str, name: str, limits: Limits) -> Ran:
     """What Lean says of a file, and of what the theorem rests on."""
     shown = [place for place in (lean.home, lean.project) if place]
     asked = f"{source.rstrip()}\n\n#print axioms {name}\n"
     return run_command(lean.words, {"Proof.lean": asked}, b"", limits, shown, errors=True)
 
-
+# %% ../../nbs/synth/24_verify_lean.ipynb #f8dbefca
 def _verdict(ran: Ran, name: str) -> tuple[str, str, dict[str, Any]]:
     """(status, reason, evidence) from what Lean said."""
     if ran.code is None:

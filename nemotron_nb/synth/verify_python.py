@@ -51,7 +51,7 @@ def program_of(
     blocks = _BLOCK.findall(answer)
     return blocks[-1] if blocks else ""
 
-
+# %% ../../nbs/synth/21_verify_python.ipynb #bdf2564c
 def same_output(
     one: str,
     other: str,
@@ -94,7 +94,7 @@ def _fault(ran: Ran, wanted: str | None) -> str:
         return "error"
     return "" if wanted is None or same_output(ran.output, wanted) else "wrong_output"
 
-
+# %% ../../nbs/synth/21_verify_python.ipynb #1686386e
 def _first_fault(program: str, tests: ProgramTests, limits: Limits) -> tuple[str, dict[str, Any]]:
     """(why, which test and what came) of the first test that is not passed; empty reason if all are."""
     runs = run_tests(program, tests.inputs, limits) if tests.inputs else []
@@ -122,7 +122,7 @@ def _proof(what: str, box: str, reason: str, evidence: Mapping[str, Any], status
     name = f"python {sys.version_info.major}.{sys.version_info.minor} in {box}: {what}"
     return Proof(name, status if reason else PASSED, reason, evidence)
 
-
+# %% ../../nbs/synth/21_verify_python.ipynb #4b07e3a3
 def verify_python(
     program: str,
     tests: ProgramTests,
