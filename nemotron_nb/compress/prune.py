@@ -24,11 +24,8 @@ def expert_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 # %% ../../nbs/compress/05_prune.ipynb #70d4df9a
 @torch.no_grad()
-def channel_importance(
-    model: PreTrainedModel,
-    batches: Iterable[Tensor],  # int64 [R,T]: token ids
-) -> dict[str, Tensor]:
-    """Name of a layer's experts -> mean size of each channel over the tokens of its expert: float64 [E,F]."""
+def _activity(model: PreTrainedModel, batches: Iterable[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """By name of a layer's experts: ([E,F] sizes of each channel, added up; [E] tokens that each expert met)."""
     layers = expert_layers(model)
     sums = {name: torch.zeros(m.up_proj.shape[:2], dtype=torch.float64) for name, m in layers.items()}
     counts = {name: torch.zeros(len(m.up_proj), dtype=torch.float64) for name, m in layers.items()}
@@ -46,12 +43,28 @@ def channel_importance(
         model(input_ids=tokens.to(model.device), use_cache=False)
     for hook in hooks:
         hook.remove()
+    return sums, counts
+
+# %% ../../nbs/compress/05_prune.ipynb #f76619f7
+def channel_importance(
+    model: PreTrainedModel,
+    batches: Iterable[Tensor],  # int64 [R,T]: token ids
+) -> dict[str, Tensor]:
+    """Name of a layer's experts -> mean size of each channel over the tokens of its expert: float64 [E,F]."""
+    sums, counts = _activity(model, batches)
     if unseen := [f"{n} expert {e}" for n, c in counts.items() for e in (c == 0).nonzero().flatten().tolist()]:
         what = f"{len(unseen)} experts met no token, e.g. {unseen[0]}"
         raise UserError(what, where="pruning", fix="give more samples")
-    return {name: sums[name] / counts[name][:, None] for name in layers}
+    return {name: sums[name] / counts[name][:, None] for name in sums}
 
 # %% ../../nbs/compress/05_prune.ipynb #43cb0ded
+def _narrowed(up_EFH: Tensor, down_EHF: Tensor, score_EF: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Both matrices with the best channels of each expert: rows of the first, columns of the second."""
+    kept_EW = score_EF.topk(width, dim=-1).indices.sort(-1).values.to(up_EFH.device)
+    up_EWH = torch.stack([up[kept] for up, kept in zip(up_EFH, kept_EW)])
+    return up_EWH, torch.stack([down[:, kept] for down, kept in zip(down_EHF, kept_EW)])
+
+# %% ../../nbs/compress/05_prune.ipynb #75f25a2e
 def pruned(
     model: PreTrainedModel,
     importance: dict[str, Tensor],  # of `channel_importance`
@@ -65,10 +78,8 @@ def pruned(
     config.moe_intermediate_size = width
     state = dict(model.state_dict())
     for name, score_EF in importance.items():
-        kept_EW = score_EF.topk(width, dim=-1).indices.sort(-1).values.to(model.device)
-        up, down = state[f"{name}.up_proj"], state[f"{name}.down_proj"]
-        state[f"{name}.up_proj"] = torch.stack([u[kept] for u, kept in zip(up, kept_EW)])
-        state[f"{name}.down_proj"] = torch.stack([d[:, kept] for d, kept in zip(down, kept_EW)])
+        names = f"{name}.up_proj", f"{name}.down_proj"
+        state |= zip(names, _narrowed(*(state[n] for n in names), score_EF, width))
     with torch.random.fork_rng():
         made = NemotronHForCausalLM(config).to(model.device, model.dtype)
     made.load_state_dict(state)
