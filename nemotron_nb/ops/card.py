@@ -50,7 +50,7 @@ def without_places(
     """A text whose absolute paths are their last part."""
     return _PLACE.sub(r"…/\1", str(text))
 
-# %% ../../nbs/ops/12_card.ipynb #ad925072
+# %% ../../nbs/ops/12_card.ipynb #38703898
 def _cell(value: Any) -> str:
     """A value in a table."""
     if isinstance(value, float):
@@ -58,7 +58,7 @@ def _cell(value: Any) -> str:
     whole = isinstance(value, int) and not isinstance(value, bool)
     return f"{value:,}" if whole else markdown_text(without_places(value))
 
-
+# %% ../../nbs/ops/12_card.ipynb #954f7c60
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     """A table of untrusted values; nothing where there are no rows."""
     lines = [f"| {' | '.join(map(_cell, row))} |" for row in rows]
@@ -88,17 +88,17 @@ class Card:
 
     @property
     def leaves(self) -> list[Source]:
-        """The raw inputs."""
-        return [node.source for node in self.tree.nodes() if not node.source.is_artifact]
+        """The raw inputs; the model on top, which is not entered yet, is none."""
+        return [n.source for n in self.tree.nodes() if n is not self.tree and not n.source.is_artifact]
 
-# %% ../../nbs/ops/12_card.ipynb #34145466
+# %% ../../nbs/ops/12_card.ipynb #773a5b71
 def _branch(store: Store, given: Artifact | Source) -> Lineage:
     """The tree under one input."""
     if isinstance(given, Artifact):
         return store.lineage(given)
     return store.lineage(given.uri) if given.is_artifact else Lineage(given)
 
-
+# %% ../../nbs/ops/12_card.ipynb #27c32b19
 def read_card(
     run: str | os.PathLike,  # a run folder
     model: str | os.PathLike,  # the folder with its weights
@@ -219,7 +219,7 @@ def _licences(card: Card) -> list[str]:
     return ["## Licence", "", f"None is chosen yet for these weights. {stated} Before they are passed on, read the "
             "licence of each dataset and model in the lineage, and write the one that they allow at the top.", ""]
 
-# %% ../../nbs/ops/12_card.ipynb #2a720c4b
+# %% ../../nbs/ops/12_card.ipynb #f630725e
 def _lines(node: Lineage, depth: int = 0) -> Iterable[str]:
     """A tree as indented lines: name, role, digest, and the command that made it."""
     known = [node.label, node.source.role, node.source.digest[:12], f"by: {node.command}" if node.command else ""]
@@ -227,7 +227,7 @@ def _lines(node: Lineage, depth: int = 0) -> Iterable[str]:
     for part in node.inputs:
         yield from _lines(part, depth + 1)
 
-
+# %% ../../nbs/ops/12_card.ipynb #67b1b0aa
 def _made(card: Card) -> list[str]:
     """Lineage, the command, the versions."""
     packages, git = card.run.env.get("packages", {}), card.run.env.get("git", {})
@@ -254,14 +254,14 @@ def _settings(card: Card) -> list[str]:
     rows = [[name, config[name], "yes" if name in changed else ""] for name in wanted if config[name] not in (None, "")]
     return ["## Settings", "", *_table(["setting", "value", "not the recipe's"], rows)] if rows else []
 
-# %% ../../nbs/ops/12_card.ipynb #24ed9d4f
+# %% ../../nbs/ops/12_card.ipynb #2002d2fa
 def _rewards(run: Run) -> list[list[Any]]:
     """Mean reward of each environment on held-out tasks, at the first look and at the last."""
     looks = run.lines("rl_valid")
     first, last = (looks[0].get("rewards", {}), looks[-1].get("rewards", {})) if len(looks) > 1 else ({}, {})
     return [[f"mean reward, {name}", value, last.get(name, 0.0)] for name, value in first.items()]
 
-
+# %% ../../nbs/ops/12_card.ipynb #b8910b5b
 def _evaluation(card: Card) -> list[str]:
     """What was measured before and after."""
     before, after = card.run.before, card.run.after

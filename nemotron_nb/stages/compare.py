@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from nemotron_nb.stages.evaluate import EvalConfig, Measured
 
-# %% ../../nbs/stages/16_compare.ipynb #64c97433
+# %% ../../nbs/stages/16_compare.ipynb #3555d587
 @dataclass(frozen=True)
 class Compared:
     """A run under the name that tables and pictures have for it."""
@@ -35,7 +35,7 @@ class Compared:
     run: Run
     kind: str  # the name of its stage
 
-
+# %% ../../nbs/stages/16_compare.ipynb #717eaeff
 def run_folders(
     paths: Sequence[str | os.PathLike],  # of runs, or of recipes
 ) -> list[Path]:
@@ -54,7 +54,7 @@ def run_folders(
         raise UserError(f"{len(folders)} run cannot be compared", where=", ".join(map(str, paths)), fix=fix)
     return folders
 
-# %% ../../nbs/stages/16_compare.ipynb #2dba60c2
+# %% ../../nbs/stages/16_compare.ipynb #caed681e
 def short_names(folders: Sequence[Path]) -> list[str]:
     """A short name for each run, without its time where that is enough to tell them apart."""
     whole = [folder.name for folder in folders]
@@ -62,7 +62,7 @@ def short_names(folders: Sequence[Path]) -> list[str]:
     named = [f"{folder.parent.name} {name}" for folder, name in zip(folders, cut, strict=True)]
     return [a if named.count(a) == 1 else f"{folder.parent.name} {b}" for a, b, folder in zip(named, whole, folders)]
 
-
+# %% ../../nbs/stages/16_compare.ipynb #3493f9a2
 def compared_runs(paths: Sequence[str | os.PathLike]) -> list[Compared]:
     """The runs that are meant, read."""
     folders = run_folders(paths)
@@ -91,7 +91,7 @@ def curves_of(run: Run) -> dict[str, list[tuple[int, float]]]:
             found[name] = sorted(points)
     return found
 
-# %% ../../nbs/stages/16_compare.ipynb #69687248
+# %% ../../nbs/stages/16_compare.ipynb #71db9920
 _COLOURS = ("#4c78a8", "#f2a541", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d", "#808080")
 
 
@@ -104,7 +104,19 @@ def _draw(axes: "Axes", name: str, runs: Mapping[str, list[tuple[int, float]]], 
     axes.tick_params(labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
 
+# %% ../../nbs/stages/16_compare.ipynb #e9777a0f
+def _plain(name: str) -> str:
+    """A name as matplotlib writes it: no formulas, nothing that cannot be seen."""
+    return visible(name).replace("$", r"\$")[:60]
 
+# %% ../../nbs/stages/16_compare.ipynb #ef756762
+def _in_words(names: Sequence[str], found: Mapping[str, Mapping[str, list[tuple[int, float]]]]) -> str:
+    """First and last value of every curve."""
+    said = [f"{name}, {run}: {curves[name][0][1]:.4g} to {curves[name][-1][1]:.4g}"
+            for name in names for run, curves in found.items() if name in curves]  # fmt: skip
+    return "; ".join(said)
+
+# %% ../../nbs/stages/16_compare.ipynb #022d5610
 def curves_picture(
     runs: Sequence[Compared],
 ) -> Picture:
@@ -129,18 +141,6 @@ def curves_picture(
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return png(figure, _in_words(names, found))
 
-# %% ../../nbs/stages/16_compare.ipynb #0b499f9a
-def _plain(name: str) -> str:
-    """A name as matplotlib writes it: no formulas, nothing that cannot be seen."""
-    return visible(name).replace("$", r"\$")[:60]
-
-
-def _in_words(names: Sequence[str], found: Mapping[str, Mapping[str, list[tuple[int, float]]]]) -> str:
-    """First and last value of every curve."""
-    said = [f"{name}, {run}: {curves[name][0][1]:.4g} to {curves[name][-1][1]:.4g}"
-            for name in names for run, curves in found.items() if name in curves]  # fmt: skip
-    return "; ".join(said)
-
 # %% ../../nbs/stages/16_compare.ipynb #7f02d727
 _ALWAYS = ("run.label", "run.output_root", "run.artifacts", "run.wandb.run_name")
 
@@ -157,7 +157,15 @@ def differing(
             rows.append({"setting": name, **{run.name: str(values.get(run.name, "")) for run in runs}})
     return rows
 
-# %% ../../nbs/stages/16_compare.ipynb #66122b00
+# %% ../../nbs/stages/16_compare.ipynb #93619c2a
+def _not_comparable(having: Sequence[Compared], count: int) -> str:
+    """Why the values of a measure are no comparison; empty where they are one."""
+    said = [] if len(having) == count else [f"{count - len(having)} of {count} runs have not measured it"]
+    if len({run.kind for run in having}) > 1:
+        said.append("runs of different kinds measured it, on data of their own")
+    return "; ".join(said)
+
+# %% ../../nbs/stages/16_compare.ipynb #6f487c97
 def result_rows(
     runs: Sequence[Compared],
 ) -> list[dict[str, Any]]:
@@ -172,15 +180,7 @@ def result_rows(
         rows.append({"measure": name, **shown, "": note})
     return rows
 
-
-def _not_comparable(having: Sequence[Compared], count: int) -> str:
-    """Why the values of a measure are no comparison; empty where they are one."""
-    said = [] if len(having) == count else [f"{count - len(having)} of {count} runs have not measured it"]
-    if len({run.kind for run in having}) > 1:
-        said.append("runs of different kinds measured it, on data of their own")
-    return "; ".join(said)
-
-# %% ../../nbs/stages/16_compare.ipynb #6c14536d
+# %% ../../nbs/stages/16_compare.ipynb #f4e37768
 def _facts(runs: Sequence[Compared]) -> list[dict[str, Any]]:
     """One row a run: what it is, and what it took."""
     return [
@@ -189,7 +189,7 @@ def _facts(runs: Sequence[Compared]) -> list[dict[str, Any]]:
         for run in runs
     ]  # fmt: skip
 
-
+# %% ../../nbs/stages/16_compare.ipynb #2ee627ed
 def comparison_picture(
     paths: Sequence[str | os.PathLike],  # of runs, or of recipes
 ) -> Picture:
@@ -206,7 +206,7 @@ def comparison_picture(
         parts.append(table([[f"{words}, and the settings that have a value in each column."]], header=["note"]))
     return joined(parts)
 
-# %% ../../nbs/stages/16_compare.ipynb #f800ac89
+# %% ../../nbs/stages/16_compare.ipynb #df965a3a
 def checkpoints_of(
     store: Store,
     address: str,  # NAME, NAME:VERSION or art://NAME:VERSION
@@ -218,7 +218,7 @@ def checkpoints_of(
         raise UserError("the lineage has no model", where=address, fix="name a model: nemotron artifacts lists them")
     return found[::-1]
 
-
+# %% ../../nbs/stages/16_compare.ipynb #7ed29ef7
 def lineage_table(
     found: Mapping[str, "Measured"],  # address -> what `measure` found, the oldest first
 ) -> Picture:

@@ -23,7 +23,7 @@ from .sft import Show, check_place, cluster_layer, hand_over, job_script, on_clu
 if TYPE_CHECKING:
     from nemotron_nb.ops.profiles import Profile
 
-# %% ../../nbs/stages/05_rl_data.ipynb #44bf999d
+# %% ../../nbs/stages/05_rl_data.ipynb #1644b4e3
 @dataclass(frozen=True)
 class RlDataConfig:
     """Every setting of the preparation of tasks."""
@@ -33,12 +33,12 @@ class RlDataConfig:
     data: TaskFiles = TaskFiles()
     run: RunSection = RunSection()
 
-# %% ../../nbs/stages/05_rl_data.ipynb #23c4ec2d
+# %% ../../nbs/stages/05_rl_data.ipynb #663e37ce
 def _in_data(name: str) -> str:
     """A setting with its section."""
     return name if name in ("family", "force") or name.startswith(("data.", "run.")) else f"data.{name}"
 
-
+# %% ../../nbs/stages/05_rl_data.ipynb #6dc68592
 def rl_data_config(
     family: str,
     name: str | Sequence[str] = "default",  # what -c was given
@@ -87,7 +87,7 @@ def log_tasks(
         RL_DATA.makes[0], "data", prepared.folder, fields, made_from, ("latest", family), producer(command)
     )
 
-# %% ../../nbs/stages/05_rl_data.ipynb #b55673e6
+# %% ../../nbs/stages/05_rl_data.ipynb #929f506b
 def _submitted(effective: Effective, profile: "Profile", mode: str, script: str) -> None:
     """Prepare in a job; a job that fails ends the process with its code."""
     from nemotron_nb.ops.slurm import submit
@@ -97,7 +97,7 @@ def _submitted(effective: Effective, profile: "Profile", mode: str, script: str)
     if code := hand_over(job, mode, Path(f"{profile.job_name or 'nemotron-data_prep_rl'}-{job}.log")):
         sys.exit(code)
 
-
+# %% ../../nbs/stages/05_rl_data.ipynb #d21b69f4
 def rl_data_run(
     family: str,
     config: str | Sequence[str] = "default",  # what -c was given

@@ -61,11 +61,6 @@ def read_rollout_file(path: str | Path) -> RolloutFile:
     return RolloutFile(path, tuple(read_rollouts(path)), tasks, tuple(Judgement(**row) for row in kept), told)
 
 # %% ../../nbs/stages/07_rl_tools.ipynb #23004da4
-def _speakers(rollout: "Rollout") -> list[str]:
-    """[L] who wrote each token."""
-    return [s.who for s in rollout.segments for _ in range(s.end - s.start)]
-
-
 def show_rollout(
     path: str | Path,  # of a file of rollouts
     line: int = 1,  # of the answer
@@ -101,6 +96,11 @@ def show_rollout(
         shown.append(ledger_picture([(f"#{rollout.member}", file.judgements[line - 1])], "how it was judged"))
     return joined(shown)
 
+# %% ../../nbs/stages/07_rl_tools.ipynb #a322f349
+def _plain(judgement: Judgement) -> float | None:
+    """The reward without what effort added."""
+    return judgement.parts.get("before_effort", judgement.reward)
+
 # %% ../../nbs/stages/07_rl_tools.ipynb #a55ade7d
 @dataclass(frozen=True)
 class Rejudged:
@@ -132,11 +132,6 @@ class Rejudged:
         ]
         rows = [*((f"{self.names[k]} now", self.now[k]) for k in places), *before]
         return joined([table(counts, header=["", "number"]), ledger_picture(sorted(rows, key=lambda r: r[0]))])
-
-# %% ../../nbs/stages/07_rl_tools.ipynb #a322f349
-def _plain(judgement: Judgement) -> float | None:
-    """The reward without what effort added."""
-    return judgement.parts.get("before_effort", judgement.reward)
 
 # %% ../../nbs/stages/07_rl_tools.ipynb #4489bd48
 def judge_again(
