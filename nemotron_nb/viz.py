@@ -344,9 +344,8 @@ def _cell(value: Any) -> str:
 # %% ../nbs/01_viz.ipynb #ce5de270
 def _table_text(header: Sequence[str], values: Sequence[Sequence[Any]], title: str) -> str:
     """The rows in columns of equal width."""
-    lines = [[str(h) for h in header]] + [
-        [visible(_cell_text(v)).replace("\n", "\u21b5") for v in row] for row in values
-    ]
+    lines = [[str(h) for h in header]] if header else []
+    lines += [[visible(_cell_text(v)).replace("\n", "\u21b5") for v in row] for row in values]
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = ["  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in lines]
     return "\n".join(([title] if title else []) + text)
