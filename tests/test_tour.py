@@ -97,7 +97,7 @@ def run_all(name, steps, monkeypatch):
 @each
 def test_it_runs(name, monkeypatch):
     """With few steps of training: nbdev-test and the browser run it as it stands."""
-    steps = 12
+    steps = 6
     names, results = run_all(name, steps, monkeypatch)
     assert len([m for m in names["metrics"] if m["kind"] == "train"]) == steps and len(results) == len(shown(name))
     fresh, committed = ([repr(r) for r in results], ["".join(o["data"]["text/plain"]) for o in shown(name)])
