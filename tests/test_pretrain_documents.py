@@ -329,6 +329,18 @@ def test_workers_change_no_byte(corpus):
     assert all(len({s["dataset"] for s in first.shards(split)}) == 2 for split in ("train", "valid", "test"))
 
 
+@pytest.mark.long
+def test_ray_changes_no_byte(corpus):
+    ray, blend = pytest.importorskip("ray"), str(corpus / "mix.json")
+    first = prepare(corpus, "local", blend_path=blend, num_shards=4, workers=2)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        other = prepare(corpus, "ray", blend_path=blend, num_shards=4, executor="ray")
+    finally:
+        ray.shutdown()
+    assert contents(corpus / "ray") == contents(corpus / "local") and other["key"] == first["key"]
+
+
 @pytest.mark.parametrize("where", ["tokens._tokenize", "documents.write_shard"])
 def test_killed_and_started_again_the_bytes_are_the_same(corpus, where):
     module, function = where.split(".")

@@ -1,14 +1,21 @@
 """The order of samples is Megatron-Core's, step by step, and any sample can be read without those before it."""
 
+import json
 import logging
+import sysconfig
 import tracemalloc
 import typing
+from pathlib import Path
 
 import numpy as np
 import pytest
 import typing_extensions
+from typer.testing import CliRunner
 
+from nemotron_nb.cli import app
 from nemotron_nb.core import UserError
+from nemotron_nb.data.tokenizer import load_tokenizer
+from nemotron_nb.pretrain.documents import read_megatron_blend
 from nemotron_nb.pretrain import order as native
 from nemotron_nb.pretrain.indexed import IndexedReader, IndexedWriter
 from nemotron_nb.pretrain.order import (
@@ -124,6 +131,34 @@ def test_a_blend_is_read_as_megatrons_builder_reads_it(tmp_path, core, files, we
         assert np.array_equal(ours[i].tokens, theirs[i]["tokens"].numpy())
     single = Mixture([(3.0, files[2])], 20, 64, 7)
     assert len(single) == len(alone) and np.array_equal(single[19].labels, alone[19]["labels"].numpy())
+
+
+def test_the_documentation_of_this_machine_prepared_by_command_is_read_by_megatron(tmp_path, monkeypatch, core):
+    """`nemotron nano3 data prep pretrain` on real text: Megatron's own classes read what it wrote, and say the text again."""
+    monkeypatch.chdir(tmp_path)
+    found = sorted(path for path in Path(sysconfig.get_paths()["purelib"]).rglob("*") if path.suffix in (".md", ".rst") and path.is_file())
+    texts = list(dict.fromkeys(path.read_text(encoding="utf-8", errors="ignore") for path in found[:60]))
+    texts = [text for text in texts if text.strip()]
+    Path("docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    words = ["nano3", "data", "prep", "pretrain", "path=docs.jsonl", "tokenizer=tiny", "num_shards=4", "workers=1"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0 and len(texts) > 20, (done.output, done.exception)
+    (folder,) = (path.parent for path in Path("output/nano3/data_prep_pretrain").glob("*/blend.json"))
+    tokenizer, said = load_tokenizer("tiny"), []
+    for split, shards in read_megatron_blend(folder / "blend.json").items():
+        for _, prefix in shards:
+            theirs = core["IndexedDataset"](prefix)
+            rows = [theirs[i].tolist() for i in range(len(theirs))]
+            assert all(row[-1] == tokenizer.special_ids["<|im_end|>"] for row in rows)
+            said += [tokenizer.decode(row[:-1]) for row in rows]
+    assert sorted(said) == sorted(texts)
+    blend = read_megatron_blend(folder / "blend.json")["train"]
+    weights, prefixes = ([pair[k] for pair in blend] for k in (0, 1))
+    given = [(prefixes, [float(w) for w in weights]), None, None]
+    config = settings(core, tmp_path, random_seed=3, sequence_length=128, blend_per_split=given)
+    dataset, _, _ = core["BlendedMegatronDatasetBuilder"](core["GPTDataset"], [100, 0, 0], lambda: True, config).build()
+    ours = Mixture(blend, 100, 128, 3)
+    assert all(np.array_equal(ours[i].tokens, dataset[i]["tokens"].numpy()) for i in range(100))
 
 
 def test_the_binary_search_finds_what_the_walk_finds():

@@ -39,7 +39,7 @@ CHAPTERS: Mapping[str, str] = {
     },
     **{"runs": "Run notebooks", "help": "Help"},
 }
-FRONT = ("index", "tour", "map")
+FRONT = ("index", "tour", "tour_pretrain", "map")
 
 # %% ../../nbs/ops/11_docs.ipynb #359ca1a2
 @dataclass(frozen=True)
