@@ -23,7 +23,7 @@ from .core import UserError, nearest, new_folder
 if TYPE_CHECKING:
     from nemotron_nb.data.manifest import Manifest
 
-# %% ../nbs/92_api.ipynb #19b29a27
+# %% ../nbs/92_api.ipynb #07e66879
 PUBLIC: Mapping[str, str] = {  # name -> module
     **dict.fromkeys(("Result", "prepare", "train_base", "fine_tune", "reinforce", "evaluate"), "nemotron_nb.api"),
     **dict.fromkeys(("answer", "export"), "nemotron_nb.api"),
@@ -40,7 +40,7 @@ PUBLIC: Mapping[str, str] = {  # name -> module
     "serve_command": "nemotron_nb.stages.serve",
 }
 
-
+# %% ../nbs/92_api.ipynb #79b4f817
 def load_public(
     name: str,
 ) -> Any:
@@ -86,12 +86,12 @@ class Result:
         found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
         return found
 
-# %% ../nbs/92_api.ipynb #624f595e
+# %% ../nbs/92_api.ipynb #8f3b44dc
 def _typed(settings: Mapping[str, Any]) -> list[str]:
     """Settings as they would be typed."""
     return [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in settings.items()]
 
-
+# %% ../nbs/92_api.ipynb #77051a6d
 @contextlib.contextmanager
 def _quiet(quiet: bool) -> Iterator[None]:
     """What is printed meanwhile is kept back."""
@@ -110,16 +110,16 @@ def _run(stage: str, family: str, config: str, settings: Mapping[str, Any], quie
         raise UserError(f"the stage {stage} made no run folder", fix="run it on this machine, without a profile")
     return Result(Path(folder))
 
-# %% ../nbs/92_api.ipynb #084bb52d
+# %% ../nbs/92_api.ipynb #bf464673
 Settings = Mapping[str, Any]  # dotted names, as after `nemotron nano3 sft`
 
-
+# %% ../nbs/92_api.ipynb #e2e2f69c
 def _started(model: "str | Path | Result | None", setting: str) -> dict[str, Any]:
     """The model to begin with, as a setting."""
     given = model.model if isinstance(model, Result) else model
     return {setting: str(given)} if given else {}
 
-
+# %% ../nbs/92_api.ipynb #057f9498
 def train_base(
     documents: str | Path = "",  # a file of documents; empty: as the configuration says
     config: str = "tiny",
