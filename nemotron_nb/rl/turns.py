@@ -53,7 +53,7 @@ def results_ids(
 # %% ../../nbs/rl/17_turns.ipynb #2df7cea5
 Room = Callable[[Sequence[ToolCall]], list[str]]  # carries calls out: one result for each
 
-
+# %% ../../nbs/rl/17_turns.ipynb #03bc27e1
 def open_office() -> Room:
     """The office of the workplace tasks, fresh."""
     state = empty_office()
@@ -70,7 +70,7 @@ def open_office() -> Room:
 
     return act
 
-
+# %% ../../nbs/rl/17_turns.ipynb #dd18d235
 ROOMS: Mapping[str, Callable[[], Room]] = {
     "workplace": open_office
 }  # environment -> opens a room for one answer; the others have one turn
