@@ -72,13 +72,13 @@ def page_of(
         )
     return Page(notebook.relative_to(root).with_suffix("").as_posix(), title[1], question[1])
 
-# %% ../../nbs/ops/11_docs.ipynb #3321fc1c
+# %% ../../nbs/ops/11_docs.ipynb #49e8c81b
 def _order(page: Page) -> tuple:
     """Chapters in their order; the front page, then the tour and the map, then what has a number, then names."""
     front = FRONT.index(page.path) if page.path in FRONT else len(FRONT)
     return list(CHAPTERS).index(page.chapter), front, page.path
 
-
+# %% ../../nbs/ops/11_docs.ipynb #9d4e3476
 def pages_of(
     root: Path,  # the folder nbs/
 ) -> list[Page]:
@@ -273,14 +273,14 @@ def _named(statement: ast.stmt) -> list[str]:
         targets = [statement.target] if isinstance(statement, ast.AnnAssign) else []
     return [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
 
-# %% ../../nbs/ops/11_docs.ipynb #9116ce7b
+# %% ../../nbs/ops/11_docs.ipynb #40f6532d
 def _lineage(node: ast.ClassDef, top: Mapping[str, ast.stmt]) -> list[ast.ClassDef]:
     """A class and the private classes of its module that it is made of, the first one first."""
     bases = [base.id for base in node.bases if isinstance(base, ast.Name) and base.id.startswith("_")]
     known = [top[name] for name in bases if isinstance(top.get(name), ast.ClassDef)]
     return [*(part for base in known for part in _lineage(base, top)), node]
 
-
+# %% ../../nbs/ops/11_docs.ipynb #c3375ec3
 def _members(node: ast.ClassDef, top: Mapping[str, ast.stmt], kinds: type | tuple[type, ...]) -> list[ast.stmt]:
     """What stands in a class or in its private bases, of some kinds; of a name the last one."""
     found = {}
@@ -288,7 +288,7 @@ def _members(node: ast.ClassDef, top: Mapping[str, ast.stmt], kinds: type | tupl
         found[ast.unparse(statement.target) if isinstance(statement, ast.AnnAssign) else statement.name] = statement
     return list(found.values())
 
-# %% ../../nbs/ops/11_docs.ipynb #6759ca31
+# %% ../../nbs/ops/11_docs.ipynb #8fe6ee36
 def _head(node: ast.stmt, lines: Sequence[str], fields: Sequence[ast.stmt] = ()) -> str:
     """The code of a function or class up to its docstring, or to the first method of a class, and the fields."""
     first, begin = node.body[0], min(n.lineno for n in (node, *node.decorator_list))
@@ -297,7 +297,7 @@ def _head(node: ast.stmt, lines: Sequence[str], fields: Sequence[ast.stmt] = ())
     own = [line for n in fields if n is not first for line in lines[n.lineno - 1 : n.end_lineno]]
     return textwrap.dedent("\n".join([*head, *own]))
 
-
+# %% ../../nbs/ops/11_docs.ipynb #1a17b473
 def _described(name: str, node: ast.stmt, lines: Sequence[str], level: int, fields: Sequence[ast.stmt] = ()) -> str:
     """A function or class as Markdown: signature and docstring."""
     return f"{'#' * level} {name}\n\n```python\n{_head(node, lines, fields)}\n```\n\n{ast.get_docstring(node) or ''}\n"
@@ -388,7 +388,7 @@ highlight_language = "python"
 suppress_warnings = ["mystnb.unknown_mime_type", "misc.highlighting_failure", "myst.header"]
 """
 
-# %% ../../nbs/ops/11_docs.ipynb #08c83880
+# %% ../../nbs/ops/11_docs.ipynb #2eda254e
 def _page_source(page: Page, nbs: Path) -> dict[str, Any]:
     """A notebook as Sphinx is given it."""
     notebook = json.loads((nbs / f"{page.path}.ipynb").read_text(encoding="utf-8"))
@@ -397,7 +397,7 @@ def _page_source(page: Page, nbs: Path) -> dict[str, Any]:
         cell["source"] = local_links("".join(cell["source"]), (nbs / page.path).parent, nbs)
     return notebook
 
-
+# %% ../../nbs/ops/11_docs.ipynb #ac93cd4c
 def write_sources(
     target: Path,  # an empty folder
     root: Path,  # the checkout
@@ -419,14 +419,14 @@ def write_sources(
     shutil.copytree(nbs / "images", target / "images")
     return len(pages) + len(modules) + 1
 
-# %% ../../nbs/ops/11_docs.ipynb #5d44c05d
+# %% ../../nbs/ops/11_docs.ipynb #b0cd77b1
 def _check_sphinx() -> None:
     """`UserError` unless all that draws the site is installed."""
     if importlib.util.find_spec("myst_nb") is None or importlib.util.find_spec("furo") is None:
         what, fix = "Sphinx, MyST-NB or furo is not installed", "pip install 'nemotron_nb[docs]'"
         raise UserError(what, where="make docs", fix=fix)
 
-
+# %% ../../nbs/ops/11_docs.ipynb #3ea70728
 def build_site(
     out: str | os.PathLike = "output/docs",  # replaced when the new site is complete
     root: Path | None = None,  # the checkout; None: where the library lies
