@@ -1206,6 +1206,27 @@ def _short_of_rate(settings: PretrainConfig) -> list[str]:
         "optimizer.lr. To change it: scheduler.lr_warmup_iters=N"
     ]
 
+# %% ../../nbs/ops/06_config.ipynb #7f862665
+_WARM_UP_TOKENS = "scheduler.lr_warmup_tokens"
+
+
+def _warm_up_in_samples(layers: list[Layer]) -> list[Layer]:
+    """The layers with a warm-up in tokens said in samples. `UserError` where that is not a whole number of tokens."""
+    length, found = _last_said(layers, "dataset.sequence_length"), []
+    for origin, said in layers:
+        told = dict(said)
+        if _WARM_UP_TOKENS in told:
+            tokens, where = told.pop(_WARM_UP_TOKENS), f"{origin}: {_WARM_UP_TOKENS}"
+            if isinstance(tokens, bool) or not isinstance(tokens, int | float) or tokens < 0 or tokens != int(tokens):
+                raise UserError(f"{tokens!r} is not a number of tokens", where=where, fix="give a whole number, such as 8.4e9")
+            if "scheduler.lr_warmup_samples" in told:
+                raise UserError("a warm-up in tokens and one in samples", where=where, fix="give one of the two")
+            if not length:
+                raise UserError("nothing says how long a sample is", where=where, fix="give dataset.sequence_length")
+            told["scheduler.lr_warmup_samples"] = math.ceil(int(tokens) / length)
+        found.append((origin, told))
+    return found
+
 # %% ../../nbs/ops/06_config.ipynb #e3298b03
 def pretrain_config(
     family: str,  # one of FAMILIES
@@ -1220,7 +1241,7 @@ def pretrain_config(
     layers = [*layers, *([profile] if profile else []), *typed_layers(overrides, PretrainConfig)]
     known = known_names(PretrainConfig)
     layers = _one_count([(origin, {canonical(n, known): v for n, v in said.items()}) for origin, said in layers])
-    layers, notes = _with_newest_data(family, layers, "pretrain", "documents")
+    layers, notes = _with_newest_data(family, _warm_up_in_samples(layers), "pretrain", "documents")
     layers, sizes = _with_own_sizes(layers)
     layers, resolvers = _with_artifacts(layers, PRETRAIN_SLOTS)
     effective = _check_engine(merge(PretrainConfig, [(COMMAND, {"family": family}), *layers], **resolvers))

@@ -23,14 +23,11 @@ from nemotron_nb.ops.report import (
     Run,
     Section,
     arithmetic_picture,
-    artifacts_picture,
-    attempts_picture,
-    environment_picture,
     html_page,
     loss_picture,
     lr_picture,
+    provenance,
     read_run,
-    settings_picture,
     speed_picture,
     state_sentences,
 )
@@ -303,27 +300,13 @@ def _of_the_model(run: Run) -> list[_Part]:
     ]
     return [(there, *words, draw) for words, (there, draw) in zip(_HOW_TO_READ.items(), drawn, strict=True)]
 
-# %% ../../nbs/stages/04_pretrain.ipynb #07c1e16d
-def _of_the_run(run: Run) -> list[_Part]:
-    """Where it came from, and what is needed to repeat it."""
-    lineage = "Digests say which bytes they were; `nemotron lineage NAME` follows each of them back to the text."
-    settings = "What somebody changed; all other settings are folded away below."
-    repeat = "What is needed to repeat the run; all package versions are in env.json."
-    attempts = "Each row is one attempt at this run."
-    return [
-        (bool(run.artifacts), "What came from what", lineage, lambda: artifacts_picture(run.artifacts)),
-        (len(run.attempts) > 1, "Attempts", attempts, lambda: attempts_picture(run.attempts)),
-        (bool(run.config), "Settings in force", settings, lambda: settings_picture(run)),
-        (bool(run.env), "Code and machine", repeat, lambda: environment_picture(run.env)),
-    ]
-
 # %% ../../nbs/stages/04_pretrain.ipynb #24727ba3
 def sections(
     run: Run,
 ) -> list[Section]:
     """The parts of the report that the run folder has data for."""
-    plan = [*_of_training(run), *_of_the_model(run), *_of_the_run(run)]
-    return [Section(title, how, draw()) for there, title, how, draw in plan if there]
+    plan = [*_of_training(run), *_of_the_model(run)]
+    return [*(Section(title, how, draw()) for there, title, how, draw in plan if there), *provenance(run)]
 
 # %% ../../nbs/stages/04_pretrain.ipynb #532219bc
 BASE_TASKS = {"mmlu": 5, "arc_challenge": 25, "winogrande": 5, "hellaswag": 0, "openbookqa": 0}

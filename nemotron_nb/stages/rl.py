@@ -32,15 +32,7 @@ from nemotron_nb.ops.config import (
 )
 from ..ops.profiles import project_root
 from ..ops.config import merge, sft_config, to_yaml, typed_layers
-from nemotron_nb.ops.report import (
-    Section,
-    artifacts_picture,
-    attempts_picture,
-    environment_picture,
-    html_page,
-    read_run,
-)
-from ..ops.report import settings_picture
+from ..ops.report import Section, html_page, provenance, read_run
 from nemotron_nb.ops.run_folder import (
     Started,
     list_runs,
@@ -570,22 +562,8 @@ def rl_sections(
 ) -> list[Section]:
     """The parts of the report that the run folder has data for."""
     folder, run = Path(folder), read_run(folder)
-    again = "Each row is one attempt; what follows the first went on from its newest checkpoint."
-    changed = "What somebody changed; all other settings are folded away below."
-    plan = [
-        *_numbers(run.metrics),
-        *_answers(folder, run.metrics),
-        (
-            bool(run.artifacts),
-            "What came from what",
-            "Digests say which bytes.",
-            lambda: artifacts_picture(run.artifacts),
-        ),
-        (len(run.attempts) > 1, "Attempts", again, lambda: attempts_picture(run.attempts)),
-        (bool(run.config), "Settings in force", changed, lambda: settings_picture(run)),
-        (bool(run.env), "Code and machine", "What repeats the run.", lambda: environment_picture(run.env)),
-    ]
-    return [Section(title, how, draw()) for there, title, how, draw in plan if there]
+    plan = [*_numbers(run.metrics), *_answers(folder, run.metrics)]
+    return [*(Section(title, how, draw()) for there, title, how, draw in plan if there), *provenance(run)]
 
 # %% ../../nbs/stages/06_rl.ipynb #0256cd7f
 def write_rl_report(
