@@ -35,7 +35,7 @@ def word(rng, syllables=3):
 def question(seed, name, numbers):
     """A question of its own: two of one seed differ in names and numbers alone."""
     rng, (a, b) = random.Random(seed), numbers
-    w = [word(rng, 5) for _ in range(9)]
+    w = [word(rng, 7) for _ in range(9)]
     return (
         f"On {w[0]} day {name} brings {a} {w[1]} {w[2]}s to the {w[3]} of {w[4]}, sells {b} of them to a {w[5]}, and "
         f"carries {a - b} {w[8]} home. How many of the {a} {w[2]}s did the {w[6]} leave beside the {w[7]}?"

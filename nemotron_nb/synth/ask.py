@@ -19,6 +19,7 @@ from typing import Any
 from ..core import UserError, digest, file_digest
 from ..endpoint import Answer, Endpoint, EndpointError, Request, Validator, ask
 from ..rehearsal import Reply, rehearsal
+from .journal import writing
 from .row import Drop, RowDraft
 from .steps import SynthSettings
 from ..usage import Usage
@@ -114,7 +115,7 @@ class PromptFile:
                 self.known.add(digest)
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 said = {"prompt": digest, "messages": list(messages)} | ({"tools": list(tools)} if tools else {})
-                with open(self.path, "ab") as file:
+                with writing(self.path), open(self.path, "ab") as file:
                     file.write(json.dumps(said, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
 
 # %% ../../nbs/synth/04_ask.ipynb #30259178
