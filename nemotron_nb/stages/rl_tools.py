@@ -150,7 +150,7 @@ def _groups(file: RolloutFile) -> list[list[int]]:
     return list(groups.values())
 
 # %% ../../nbs/stages/07_rl_tools.ipynb #6f3bf2f6
-def _judging(file: RolloutFile, on: Sequence[str]) -> Callable:
+def _judging(file: RolloutFile, on: Sequence[str]) -> Any:
     """The judge of a file, with the environments that are on. `UserError` where it was a model."""
     from nemotron_nb.rl.judges import circle_judge
 
