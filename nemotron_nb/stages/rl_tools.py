@@ -7,7 +7,7 @@ __all__ = ['RolloutFile', 'read_rollout_file', 'show_rollout', 'Rejudged', 'judg
 
 # %% ../../nbs/stages/07_rl_tools.ipynb #82cced89
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -60,7 +60,25 @@ def read_rollout_file(path: str | Path) -> RolloutFile:
     kept = [{k: v for k, v in row.items() if k not in ("task", "step", "member")} for row in rows]
     return RolloutFile(path, tuple(read_rollouts(path)), tasks, tuple(Judgement(**row) for row in kept), told)
 
-# %% ../../nbs/stages/07_rl_tools.ipynb #23004da4
+# %% ../../nbs/stages/07_rl_tools.ipynb #a9c853f0
+def _surprise(rollout: "Rollout") -> list[float | None]:
+    """[L] minus the log of the probability of each drawn token; None for those that nobody drew."""
+    logp = iter(rollout.logp)
+    return [-next(logp) if drew else None for drew in rollout.mask]
+
+# %% ../../nbs/stages/07_rl_tools.ipynb #9ecce8ce
+def _writers(rollout: "Rollout", decode: Callable[[Sequence[int]], str]) -> Picture:
+    """One row a writer, under what became of the answer."""
+    values, parts = _surprise(rollout), []
+    for s in rollout.segments:
+        drawn = [v for v in values[s.start : s.end] if v is not None]
+        mean = f"{-sum(drawn) / len(drawn):.3f}" if drawn else ""
+        parts.append([s.who, s.end - s.start, mean, clipped(decode(rollout.ids[s.start : s.end]), 600)])
+    title = f"{rollout.task} #{rollout.member}, step {rollout.step}, seed {rollout.seed}: {rollout.status}"
+    title += f" ({rollout.detail})" if rollout.detail else ""
+    return table(parts, header=["who", "tokens", "mean log p", "text"], title=title)
+
+# %% ../../nbs/stages/07_rl_tools.ipynb #f74f5973
 def show_rollout(
     path: str | Path,  # of a file of rollouts
     line: int = 1,  # of the answer
@@ -73,25 +91,15 @@ def show_rollout(
     if not 1 <= line <= len(file.rollouts):
         raise UserError(f"there is no line {line}", where=str(path), fix=f"give 1 to {len(file.rollouts)}")
     rollout, tokenizer = file.rollouts[line - 1], load_tokenizer(file.settings.model)
-    logp, values = iter(rollout.logp), []
-    for drew in rollout.mask:
-        values.append(-next(logp) if drew else None)
-    parts = []
-    for s in rollout.segments:
-        drawn = [v for v in values[s.start : s.end] if v is not None]
-        mean = f"{-sum(drawn) / len(drawn):.3f}" if drawn else ""
-        parts.append([s.who, s.end - s.start, mean, clipped(tokenizer.decode(rollout.ids[s.start : s.end]), 600)])
-    title = f"{rollout.task} #{rollout.member}, step {rollout.step}, seed {rollout.seed}: {rollout.status}"
-    title += f" ({rollout.detail})" if rollout.detail else ""
     pieces, begin = tokenizer.pieces(list(rollout.ids)), 0 if full else max(0, len(rollout.prompt) - 12)
     strip = token_strip(
         pieces[begin:],
         [int(m) for m in rollout.mask[begin:]],
-        values=values[begin:],
+        values=_surprise(rollout)[begin:],
         value_name="-log p",
         title="drawn tokens, darker where they were unlikely",
     )
-    shown = [table(parts, header=["who", "tokens", "mean log p", "text"], title=title), strip]
+    shown = [_writers(rollout, tokenizer.decode), strip]
     if file.judgements:
         shown.append(ledger_picture([(f"#{rollout.member}", file.judgements[line - 1])], "how it was judged"))
     return joined(shown)
@@ -133,7 +141,28 @@ class Rejudged:
         rows = [*((f"{self.names[k]} now", self.now[k]) for k in places), *before]
         return joined([table(counts, header=["", "number"]), ledger_picture(sorted(rows, key=lambda r: r[0]))])
 
-# %% ../../nbs/stages/07_rl_tools.ipynb #4489bd48
+# %% ../../nbs/stages/07_rl_tools.ipynb #bf6d7053
+def _groups(file: RolloutFile) -> list[list[int]]:
+    """The places of the answers to each task, as they were compared with each other."""
+    groups: dict[str, list[int]] = {}
+    for place, rollout in enumerate(file.rollouts):
+        groups.setdefault(rollout.task, []).append(place)
+    return list(groups.values())
+
+# %% ../../nbs/stages/07_rl_tools.ipynb #6f3bf2f6
+def _judging(file: RolloutFile, on: Sequence[str]) -> Any:
+    """The judge of a file, with the environments that are on. `UserError` where it was a model."""
+    from nemotron_nb.rl.judges import circle_judge
+
+    if not any(j.rule == "circle" for j in file.judgements):
+        return partial(judge, switched_on=on)
+    if file.settings.genrm.judge != "rule":
+        why = "its verdicts would be others today, and cost what they cost"
+        what = "these answers were judged by a model"
+        raise UserError(what, where=str(file.path), why=why, fix="start a run with it")
+    return circle_judge(file.settings.genrm, on)
+
+# %% ../../nbs/stages/07_rl_tools.ipynb #10c54802
 def judge_again(
     path: str | Path,  # of a file of rollouts
     environments: Sequence[str] = (),  # that are off unless they are named
@@ -141,21 +170,13 @@ def judge_again(
     """Judge the answers of a file with the verifiers as they are now."""
     from nemotron_nb.data.tokenizer import load_tokenizer
     from nemotron_nb.rl.grpo import judge_groups
-    from nemotron_nb.rl.judges import circle_judge
 
     file = read_rollout_file(path)
-    told, on = file.settings, [*file.settings.environments, *environments]
-    compared = bool(file.judgements) and any(j.rule == "circle" for j in file.judgements)
-    if compared and told.genrm.judge != "rule":
-        why = "its verdicts would be others today, and cost what they cost"
-        raise UserError("these answers were judged by a model", where=str(path), why=why, fix="start a run with it")
-    judging = circle_judge(told.genrm, on) if compared else partial(judge, switched_on=on)
-    groups: dict[str, list[int]] = {}
-    for place, rollout in enumerate(file.rollouts):
-        groups.setdefault(rollout.task, []).append(place)
-    asked = [(file.task_of(file.rollouts[p[0]]), [file.rollouts[k] for k in p]) for p in groups.values()]
+    told, groups = file.settings, _groups(file)
+    asked = [(file.task_of(file.rollouts[p[0]]), [file.rollouts[k] for k in p]) for p in groups]
+    judging = _judging(file, [*told.environments, *environments])
     found = judge_groups(asked, load_tokenizer(told.model), judging)
-    now = {k: j for places, said in zip(groups.values(), found, strict=True) for k, j in zip(places, said, strict=True)}
+    now = {k: j for places, said in zip(groups, found, strict=True) for k, j in zip(places, said, strict=True)}
     names = tuple(f"{r.task[:8]} #{r.member}" for r in file.rollouts)
     then = file.judgements or (None,) * len(names)
     return Rejudged(names, tuple(then), tuple(replace(now[k], milliseconds=0.0) for k in range(len(names))))
