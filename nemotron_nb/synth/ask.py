@@ -61,7 +61,7 @@ class BudgetSection:
     money: float = 0.0  # in the currency of the prices
     hours: float = 0.0  # of this run
 
-
+# %% ../../nbs/synth/04_ask.ipynb #13d47edf
 @dataclass(frozen=True)
 class AskingSettings(SynthSettings):
     """What every pipeline that asks a model is asked."""
@@ -74,7 +74,7 @@ class AskingSettings(SynthSettings):
 def _no_wait(seconds: float) -> None:
     """A rehearsed model needs no patience."""
 
-
+# %% ../../nbs/synth/04_ask.ipynb #b599bf1b
 def endpoint_of(
     section: ModelSection,
     role: str,
@@ -165,7 +165,7 @@ def spent_of(
     hours = (time.monotonic() - models.begun) / 3600
     return {"requests": totals["requests"], "tokens": tokens, "money": totals["price"], "hours": hours}
 
-
+# %% ../../nbs/synth/04_ask.ipynb #0808c76d
 def check_budget(
     models: Models,
 ) -> None:

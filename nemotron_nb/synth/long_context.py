@@ -34,7 +34,7 @@ def chat_tokens(
     """Tokens of a chat in the nano3 format, as preparation counts them."""
     return sum(len(tokenizer.encode_pieces(chunk.pieces)) for chunk in chunks(messages))
 
-
+# %% ../../nbs/synth/42_long_context.ipynb #06e89abd
 def draw_target(
     rng: random.Random,
     mean: int,
@@ -116,7 +116,7 @@ def _act(rng: random.Random, names: Sequence[str]) -> list[str]:
     look = [f" {choose(_LOOKS)}"] if chance() < 0.7 else []
     return [*who, *where, *how, f" {choose(_VERBS)}", f" {choose(_MANY)}", *look, f" {choose(_THINGS)}"]
 
-
+# %% ../../nbs/synth/42_long_context.ipynb #b033ca6b
 def draw_phrases(rng: random.Random, names: Sequence[str]) -> list[str]:
     """A sentence as phrases; all but the first begin with a space or are a comma, the last ends the line."""
     shape, act, when = rng.random(), _act(rng, names), f" {rng.choice(_WHEN)}"
@@ -127,7 +127,7 @@ def draw_phrases(rng: random.Random, names: Sequence[str]) -> list[str]:
     other = [f" {rng.choice(_JOIN)}", *_act(rng, names)]
     return [*_sentence([*act, *([when] if shape < 0.75 else []), *other]), ".\n"]
 
-
+# %% ../../nbs/synth/42_long_context.ipynb #c09c5b65
 def _sentence(phrases: list[str]) -> list[str]:
     """The same with a capital, and no space before it."""
     return [phrases[0][1].upper() + phrases[0][2:], *phrases[1:]]
@@ -207,7 +207,7 @@ class LongTask:
     solve: Callable[[Sequence[str], Asked], str]  # from lines of a text; empty if it says nothing
     mark: str  # pattern of a planted line
 
-
+# %% ../../nbs/synth/42_long_context.ipynb #11c4c232
 _SYLLABLES = "bra cel dun fir gal hes ivo jun kel lor mab nor pel quin ros sul tam vor wes yor zan".split()
 
 
@@ -223,7 +223,7 @@ def _alone(lines: Iterable[str]) -> list[list[str]]:
     """Each line a run of its own."""
     return [[line] for line in lines]
 
-
+# %% ../../nbs/synth/42_long_context.ipynb #4a8375e5
 def _found(mark: str, lines: Iterable[str]) -> list[tuple[str, ...]]:
     """What a pattern finds in the lines, in order."""
     pattern = re.compile(mark)
@@ -265,7 +265,7 @@ def _worded(ways: Sequence[str], asked: Asked) -> str:
     """The wording of a question."""
     return ways[asked.get("wording", 0) % len(ways)]
 
-
+# %% ../../nbs/synth/42_long_context.ipynb #aa1743ff
 def needle_question(asked: Asked) -> str:
     """What is asked about needles."""
     names = " and for ".join(asked["names"])
@@ -280,12 +280,12 @@ def solve_needles(lines: Sequence[str], asked: Asked) -> str:
     found = _found(_NEEDLE, lines)
     return ", ".join(str(code) for name in asked["names"] for code in sorted(int(c) for n, c in found if n == name))
 
-
+# %% ../../nbs/synth/42_long_context.ipynb #81aea109
 def _draw_one(rng: random.Random, tokens: int) -> tuple[list[list[str]], Asked]:
     """One name is asked, and it has one code."""
     return _needles(rng, rng.randint(4, 12), 1, 1)
 
-
+# %% ../../nbs/synth/42_long_context.ipynb #2d07c538
 def _draw_many(rng: random.Random, tokens: int) -> tuple[list[list[str]], Asked]:
     """Two or three names are asked, and each has several codes."""
     return _needles(rng, rng.randint(4, 6), rng.randint(2, 4), rng.randint(2, 3))
@@ -355,7 +355,7 @@ def _draw_common(rng: random.Random, tokens: int) -> tuple[list[list[str]], Aske
     runs, _ = _signs(rng, [often] * few + [seldom] * others)
     return runs, {"most": few, "order": "alphabet"}
 
-
+# %% ../../nbs/synth/42_long_context.ipynb #38553bbb
 def _draw_frequent(rng: random.Random, tokens: int) -> tuple[list[list[str]], Asked]:
     """Counts that fall as one over the square."""
     top = min(60, max(10, tokens // 120))
@@ -376,7 +376,7 @@ def sign_question(asked: Asked) -> str:
     how = "in the order of the alphabet" if asked["order"] == "alphabet" else "the most frequent first"
     return f"{_worded(_ASK_SIGNS, asked).format(most=asked['most'])} Name them {how}, parted by commas."
 
-
+# %% ../../nbs/synth/42_long_context.ipynb #7e6a2192
 def solve_signs(lines: Sequence[str], asked: Asked) -> str:
     """The most frequent words; empty where the count does not part them from the next."""
     counts = Counter(word for (word,) in _found(_SIGN, lines)).most_common()
@@ -433,7 +433,7 @@ def document_question(asked: Asked) -> str:
     where = _worded(_ASK_DOCUMENTS, asked).format(start=asked["start"], hops=asked["hops"])
     return f"{where} {_ASKED_OF[asked['of']]} Give the number."
 
-
+# %% ../../nbs/synth/42_long_context.ipynb #49dcdcb5
 def solve_documents(lines: Sequence[str], asked: Asked) -> str:
     """Documents followed from one to the next; empty where one is missing or there twice."""
     found = _found(_DOCUMENT, lines)
@@ -557,7 +557,39 @@ def _filler(tokenizer: str) -> Filler:
     """The filler of a tokenizer: its phrases are encoded once a process."""
     return Filler(load_tokenizer(tokenizer))
 
+# %% ../../nbs/synth/42_long_context.ipynb #9d3b3f1f
+_OPEN = ways_of(
+    "[Read|Please read] [this text|these pages|what follows][ with care| to the end|]. [A question|What "
+    "I ask] [follows|comes] last. ; "
+    "[Here is|This is] [a chronicle|a diary|the logbook][ of a year| of a town| of a harbour|]. At the "
+    "end I ask about it. ; "
+    "The following [pages|notes|lines] are long; [little of it|hardly a line] matters. ; "
+    "These are the notes of a [year|clerk|keeper|traveller|winter]. ; [Please read|Read] all of it. ; "
+    "[My aunt|A friend|Our clerk] kept [these notes|this diary][ for a year| "
+    "last winter|]. [I have|There is] a question."
+)
+_THOUGHTS = {name: ways_of(thoughts) for name, thoughts in {
+    "needle": "One line [of the text|] says it. ; I look for the line [with|about] this name.",
+    "many_needles": "I [collect|gather|list] every line about these names. ; "
+    "All lines with these names[, then sorted|] count.",
+    "variables": "I follow the value from the line that sets it to all that take it over. ; "
+    "[From name to name|Line by line] "
+    "I follow the value.",
+    "common_words": "I count the [signs|words]; a few [words|of them] come far more often. ; "
+    "Most words are rare; I count.",
+    "frequent_words": "I count every [sign|word]. ; [A list of counts|One count for each word], then the largest.",
+    "documents": "I read the first document, then the one that it names, and so on. ; "
+    "[One document|Each] leads to the next.",
+    "sequence": "I carry out the steps in the order in which they stand. ; "
+    "[Step by step|One after the other], from the first.",
+}.items()}  # fmt: skip
+_ANSWERS = (
+    ("", "{a}"), ("", "{a}"), (" Say nothing else.", "{a}"), (" Answer in a sentence.", "The answer is {a}."),
+    (" Begin with 'Answer:'.", "Answer: {a}"), (" Write it behind 'Result:'.", "Result: {a}"),
+    (" Put it into square brackets.", "[{a}]"), (" Set it in bold type.", "**{a}**"),
+)  # fmt: skip
 
+# %% ../../nbs/synth/42_long_context.ipynb #e3f3b013
 def draw(draft: RowDraft, workshop: Workshop) -> None:
     """A task, its planted lines, a length."""
     s: LongSettings = workshop.settings
@@ -592,39 +624,7 @@ def placed(
             at.setdefault(place, []).append(f"{line}\n")
     return [text for i in range(len(lines) + 1) for text in (*at.get(i, ()), *lines[i : i + 1])]
 
-# %% ../../nbs/synth/42_long_context.ipynb #9d3b3f1f
-_OPEN = ways_of(
-    "[Read|Please read] [this text|these pages|what follows][ with care| to the end|]. [A question|What "
-    "I ask] [follows|comes] last. ; "
-    "[Here is|This is] [a chronicle|a diary|the logbook][ of a year| of a town| of a harbour|]. At the "
-    "end I ask about it. ; "
-    "The following [pages|notes|lines] are long; [little of it|hardly a line] matters. ; "
-    "These are the notes of a [year|clerk|keeper|traveller|winter]. ; [Please read|Read] all of it. ; "
-    "[My aunt|A friend|Our clerk] kept [these notes|this diary][ for a year| "
-    "last winter|]. [I have|There is] a question."
-)
-_THOUGHTS = {name: ways_of(thoughts) for name, thoughts in {
-    "needle": "One line [of the text|] says it. ; I look for the line [with|about] this name.",
-    "many_needles": "I [collect|gather|list] every line about these names. ; "
-    "All lines with these names[, then sorted|] count.",
-    "variables": "I follow the value from the line that sets it to all that take it over. ; "
-    "[From name to name|Line by line] "
-    "I follow the value.",
-    "common_words": "I count the [signs|words]; a few [words|of them] come far more often. ; "
-    "Most words are rare; I count.",
-    "frequent_words": "I count every [sign|word]. ; [A list of counts|One count for each word], then the largest.",
-    "documents": "I read the first document, then the one that it names, and so on. ; "
-    "[One document|Each] leads to the next.",
-    "sequence": "I carry out the steps in the order in which they stand. ; "
-    "[Step by step|One after the other], from the first.",
-}.items()}  # fmt: skip
-_ANSWERS = (
-    ("", "{a}"), ("", "{a}"), (" Say nothing else.", "{a}"), (" Answer in a sentence.", "The answer is {a}."),
-    (" Begin with 'Answer:'.", "Answer: {a}"), (" Write it behind 'Result:'.", "Result: {a}"),
-    (" Put it into square brackets.", "[{a}]"), (" Set it in bold type.", "**{a}**"),
-)  # fmt: skip
-
-
+# %% ../../nbs/synth/42_long_context.ipynb #e12ca9bf
 def _asked_and_answered(check: Mapping[str, Any], answer: str) -> tuple[str, str]:
     """The question of a row, with how to answer, and what is answered then."""
     how, said = _ANSWERS[check["form"]]
@@ -667,7 +667,7 @@ def _proof(what: str, reason: str, **evidence: Any) -> Proof:
     """A proof of one question."""
     return Proof(f"long context 2: {what}", REFUSED if reason else PASSED, reason, evidence)
 
-
+# %% ../../nbs/synth/42_long_context.ipynb #d72db72e
 def _count(messages: Sequence[Mapping[str, Any]], check: Mapping[str, Any]) -> Proof:
     """Tokens of a finished chat, counted again."""
     try:
@@ -678,7 +678,7 @@ def _count(messages: Sequence[Mapping[str, Any]], check: Mapping[str, Any]) -> P
         return Proof("long context 2: length", UNVERIFIED, "other_tokenizer", {"digest": tokenizer.digest})
     return _prove_length(chat_tokens(messages, tokenizer), check)
 
-
+# %% ../../nbs/synth/42_long_context.ipynb #808c78fa
 def _prove_length(tokens: int, check: Mapping[str, Any]) -> Proof:
     """Is the length the target?"""
     return _proof("length", "" if tokens == check["tokens"] else "other_length", tokens=tokens)
@@ -703,7 +703,7 @@ def _prove_text(messages: Sequence[Mapping[str, Any]], check: Mapping[str, Any])
         _proof("solved from the text", "" if right else "wrong_answer"),
     ]
 
-
+# %% ../../nbs/synth/42_long_context.ipynb #ae2f46ba
 def judge_long_context(
     row: Mapping[str, Any],  # a finished row
 ) -> list[Proof]:

@@ -18,114 +18,101 @@ from .produce import Pipeline
 from .row import PASSED, UNVERIFIED
 from ..viz import Picture, joined, table
 
+# %% ../../nbs/synth/90_pipelines.ipynb #5a2eb5b0
+def _named(name: str, words: str, domain: str, settings: str, asks: bool = False) -> Pipeline:
+    """A pipeline whose parts are called after it: its module, its judge, its rehearsed model."""
+    teacher = f"rehearse_{name}" if asks else ""
+    return Pipeline(name, words, domain, f"nemotron_nb.synth.{name}", settings, f"judge_{name}", teacher=teacher)
+
 # %% ../../nbs/synth/90_pipelines.ipynb #5088a02c
 _PROGRAMS = (
-    Pipeline(
+    _named(
         "sql", "Questions about small databases, each with a query that was run in eight of them.",
-        "SQL", "nemotron_nb.synth.sql", "SqlSettings",
-        "judge_sql",
+        "SQL", "SqlSettings",
     ),
-    Pipeline(
+    _named(
         "search", "Riddles over four to eight facts, searched with tools that really answer, in a library of the row.",
-        "Search", "nemotron_nb.synth.search", "SearchSettings",
-        "judge_search",
+        "Search", "SearchSettings",
     ),
-    Pipeline(
+    _named(
         "long_context", "Seven tasks over long texts, each chat exact to the token of the model's tokenizer.",
-        "Long context", "nemotron_nb.synth.long_context", "LongSettings",
-        "judge_long_context",
+        "Long context", "LongSettings",
     ),
-    Pipeline(
+    _named(
         "finance", "Ratio, growth and comparison questions about invented statements that add up, answered exactly.",
-        "Financial", "nemotron_nb.synth.finance", "FinanceSettings",
-        "judge_finance",
+        "Financial", "FinanceSettings",
     ),
-    Pipeline(
+    _named(
         "instructions", "Chats whose every answer keeps two to five instructions that can be checked by counting.",
-        "Instruction following", "nemotron_nb.synth.instructions", "InstructionSettings",
-        "judge_instructions",
+        "Instruction following", "InstructionSettings",
     ),
-    Pipeline(
+    _named(
         "tool_world", "Talks with customers in worlds with tools, a state and a policy, graded by what was done.",
-        "Conversational tool use", "nemotron_nb.synth.tool_world", "ToolWorldSettings",
-        "judge_tool_world",
+        "Conversational tool use", "ToolWorldSettings",
     ),
-    Pipeline(
+    _named(
         "terminal", "Tasks with files, text, search and archives; every command is executed in a sandbox.",
-        "Terminal", "nemotron_nb.synth.terminal", "TerminalSettings",
-        "judge_terminal",
+        "Terminal", "TerminalSettings",
     ),
 )  # fmt: skip
 
 # %% ../../nbs/synth/90_pipelines.ipynb #81eddd9e
 _PROGRAMS2 = (
-    Pipeline(
+    _named(
         "trajectories", "Logs of coding agents as chats, with what was lost by its reason.",
-        "Software engineering", "nemotron_nb.synth.trajectories", "TrajectorySettings",
-        "judge_trajectories",
+        "Software engineering", "TrajectorySettings",
     ),
 )  # fmt: skip
 
 # %% ../../nbs/synth/90_pipelines.ipynb #b96c7cb3
 _MODELS = (
-    Pipeline(
+    _named(
         "paraphrase", "Questions of made rows in other words, with all that matters kept.",
-        "All of these", "nemotron_nb.synth.paraphrase", "ParaphraseSettings",
-        "judge_paraphrase", teacher="rehearse_paraphrase",
+        "All of these", "ParaphraseSettings", True,
     ),
-    Pipeline(
+    _named(
         "cuda", "Kernels that compile, and repairs of those that did not, with what the compiler said.",
-        "CUDA", "nemotron_nb.synth.cuda", "CudaSettings",
-        "judge_cuda", teacher="rehearse_cuda",
+        "CUDA", "CudaSettings", True,
     ),
-    Pipeline(
+    _named(
         "proofs", "Theorems of Lean that mean a sentence, with proofs that were compiled.",
-        "Formal proofs", "nemotron_nb.synth.proofs", "ProofSettings",
-        "judge_proofs", teacher="rehearse_proofs",
+        "Formal proofs", "ProofSettings", True,
     ),
-    Pipeline(
+    _named(
         "infinity", "Programming problems that need a concept of another field, with programs that were run.",
-        "Competition code", "nemotron_nb.synth.infinity", "InfinitySettings",
-        "judge_infinity", teacher="rehearse_infinity",
+        "Competition code", "InfinitySettings", True,
     ),
-    Pipeline(
+    _named(
         "rqa", "Questions inspired by passages that do not need them, answered by who has not seen them.",
-        "RQA", "nemotron_nb.synth.rqa", "RqaSettings",
-        "judge_rqa", teacher="rehearse_rqa",
+        "RQA", "RqaSettings", True,
     ),
-    Pipeline(
+    _named(
         "science", "Multiple-choice questions whose keys hold when others answer; letters in balance.",
-        "Science", "nemotron_nb.synth.science", "ScienceSettings",
-        "judge_science", teacher="rehearse_science",
+        "Science", "ScienceSettings", True,
     ),
-    Pipeline(
+    _named(
         "safety", "Refusals of several kinds, wrapped requests, and harmless look-alikes that are answered.",
-        "Safety", "nemotron_nb.synth.safety", "SafetySettings",
-        "judge_safety", teacher="rehearse_safety",
+        "Safety", "SafetySettings", True,
     ),
 )  # fmt: skip
 
 # %% ../../nbs/synth/90_pipelines.ipynb #e418003e
 _MODELS2 = (
-    Pipeline(
+    _named(
         "multilingual", "Chats in other languages, translated line by line, with code, numbers and boxes kept.",
-        "multilingual", "nemotron_nb.synth.multilingual", "MultilingualSettings",
-        "judge_multilingual", teacher="rehearse_multilingual",
+        "multilingual", "MultilingualSettings", True,
     ),
-    Pipeline(
+    _named(
         "multi_turn", "Chats that go on: the same model plays the user, and each turn is judged.",
-        "General chat", "nemotron_nb.synth.multi_turn", "MultiTurnSettings",
-        "judge_multi_turn", teacher="rehearse_multi_turn",
+        "General chat", "MultiTurnSettings", True,
     ),
-    Pipeline(
+    _named(
         "instruction_following", "Chats whose every turn follows instructions that a program checks.",
-        "Instruction following", "nemotron_nb.synth.instruction_following", "InstructionSettings",
-        "judge_instruction_following", teacher="rehearse_instruction_following",
+        "Instruction following", "InstructionSettings", True,
     ),
-    Pipeline(
+    _named(
         "low_effort", "Questions answered with little thought, and the thought is short.",
-        "Low effort", "nemotron_nb.synth.low_effort", "LowEffortSettings",
-        "judge_low_effort", teacher="rehearse_low_effort",
+        "Low effort", "LowEffortSettings", True,
     ),
 )  # fmt: skip
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..core import UserError, digest, file_digest, locked, write_json
 from .ask import check_budget, open_models
-from .journal import Journal
+from .journal import Journal, writing
 from .steps import Fallen, Funnel, SynthSettings, Workshop, funnel_of, make_row
 
 # %% ../../nbs/synth/05_produce.ipynb #75debbe4
@@ -314,7 +314,8 @@ def produce(
         for index, entry in _rows(pipeline, settings, recipe, todo, folder):
             journal.add(index, entry)
             progress(len(journal), settings.rows)
-        _finish(pipeline, settings, folder, journal, recipe)
+        with writing(folder):
+            _finish(pipeline, settings, folder, journal, recipe)
         journal.close()
     made = load_produced(pipeline, folder)
     return _check_share(Produced(made.folder, made.manifest, made.funnel, len(todo)), settings.max_drop_share)

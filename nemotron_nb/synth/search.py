@@ -56,7 +56,7 @@ class Relation:
     asks: tuple[str, ...]  # the tail by its head {x}
     whose: tuple[str, ...]  # the head by its tail {x}
 
-
+# %% ../../nbs/synth/41_search.ipynb #b755b633
 def _relation(head: str, tail: str, says: str, asks: str, whose: str) -> Relation:
     """A relation, of three grammars."""
     return Relation(head, tail, ways_of(says), ways_of(asks), ways_of(whose))
@@ -162,6 +162,8 @@ _OF_PLACES: Mapping[str, Relation] = {
         "the [person|one|man or woman] [who governs|elected by|in the town hall of|who is mayor of] {x}",
         "the [town|place] [governed by|that elected|whose mayor is] {x}"),
 }  # fmt: skip
+
+# %% ../../nbs/synth/41_search.ipynb #7d2c6ef1
 _OF_LANDS: Mapping[str, Relation] = {
     "namesake": _relation(
         "province", "person",
@@ -221,7 +223,7 @@ def sentence_of(
     text = says[fact[3] % len(says)].format(a=fact[0], b=fact[2])
     return text[0].upper() + text[1:]
 
-
+# %% ../../nbs/synth/41_search.ipynb #144df95d
 def _terms(text: str) -> set[str]:
     """The words of a text that a search goes by."""
     return set(_WORDS(text.lower())) - _STOP
@@ -279,7 +281,7 @@ def _word(rng: random.Random) -> str:
     """A word that nobody knows."""
     return (rng.choice(_FIRST) + rng.choice(_FIRST) + rng.choice(_LAST)).capitalize()
 
-
+# %% ../../nbs/synth/41_search.ipynb #3abfa72a
 def _names(rng: random.Random) -> dict[str, list[str]]:
     """Kind -> names, all words of them different."""
     words: dict[str, None] = {}
@@ -387,7 +389,7 @@ def names_that_touch(
     own = name.lower()
     return [other for other in names if other != name and (own in other.lower() or other.lower() in own)]
 
-
+# %% ../../nbs/synth/41_search.ipynb #6262e373
 def read_triples(
     path: str | os.PathLike,  # JSONL: head, relation, tail
 ) -> tuple[Fact, ...]:
@@ -414,7 +416,7 @@ def _triples(path: Path, changed: int) -> tuple[Fact, ...]:
         facts.setdefault((*triple, 0))
     return tuple(facts)
 
-
+# %% ../../nbs/synth/41_search.ipynb #53c6f710
 @lru_cache(maxsize=2)
 def _triple_edges(path: Path, changed: int) -> dict[str, dict[str, list[Fact]]]:
     """Facts of a file by head and relation."""
@@ -463,7 +465,7 @@ class Riddle:
         asked = [asks[wording % len(asks)] for asks, wording in zip(ways, self.wordings, strict=True)]
         return _THE_THAT.sub("", FORMS[self.form](told, asked, self.style))
 
-
+# %% ../../nbs/synth/41_search.ipynb #c53c7c67
 _THE_THAT = re.compile(r"\bthe (?=the |that |this )")
 
 
@@ -492,7 +494,7 @@ def _nested(told: str, asked: Sequence[str], style: int) -> str:
         told = asks.format(x=told)
     return _way(_SEEK, style, 0).format(x=told)
 
-
+# %% ../../nbs/synth/41_search.ipynb #e05cd173
 def _halves(told: str, asked: Sequence[str], style: int) -> str:
     """Two phrases; the second takes up the first."""
     half = max(1, len(asked) // 2)
@@ -540,7 +542,7 @@ def _lettered(told: str, asked: Sequence[str], style: int, turned: bool = False)
     said = [line[0].upper() + line[1:] for line in said]
     return " ".join([sought, *(f"{line}." for line in reversed(said))] if turned else [f"{'. '.join(said)}.", sought])
 
-
+# %% ../../nbs/synth/41_search.ipynb #5d34376a
 def _turned(told: str, asked: Sequence[str], style: int) -> str:
     """A label for every place, from the last to the first."""
     return _lettered(told, asked, style, turned=True)
@@ -559,7 +561,7 @@ def starts_of(
     name, tail = riddle.described
     return [head for head, out in edges.items() if any(f[2] == tail for f in out.get(name, ()))]
 
-
+# %% ../../nbs/synth/41_search.ipynb #8dbc697f
 def answers_of(
     riddle: Riddle,
     edges: _Edges,
@@ -659,6 +661,17 @@ def _find(trace: SearchTrace, rng: random.Random, fact: Fact, wanted: str) -> No
     if not trace.has_read(sentence_of(fact)):
         trace.call("browse", rng.choice(_AGAIN).format(a=fact[0]), title=fact[0])
 
+# %% ../../nbs/synth/41_search.ipynb #3c4c2ba7
+_WAY = ways_of(
+    "{w} ; [The library says|I read|It is noted]: {w} ; [Step by step|One by one]. {w} ; This is the way. {w} ; "
+    "[What the pages say|What I found], in order: {w} ; {w} [That is all|No step is guessed]."
+)
+
+
+def _closing(rng: random.Random, walk: Sequence[Fact]) -> str:
+    """The way in the words of its sources."""
+    return rng.choice(_WAY).format(w=" ".join(sentence_of(fact) for fact in walk))
+
 # %% ../../nbs/synth/41_search.ipynb #0188da8d
 def solve(
     trace: SearchTrace,
@@ -687,23 +700,12 @@ def solve(
     }
     trace.messages.append(closing | {"content": f"{_closing(rng, walk)}\n\nAnswer: {walk[-1][2]}"})
 
-# %% ../../nbs/synth/41_search.ipynb #3c4c2ba7
-_WAY = ways_of(
-    "{w} ; [The library says|I read|It is noted]: {w} ; [Step by step|One by one]. {w} ; This is the way. {w} ; "
-    "[What the pages say|What I found], in order: {w} ; {w} [That is all|No step is guessed]."
-)
-
-
-def _closing(rng: random.Random, walk: Sequence[Fact]) -> str:
-    """The way in the words of its sources."""
-    return rng.choice(_WAY).format(w=" ".join(sentence_of(fact) for fact in walk))
-
 # %% ../../nbs/synth/41_search.ipynb #4c6b501e
 def _proof(what: str, reason: str, **evidence: Any) -> Proof:
     """A proof of one question."""
     return Proof(f"search 2: {what}", REFUSED if reason else PASSED, reason, evidence)
 
-
+# %% ../../nbs/synth/41_search.ipynb #fcf57f5a
 def _prove_riddle(facts: Sequence[Fact], riddle: Riddle, question: str) -> Iterator[Proof]:
     """One answer, no shorter way, nothing given away."""
     edges = edges_of(facts)
@@ -814,6 +816,26 @@ class SearchSettings(SynthSettings):
             what = f"{self.most_calls} calls are too few for {self.fewest_hops} hops"
             raise UserError(what, where="most_calls", fix="give more calls, or fewer hops")
 
+# %% ../../nbs/synth/41_search.ipynb #7e40b098
+@lru_cache(maxsize=2)
+def _digest_of(path: Path, changed: int) -> str:
+    """The digest of a file that may be asked for by every row."""
+    return file_digest(path)
+
+# %% ../../nbs/synth/41_search.ipynb #ee2a7809
+def _from_file(
+    draft: RowDraft, settings: SearchSettings, rng: random.Random, hops: int
+) -> tuple[list[Fact], list[Fact]]:
+    """Library and walk from a file of triples, which is noted as a parent."""
+    known, path = read_triples(settings.triples), Path(settings.triples)
+    edges = _triple_edges(path, path.stat().st_mtime_ns)
+    walk = draw_walk(rng, edges, hops)
+    facts = library_around(rng, known, edges, walk, settings.library_facts)
+    by_triple = {f[:3]: f for f in facts}
+    parent = {"name": path.name, "digest": _digest_of(path, path.stat().st_mtime_ns)}
+    draft.parents = [parent | ({"licence": settings.triples_licence} if settings.triples_licence else {})]
+    return facts, [by_triple[f[:3]] for f in walk]
+
 # %% ../../nbs/synth/41_search.ipynb #40cd9470
 def draw(draft: RowDraft, workshop: Workshop) -> None:
     """A library, a walk, a riddle."""
@@ -834,26 +856,6 @@ def draw(draft: RowDraft, workshop: Workshop) -> None:
         "facts": facts, "start": riddle.start, "relations": riddle.relations, "wordings": riddle.wordings,
         "described": riddle.described, "form": riddle.form, "style": riddle.style, "calls": settings.most_calls,
     }  # fmt: skip
-
-# %% ../../nbs/synth/41_search.ipynb #ee2a7809
-def _from_file(
-    draft: RowDraft, settings: SearchSettings, rng: random.Random, hops: int
-) -> tuple[list[Fact], list[Fact]]:
-    """Library and walk from a file of triples, which is noted as a parent."""
-    known, path = read_triples(settings.triples), Path(settings.triples)
-    edges = _triple_edges(path, path.stat().st_mtime_ns)
-    walk = draw_walk(rng, edges, hops)
-    facts = library_around(rng, known, edges, walk, settings.library_facts)
-    by_triple = {f[:3]: f for f in facts}
-    parent = {"name": path.name, "digest": _digest_of(path, path.stat().st_mtime_ns)}
-    draft.parents = [parent | ({"licence": settings.triples_licence} if settings.triples_licence else {})]
-    return facts, [by_triple[f[:3]] for f in walk]
-
-
-@lru_cache(maxsize=2)
-def _digest_of(path: Path, changed: int) -> str:
-    """The digest of a file that may be asked for by every row."""
-    return file_digest(path)
 
 # %% ../../nbs/synth/41_search.ipynb #53b49a25
 _SYSTEM = ways_of(
@@ -894,7 +896,7 @@ def _known(rng: random.Random, library: Library, riddle: Riddle, places: set[str
     chosen = rng.sample(said, min(len(said), rng.randint(0, 2)))
     return rng.choice(_TOLD).format(x=" ".join(chosen)) if chosen else ""
 
-
+# %% ../../nbs/synth/41_search.ipynb #c76134b2
 def question_of(rng: random.Random, library: Library, riddle: Riddle, places: set[str]) -> str:
     """The riddle, with what people say around it."""
     who = rng.choice(_WHO).format(x=_word(rng))

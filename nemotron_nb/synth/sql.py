@@ -56,7 +56,7 @@ def _industries(text: str) -> dict[str, Industry]:
         found[name] = Industry(facts, entities, measure, attribute, tuple(kinds.split()), distractor)
     return found
 
-
+# %% ../../nbs/synth/40_sql.ipynb #31d6b53d
 INDUSTRIES: Mapping[str, Industry] = _industries(_WORDS)
 DIRT = ("none", "currency_text", "missing_values", "text_dates")  # what is wrong with the facts
 YEARS = (2022, 2023, 2024)
@@ -69,7 +69,7 @@ def _name(rng: random.Random) -> str:
     """A name that nobody has."""
     return "".join(rng.choice(_SYLLABLES) for _ in range(rng.randint(2, 3))).capitalize()
 
-
+# %% ../../nbs/synth/40_sql.ipynb #5c72bac1
 @dataclass(frozen=True)
 class SqlWorld:
     """A world: its words, its dirt, and its rows as clean values."""
@@ -92,13 +92,13 @@ def _facts(
         rows.append((number, rng.choice(entities)[0], rng.choice(industry.kinds), measure, *day))
     return tuple(rows)
 
-
+# %% ../../nbs/synth/40_sql.ipynb #c47cd701
 def _entity(rng: random.Random, number: int, attributes: Sequence[str]) -> tuple[Any, ...]:
     """Somebody it happens to."""
     opened = f"19{rng.randint(50, 99)}-0{rng.randint(1, 9)}-1{rng.randint(0, 9)}"
     return number, f"{_name(rng)} {number}", rng.choice(attributes), opened, rng.randint(0, 1)
 
-
+# %% ../../nbs/synth/40_sql.ipynb #67c0a0b0
 def draw_world(
     rng: random.Random,
 ) -> SqlWorld:
@@ -116,7 +116,7 @@ def _written_measure(value: int | None, dirt: str, number: int) -> Any:
         return value
     return f"$ {value}" if number % 5 == 0 else f"${value:,}"
 
-
+# %% ../../nbs/synth/40_sql.ipynb #aec4a580
 def _written(world: SqlWorld, facts: Sequence[tuple]) -> tuple[tuple[Any, ...], ...]:
     """Facts as the database has them."""
     rows = []
@@ -125,7 +125,7 @@ def _written(world: SqlWorld, facts: Sequence[tuple]) -> tuple[tuple[Any, ...], 
         rows.append((number, entity, kind, _written_measure(measure, world.dirt, number), date))
     return tuple(rows)
 
-
+# %% ../../nbs/synth/40_sql.ipynb #0fab9e77
 def database_of(
     world: SqlWorld,
 ) -> SqlData:
@@ -162,19 +162,19 @@ def _number(world: SqlWorld, row: str = "f") -> str:
     plain = f"REPLACE(REPLACE(REPLACE({name}, '$', ''), ',', ''), ' ', '')"
     return f"CAST({plain} AS INTEGER)" if world.dirt == "currency_text" else name
 
-
+# %% ../../nbs/synth/40_sql.ipynb #92b39ef8
 def _part_of_date(world: SqlWorld, part: str) -> str:
     """Year or month of a fact, as text, in SQL."""
     places = {"year": "7, 4", "month": "4, 2"} if world.dirt == "text_dates" else {"year": "1, 4", "month": "6, 2"}
     return f"SUBSTR(f.happened, {places[part]})"
 
-
+# %% ../../nbs/synth/40_sql.ipynb #734c4a25
 def _joined(world: SqlWorld) -> str:
     """Facts with their entities, in SQL."""
     w = world.industry
     return f"FROM {w.facts} f JOIN {w.entities} e ON e.id = f.{w.entities}_id"
 
-
+# %% ../../nbs/synth/40_sql.ipynb #0cf68a39
 def _totals(world: SqlWorld, key: Callable[[tuple], Any]) -> dict[Any, int | None]:
     """Sums of the measure by some key of the entity, as SQL's SUM: of missing values alone, a missing value."""
     entities = {e[0]: e for e in world.entities}
@@ -192,7 +192,7 @@ def ask_count(world: SqlWorld, rng: random.Random) -> Asked:
     query = f"SELECT COUNT(*) FROM {w.facts} f WHERE f.kind = '{kind}' AND {_part_of_date(world, 'year')} = '{year}'"
     return Asked(words, query, [(sum(f[2] == kind and f[4] == year for f in world.facts),)])
 
-
+# %% ../../nbs/synth/40_sql.ipynb #ef94c5c0
 def ask_having(world: SqlWorld, rng: random.Random) -> Asked:
     """Groups of a size."""
     w, kind, least = world.industry, rng.choice(world.industry.kinds), rng.randint(2, 3)
@@ -201,7 +201,7 @@ def ask_having(world: SqlWorld, rng: random.Random) -> Asked:
     counts = {e[0]: sum(f[1] == e[0] and f[2] == kind for f in world.facts) for e in world.entities}
     return Asked(words, query, [(e[1],) for e in world.entities if counts[e[0]] >= least])
 
-
+# %% ../../nbs/synth/40_sql.ipynb #021ae26d
 def ask_never(world: SqlWorld, rng: random.Random) -> Asked:
     """An anti-join."""
     w, kind = world.industry, rng.choice(world.industry.kinds)
@@ -219,7 +219,7 @@ def ask_sum(world: SqlWorld, rng: random.Random) -> Asked:
     query = f"SELECT e.{w.attribute}, SUM({_number(world)}) {_joined(world)} GROUP BY e.{w.attribute}"
     return Asked(words, query, list(_totals(world, lambda e: e[2]).items()))
 
-
+# %% ../../nbs/synth/40_sql.ipynb #3b2ab518
 def ask_top(world: SqlWorld, rng: random.Random) -> Asked:
     """The first few by a total; SQL puts missing totals last in descending order."""
     w, most = world.industry, rng.randint(2, 3)
@@ -230,7 +230,7 @@ def ask_top(world: SqlWorld, rng: random.Random) -> Asked:
     ranked = sorted(totals, key=lambda name: (-(totals[name] if totals[name] is not None else -1), name))
     return Asked(words, query, [(name,) for name in ranked[:most]], ordered=True)
 
-
+# %% ../../nbs/synth/40_sql.ipynb #90a7f80e
 def ask_above_average(world: SqlWorld, rng: random.Random) -> Asked:
     """A query that refers to the outer one."""
     w, x = world.industry, _number(world)
@@ -344,7 +344,7 @@ def spelled(
     """The query in the dialect of an engine."""
     return query if engine == "sqlite" else translated(query, engine)
 
-
+# %% ../../nbs/synth/40_sql.ipynb #0a63c339
 def prove(draft: RowDraft, workshop: Workshop) -> None:
     """Run the query wherever it should and should not matter, and compare it with the loops."""
     world, asked, engine = draft.facts["world"], draft.facts["asked"], workshop.settings.engine
@@ -375,7 +375,7 @@ def _literal(value: Any) -> str:
     """A value in SQL."""
     return "NULL" if value is None else f"'{value}'" if isinstance(value, str) else str(value)
 
-
+# %% ../../nbs/synth/40_sql.ipynb #92454bda
 def _shown(table: SqlTable, engine: str) -> str:
     """A table as a prompt shows it: how it is made, and its first rows."""
     create = table.create if engine == "sqlite" else table_made(table.create, engine)[0]

@@ -41,7 +41,7 @@ class Engine:
     driver: str  # Python module
     programs: tuple[str, ...] = ()  # that make the files of a server, and that are the server
 
-
+# %% ../../nbs/synth/19_sql_servers.ipynb #8683929e
 ENGINES: Mapping[str, Engine] = {
     "sqlite": Engine("SQLite", "sqlite", "sqlite3"),
     "postgresql": Engine("PostgreSQL", "postgres", "psycopg", ("initdb", "postgres")),
@@ -65,7 +65,7 @@ class QueryError(Exception):
         super().__init__(detail)
         self.reason = reason
 
-
+# %% ../../nbs/synth/19_sql_servers.ipynb #c66eda41
 class NoServer(Exception):
     """Nobody could run a query; it says nothing about the query. `reason` is a word, and the text says more."""
 
@@ -84,7 +84,7 @@ def find_program(
     there = (str(path / name) for place in _PLACES for path in Path("/").glob(place) if (path / name).is_file())
     return shutil.which(name) or max(there, default="")
 
-
+# %% ../../nbs/synth/19_sql_servers.ipynb #f2d3401d
 def why_absent(
     engine: str,  # of ENGINES
 ) -> tuple[str, str]:
@@ -117,7 +117,7 @@ def _parsed(text: str, dialect: str) -> Any:
         raise QueryError("error", f"{type(error).__name__}: {error}"[:300]) from None
     return statement
 
-
+# %% ../../nbs/synth/19_sql_servers.ipynb #b9609129
 @lru_cache(maxsize=256)
 def translated(
     query: str,
@@ -169,7 +169,7 @@ def plain(
         return int(value) if value == value.to_integral_value() else float(value)
     return value if value is None or isinstance(value, int | float | str) else str(value)
 
-
+# %% ../../nbs/synth/19_sql_servers.ipynb #f5dc24b4
 def bounded(
     rows: Iterable[Sequence[Any]],
 ) -> list[tuple[Any, ...]]:
@@ -188,7 +188,7 @@ def _options(rules: Mapping[str, Any]) -> list[str]:
     """Settings as words of a command."""
     return [f"--{name}={value}" for name, value in rules.items()]
 
-
+# %% ../../nbs/synth/19_sql_servers.ipynb #1337dc65
 _ROLES = (
     "CREATE ROLE maker LOGIN", "CREATE ROLE reader LOGIN",
     "GRANT CREATE ON DATABASE postgres TO maker",
@@ -382,7 +382,7 @@ def _bounds(stop: int, memory: int) -> Callable[[], None]:
 
     return act
 
-
+# %% ../../nbs/synth/19_sql_servers.ipynb #e91b1676
 def _started(words: Sequence[str], folder: str, stop: int, memory: int) -> subprocess.Popen[bytes]:
     """A program in a folder, with no rights to speak of; what it says goes into the file log."""
     as_nobody = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
@@ -429,7 +429,7 @@ def _remove_folder(folder: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     Path(f"{folder}.lock").unlink(missing_ok=True)
 
-
+# %% ../../nbs/synth/19_sql_servers.ipynb #b2d197d4
 def remove_left_folders() -> list[str]:
     """Remove the folders of servers whose process is gone; their names."""
     left = []

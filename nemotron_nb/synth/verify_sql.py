@@ -28,7 +28,7 @@ class SqlTable:
     rows: tuple[tuple[Any, ...], ...]
     distractor: bool = False  # looks like what is asked about, and is not
 
-
+# %% ../../nbs/synth/20_verify_sql.ipynb #7ee9d3c2
 @dataclass(frozen=True)
 class SqlData:
     """The tables that a question is about."""
@@ -129,7 +129,7 @@ def _without_distractors(data: SqlData) -> SqlData:
     """The tables that are asked about."""
     return SqlData(tuple(t for t in data.tables if not t.distractor))
 
-
+# %% ../../nbs/synth/20_verify_sql.ipynb #ec4ee084
 def _reordered(data: SqlData, rng: random.Random) -> SqlData:
     """The same rows in another order, numbered anew where the first column is a number that nobody refers to."""
     largest = max(data.tables, key=lambda t: len(t.rows) * (not t.distractor))
@@ -154,7 +154,7 @@ def _digest_of(rows: Sequence[tuple[Any, ...]]) -> str:
     """A digest of an answer."""
     return digest([list(row) for row in rows], 12)
 
-
+# %% ../../nbs/synth/20_verify_sql.ipynb #9fcfebec
 def _digests(databases: Iterable[SqlData], query: str, ordered: bool, engine: str) -> list[str]:
     """A digest of the answer in each database; an error is an answer, too."""
     found = []
@@ -165,7 +165,7 @@ def _digests(databases: Iterable[SqlData], query: str, ordered: bool, engine: st
             found.append(error.reason)
     return found
 
-
+# %% ../../nbs/synth/20_verify_sql.ipynb #4fd29e9b
 def result_digests(
     data: SqlData,
     query: str,
@@ -180,12 +180,12 @@ def _named(engine: str) -> str:
     """An engine with its version, as it ran."""
     return f"{engine} {sqlite3.sqlite_version if engine == 'sqlite' else server_of(engine).version}"
 
-
+# %% ../../nbs/synth/20_verify_sql.ipynb #f33a3e41
 def _proof(engine: str, what: str, reason: str, **evidence: Any) -> Proof:
     """A proof of one question."""
     return Proof(f"{_named(engine)}: {what}", REFUSED if reason else PASSED, reason, evidence)
 
-
+# %% ../../nbs/synth/20_verify_sql.ipynb #3f1cdfe1
 def _says_something(rows: Sequence[tuple[Any, ...]]) -> str:
     """Why an answer says nothing; empty if it says something."""
     if not rows or rows in ([(0,)], [(None,)]):
@@ -232,7 +232,7 @@ class Examined:
     rows: Sequence[tuple[Any, ...]] = ()  # the answer, where there is one
     digests: Sequence[str] = ()  # see `result_digests`
 
-
+# %% ../../nbs/synth/20_verify_sql.ipynb #96cb85ae
 def examine_sql(
     data: SqlData,
     query: str,  # in the dialect of the engine
