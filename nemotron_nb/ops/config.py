@@ -1218,7 +1218,8 @@ def _warm_up_in_samples(layers: list[Layer]) -> list[Layer]:
         if _WARM_UP_TOKENS in told:
             tokens, where = told.pop(_WARM_UP_TOKENS), f"{origin}: {_WARM_UP_TOKENS}"
             if isinstance(tokens, bool) or not isinstance(tokens, int | float) or tokens < 0 or tokens != int(tokens):
-                raise UserError(f"{tokens!r} is not a number of tokens", where=where, fix="give a whole number, such as 8.4e9")
+                fix = "give a whole number, such as 8.4e9"
+                raise UserError(f"{tokens!r} is not a number of tokens", where=where, fix=fix)
             if "scheduler.lr_warmup_samples" in told:
                 raise UserError("a warm-up in tokens and one in samples", where=where, fix="give one of the two")
             if not length:
