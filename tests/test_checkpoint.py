@@ -1,5 +1,6 @@
 """Checkpoints: resume to the last bit by one process and by two, kills at every file operation, a full disk, what is refused, and the way to Hugging Face form and back."""
 
+import enum
 import functools
 import io
 import json
@@ -429,6 +430,33 @@ def test_an_index_is_read_as_pytorch_reads_it(small):
     checkpoints, _, _ = small
     ours, theirs = checkpoint.IndexReader(checkpoints.newest().path).read_metadata(), own_index(checkpoints)
     assert (ours.state_dict_metadata, ours.storage_data, ours.version) == (theirs.state_dict_metadata, theirs.storage_data, theirs.version)
+
+
+class _ByName(pickle.Pickler):
+    """Writes a member of an enumeration as Python 3.11.0 to 3.11.3 do: as what `getattr` gives for its class and its name."""
+
+    def reducer_override(self, value):
+        return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+
+
+def test_an_index_of_an_older_python_is_read(small):
+    checkpoints, model, optimizer = small
+    written = io.BytesIO()
+    _ByName(written).dump(own_index(checkpoints))
+    assert b"getattr" in written.getvalue() and b"getattr" not in pickle.dumps(own_index(checkpoints)) or sys.version_info < (3, 11, 4)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    newest = forged(checkpoints, **{".metadata": written.getvalue()})
+    checkpoints.load(newest, model, optimizer)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_getattr_of_an_index_gets_nothing(small, tmp_path):
+    """The word is known, since older Pythons write it; what it names is not fetched, let alone called."""
+    checkpoints, model, optimizer = small
+    attack = b"cbuiltins\ngetattr\n(ctorch\nSize\nS'__init_subclass__'\ntR(tR."
+    newest = forged(checkpoints, **{".metadata": attack})
+    with pytest.raises(UserError, match="the index cannot be read"):
+        checkpoints.load(newest, model, optimizer)
 
 
 def test_tensors_that_are_a_pickle_run_nothing(small, tmp_path):

@@ -270,6 +270,12 @@ def _without_notes(names: Iterable[str]) -> list[str]:
     kept = (p for p in paths if p.name not in (about if p.parent in saved else _ABOUT_DATA))
     return [str(p) for p in kept if not p.name.startswith(".")]
 
+# %% ../../nbs/data/15_blend.ipynb #a257f1eb
+def _readable(names: Iterable[str], texts: tuple[str, ...]) -> list[str]:
+    """The names of data files, sorted; where there are none, those with the endings of plain text."""
+    names = sorted(names)
+    return [n for n in names if n.endswith(DATA_SUFFIXES)] or [n for n in names if n.lower().endswith(texts)]
+
 # %% ../../nbs/data/15_blend.ipynb #c2642e1f
 def files_of_split(
     names: Sequence[str],  # every file of the dataset, relative to its root
@@ -360,12 +366,6 @@ def _local(entry: Dataset) -> list[Path]:
             p for p in anchor.glob(str(path.relative_to(path.anchor) if path.anchor else path)) if p.is_file()
         )
     return found
-
-# %% ../../nbs/data/15_blend.ipynb #a257f1eb
-def _readable(names: Iterable[str], texts: tuple[str, ...]) -> list[str]:
-    """The names of data files, sorted; where there are none, those with the endings of plain text."""
-    names = sorted(names)
-    return [n for n in names if n.endswith(DATA_SUFFIXES)] or [n for n in names if n.lower().endswith(texts)]
 
 # %% ../../nbs/data/15_blend.ipynb #2a36a9a9
 def _listed(entry: Dataset, texts: tuple[str, ...]) -> tuple[Any, dict[str, Mapping[str, Any]]]:
