@@ -738,7 +738,7 @@ PARTS = {
     ("torch.serialization", "_get_layout"): "part",
     ("pathlib", "PosixPath"): "part",
     ("pathlib._local", "PosixPath"): "part",
-    ("builtins", "getattr"): "part",  # Python 3.11.0 to 3.11.3 write a member of an enumeration with it; it gets nothing
+    ("builtins", "getattr"): "part",  # how Python 3.11.0 to 3.11.3 write an enumeration; it gets nothing
 }  # what an index is made of; number formats come to them
 
 # %% ../../nbs/train/09_checkpoint.ipynb #d9412714
