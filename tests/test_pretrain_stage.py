@@ -560,9 +560,9 @@ def wrong_model(home, folder):
 
 
 @pytest.mark.parametrize("wrong, said", [
-    (wrong_id, "holds the token id 5000"),
-    (wrong_model, "the checkpoint has the tokenizer"),
-], ids=["id", "tokenizer"])  # fmt: skip
+    pytest.param(wrong_id, "holds the token id 5000", marks=pytest.mark.long, id="id"),
+    pytest.param(wrong_model, "the checkpoint has the tokenizer", id="tokenizer"),
+])  # fmt: skip
 def test_what_only_the_training_can_see_is_refused_before_its_first_step(home, documents, wrong, said):
     folder = shutil.copytree(documents.folder, home / "copied")
     more = wrong(home, folder)

@@ -94,9 +94,9 @@ def run_all(name, steps, monkeypatch):
     return names, results
 
 
-@each
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] if name == "tour" else []) for name in TOURS])
 def test_it_runs(name, monkeypatch):
-    """With few steps of training: nbdev-test and the browser run it as it stands."""
+    """With few steps of training: nbdev-test runs both as they stand, and the browser runs the first."""
     steps = 6
     names, results = run_all(name, steps, monkeypatch)
     assert len([m for m in names["metrics"] if m["kind"] == "train"]) == steps and len(results) == len(shown(name))

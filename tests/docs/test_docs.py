@@ -8,6 +8,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest import mock
 from urllib.parse import unquote, urldefrag
 
 import pytest
@@ -62,10 +63,13 @@ def words_alone(root, folder):
 
 @pytest.fixture(scope="module", params=["words", pytest.param("whole", marks=pytest.mark.long)])
 def site(tmp_path_factory, request):
-    """The folder of a site that was built now."""
+    """The folder of a site that was built now. Its words are built with Sphinx's plainest theme, which takes a third of the time."""
     pytest.importorskip("myst_nb", reason="Sphinx and MyST-NB come with the extra docs")
-    root = ROOT if request.param == "whole" else words_alone(ROOT, tmp_path_factory.mktemp("words"))
-    return docs.build_site(tmp_path_factory.mktemp("site") / "docs", root).parent
+    target = tmp_path_factory.mktemp("site") / "docs"
+    if request.param == "whole":
+        return docs.build_site(target, ROOT).parent
+    with mock.patch.object(docs, "CONF", docs.CONF.replace('html_theme = "furo"', 'html_theme = "basic"')):
+        return docs.build_site(target, words_alone(ROOT, tmp_path_factory.mktemp("words"))).parent
 
 
 @pytest.fixture(scope="module")
