@@ -129,7 +129,8 @@ def megatron_layout(
 
     def size(name: str) -> int:
         """The ranks of one kind; 1 where the settings say nothing."""
-        value = values.get(f"{prefix}{name}_parallel_size") or 1
+        said = values.get(f"{prefix}{name}_parallel_size")
+        value = 1 if said is None else said
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             where, fix = f"{prefix}{name}_parallel_size", "give a whole number of ranks"
             raise UserError(f"{value!r} is no number of ranks", where=where, fix=fix)
