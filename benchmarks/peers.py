@@ -23,9 +23,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from unittest import mock
 
 LR, BETAS, CLIP = 1e-3, (0.9, 0.95), 1.0
 ALIKE = {"loss": 1e-5, "norm": 1e-3}  # relative, of the first step
@@ -64,64 +64,45 @@ def write_problem(folder, chats):
     return rows
 
 
-class Clock:
-    """Seconds of the processor inside some functions, and the work of their matrix products."""
-
-    def __init__(self):
-        self.seconds = {}
-
-    def timed(self, name, act):
-        """The same function, on the clock."""
-
-        def run(*given, **named):
-            start = time.process_time()
-            found = act(*given, **named)
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - start
-            return found
-
-        return run
+def pack_size(rows):
+    """The smallest power of two from 2,048 on that holds the longest row, as the recipe has it."""
+    return max(2048, 1 << (max(len(row["ids"]) for row in rows) - 1).bit_length())
 
 
 def our_learner(folder):
     """(learner, settings, the packs of a step): what a rank of the recipe would build."""
     import numpy as np
-    from transformers import AutoModelForCausalLM
 
     from nemotron_nb.data.pack import make_pack, pack
+    from nemotron_nb.train.model import build_model
     from nemotron_nb.train.objective import Learner
-    from nemotron_nb.train.scan import use_chunked_scan
 
     config, rows = settings(), json.loads((folder / "rows.json").read_text())
-    lengths = [len(row["ids"]) for row in rows]
-    size = max(2048, 1 << (max(lengths) - 1).bit_length())
     parts = [(np.array(row["ids"], np.int32), np.array(row["mask"], np.uint8)) for row in rows]
-    packs = [make_pack(*zip(*(parts[i] for i in bin)), [str(i) for i in bin]) for bin in pack(lengths, size).tolist()]
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32")
-    use_chunked_scan(model)
+    bins = pack([len(row["ids"]) for row in rows], pack_size(rows)).tolist()
+    packs = [make_pack(*zip(*(parts[i] for i in bin)), [str(i) for i in bin]) for bin in bins]
+    model = build_model(replace(config.model, name=str(folder / "model")), 1)
     return Learner(model, config.model, None, "fp32"), config, packs
 
 
 def run_ours(folder, steps):
     """{loss, norm, seconds: of each step; parts: of the median step; flops: of forward and backward}"""
-    import torch
     from torch.utils.flop_counter import FlopCounterMode
+    from train_step import Clock
 
     from nemotron_nb.train import torch_engine
     from nemotron_nb.train.batches import global_batch
-    from nemotron_nb.train.objective import Learner
 
     learner, config, packs = our_learner(folder)
     optimizer, lines, seconds, parts = torch_engine.make_optimizer(learner, config.optimizer), [], [], []
     for step in range(steps):
-        clock = Clock()
-        inside = mock.patch.object(Learner, "forward", clock.timed("forward", Learner.forward))
-        behind = mock.patch.object(torch.Tensor, "backward", clock.timed("backward", torch.Tensor.backward))
+        clock = Clock("cpu")
         start = time.process_time()
         batch = clock.timed("batch", global_batch)(packs)
-        with inside, behind:
+        with clock.watching():
             lines.append(torch_engine.train_step(learner, optimizer, batch, step, config))
         seconds.append(time.process_time() - start)
-        parts.append(clock.seconds | {"clipping, optimizer, record": seconds[-1] - sum(clock.seconds.values())})
+        parts.append(clock.parts | {"clipping, optimizer, record": seconds[-1] - sum(clock.parts.values())})
     with FlopCounterMode(display=False) as counted:
         torch_engine.make_gradient(learner.train(), batch, "token", config.train.micro_batch_tokens)
     median = sorted(range(1, steps), key=seconds.__getitem__)[(steps - 1) // 2]
@@ -150,10 +131,9 @@ def run_trl(folder, steps, packed):
     data = Dataset.from_list([
         {"input_ids": r["ids"], "labels": [t if m else -100 for t, m in zip(r["ids"], r["mask"])]} for r in rows
     ])
-    size = max(2048, 1 << (max(len(r["ids"]) for r in rows) - 1).bit_length())
     config = SFTConfig(
         output_dir=str(folder / "trl"), max_steps=steps, per_device_train_batch_size=len(rows), learning_rate=LR, packing=packed,
-        max_length=size, adam_beta1=BETAS[0], adam_beta2=BETAS[1], max_grad_norm=CLIP, lr_scheduler_type="constant", bf16=False,
+        max_length=pack_size(rows), adam_beta1=BETAS[0], adam_beta2=BETAS[1], max_grad_norm=CLIP, lr_scheduler_type="constant", bf16=False,
         gradient_checkpointing=False, use_cpu=True, report_to=[], logging_steps=1, save_strategy="no", disable_tqdm=True,
         dataloader_drop_last=False,
     )

@@ -65,10 +65,10 @@ def all_logits(layer: FusedOutput, hidden: Tensor, labels: Tensor | None = None,
 
 
 class Clock:
-    """Seconds inside forward and backward."""
+    """Seconds of parts of a step, forward and backward first."""
 
     def __init__(self, device: str):
-        self.cuda, self.inside = device == "cuda", 0.0
+        self.cuda, self.parts = device == "cuda", {}
 
     def now(self) -> float:
         """CPU seconds, or the wall when the GPU has caught up."""
@@ -77,23 +77,23 @@ class Clock:
         torch.cuda.synchronize()
         return time.perf_counter()
 
+    def timed(self, name: str, act: Callable) -> Callable:
+        """The same function on the clock."""
+
+        def run(*given, **named):
+            """Act, and add the seconds."""
+            start = self.now()
+            found = act(*given, **named)
+            self.parts[name] = self.parts.get(name, 0.0) + self.now() - start
+            return found
+
+        return run
+
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Add up what passes in forward and backward."""
-
-        def timed(act: Callable) -> Callable:
-            """The same function on the clock."""
-
-            def run(*given, **named):
-                """Act, and add the seconds."""
-                start = self.now()
-                found = act(*given, **named)
-                self.inside += self.now() - start
-                return found
-
-            return run
-
-        with mock.patch.object(Learner, "forward", timed(Learner.forward)), mock.patch.object(Tensor, "backward", timed(Tensor.backward)):
+        forward, backward = self.timed("forward", Learner.forward), self.timed("backward", Tensor.backward)
+        with mock.patch.object(Learner, "forward", forward), mock.patch.object(Tensor, "backward", backward):
             yield
 
 
@@ -112,11 +112,11 @@ def measure(device: str, fused: bool, computed_twice: bool, mtp: int, repeats: i
         for step in range(1 + repeats):
             if step == 1 and clock.cuda:
                 torch.cuda.reset_peak_memory_stats()
-            clock.inside, start = 0.0, clock.now()
+            clock.parts, start = {}, clock.now()
             batch = global_batch(packs)
             train_step(learner, optimizer, batch, step, config)
             seconds.append(clock.now() - start)
-            outside.append(1 - clock.inside / seconds[-1])
+            outside.append(1 - sum(clock.parts.values()) / seconds[-1])
     memory = torch.cuda.max_memory_allocated() / 2**30 if clock.cuda else float("nan")
     return statistics.median(seconds[1:]), statistics.median(outside[1:]), memory, batch.tokens, sum(p.numel() for p in learner.parameters())
 

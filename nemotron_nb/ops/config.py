@@ -1207,26 +1207,29 @@ def _short_of_rate(settings: PretrainConfig) -> list[str]:
     ]
 
 # %% ../../nbs/ops/06_config.ipynb #7f862665
-_WARM_UP_TOKENS = "scheduler.lr_warmup_tokens"
+_WARM_UP_TOKENS, _WARM_UP_SAMPLES = "scheduler.lr_warmup_tokens", "scheduler.lr_warmup_samples"
+
+
+def _in_samples(said: Mapping[str, Any], length: int | None, origin: str) -> Mapping[str, Any]:
+    """A layer with its warm-up in tokens as one in samples. `UserError` where it is not a whole number of tokens."""
+    if _WARM_UP_TOKENS not in said:
+        return said
+    tokens, where = said[_WARM_UP_TOKENS], f"{origin}: {_WARM_UP_TOKENS}"
+    is_number = isinstance(tokens, int | float) and not isinstance(tokens, bool)
+    if not (is_number and tokens >= 0 and float(tokens).is_integer()):
+        raise UserError(f"{tokens!r} is not a number of tokens", where=where, fix="give a whole number, such as 8.4e9")
+    if _WARM_UP_SAMPLES in said:
+        raise UserError("a warm-up in tokens and one in samples", where=where, fix="give one of the two")
+    if not length:
+        raise UserError("nothing says how long a sample is", where=where, fix="give dataset.sequence_length")
+    others = {name: value for name, value in said.items() if name != _WARM_UP_TOKENS}
+    return others | {_WARM_UP_SAMPLES: math.ceil(int(tokens) / length)}
 
 
 def _warm_up_in_samples(layers: list[Layer]) -> list[Layer]:
-    """The layers with a warm-up in tokens said in samples. `UserError` where that is not a whole number of tokens."""
-    length, found = _last_said(layers, "dataset.sequence_length"), []
-    for origin, said in layers:
-        told = dict(said)
-        if _WARM_UP_TOKENS in told:
-            tokens, where = told.pop(_WARM_UP_TOKENS), f"{origin}: {_WARM_UP_TOKENS}"
-            if isinstance(tokens, bool) or not isinstance(tokens, int | float) or tokens < 0 or tokens != int(tokens):
-                fix = "give a whole number, such as 8.4e9"
-                raise UserError(f"{tokens!r} is not a number of tokens", where=where, fix=fix)
-            if "scheduler.lr_warmup_samples" in told:
-                raise UserError("a warm-up in tokens and one in samples", where=where, fix="give one of the two")
-            if not length:
-                raise UserError("nothing says how long a sample is", where=where, fix="give dataset.sequence_length")
-            told["scheduler.lr_warmup_samples"] = math.ceil(int(tokens) / length)
-        found.append((origin, told))
-    return found
+    """The layers with a warm-up that was said in tokens as one in samples."""
+    length = _last_said(layers, "dataset.sequence_length")
+    return [(origin, _in_samples(said, length, origin)) for origin, said in layers]
 
 # %% ../../nbs/ops/06_config.ipynb #e3298b03
 def pretrain_config(

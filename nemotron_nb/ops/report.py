@@ -7,7 +7,7 @@ __all__ = ['BLUE', 'ORANGE', 'GREY', 'Run', 'read_run', 'state_sentences', 'head
            'preparation_notes', 'fill_picture', 'arithmetic_picture', 'stage_switches', 'seams', 'loss_picture',
            'LivePicture', 'lr_picture', 'speed_picture', 'shortened', 'strips_picture', 'form_in_words', 'clipped',
            'generations_picture', 'settings_picture', 'attempts_picture', 'artifacts_picture', 'environment_picture',
-           'run_row', 'Section', 'provenance', 'sections', 'html_page', 'page', 'write_report']
+           'run_row', 'Section', 'draw_sections', 'provenance', 'sections', 'html_page', 'page', 'write_report']
 
 # %% ../../nbs/ops/07_report.ipynb #2a197d65
 import html
@@ -863,12 +863,12 @@ def _result_plan(run: Run) -> _Plan:
         (there, "Answers to held-out prompts", answers, lambda: generations_picture(run.before, run.after)),
     ]
 
-# %% ../../nbs/ops/07_report.ipynb #c48ba3e8
-def _drawn(plan: _Plan) -> list[Section]:
+# %% ../../nbs/ops/07_report.ipynb #d89d7d19
+def draw_sections(plan: _Plan) -> list[Section]:
     """The parts that there is data for."""
     return [Section(title, how, draw()) for there, title, how, draw in plan if there]
 
-
+# %% ../../nbs/ops/07_report.ipynb #1ceae3b8
 def provenance(
     run: Run,  # of any stage
 ) -> list[Section]:
@@ -877,7 +877,7 @@ def provenance(
     attempts = "Each row is one attempt at this run; what follows the first went on from its newest checkpoint."
     settings = "What somebody changed, with the place where it was written; all other settings are folded away below."
     machine = "What is needed to repeat the run; all package versions are in env.json."
-    return _drawn([
+    return draw_sections([
         (bool(run.artifacts), "What came from what", digests, lambda: artifacts_picture(run.artifacts)),
         (len(run.attempts) > 1, "Attempts", attempts, lambda: attempts_picture(run.attempts)),
         (bool(run.config), "Settings in force", settings, lambda: settings_picture(run)),
@@ -889,7 +889,7 @@ def sections(
     run: Run,
 ) -> list[Section]:
     """The parts of the report that the run folder has data for."""
-    return [*_drawn([*_data_plan(run), *_training_plan(run), *_result_plan(run)]), *provenance(run)]
+    return [*draw_sections([*_data_plan(run), *_training_plan(run), *_result_plan(run)]), *provenance(run)]
 
 # %% ../../nbs/ops/07_report.ipynb #715eeb72
 _STYLE = (

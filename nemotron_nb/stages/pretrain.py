@@ -23,6 +23,7 @@ from nemotron_nb.ops.report import (
     Run,
     Section,
     arithmetic_picture,
+    draw_sections,
     html_page,
     loss_picture,
     lr_picture,
@@ -305,8 +306,7 @@ def sections(
     run: Run,
 ) -> list[Section]:
     """The parts of the report that the run folder has data for."""
-    plan = [*_of_training(run), *_of_the_model(run)]
-    return [*(Section(title, how, draw()) for there, title, how, draw in plan if there), *provenance(run)]
+    return [*draw_sections([*_of_training(run), *_of_the_model(run)]), *provenance(run)]
 
 # %% ../../nbs/stages/04_pretrain.ipynb #532219bc
 BASE_TASKS = {"mmlu": 5, "arc_challenge": 25, "winogrande": 5, "hellaswag": 0, "openbookqa": 0}

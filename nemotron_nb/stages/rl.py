@@ -32,7 +32,7 @@ from nemotron_nb.ops.config import (
 )
 from ..ops.profiles import project_root
 from ..ops.config import merge, sft_config, to_yaml, typed_layers
-from ..ops.report import Section, html_page, provenance, read_run
+from ..ops.report import Section, draw_sections, html_page, provenance, read_run
 from nemotron_nb.ops.run_folder import (
     Started,
     list_runs,
@@ -562,8 +562,7 @@ def rl_sections(
 ) -> list[Section]:
     """The parts of the report that the run folder has data for."""
     folder, run = Path(folder), read_run(folder)
-    plan = [*_numbers(run.metrics), *_answers(folder, run.metrics)]
-    return [*(Section(title, how, draw()) for there, title, how, draw in plan if there), *provenance(run)]
+    return [*draw_sections([*_numbers(run.metrics), *_answers(folder, run.metrics)]), *provenance(run)]
 
 # %% ../../nbs/stages/06_rl.ipynb #0256cd7f
 def write_rl_report(

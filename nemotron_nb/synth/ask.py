@@ -207,13 +207,13 @@ def open_models(
     sections = {"teacher": settings.teacher, "judge": judge}
     usage, prompts = Usage(folder / "ledger.jsonl"), PromptFile(folder / "prompts.jsonl")
 
-    def opened(url: str) -> Models:
+    def opened(url: str = "", kept_as: str = "") -> Models:
         """The models, the rehearsed ones at an address."""
-        endpoints = {role: endpoint_of(sections[role], role, folder, url, script_name(script)) for role in ROLES}
+        endpoints = {role: endpoint_of(sections[role], role, folder, url, kept_as) for role in ROLES}
         return Models(endpoints, usage, prompts, settings.budget)
 
     if not any(section.rehearsed for section in sections.values()):
-        yield opened("")
+        yield opened()
         return
     with rehearsal(script) as server:
-        yield opened(server.url)
+        yield opened(server.url, script_name(script))
