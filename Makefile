@@ -77,11 +77,9 @@ lab:  ## JupyterLab on the notebooks
 	@.ci/setup dev
 	@$(IN) jupyter lab nbs $(if $(filter 0,$(shell id -u)),--allow-root)
 
-bench:  ## run every benchmark and print its table
+bench:  ## run every benchmark and print its table; ARGS="--nemotron CHECKOUT --trl FOLDER" sets others beside it
 	@.ci/setup dev
-	@shopt -s nullglob; scripts=(benchmarks/*.py); \
-	if [ $${#scripts[@]} = 0 ]; then echo "bench: there is no benchmark yet" >&2; exit 1; fi; \
-	for script in "$${scripts[@]}"; do echo "== $$script"; $(IN) python "$$script"; done
+	@$(IN) python benchmarks/all.py $(ARGS)
 
 readme:  ## write README.md from nbs/index.ipynb
 	@.ci/setup run

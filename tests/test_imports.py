@@ -19,6 +19,13 @@ CHOOSES_ITS_ENGINE = ("train/__main__.py", "megatron")  # the one arrow that poi
 HEAVY = ("torch", "triton", "transformers", "wandb", "ray", "megatron", "papermill", "matplotlib", "mistral_common", "modelopt")
 
 
+def test_the_round_of_benchmarks_knows_every_script():
+    """`make bench` leaves none out without a word."""
+    known = runpy.run_path(str(ROOT / "benchmarks" / "all.py"))
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    assert scripts == {*known["BENCHMARKS"], *known["NOT_BENCHMARKS"]}
+
+
 def imported(path):
     """Absolute names of the project's modules that a module imports, wherever in the file."""
     package = path.relative_to(ROOT).with_suffix("").parts

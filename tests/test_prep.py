@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -22,10 +23,10 @@ import pytest
 
 from nemotron_nb.core import UserError, temporary_name
 from nemotron_nb.data.mask import training_sequences
-from nemotron_nb.data.pack import roll_mask
+from nemotron_nb.data.pack import Spans, close_turn, roll_mask
 from nemotron_nb.data import prep
 from nemotron_nb.data.manifest import Manifest
-from nemotron_nb.data.prep import SPLITS, PrepConfig, TokenizerSection, assign_splits, prepare
+from nemotron_nb.data.prep import SPLITS, Corpus, PrepConfig, TokenizerSection, _trained_in, assign_splits, prepare
 from nemotron_nb.data.records import read_chats
 from nemotron_nb.data.sample import sample_path
 from nemotron_nb.data.shards import read_npy, read_packs
@@ -606,3 +607,30 @@ def test_a_table_without_rows_ends_in_words(tmp_path):
     pq.write_table(pa.table({"messages": pa.array([], pa.string())}), tmp_path / "none.parquet")
     with pytest.raises(UserError, match="holds no rows"):
         prepare(PrepConfig(path=str(tmp_path / "none.parquet"), output_dir=str(tmp_path / "out")))
+
+
+def test_trained_labels_of_parts_are_those_of_each_part_alone():
+    """Spans over several units, whole and cut, in an order of their own, against one look a span."""
+    rng = np.random.default_rng(5)
+    lengths = rng.integers(1, 40, 60)
+    units = np.sort(rng.integers(0, 4, 60))
+    starts = np.concatenate([np.cumsum(lengths[units == u]) - lengths[units == u] for u in range(4)])
+    spools = tuple(
+        SimpleNamespace(tokens=rng.integers(0, 12, n), mask=rng.integers(0, 2, n).astype(np.uint8))
+        for n in (lengths[units == u].sum() for u in range(4))
+    )
+    whole = [spools[u].mask[a + 1 : a + n].sum() for u, a, n in zip(units, starts, lengths)]
+    zeros = np.zeros(1, int)
+    corpus = Corpus(
+        spools, spool_S=units, start_S=starts, length_S=lengths, trained_S=np.array(whole), chat_S=np.zeros(60, int),
+        chat_ids=("a",), source_C=zeros, line_C=zeros, row_C=zeros, path_C=zeros, paths=("a.jsonl",),
+    )
+    which = rng.permutation(np.repeat(np.arange(60), 3))
+    begin = (rng.random(180) * lengths[which]).astype(int) * rng.integers(0, 2, 180)
+    end = np.maximum(begin + 1, lengths[which] - rng.integers(0, 3, 180))
+    spans = Spans(which, begin, end, rng.integers(0, 2, 180).astype(bool) & (end < lengths[which]), 60)
+    expected = []
+    for k in range(180):
+        ids, mask = corpus.part(spans, k)
+        expected.append((close_turn(ids, mask, 11)[1] if spans.closing[k] else mask)[1:].sum())
+    assert _trained_in(corpus, spans, 11).tolist() == expected

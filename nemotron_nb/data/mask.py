@@ -642,10 +642,12 @@ class Encoded:
 
 # %% ../../nbs/data/08_mask.ipynb #f2d52953
 def _laid_out(source: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(the slices of an array end to end, where each begins)."""
+    """(the slices of an array end to end, where each begins). Neighbours in the array are copied as one slice."""
     offsets = np.zeros(len(starts) + 1, np.int64)
     np.cumsum(ends - starts, out=offsets[1:])
-    slices = [source[a:b] for a, b in zip(starts.tolist(), ends.tolist())]
+    breaks = ends[:-1] != starts[1:]
+    begins, stops = starts[np.append(True, breaks)[: len(starts)]], ends[np.append(breaks, True)[: len(ends)]]
+    slices = [source[a:b] for a, b in zip(begins.tolist(), stops.tolist())]
     return (np.concatenate(slices) if slices else source[:0]), offsets
 
 # %% ../../nbs/data/08_mask.ipynb #ff1b509d
@@ -700,14 +702,16 @@ class _Runs(_Stretches):
     def __init__(self, allow_special_in_text: bool):
         super().__init__()
         self._allow = allow_special_in_text
-        self._numbers: dict[tuple[Piece, ...], int] = {}
+        self._numbers: dict[str | tuple[Piece, ...], int] = {}
         self.texts: list[str] = []
 
     def add(self, pieces: tuple[Piece, ...]) -> int:
-        """The number of a chunk."""
-        number = self._numbers.setdefault(pieces, len(self._numbers))
+        """The number of a chunk. One that is trusted as a whole is known by its text alone."""
+        text = pieces[0][0] if len(pieces) == 1 else "".join([text for text, _ in pieces])
+        trusted = self._allow or (len(pieces) == 1 and pieces[0][1])
+        number = self._numbers.setdefault(text if trusted else pieces, len(self._numbers))
         if number == len(self.texts):
-            self.texts.append("".join([text for text, _ in pieces]))
+            self.texts.append(text)
             if not self._allow:
                 self.measure(pieces)
         return number

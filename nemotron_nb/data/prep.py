@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -415,24 +416,38 @@ class Corpus:
         chat = self.chat_S[sequence]
         return self.paths[self.path_C[chat]], int(self.line_C[chat])
 
+    def unit(self, spans: Spans, k: int) -> int:
+        """The unit in which a span lies."""
+        return int(self.spool_S[spans.sequence[k]])
+
+    def place_in_unit(self, spans: Spans, k: int) -> slice:
+        """Where a span lies among the tokens of its unit."""
+        begin = self.start_S[spans.sequence[k]]
+        return slice(int(begin + spans.start[k]), int(begin + spans.end[k]))
+
     def part(self, spans: Spans, k: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, mask) of a span as they lie on disk."""
-        s = spans.sequence[k]
-        spool, begin = self.spools[self.spool_S[s]], self.start_S[s]
-        place = slice(int(begin + spans.start[k]), int(begin + spans.end[k]))
+        spool, place = self.spools[self.unit(spans, k)], self.place_in_unit(spans, k)
         return np.asarray(spool.tokens[place]), np.asarray(spool.mask[place])
 
-    def trained_in(
-        self,
-        spans: Spans,
-        close_id: int,  # <|im_end|>
-    ) -> np.ndarray:
-        """[K] trained labels of each span. Whole sequences are looked up, parts are counted."""
-        trained = self.trained_S[spans.sequence].copy()
-        for k in np.flatnonzero((spans.start > 0) | (spans.end < self.length_S[spans.sequence])):
-            ids, mask = self.part(spans, k)
+# %% ../../nbs/data/22_prep.ipynb #7cb43208
+def _trained_in(
+    corpus: Corpus,
+    spans: Spans,
+    close_id: int,  # <|im_end|>
+) -> np.ndarray:
+    """[K] trained labels of each span. Whole sequences are looked up, parts are counted, unit by unit: to open a file
+    once a span costs more than to count in it.
+    """
+    trained = corpus.trained_S[spans.sequence].copy()
+    cut = np.flatnonzero((spans.start > 0) | (spans.end < corpus.length_S[spans.sequence])).tolist()
+    for unit, some in itertools.groupby(cut, key=lambda k: corpus.unit(spans, k)):
+        all_ids, all_mask = corpus.spools[unit].tokens, corpus.spools[unit].mask
+        for k in some:
+            place = corpus.place_in_unit(spans, k)
+            ids, mask = all_ids[place], all_mask[place]
             trained[k] = int((close_turn(ids, mask, close_id)[1] if spans.closing[k] else mask)[1:].sum())
-        return trained
+    return trained
 
 # %% ../../nbs/data/22_prep.ipynb #59cbc244
 def _corpus(sources: Sequence[Source], spools: Sequence[Sequence[Spooled]]) -> Corpus:
@@ -567,7 +582,7 @@ def _keep(corpus: Corpus, plan: Plan, capacity: int, ledger: Ledger) -> tuple[Sp
         plan.config.pad_to_multiple,
         name=lambda i: "{}:{}".format(*corpus.place(i)),
     )
-    trained = corpus.trained_in(spans, plan.tokenizer.im_end_id)
+    trained = _trained_in(corpus, spans, plan.tokenizer.im_end_id)
     good = np.ones(len(spans), bool) if plan.config.compat == "nvidia" else trained > 0
     kept = _chosen(spans, good)
     _book(corpus, spans, kept, longest(capacity, plan.config.pad_to_multiple), ledger)

@@ -68,25 +68,30 @@ the user about function calls
 </IMPORTANT>"""
 
 # %% ../../nbs/data/07_template.ipynb #f173b67f
+_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps(..., ensure_ascii=False) makes one anew each time
+
+
 def _value(value: Any) -> str:
     """A value as the format writes it: JSON for mappings and lists, Python's `str` otherwise."""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (Mapping, list, tuple)) else str(value)
+    if isinstance(value, str):
+        return str(value)
+    return _json(value) if isinstance(value, (dict, list, tuple, Mapping)) else str(value)
 
 # %% ../../nbs/data/07_template.ipynb #a79a2573
 def _extras(fields: Any, known: Sequence[str]) -> str:
     """Keys the format has no word for, each as an element of its own, in order."""
-    if not isinstance(fields, Mapping):
+    if not isinstance(fields, (dict, Mapping)):
         return ""
-    return "".join(f"\n<{key}>{_value(value)}</{key}>" for key, value in fields.items() if key not in known)
+    return "".join([f"\n<{key}>{_value(value)}</{key}>" for key, value in fields.items() if key not in known])
 
 # %% ../../nbs/data/07_template.ipynb #20864afd
 def _parameter(name: str, fields: Any) -> str:
     """One property of a tool's parameters."""
     text = f"\n<parameter>\n<name>{name}</name>"
-    if isinstance(fields, Mapping):
+    if isinstance(fields, (dict, Mapping)):
         text += f"\n<type>{fields['type']}</type>" if "type" in fields else ""
         text += f"\n<description>{str(fields['description']).strip()}</description>" if "description" in fields else ""
-        text += f"\n<enum>{json.dumps(fields['enum'], ensure_ascii=False)}</enum>" if "enum" in fields else ""
+        text += f"\n<enum>{_json(fields['enum'])}</enum>" if "enum" in fields else ""
         text += _extras(fields, ("name", "type", "description", "enum"))
     return text + "\n</parameter>"
 
@@ -98,15 +103,12 @@ def _declared(tool: Mapping[str, Any]) -> str:
     text = f"\n<function>\n<name>{tool.get('name', '')}</name>"
     text += f"\n<description>{str(tool['description']).strip()}</description>" if "description" in tool else ""
     text += "\n<parameters>"
-    if isinstance(parameters, Mapping):
+    if isinstance(parameters, (dict, Mapping)):
         properties = parameters.get("properties")
-        text += "".join(_parameter(n, f) for n, f in properties.items()) if isinstance(properties, Mapping) else ""
+        if isinstance(properties, (dict, Mapping)):
+            text += "".join([_parameter(n, f) for n, f in properties.items()])
         text += _extras(parameters, ("type", "properties", "required"))
-        text += (
-            f"\n<required>{json.dumps(parameters['required'], ensure_ascii=False)}</required>"
-            if "required" in parameters
-            else ""
-        )
+        text += f"\n<required>{_json(parameters['required'])}</required>" if "required" in parameters else ""
     return text + "\n</parameters>" + _extras(tool, ("type", "name", "description", "parameters")) + "\n</function>"
 
 # %% ../../nbs/data/07_template.ipynb #bbf49bc9
