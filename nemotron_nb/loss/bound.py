@@ -92,9 +92,10 @@ def tail(
 # %% ../../nbs/loss/09_bound.ipynb #87d6b0c3
 def panels_by_hand(tiles_m: int, tiles_n: int, group: int) -> tuple[int, int]:
     """(panels of hidden states, panels of the weight) that memory is asked for, tile after tile. The oracle."""
-    fetched_x, fetched_w, cached_x, cached_w = 0, 0, set(), None
+    fetched_x = fetched_w = 0
     for first in range(0, tiles_m, group):
-        cached_x, cached_w = set(), None
+        cached_x: set[int] = set()
+        cached_w = None
         for column in range(tiles_n):
             for row in range(first, min(first + group, tiles_m)):
                 fetched_x += row not in cached_x

@@ -66,8 +66,8 @@ def _cuobjdump(cubin: bytes, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", option, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 # %% ../../nbs/loss/08_compiled.ipynb #fc2b8adb
 def machine_code(cubin: bytes) -> str:
@@ -80,7 +80,9 @@ def usage_of(
 ) -> dict[str, int]:
     """{"registers" of a thread, "spilled" bytes of a thread} as the binary has them."""
     said = _cuobjdump(cubin, "-res-usage")
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said).groups())
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)
+    assert found, f"cuobjdump says nothing of registers: {said[:200]}"
+    registers, stack, local = map(int, found.groups())
     return {"registers": registers, "spilled": stack + local}
 
 # %% ../../nbs/loss/08_compiled.ipynb #bf86e1f1
