@@ -81,6 +81,24 @@ def test_no_strategy_undercuts_the_floor(name, M, H, resident):
         assert floor * (1 - 1e-12) <= least <= estimate
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(sorted(CHIPS)), st.integers(1, 5000), st.integers(1, 9000), st.integers(16, 5000), st.sampled_from([64, 128, 256]))
+def test_a_tile_kernel_takes_its_products_and_its_exponentials(name, m, n, k, BM):
+    chip, tile = CHIPS[name], {"BM": BM, "BN": 128, "BK": 64}
+    alone, shared = (bound.tile_part(chip, "lse", m, n, k, tile, resident, 0).seconds["SMs"] for resident in (1, 2))
+    assert bound.product(chip, "", m, n, k, 2).seconds["products"] <= shared <= alone
+    assert alone >= m * n / (16 * chip.clock * chip.sms) + 2 * m * n * k / chip.flops
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 3000), st.integers(1, 150))
+def test_the_tail_is_that_of_tiles_dealt_out_one_by_one(tiles, sms):
+    busy = [0] * sms  # tiles that each SM has done; the next tile goes to one that is free first
+    for _ in range(tiles):
+        busy[busy.index(min(busy))] += 1
+    assert bound.tail(tiles, sms) == tiles / (sms * max(busy))
+
+
 def test_chips_are_those_of_the_plan():
     for name, chip in CHIPS.items():
         assert (chip.flops, chip.bandwidth) == (GPUS[name].flops, GPUS[name].bandwidth)
