@@ -18,7 +18,17 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from nemotron_nb.loss.bound import CHIPS, Chip, Sizes, floor_parts, memory_parts, ranked, slice_words, speed_parts, total
+from nemotron_nb.loss.bound import (
+    CHIPS,
+    Chip,
+    Sizes,
+    floor_parts,
+    memory_parts,
+    ranked,
+    slice_words,
+    speed_parts,
+    total,
+)
 from nemotron_nb.loss.compiled import Choice, Compiled, compiled, read_space, space, space_text
 from nemotron_nb.loss.occupancy import occupancy
 
@@ -59,8 +69,12 @@ def show_choice(choice: Choice) -> str:
 
 def print_space(chip: Chip, rows: Iterable[Compiled], ours: dict[str, Choice]) -> None:
     """What each choice takes on a chip."""
-    print(f"\n{chip.name}, compute capability {chip.capability / 10}: read from compiled code; blocks on an SM modelled")
-    print(f"{'kernel':10}{'choice':22}{'regs':>5}{'spilled':>8}{'shared':>9}{'tensor':>7}{'warps':>7}  blocks on an SM, bounded by")
+    print(
+        f"\n{chip.name}, compute capability {chip.capability / 10}: read from compiled code; blocks on an SM modelled"
+    )
+    print(
+        f"{'kernel':10}{'choice':22}{'regs':>5}{'spilled':>8}{'shared':>9}{'tensor':>7}{'warps':>7}  blocks on an SM, bounded by"
+    )
     for row in rows:
         if row.capability == chip.capability:
             mark = " <- the library's" if row.choice == ours.get(row.kernel) else ""
@@ -68,7 +82,9 @@ def print_space(chip: Chip, rows: Iterable[Compiled], ours: dict[str, Choice]) -
                 print(f"{row.kernel:10}{show_choice(row.choice):22}{row.verdict()}{mark}")
                 continue
             needs, warps = row.needs, occupancy(row.capability, row.needs).warps
-            print(f"{row.kernel:10}{show_choice(row.choice):22}{needs.registers:5}{row.spilled:8}{needs.shared:9,}{needs.tensor_columns:7}{warps:4}/64  {row.verdict()}{mark}")
+            print(
+                f"{row.kernel:10}{show_choice(row.choice):22}{needs.registers:5}{row.spilled:8}{needs.shared:9,}{needs.tensor_columns:7}{warps:4}/64  {row.verdict()}{mark}"
+            )
 
 
 def library(capability: int) -> dict[str, Choice]:
@@ -81,22 +97,40 @@ def library(capability: int) -> dict[str, Choice]:
     return {"lse": tile, "gradient": tile, "rows": _row_blocks(131072)}
 
 
-def print_bounds(chip: Chip, rows: Sequence[Compiled], ours: dict[str, Choice], shapes: Iterable[tuple[int, int, float]]) -> None:
+def print_bounds(
+    chip: Chip, rows: Sequence[Compiled], ours: dict[str, Choice], shapes: Iterable[tuple[int, int, float]]
+) -> None:
     """Floor, both strategies with the library's choices, and what the model would choose."""
-    resident = {name: occupancy(chip.capability, next(r.needs for r in rows if (r.kernel, r.capability, r.choice) == (name, chip.capability, choice))).blocks for name, choice in ours.items()}
-    print(f"\n{chip.name}: MODELLED milliseconds, forward and backward, vocabulary 131,072, bfloat16; nothing was measured")
-    print(f"{'tokens':>7}{'hidden':>7}{'trained':>8}{'floor':>8}{'speed':>8}{'x':>6}{'memory':>8}{'x':>6}{'+cache':>8}{'x':>6}   the model's tiles, forward / gradient")
+    resident = {
+        name: occupancy(
+            chip.capability,
+            next(r.needs for r in rows if (r.kernel, r.capability, r.choice) == (name, chip.capability, choice)),
+        ).blocks
+        for name, choice in ours.items()
+    }
+    print(
+        f"\n{chip.name}: MODELLED milliseconds, forward and backward, vocabulary 131,072, bfloat16; nothing was measured"
+    )
+    print(
+        f"{'tokens':>7}{'hidden':>7}{'trained':>8}{'floor':>8}{'speed':>8}{'x':>6}{'memory':>8}{'x':>6}{'+cache':>8}{'x':>6}   the model's tiles, forward / gradient"
+    )
     for tokens, hidden, trained in shapes:
         s = Sizes(round(tokens * trained), hidden)
         floor, speed = total(floor_parts(chip, s))[0], total(speed_parts(chip, s, resident["rows"]))[0]
-        memory, estimate = total(memory_parts(chip, s, (ours["lse"], resident["lse"]), (ours["gradient"], resident["gradient"])))
+        memory, estimate = total(
+            memory_parts(chip, s, (ours["lse"], resident["lse"]), (ours["gradient"], resident["gradient"]))
+        )
         figures = "".join(f"{1e3 * t:8.2f}{t / floor:6.2f}" for t in (speed, memory, estimate))
         picks = []
         for name, n in (("lse", s.V), ("gradient", slice_words(s))):
             found = ranked(chip, rows, name, s.M, n, hidden)
             mine = next(part for row, _, part in found if row.choice == ours[name])
             best, _, part = found[0]
-            picks.append("the library's" if mine.estimate <= 1.001 * part.estimate else f"{show_choice(best.choice)}, {part.estimate / mine.estimate:.3f} of its time")
+            picks.append(
+                "the library's"
+                if mine.estimate <= 1.001 * part.estimate
+                else f"{show_choice(best.choice)}, {part.estimate / mine.estimate:.3f} of its time"
+            )
         print(f"{tokens:7}{hidden:7}{trained:8.0%}{1e3 * floor:8.2f}{figures}   {' / '.join(picks)}")
 
 
@@ -111,7 +145,9 @@ def main() -> None:
     parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536])
     parser.add_argument("--hidden", type=int, nargs="+", default=[2688, 4096])
-    parser.add_argument("--trained", type=float, nargs="+", default=[0.25, 0.5, 1.0], help="part of the tokens that is trained")
+    parser.add_argument(
+        "--trained", type=float, nargs="+", default=[0.25, 0.5, 1.0], help="part of the tokens that is trained"
+    )
     options = parser.parse_args()
     if options.compile:
         return compile_all(options.processes)
@@ -126,8 +162,12 @@ def main() -> None:
         else:
             print_bounds(chip, rows, ours, itertools.product(options.tokens, options.hidden, options.trained))
     if not options.space:
-        print("\nfloor: three products of the trained rows at the peak. x: over the floor. memory: a bound with the library's tiles;")
-        print("+cache: the same with the assumed rate of the level-2 cache. The model's tiles: the library's where they are within a thousandth of the best.")
+        print(
+            "\nfloor: three products of the trained rows at the peak. x: over the floor. memory: a bound with the library's tiles;"
+        )
+        print(
+            "+cache: the same with the assumed rate of the level-2 cache. The model's tiles: the library's where they are within a thousandth of the best."
+        )
 
 
 if __name__ == "__main__":
