@@ -5,6 +5,7 @@
     python benchmarks/loss.py --tokens 512 --repeats 1 a quick look
     python benchmarks/loss.py --device cuda            GPU: the whole table, one after another (about ten minutes on an H200)
     python benchmarks/loss.py --device cuda --tokens 8192 --hidden 2688 --trained 0.5 --variants rows fused_speed floor
+    python benchmarks/kernel_space.py                  no GPU: bounds from data sheets and compiled code, modelled and not measured
 
 Every variant computes the same: the mean over the trained tokens, forward and backward, on the same random numbers
 (trained tokens in runs, as in chats), and is compared with a reference. Variants of other projects are measured where

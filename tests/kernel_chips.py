@@ -6,48 +6,21 @@ local memory (where registers are spilled to), shared memory of a block, and wha
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from nemotron_nb.loss import kernel
-
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-POINTERS = {name: "*fp32" for name in ("LSE", "TARGET", "WEIGHT", "LARGEST", "SUM", "A", "B", "FACTOR", "Z")}
-POINTERS |= {name: "*bf16" for name in ("D", "X", "W", "OUT", "P")} | {"LABEL": "*i64", "z_coef": "fp32", "softcap": "fp32"}
-ALIGNED = ("Z", "D", "X", "W", "OUT", "P", "z_stride", "d_stride", "x_stride", "w_stride", "out_stride", "V", "N", "K", "n")
-
-
-def compiled(function, types: dict[str, str], constants: dict[str, object], capability: int, options: dict[str, int]):
-    """The kernel for a compute capability, with arguments aligned as they are in training."""
-    names = function.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    source = ASTSource(
-        fn=function,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in ALIGNED if name in names and name not in constants},
-    )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+from nemotron_nb.loss.compiled import compile_for, machine_code, usage_of
 
 
 def resources(binary, warps: int) -> dict[str, object]:
     """What a compiled kernel takes."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        usage, code = (subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout for option in ("-res-usage", "-sass"))
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
+    usage, code = usage_of(binary.asm["cubin"]), machine_code(binary.asm["cubin"])
     return {
         "warps": warps,
-        "registers": registers,
-        "spilled": stack + local + len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "registers": usage["registers"],
+        "spilled": usage["spilled"] + len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "shared": binary.metadata.shared,
         "tensor_core": sorted(set(re.findall(r"\b(HGMMA|HMMA|UTCHMMA)\b", code))),
         "wide_stores": code.count("STG.E.128"),
@@ -83,7 +56,7 @@ def main(chip: str) -> None:
     """One JSON object for a chip, as "sm_90": {kernel: resources}"""
     capability, found = int(chip.removeprefix("sm_")), {}
     for name, function, types, constants, launch in kernels(capability):
-        binary = compiled(function, POINTERS | types, constants, capability, launch)
+        binary = compile_for(function, constants, capability, launch, types)
         found[name] = resources(binary, launch["num_warps"])
     print(json.dumps(found))
 

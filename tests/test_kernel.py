@@ -56,6 +56,23 @@ def test_compiled_for_a_chip(chip):
         assert took["tensor_core"] == ([TENSOR_CORE[chip]] if "tiles bf16" in name else []), (name, took)
         assert took["wide_stores"] or name.startswith("lse"), (name, took)
         assert took["barrier_between_read_and_write"] or not name.startswith("rows"), (name, took)
+    names = {"lse": "lse tiles bf16", "gradient": "gradient tiles bf16", "rows": "rows fp32 to bf16"}
+    for kind, row in library_rows(int(chip.removeprefix("sm_"))).items():  # none for a chip that the table does not have
+        took = found[names[kind]]
+        assert (took["registers"], took["shared"], took["warps"]) == (row.needs.registers, row.needs.shared, row.needs.warps), kind
+
+
+def library_rows(capability: int) -> dict:
+    """Rows of benchmarks/kernel_space.json with the library's choices; empty for another Triton than the table's."""
+    import triton
+
+    from nemotron_nb.loss import kernel
+    from nemotron_nb.loss.compiled import read_space
+
+    version, rows = read_space(HERE.parent / "benchmarks" / "kernel_space.json")
+    tile = {key: number for key, number in kernel.tile_shape(torch.bfloat16, capability).items() if key != "GROUP"}
+    ours = (tile, kernel._row_blocks(131072))
+    return {r.kernel: r for r in rows if version == triton.__version__ and r.capability == capability and r.choice in ours}
 
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -45,6 +45,7 @@ LESSONS = {
     "data/28_quality": 4, "data/29_clean": 19,
     "loss/00_precision": 3, "loss/01_schedule": 11, "loss/02_two_stage": 13, "loss/03_fused": 10,
     "loss/04_kernel": 14, "loss/05_mtp": 14, "loss/06_policy": 10,
+    "loss/07_occupancy": 10, "loss/08_compiled": 19, "loss/09_bound": 16,
     "generate/01_verify": 9, "generate/02_turns": 11, "generate/03_sampling": 19, "generate/04_synthesise": 11,
     "generate/05_served": 9,
     "pretrain/01_world": 8, "pretrain/02_indexed": 12, "pretrain/03_text": 12, "pretrain/04_tokens": 11,
