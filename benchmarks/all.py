@@ -44,6 +44,7 @@ BENCHMARKS = {
     "synth": Benchmark(),
     "endpoint": Benchmark(),
     "loss": Benchmark(),
+    "kernel_space": Benchmark(),
     "train_step": Benchmark(),
     "peers": Benchmark("trl"),
     "rl_rollout": Benchmark(),
