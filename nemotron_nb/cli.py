@@ -1227,7 +1227,7 @@ def rl_profile(
     environment: Switched = None,
 ) -> None:
     """Measure pass rates of tasks."""
-    from nemotron_nb.rl.profile import rates_table
+    from nemotron_nb.rl.rates import rates_table
     from nemotron_nb.stages.rl_tools import profile_tasks
 
     found = profile_tasks(tasks, model, out, generations, max_new_tokens, seed, environment or ())
@@ -1263,7 +1263,7 @@ def chat(
     root: Artifacts = "",
 ) -> None:
     """Talk to a model."""
-    from nemotron_nb.generate.sampling import Sampling
+    from nemotron_nb.generate.decoding import Sampling
     from nemotron_nb.stages.chat import chat_loop, obey, open_talk, read_tools
 
     declared = read_tools(tools) if tools else ()

@@ -1,6 +1,7 @@
 """What may import what: the data layer lives without torch, and every arrow points one way."""
 
 import ast
+import os
 import runpy
 import subprocess
 import sys
@@ -81,7 +82,8 @@ def test_the_cache_of_tokens_is_named_by_every_module_that_decides_them():
 
 
 # What a process of a training may load at most: `python benchmarks/house.py` prints it. 40 and 48 it once was.
-@pytest.mark.parametrize("start, most", [("train.torch_engine", 26), ("megatron.engine", 25)])
+# Packs, their manifest and tokenizer come with the first pack; pictures and the release form when somebody asks for them.
+@pytest.mark.parametrize("start, most", [("train.torch_engine", 20), ("megatron.engine", 24)])
 def test_a_rank_loads_few_modules(start, most):
     house = runpy.run_path(str(ROOT / "benchmarks" / "house.py"))
     graph = {name: {other for other, _ in pairs} for name, pairs in house["imports_of"](house["modules_of"](ROOT), at_import=True).items()}
@@ -120,6 +122,47 @@ def test_a_model_that_is_not_there_is_refused_without_heavy_packages():
     words = ["nemotron", "nano3", "sft", "-c", "tiny", "model.name=nobody/has-this"]
     done = python(f"from nemotron_nb.cli import main; sys.argv = {words!r}; main()")
     assert done.returncode == 1 and "no such model on this machine: 'nobody/has-this'" in done.stderr, done.stderr
+
+
+SLOW = ("torch", "transformers", "triton", "numba", "matplotlib", "pandas")  # seconds of loading that a plan does without
+PLANS = (
+    "nano3 pretrain --dry-run", "nano3 sft --dry-run", "nano3 sft --dry-run train.engine=megatron", "nano3 rl --dry-run",
+    "nano3 rl --dry-run -c dpo", "nano3 rl --dry-run -c rlhf", "super3 rl rlvr --dry-run", "nano3 rl --dry-run engine=nemo_rl",
+    "nano3 eval --dry-run model=MODEL data.questions=sample", "nano3 compress --dry-run model=MODEL data.dir=MODEL/data",
+    "super3 budget --dry-run model=MODEL chats=CHATS", "nano3 recipe --dry-run", "nano3 data prep sft --dry-run",
+    "nano3 data prep pretrain --dry-run", "nano3 data prep rl --dry-run", "serve MODEL --dry-run",
+)  # fmt: skip
+LISTS = ("--help", "--version", "nano3 --help", "nano3 rl --help", "rl --help", "synth --help", "synth list", "runs", "artifacts")
+
+
+@pytest.fixture
+def described_model(tmp_path):
+    """A folder that looks like a model, with prepared data inside; nobody who only plans opens its weights."""
+    (tmp_path / "model" / "data").mkdir(parents=True)
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "nemotron_h"}')
+    (tmp_path / "model" / "data" / "manifest.json").write_text("{}")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("words", (*PLANS, *LISTS))
+def test_a_plan_and_a_list_load_nothing_slow(words, described_model):
+    """Who plans a run, or asks what there is, needs names and numbers, and no tensor."""
+    chats = ROOT / "nemotron_nb" / "data" / "assets" / "sample_chats.jsonl"
+    argv = words.replace("MODEL", str(described_model)).replace("CHATS", str(chats)).split()
+    code = f"""
+import sys
+from nemotron_nb.cli import main
+sys.argv = ["nemotron", *{argv!r}]
+try:
+    main()
+except SystemExit as left:
+    assert not left.code, left.code
+print("loaded:", *[name for name in {SLOW!r} if name in sys.modules])
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=described_model.parent, env=env)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "loaded:"
 
 
 def test_nothing_is_imported_or_set_that_nobody_uses():

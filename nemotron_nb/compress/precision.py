@@ -10,13 +10,13 @@ __all__ = ['PARTS', 'BITS', 'RULES', 'Rule', 'rule_named', 'precisions', 'patter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
-
-import torch
-from transformers import NemotronHConfig, NemotronHForCausalLM
+from typing import TYPE_CHECKING, Any
 
 from ..core import UserError, nearest
 from ..viz import Picture, png
+
+if TYPE_CHECKING:
+    from transformers import NemotronHConfig
 
 # %% ../../nbs/compress/02_precision.ipynb #6e98fc37
 PARTS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType({
@@ -116,10 +116,13 @@ def precision_picture(
 
 # %% ../../nbs/compress/02_precision.ipynb #e1574224
 def weight_bytes(
-    config: NemotronHConfig,
+    config: "NemotronHConfig",
     rule: Rule | None,  # None: everything in BF16
 ) -> dict[str, float]:
     """Precision -> bytes of all weights that are kept in it."""
+    import torch
+    from transformers import NemotronHForCausalLM
+
     with torch.device("meta"):
         model = NemotronHForCausalLM(config)
     letters = {"mamba": "M", "moe": "E", "attention": "*", "mlp": "-"}

@@ -10,10 +10,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core import UserError
-from ..viz import Picture, bars, joined, table
+
+if TYPE_CHECKING:
+    from nemotron_nb.viz import Picture
 
 # %% ../../nbs/data/21_manifest.ipynb #0e2ae590
 _LOSSES = (("bad row", "rejects"), ("row left out", "left_out"), ("sequence dropped", "dropped_sequences"))
@@ -28,13 +30,13 @@ def _lost(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 # %% ../../nbs/data/21_manifest.ipynb #5a534f32
-def _tables(values: Mapping[str, Any], funnel: list[tuple[str, int]]) -> Picture:
+def _tables(values: Mapping[str, Any], funnel: list[tuple[str, int]]) -> "Picture":
     """A manifest as tables; those that would be empty are left out."""
+    from nemotron_nb.viz import joined, table
+
     lost, blend = _lost(values), [{"dataset": d, **b} for d, b in values["blend"].items()]
-    parts = [
-        table(funnel, header=["step", "count"], title="funnel"),
-        table([{"split": name, **s} for name, s in values["splits"].items()], title="splits"),
-    ]
+    parts = [table(funnel, header=["step", "count"], title="funnel")]
+    parts += [table([{"split": name, **s} for name, s in values["splits"].items()], title="splits")]
     parts += [table(blend, title="blend (training split, in tokens)")] if len(blend) > 1 else []
     parts += [table(lost, title="left out, by reason")] if lost else []
     parts += [table([[w] for w in values["warnings"]], header=["note"])] if values["warnings"] else []
@@ -72,7 +74,7 @@ class Manifest:
         first = [("rows read", v["rows"]), ("chats used", v["accepted"]), ("training sequences", v["sequences"])]
         return [*first, ("tokens", v["tokens"]), ("trained tokens", v["trained_tokens"]), ("packs", packs)]
 
-    def picture(self) -> Picture:
+    def picture(self) -> "Picture":
         """The tables for people."""
         return _tables(self.values, self.funnel)
 
@@ -85,8 +87,10 @@ class Manifest:
 # %% ../../nbs/data/21_manifest.ipynb #838939e8
 def length_histogram(
     manifest: Manifest,
-) -> Picture:
+) -> "Picture":
     """Training sequences by length, and by the share of their tokens that is trained."""
+    from nemotron_nb.viz import bars, joined
+
     found = {int(k): n for k, n in manifest["length_histogram"].items()} or {1: 0}
     lengths = {
         f"up to {1 << k:,}": found.get(1 << k, 0) for k in range(min(found).bit_length() - 1, max(found).bit_length())
@@ -96,9 +100,5 @@ def length_histogram(
         f"{10 * i} to {10 * i + 10} %": n for i, n in enumerate(manifest.values.get("trained_share_histogram", []))
     }
     total = manifest["trained_tokens"] / max(1, manifest["tokens"])
-    return joined(
-        [
-            bars(lengths, title="sequences by length, in tokens"),
-            bars(shares, title=f"sequences by their share of trained tokens ({total:.0%} of all tokens)"),
-        ]
-    )
+    by_share = bars(shares, title=f"sequences by their share of trained tokens ({total:.0%} of all tokens)")
+    return joined([bars(lengths, title="sequences by length, in tokens"), by_share])

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from ..core import UserError, expect, nearest
-from ..viz import Picture, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from nemotron_nb.viz import Picture
 
 # %% ../../nbs/data/17_pack.ipynb #2f28ce91
 Bins = list[list[int]]  # for each pack, the indices of its sequences, in the order they lie in it
@@ -344,9 +345,11 @@ def pack(
 def length_bars(
     lengths: Sequence[int] | np.ndarray,  # [S] tokens of each sequence
     capacity: int = 0,  # tokens a pack can hold, drawn as a line; 0 draws none
-) -> Picture:
+) -> "Picture":
     """Sequences by length, on a scale that doubles; the caption says what the middle and the longest are."""
     from matplotlib.figure import Figure
+
+    from nemotron_nb.viz import png
 
     sizes = _whole_numbers(lengths)
     doublings = np.bincount(np.frexp(sizes - 1)[1], minlength=1)  # up to 1, 2, 4, 8, ...
@@ -374,12 +377,14 @@ def fill_bars(
     lengths: Sequence[int] | np.ndarray,  # [S] tokens of each sequence
     capacity: int,
     seed: int = 42,
-) -> Picture:
+) -> "Picture":
     """How full each algorithm makes the packs, on the same sequences.
 
     The fewest packs possible stand in the caption.
     """
     from matplotlib.figure import Figure
+
+    from nemotron_nb.viz import png
 
     packings = {name: pack(lengths, capacity, name, seed) for name in ALGORITHMS}
     shares = {name: p.fill(lengths, capacity) for name, p in packings.items()}
@@ -623,9 +628,11 @@ PACK_SIZES = tuple(1024 << k for k in range(9))  # 1k to 256k
 def cut_curve(
     lengths: Sequence[int] | np.ndarray,  # [S] tokens of each sequence
     sizes: Sequence[int] = PACK_SIZES,  # sizes of a pack
-) -> Picture:
+) -> "Picture":
     """The share of tokens that truncation would cut, and of sequences it would touch, for each size of a pack."""
     from matplotlib.figure import Figure
+
+    from nemotron_nb.viz import png
 
     whole = _whole_numbers(lengths)
     tokens = [fitted(whole, size, "cut").cut / max(1, whole.sum()) for size in sizes]
@@ -658,11 +665,13 @@ def pack_bars(
     packs: Sequence[Pack],
     capacity: int,  # tokens a pack can hold
     shown: int = 16,  # packs drawn; the rest is counted
-) -> Picture:
+) -> "Picture":
     """Packs as bars: alternating blocks are chats, the dark part of a block is the share of its tokens that are
     trained.
     """
     from matplotlib.figure import Figure
+
+    from nemotron_nb.viz import png
 
     drawn = list(packs[:shown])
     figure = Figure(figsize=(8, 0.5 + 0.22 * len(drawn)))

@@ -20,13 +20,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ..core import UserError, digest, file_digest, hub_file, nearest, write_atomic, write_json
-from ..viz import Picture, clipped, escape, fitting
+
+if TYPE_CHECKING:
+    from nemotron_nb.viz import Picture
 
 # %% ../../nbs/data/05_tokenizer.ipynb #c87931b8
 SPECIAL_TOKENS: tuple[str, ...] = (
@@ -349,8 +351,10 @@ def split_picture(
     tokenizer: ChatTokenizer,
     ids: Sequence[int],
     title: str = "",
-) -> Picture:
+) -> "Picture":
     """The text of some ids, cut into its tokens. Hovering shows the id."""
+    from nemotron_nb.viz import Picture, clipped, escape, fitting
+
     spans, shades = [], itertools.cycle(("background:#dbe9f6;color:#111111", "background:#fbe6c8;color:#111111"))
     for piece, i in zip(tokenizer.pieces(ids), ids, strict=True):
         style = "background:#333333;color:#ffffff" if piece in tokenizer.special_ids else next(shades)

@@ -9,7 +9,7 @@ __all__ = ['loss_by_hand', 'answer_lengths', 'weights_of', 'token_weights', 'Den
 # %% ../../nbs/loss/02_two_stage.ipynb #7af9b740
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from ..core import UserError
 from .schedule import LOSS_STAGES, check_stage, check_unit
-from ..viz import Picture, png, table
+
+if TYPE_CHECKING:
+    from nemotron_nb.viz import Picture
 
 # %% ../../nbs/loss/02_two_stage.ipynb #c2f53677
 def loss_by_hand(
@@ -401,8 +403,10 @@ def _percent(gap: float) -> str:
 # %% ../../nbs/loss/02_two_stage.ipynb #8a2d8de8
 def accounting_table(
     rungs: Sequence[Rung],
-) -> Picture:
+) -> "Picture":
     """Each way with its loss, how far loss and gradient are off, and the verdict."""
+    from nemotron_nb.viz import table
+
     rows = [
         [
             r.stage,
@@ -423,11 +427,13 @@ def accounting_table(
 # %% ../../nbs/loss/02_two_stage.ipynb #248f1def
 def accounting_ladder(
     rungs: Sequence[Rung],
-) -> Picture:
+) -> "Picture":
     """The rungs from top to bottom, their loss from left to right, a rail at the loss of the loop; a cross has the
     wrong loss or gradient.
     """
     import matplotlib.pyplot as plt
+
+    from nemotron_nb.viz import png
 
     figure, axes = plt.subplots(1, len(LOSS_STAGES), figsize=(8.8, 4.2), sharey=True)
     for axis, stage in zip(axes, LOSS_STAGES, strict=True):

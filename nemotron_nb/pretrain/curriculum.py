@@ -12,13 +12,15 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..core import UserError, nearest
 from .batch_size import read_batch_schedule, sample_begins
-from ..viz import Picture, joined, table
+
+if TYPE_CHECKING:
+    from nemotron_nb.viz import Picture
 
 # %% ../../nbs/pretrain/08_curriculum.ipynb #d4fda5a2
 def _check_weights(weights: Mapping[str, float], where: str) -> None:
@@ -170,8 +172,10 @@ def published_numbers(content: Any, path: str = "") -> Iterator[tuple[str, Any, 
             yield from published_numbers(part, f"{path}.{name}".lstrip("."))
 
 # %% ../../nbs/pretrain/08_curriculum.ipynb #7bca2214
-def published_table(family: str) -> Picture:
+def published_table(family: str) -> "Picture":
     """The published numbers of a family with their sources, and the contradictions."""
+    from nemotron_nb.viz import joined, table
+
     content = published_curriculum(family)
     shown = lambda value: value if isinstance(value, (int, float)) else str(value)
     numbers = published_numbers(content)

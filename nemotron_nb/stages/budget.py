@@ -257,7 +257,8 @@ def collect_folder(
 ) -> None:
     """Answer the prompts that budget.yaml names; write rollouts.jsonl, rejects.jsonl and rollouts.json."""
     from nemotron_nb.data.tokenizer import load_tokenizer
-    from nemotron_nb.generate.sampling import Sampling, generate
+    from nemotron_nb.generate.decoding import Sampling
+    from nemotron_nb.generate.sampling import generate
     from nemotron_nb.train.metrics import MetricsFile
 
     folder = Path(folder)

@@ -24,7 +24,7 @@ from ..generate.turns import read_calls
 from ..viz import Picture, clipped, table, token_strip, visible
 
 if TYPE_CHECKING:
-    from nemotron_nb.generate.sampling import Sampling
+    from nemotron_nb.generate.decoding import Sampling
 
 # %% ../../nbs/stages/12_chat.ipynb #8c672a34
 Write = Callable[[Sequence[int], int | None], list[int]]  # (prompt ids, tokens of thought or None) -> what is written
@@ -215,7 +215,8 @@ def model_writer(
     max_new_tokens: int = 512,
 ) -> Write:
     """What a model writes."""
-    from nemotron_nb.generate.sampling import GREEDY, ThoughtBudget, generate
+    from nemotron_nb.generate.decoding import GREEDY, ThoughtBudget
+    from nemotron_nb.generate.sampling import generate
     from nemotron_nb.stages.evaluate import load_model
 
     model, end = load_model(folder, tokenizer.vocab_size), tokenizer.special_ids[IM_END]

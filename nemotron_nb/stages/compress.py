@@ -97,14 +97,16 @@ def resolved_compression(
     config: CompressConfig,
 ) -> CompressConfig:
     """The same settings with model, data and the number of samples named. `UserError` for what cannot be done."""
-    import torch
-
     from nemotron_nb.compress.precision import rule_named
 
     rule = rule_named(config.rule)
-    if "NVFP4" in rule.low.values() and not torch.cuda.is_available():
-        why = "ModelOpt rounds activations to four bits with a kernel for GPUs"
-        raise UserError(f"{rule.name} needs a GPU", where="rule", why=why, fix="give --run PROFILE, or rule=super_fp8")
+    if "NVFP4" in rule.low.values():
+        import torch  # seconds of loading, for the one rule that asks which machine it is on
+
+        if not torch.cuda.is_available():
+            why = "ModelOpt rounds activations to four bits with a kernel for GPUs"
+            fix = "give --run PROFILE, or rule=super_fp8"
+            raise UserError(f"{rule.name} needs a GPU", where="rule", why=why, fix=fix)
     settled = resolved(evaluation_of(config))
     if not settled.data.dir:
         fix = "give data.dir=FOLDER, prepared with the tokenizer of the model"

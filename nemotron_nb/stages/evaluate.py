@@ -79,7 +79,7 @@ class GenerationSection:
 class EvalSection:
     """In which modes, how often, and who judges."""
 
-    modes: list[str | bool] = field(default_factory=lambda: ["on", "off"])  # of train.modes.MODES
+    modes: list[str | bool] = field(default_factory=lambda: ["on", "off"])  # of generate.decoding.MODES
     thinking_budget: int = 0  # tokens; each mode that thinks is asked once more with its thought stopped there; 0 = not
     num_tests_per_prompt: int = 1  # answers to each prompt and question; above 1 give a temperature
     pass_k: int = 1  # the k of pass@k
@@ -304,8 +304,7 @@ def resolved(
 
     `UserError` where there is nothing to measure, or nothing to measure on.
     """
-    from nemotron_nb.generate.sampling import Sampling
-    from nemotron_nb.train.modes import check_mode
+    from nemotron_nb.generate.decoding import Sampling, check_mode
     from nemotron_nb.generate.verify import check_verifier
 
     config = from_register(config)
@@ -436,7 +435,7 @@ def measure(
     tell: Tell = lambda line: None,
 ) -> dict[str, Any]:
     """Everything that is to be known about one model, ready for JSON."""
-    from nemotron_nb.generate.sampling import GREEDY, Sampling
+    from nemotron_nb.generate.decoding import GREEDY, Sampling
     from nemotron_nb.train.modes import answer_questions, held_out_turns, write_turns
 
     e, g = config.eval, config.generation

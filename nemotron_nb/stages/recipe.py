@@ -34,6 +34,7 @@ from ..ops.profiles import env_section
 from ..ops.report import Run, Section, html_page, read_run
 from ..ops.run_folder import list_runs, run_state, slug
 from ..ops.stage import COMPRESS, EVAL, STAGES, Stage, command_words, runner
+from ..rl.record import step_file
 from ..rl.sample_tasks import kind_of, write_careless_chats
 from ..rl.tasks import read_tasks
 from .synth import OWN_LICENCE, rows_folder, rows_summary, synth_config, synth_run, synth_stage
@@ -612,7 +613,6 @@ def reward_measures(
     if not lines:
         return []
     first, last = lines[0] if len(lines) > 1 else {}, lines[-1]
-    from nemotron_nb.rl.training import step_file  # PyTorch, which is loaded where there are rewards to show
 
     ledgers = [_by_task(step_file(run.folder, "ledger", line["step"], True)) for line in (lines[0], last)]
     found = [Measure("held-out reward", first.get("reward"), last["reward"], "higher", reach=paired_reach(*ledgers))]

@@ -42,20 +42,20 @@ from nemotron_nb.ops.run_folder import (
 )
 from ..ops.run_folder import resume_command, start_training
 from ..ops.stage import RL, RL_DATA, SFT
-from ..rl.grpo import GrpoSettings
 from ..rl.judges import GenrmSettings
 from ..rl.nemo_rl import BATCH, SCRIPT, NemoRlConfig, check_batch, nemo_rl_config, our_names
 from ..rl.prepare import SAMPLE, Prepared, TaskFiles
-from ..rl.preferences import DpoSettings
+from ..rl.record import step_file
 from ..rl.sample_tasks import write_careless_chats, write_careless_verdicts
-from nemotron_nb.rl.training import (
+from nemotron_nb.rl.settings import (
     METHODS,
+    DpoSettings,
+    GrpoSettings,
     KeepSection,
     RlTraining,
     TaskOrder,
     ValidationSection,
     read_training,
-    step_file,
 )
 from .evaluate import model_of
 from .rl_data import log_tasks, prepared_tasks
@@ -417,7 +417,7 @@ def _tokenizer(folder: Path) -> Any:
 def _step_answers(folder: Path, step: int, held_out: bool = False) -> list[tuple[Any, Any]]:
     """(rollout, judgement) of a step, from its files; empty where they were not kept."""
     from nemotron_nb.rl.judgement import Judgement
-    from nemotron_nb.rl.rollout import read_rollouts
+    from nemotron_nb.rl.record import read_rollouts
 
     paths = [step_file(folder, kind, step, held_out) for kind in ("rollouts", "ledger")]
     if not all(path.is_file() for path in paths):
@@ -581,7 +581,7 @@ def follows(
         there = cluster_config(config)
         notes = "".join(f"#   {note}\n" for note in there.notes)
         head = f"# {NOT_RUN}\n# NeMo RL's configuration, laid upon the recipe's file; "
-        head += "the source of each key: nbs/rl/26_nemo_rl.ipynb\n"
+        head += "the source of each key: nbs/rl/29_nemo_rl.ipynb\n"
         return f"{head}{there.yaml()}# What NeMo RL does otherwise:\n{notes}"
     model = (
         config.run.model

@@ -21,8 +21,8 @@ from .evaluate import model_of
 from ..viz import Picture, clipped, joined, table, token_strip
 
 if TYPE_CHECKING:
-    from nemotron_nb.rl.profile import PassRate
-    from nemotron_nb.rl.rollout import Rollout
+    from nemotron_nb.rl.rates import PassRate
+    from nemotron_nb.rl.record import Rollout
 
 # %% ../../nbs/stages/07_rl_tools.ipynb #43112ee4
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class RolloutFile:
 # %% ../../nbs/stages/07_rl_tools.ipynb #2b7526d4
 def read_rollout_file(path: str | Path) -> RolloutFile:
     """Rollouts with tasks and ledger. `UserError` where the file does not lie in a run folder."""
-    from nemotron_nb.rl.rollout import read_rollouts
-    from nemotron_nb.rl.training import read_training
+    from nemotron_nb.rl.record import read_rollouts
+    from nemotron_nb.rl.settings import read_training
 
     path = Path(path)
     run = path.absolute().parent.parent
@@ -195,8 +195,9 @@ def profile_tasks(
     import torch
 
     from nemotron_nb.data.tokenizer import load_tokenizer
-    from nemotron_nb.rl.grpo import GrpoSettings, make_policy
+    from nemotron_nb.rl.grpo import make_policy
     from nemotron_nb.rl.profile import measure_rates
+    from nemotron_nb.rl.settings import GrpoSettings
     from nemotron_nb.rl.training import usable_tasks
     from nemotron_nb.train.model import build_model
     from nemotron_nb.train.settings import ModelConfig

@@ -26,7 +26,6 @@ from yaml import YAMLError
 from ..core import UserError, from_mapping
 from .ending import StopSignals
 from .settings import ERROR_FILE, TrainConfig, check_places
-from ..viz import visible
 
 # %% ../../nbs/train/24_command.ipynb #21d2bded
 def _values_of(path: str | Path) -> Any:
@@ -140,6 +139,8 @@ def main(
         with StopSignals().listening() as stop:
             train(config, stop)
     except UserError as error:
+        from nemotron_nb.viz import visible
+
         rank = os.environ.get("RANK", "0")
         print(visible(str(error) if rank == "0" else f"rank {rank}: {error}"), file=sys.stderr)
         _note(config, str(error))

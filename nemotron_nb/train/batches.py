@@ -9,16 +9,20 @@ __all__ = ['packs_of_step', 'Row', 'rows_of', 'GlobalBatch', 'batch_of_rows', 'g
 # %% ../../nbs/train/05_batches.ipynb #accb0385
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..core import UserError
-from ..data.pack import Pack
 from ..loss.fused import LossStats, masked_linear_cross_entropy
 from ..loss.two_stage import Denominators, answer_lengths, count, unit_of, weights_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from nemotron_nb.data.pack import Pack
 
 # %% ../../nbs/train/05_batches.ipynb #ab17ba9f
 def packs_of_step(
@@ -52,7 +56,7 @@ class Row:
 
 # %% ../../nbs/train/05_batches.ipynb #7f8e0695
 def rows_of(
-    pack: Pack,
+    pack: "Pack",
 ) -> list[Row]:
     """The sequences of a pack as rows; those of a single token have nothing to predict and give none."""
     names = pack.conversation_ids or tuple(f"sequence {k}" for k in range(len(pack.spans)))
@@ -106,7 +110,7 @@ def batch_of_rows(
     return GlobalBatch(rows, count(mask_T, owner_T), sum(map(len, rows)))
 
 # %% ../../nbs/train/05_batches.ipynb #1749b8d5
-def _untrained_error(packs: Sequence[Pack]) -> UserError:
+def _untrained_error(packs: "Sequence[Pack]") -> UserError:
     """The error of a batch without a loss; five of its conversations are named."""
     names = sorted({name for pack in packs for name in pack.conversation_ids})
     return UserError(
@@ -118,7 +122,7 @@ def _untrained_error(packs: Sequence[Pack]) -> UserError:
 
 # %% ../../nbs/train/05_batches.ipynb #9f720448
 def global_batch(
-    packs: Sequence[Pack],
+    packs: "Sequence[Pack]",
     unit: str = "sequence",  # what counts as one conversation: see loss.conversation_unit
 ) -> GlobalBatch:
     """Take the rows out of the packs of a step and count their denominators."""
@@ -215,7 +219,7 @@ class FusedOutput(nn.Linear):
 
 # %% ../../nbs/train/05_batches.ipynb #f79c6ea0
 def fused_output(
-    model: PreTrainedModel,  # a causal language model; its output layer is changed in place, its parameters are not
+    model: "PreTrainedModel",  # a causal language model; its output layer is changed in place, its parameters are not
 ) -> FusedOutput:
     """The output layer of a model, able to answer with a loss."""
     layer = model.get_output_embeddings()
@@ -233,7 +237,7 @@ def fused_output(
 # %% ../../nbs/train/05_batches.ipynb #c67d59a7
 def base_of(
     model: nn.Module,  # a causal language model, or one inside peft's wrapper
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """The causal language model itself; LoRA pairs stay in it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

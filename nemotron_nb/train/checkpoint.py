@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -38,9 +38,11 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from ..core import UserError, digest, file_digest, new_folder, write_atomic, write_json
-from .release import RENAMED, Audit, release_config
 from .tensor_files import open_tensors, save_tensors
-from ..viz import Picture, table
+
+if TYPE_CHECKING:
+    from nemotron_nb.train.release import Audit
+    from nemotron_nb.viz import Picture
 
 # %% ../../nbs/train/09_checkpoint.ipynb #33006524
 T = TypeVar("T")
@@ -308,8 +310,9 @@ class Checkpoint:
             f"Checkpoint(step {self.step}, {self.bytes / 1e6:,.1f} MB, written by {_processes(self.world_size)}{score})"
         )
 
-    def picture(self) -> Picture:
+    def picture(self) -> "Picture":
         """Its files."""
+        from nemotron_nb.viz import table
         return table(
             [{"file": name, "kB": round(file["bytes"] / 1000)} for name, file in self.record["files"].items()],
             title=repr(self),
@@ -1075,6 +1078,8 @@ def _in_format(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 # %% ../../nbs/train/09_checkpoint.ipynb #f1a67a1f
 def _write_config(hf: PreTrainedModel, folder: Path, dtype: torch.dtype, mtp: bool) -> None:
     """config.json and generation_config.json. Here the scan kernel of GPUs is off; others get it back."""
+    from nemotron_nb.train.release import release_config  # only who exports needs it, once
+
     hf.config.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text()) | {
         "architectures": [type(hf).__name__],
@@ -1145,8 +1150,10 @@ def _tensor_of(name: str, file: Path) -> Tensor:
 def audit_tensors(
     tensors: Mapping[str, Tensor],  # as they should be
     folder: str | Path,  # as they are
-) -> Audit:
+) -> "Audit":
     """Compare a folder with tensors in memory, one at a time, to the last bit."""
+    from nemotron_nb.train.release import Audit
+
     stored, differing = _stored(Path(folder)), {}
     for name in sorted(tensors.keys() & stored.keys()):
         found = _tensor_of(name, stored[name])
@@ -1166,7 +1173,7 @@ def _export(
     extra: dict[str, Tensor],
     dtype: torch.dtype | None,
     shard_bytes: int,
-) -> Audit:
+) -> "Audit":
     """`export_hf` on the first rank."""
     _check_export(state, tokenizer_dir)
     tensors = _published(hf, state, extra, dtype)
@@ -1194,7 +1201,7 @@ def export_hf(
     state: Mapping[str, Tensor] | None = None,  # full_state of the model, if it was changed on the way
     dtype: torch.dtype | None = None,  # number format to write; None = as the weights are
     shard_bytes: int = 5_000_000_000,  # of a file
-) -> Audit | None:
+) -> "Audit | None":
     """Write the model in Hugging Face form; the folder appears when all is written, read again and found equal.
 
     Every rank calls it; rank 0 returns what was compared.
@@ -1216,6 +1223,8 @@ def export_hf(
 # %% ../../nbs/train/09_checkpoint.ipynb #e889cb85
 def _canonical(name: str) -> str:
     """A name in NVIDIA's layout, whoever wrote the file."""
+    from nemotron_nb.train.release import RENAMED
+
     name = "backbone." + name.removeprefix("model.") if name.startswith("model.") else name
     return RENAMED.get(name, name)
 

@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM, PreTrainedModel
@@ -20,7 +21,9 @@ from ..core import UserError
 from .scan import use_chunked_scan
 from .settings import ModelConfig, TINY, TRAITS, checkpoint_folder
 from .tensor_files import weights_in_words
-from ..viz import Picture, table
+
+if TYPE_CHECKING:
+    from nemotron_nb.viz import Picture
 
 # %% ../../nbs/train/04_model.ipynb #ac3514a9
 def family_config(
@@ -137,8 +140,10 @@ def tiny_config(
 # %% ../../nbs/train/04_model.ipynb #df34b23d
 def parameter_table(
     configs: Mapping[str, NemotronHConfig],  # name to configuration
-) -> Picture:
+) -> "Picture":
     """Parameters by part, one column a model, as shares of the whole."""
+    from nemotron_nb.viz import table
+
     counts = {name: count_parameters(config) for name, config in configs.items()}
     parts = list(dict.fromkeys(part for count in counts.values() for part in count))
     totals = {name: sum(count.values()) for name, count in counts.items()}

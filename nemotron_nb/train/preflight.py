@@ -12,17 +12,19 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedModel
 
 from ..core import UserError
-from ..data.manifest import Manifest
-from ..data.pack import Pack
-from ..data.tokenizer import load_tokenizer
 from .batches import packs_of_step
 from .settings import TINY, TrainConfig, checkpoint_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from nemotron_nb.data.manifest import Manifest
+    from nemotron_nb.data.pack import Pack
 
 # %% ../../nbs/train/16_preflight.ipynb #05bc7e0e
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Inventory:
 
 # %% ../../nbs/train/16_preflight.ipynb #b2bccfb5
 def inventory(
-    packs: Sequence[Pack],
+    packs: "Sequence[Pack]",
 ) -> Inventory:
     """Count a split."""
     rows, tokens, trained, ids = 0, 0, np.zeros(len(packs), np.int64), np.zeros((len(packs), 2), np.int64)
@@ -87,7 +89,7 @@ def check_batches(
 
 # %% ../../nbs/train/16_preflight.ipynb #3c72d889
 def check_context(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     pack_size: int,  # tokens
 ) -> None:
     """A pack fits into the model's context."""
@@ -122,6 +124,8 @@ def check_tokenizer(
         return
     folder, own = checkpoint_folder(checkpoint), Path(data_dir) / "tokenizer"
     if (folder / "tokenizer.json").is_file():
+        from nemotron_nb.data.tokenizer import load_tokenizer  # where there are two to compare
+
         theirs, ours = load_tokenizer(str(folder)).digest, load_tokenizer(str(own)).digest
         if theirs != ours:
             raise UserError(
@@ -185,7 +189,7 @@ def check_settings(
 
 # %% ../../nbs/train/16_preflight.ipynb #6563ebc0
 def made_for(
-    manifest: Manifest,
+    manifest: "Manifest",
 ) -> dict[str, str]:
     """What the data was made with, as digests, for a checkpoint to remember."""
     return {"tokenizer": manifest["tokenizer_digest"], "template": manifest["template_digest"]}

@@ -15,16 +15,12 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..core import UserError, write_json
-from ..data.manifest import Manifest
-from ..data.pack import Pack
-from ..data.shards import PackReader, read_packs
-from ..data.tokenizer import ChatTokenizer, load_tokenizer
 from ..loss.schedule import LOSS_STAGES, StageSchedule
 from ..loss.two_stage import Denominators, MeanPair
 from nemotron_nb.train.anomalies import (
@@ -77,6 +73,10 @@ from nemotron_nb.train.preflight import (
     unused_words,
 )
 from .settings import ModelConfig, OptimizerSection, TINY, TRAITS, TrainConfig, check_places
+
+if TYPE_CHECKING:
+    from nemotron_nb.data.pack import Pack
+    from nemotron_nb.data.tokenizer import ChatTokenizer
 
 # %% ../../nbs/train/19_torch_engine.ipynb #39f02679
 def make_optimizer(
@@ -283,8 +283,10 @@ def _announce(start: dict[str, Any]) -> str:
     )
 
 # %% ../../nbs/train/19_torch_engine.ipynb #8a1105ab
-def _held_out_packs(data_dir: Path) -> list[Pack]:
+def _held_out_packs(data_dir: Path) -> "list[Pack]":
     """The packs of the valid split that have a trained token; none: there is no held-out loss."""
+    from nemotron_nb.data.shards import read_packs
+
     folder = data_dir / "splits" / "valid"
     packs = read_packs(folder) if folder.is_dir() and any(folder.glob("*.parquet")) else []
     return [pack for pack in packs if any(row.mask.any() for row in rows_of(pack))]
@@ -337,7 +339,7 @@ def held_out_rows(
 @torch.no_grad()
 def held_out(
     learner: Learner,
-    packs: Sequence[Pack],
+    packs: "Sequence[Pack]",
     max_tokens: int,  # padded tokens of a micro-batch
     unit: str,  # what counts as one conversation: see loss.conversation_unit
     ranks: Ranks = Ranks(),
@@ -380,7 +382,7 @@ class Source(Protocol):
     """What a training reads, and is measured on. Its length is the number of packs of one pass."""
 
     size: int  # tokens of a pack
-    tokenizer: ChatTokenizer
+    tokenizer: "ChatTokenizer"
     made_for: dict[str, str]  # what a checkpoint remembers of the data, as digests
     nothing_held_out: str  # what is said where nothing is held out
     found: Counted  # after `begin`, as what follows
@@ -406,6 +408,10 @@ class _PackFolder:
     """What data preparation wrote."""
 
     def __init__(self, config: TrainConfig):
+        from nemotron_nb.data.manifest import Manifest  # a training on documents reads no packs
+        from nemotron_nb.data.shards import PackReader
+        from nemotron_nb.data.tokenizer import load_tokenizer
+
         self.folder = Path(config.data_dir)
         self.manifest = Manifest.load(self.folder)  # a folder without a manifest was never completed
         self.size, self.made_for = self.manifest["pack_size"], made_for(self.manifest)
