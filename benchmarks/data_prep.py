@@ -284,7 +284,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only-reference", type=int, default=0, choices=(0, 1), help="measure the reference and stop")
     parser.add_argument("--tokenizer", default="tekken")
     parser.add_argument("--pack-size", type=int, default=4096)
-    parser.add_argument("--tier", default="auto", choices=("auto", "numba", "tiktoken", "tokenizers"))
+    parser.add_argument("--tier", default="auto", choices=("auto", "numba", "tiktoken", "words", "tokenizers"))
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     for name in ("output", "side", "report", "chats", "tokenizer-folder"):

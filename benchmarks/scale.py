@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[5000, 50_000])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--tier", default="numba", choices=("numba", "tiktoken", "tokenizers"))
+    parser.add_argument("--tier", default="numba", choices=("numba", "tiktoken", "words", "tokenizers"))
     options = parser.parse_args()
     print(f"{platform.machine()}, Python {platform.python_version()}, encoder {options.tier}")
     print(f"{'chats':>8}{'MB':>8}{'workers':>9}{'seconds':>10}{'less start':>12}{'speed-up':>10}{'peak MB':>9}")

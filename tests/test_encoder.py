@@ -60,13 +60,13 @@ def tekken_by_tiktoken(tekken, tmp_path_factory) -> en.SegmentEncoder:
     return encoder
 
 
-@pytest.fixture(scope="session", params=["tiny numba", "tiny tokenizers", "tekken numba", "tekken tiktoken"])
+@pytest.fixture(scope="session", params=["tiny numba", "tiny words", "tiny tokenizers", "tekken numba", "tekken tiktoken", "tekken words"])
 def encoder(request, tmp_path_factory) -> en.SegmentEncoder:
     """Every tier that is offered, once a session."""
     name, tier = request.param.split()
     if request.param == "tekken tiktoken":
         return request.getfixturevalue("tekken_by_tiktoken")
-    if tier != "tokenizers":
+    if tier in ("numba", "tiktoken"):
         pytest.importorskip(tier)
     return en.make_encoder(TINY if name == "tiny" else request.getfixturevalue("tekken"), tier, cache_dir=tmp_path_factory.getbasetemp() / "tables")
 
@@ -348,14 +348,16 @@ def sabotaged(tables: en.Tables, what: str) -> en.Tables:
     return replace(tables, classes=classes, merges=np.ascontiguousarray(merges))
 
 
-@pytest.mark.parametrize("what", ["class", "order", "union", "missing"])
-def test_sabotage_is_refused(tables, monkeypatch, what):
+@pytest.mark.parametrize("what, instead", [("class", "tokenizers"), ("order", "words"), ("union", "tokenizers"), ("missing", "words")])
+def test_sabotage_is_refused(tables, monkeypatch, what, instead):
+    """The tier `words` has no use for merges: wrong ones do it no harm, but wrong classes do."""
     pytest.importorskip("numba")
     monkeypatch.setattr(en, "derive_tables", lambda tokenizer: sabotaged(tables, what))
     with pytest.raises(UserError, match="other ids than" if what != "union" else "the merge of"):
         en.make_encoder(TINY, "numba")
     encoder = en.make_encoder(TINY, num_bytes=LARGE)
-    assert encoder.tier == "tokenizers" and "numba: " in encoder.note and "tiktoken: " in encoder.note
+    assert encoder.tier == instead and "numba: " in encoder.note and "tiktoken: " in encoder.note
+    assert ("words: " in encoder.note) == (instead == "tokenizers")
 
 
 def test_a_character_without_a_class_cannot_hang(tables, monkeypatch):
@@ -433,7 +435,18 @@ def test_without_the_optional_packages(tekken, tmp_path_factory, monkeypatch):
     assert encoder.tier == "tiktoken" and "numba cannot be imported" in encoder.note
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     encoder = en.make_encoder(TINY, num_bytes=LARGE)
-    assert encoder.tier == "tokenizers" and "numba" in encoder.note and "tiktoken" in encoder.note
+    assert encoder.tier == "words" and "numba" in encoder.note and "tiktoken" in encoder.note
+
+
+def test_words_are_kept_up_to_a_number_and_a_length(tables, monkeypatch):
+    """A full memo begins anew, long words and whole texts are never kept, and the ids are those of the reference."""
+    monkeypatch.setattr(en, "_KEPT_WORDS", 40)
+    by_words, r = en._ByWords(TINY, tables), random.Random(3)
+    for _ in range(60):
+        batch = [" ".join(r.choices("the lamp of of in 12 x.y\n".split(" ") + ["é"] * (r.random() < 0.3) + ["ab" * 40, f"w{r.random()}"], k=12)) for _ in range(5)]
+        ids, offsets, left = by_words(batch, [])
+        assert [ids[a:b].tolist() for a, b in itertools.pairwise(offsets)] == [TINY.encode(text, special=False) for text in batch]
+        assert not len(left) and len(by_words._memo) < 40 + 200 and max(map(len, by_words._memo), default=0) <= 64
 
 
 def test_unknown_tier_leads_to_the_nearest():

@@ -912,6 +912,41 @@ def _by_tiktoken(tables: Tables) -> Backend:
 
     return encode
 
+# %% ../../nbs/data/06_encoder.ipynb #8b981f0e
+def _ascii_pattern(classes: np.ndarray) -> str:
+    """`WORDS_PATTERN` for text that is all ASCII."""
+    bracket = lambda members: "[" + "".join(rf"\x{i:02x}" for i in np.flatnonzero(members)) + "]"
+    ascii = classes[:128]
+    capital, small, number, _, space, sign, before = (bracket(ascii & bit) for bit in _BRACKETS)
+    letters = f"{before}?+(?:{capital}*+{small}++|{capital}++)"
+    return rf"{letters}|{number}| ?{sign}++[\r\n/]*+|{space}*[\r\n]+|{space}+(?!{bracket(ascii & SPACE == 0)})|{space}+"
+
+# %% ../../nbs/data/06_encoder.ipynb #6828b6f7
+_KEPT_WORDS = 1 << 20  # words that are remembered; then the memo begins anew
+
+
+class _ByWords:
+    """The package `tokenizers`, asked for each word once. Threads may share it."""
+
+    def __init__(self, tokenizer: ChatTokenizer, tables: Tables):
+        self._encode, self._cut = tokenizer.plain.encode_batch_fast, re.compile(_ascii_pattern(tables.classes)).findall
+        self._memo: dict[str, list[int]] = {}
+
+    def _ids(self, words: Iterable[Sequence[str]]) -> list[list[int]]:
+        """The ids of each word."""
+        memo = self._memo = self._memo if len(self._memo) < _KEPT_WORDS else {}
+        new = list(set(itertools.chain.from_iterable(words)).difference(memo))
+        found = {word: e.ids for word, e in zip(new, self._encode(new, add_special_tokens=False))}
+        memo.update((word, ids) for word, ids in found.items() if len(word) <= _KEPT_BYTES)
+        return [memo.get(word) or found[word] for some in words for word in some]
+
+    def __call__(self, texts: Sequence[str], raw: Sequence[bytes]) -> Encoded:
+        """The ids of some texts. One that is not ASCII is taken as a word."""
+        words = [self._cut(text) if text.isascii() else [text] for text in texts]
+        lists = self._ids(words)
+        ids, ends = _joined(lists)
+        return ids, ends[_offsets(map(len, words), len(words))], np.empty(0, np.int64)
+
 # %% ../../nbs/data/06_encoder.ipynb #8c02f283
 def unknown_in(
     tokenizer: ChatTokenizer,
@@ -969,9 +1004,11 @@ def _merges_follow_ids(tables: Tables) -> bool:
     )
 
 # %% ../../nbs/data/06_encoder.ipynb #ce35bff2
-def _backend(tier: str, tables: Tables, whole_words: bool, special_ids: Mapping[str, int]) -> Backend:
+def _backend(tier: str, tokenizer: ChatTokenizer, tables: Tables, whole_words: bool) -> Backend:
     """The backend of a fast tier, neither checked nor tried."""
-    return _Compiled(tables, whole_words, special_ids) if tier == "numba" else _by_tiktoken(tables)
+    if tier == "numba":
+        return _Compiled(tables, whole_words, tokenizer.special_ids)
+    return _by_tiktoken(tables) if tier == "tiktoken" else _ByWords(tokenizer, tables)
 
 # %% ../../nbs/data/06_encoder.ipynb #70c74d27
 def _check(tier: str, tables: Tables, whole_words: bool) -> None:
@@ -1116,7 +1153,7 @@ class _Segments:
     ):
         """Nothing is tried here; that is done by `make_encoder`."""
         self.tokenizer = tokenizer
-        self.tier = tier  # "numba", "tiktoken" or "tokenizers"
+        self.tier = tier  # one of `TIERS`
         self.note = note  # why this tier
         self.left_over = 0  # segments so far that were outside the tier's domain and went to the package tokenizers
         self._backend, self._cache_dir = backend, cache_dir
@@ -1216,11 +1253,14 @@ def _tables(tokenizer: ChatTokenizer, cache_dir: str | os.PathLike | None) -> tu
     return tables, said
 
 # %% ../../nbs/data/06_encoder.ipynb #58eb5d3a
+_PACKAGES = {"words": "tokenizers"}  # of a tier that has not the name of its package
+
+
 def _machine(tier: str) -> list[str]:
-    """What decides the machine code of a tier: package, its version, and the processor."""
-    package = _optional(tier)
+    """What decides the machine code of a tier: package, its version, and the processor or the interpreter."""
+    package = _optional(_PACKAGES.get(tier, tier))
     if tier != "numba":
-        return [tier, package.__version__]
+        return [tier, package.__version__, sys.version]
     binding = _optional("llvmlite.binding")
     return [tier, package.__version__, binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()]
 
@@ -1256,7 +1296,7 @@ def _write_proof(path: Path | None, whole_words: bool) -> None:
         pass
 
 # %% ../../nbs/data/06_encoder.ipynb #78a4f3a8
-TIERS = ("numba", "tiktoken", "tokenizers")
+TIERS = ("numba", "tiktoken", "words", "tokenizers")
 # below this, "auto" stays with the package tokenizers: getting ready would take longer than the work
 AUTO_BYTES = 16 << 20
 
@@ -1270,7 +1310,7 @@ def _tried(
     try:
         whole_words = tokenizer.plain.model.ignore_merges
         _check(tier, tables, whole_words)
-        backend = _backend(tier, tables, whole_words, tokenizer.special_ids)
+        backend = _backend(tier, tokenizer, tables, whole_words)
         encoder = SegmentEncoder(tokenizer, tier, note, backend, cache_dir)
         difference = first_difference(encoder, trial_texts(tables))
     except _Refused:
@@ -1285,13 +1325,13 @@ def _tried(
 # %% ../../nbs/data/06_encoder.ipynb #7b30be01
 def _proven(tokenizer: ChatTokenizer, tier: str, cache_dir: str | os.PathLike | None) -> SegmentEncoder:
     """An encoder of a fast tier that has passed the trial, now or before."""
-    _optional(tier)
+    _optional(_PACKAGES.get(tier, tier))
     if cache_dir is None and (unknown := unknown_in(tokenizer)):  # before tables are derived in vain
         raise _Refused(unknown, "use the tier 'tokenizers'")
     tables, said = _tables(tokenizer, cache_dir)
     note, proof = f"same ids as the package tokenizers on all trial texts{said}", _proof(tokenizer, tier, cache_dir)
     if (kept := _read_proof(proof)) is not None:
-        backend = _backend(tier, tables, kept["whole_words"], tokenizer.special_ids)
+        backend = _backend(tier, tokenizer, tables, kept["whole_words"])
         return SegmentEncoder(tokenizer, tier, f"{note}; tried before on this machine", backend, cache_dir)
     encoder = _tried(tokenizer, tier, tables, cache_dir, note)
     _write_proof(proof, tokenizer.plain.model.ignore_merges)
@@ -1336,9 +1376,9 @@ def make_encoder(
     reasons = ["asked for"] if tier == "tokenizers" else []
     if tier == "auto" and num_bytes < AUTO_BYTES:
         reasons = [f"{num_bytes} bytes to come: a faster tier would take longer to get ready"]
-    if tier in TIERS[:2]:
+    if tier in TIERS[:-1]:
         return _by_name(tokenizer, tier, cache_dir)
-    for name in TIERS[:2] if not reasons else ():
+    for name in TIERS[:-1] if not reasons else ():
         try:
             encoder = _proven(tokenizer, name, cache_dir)
             encoder.note = "; ".join([encoder.note, *reasons])
