@@ -12,7 +12,8 @@ before it, so that the loss is another one, and is printed. Ours are packs as th
 
 Seconds are those of the processor: the median of the steps after the first. The sides take turns, each in a process of its own. Tokens
 are those of the chats; padding counts for nobody. The last table says where a step of ours goes, and how much of the machine's
-measured matrix product forward and backward reach: products alone are counted as work (torch.utils.flop_counter).
+matrix product (1,024 x 1,024, measured after each step, same threads) forward and backward reach. Only products are counted as work:
+all that a profile shows (step_profile.py). The same products alone, in the shapes of the step, are the bound: no step can be faster.
 """
 
 import argparse
@@ -86,15 +87,17 @@ def our_learner(folder):
 
 
 def run_ours(folder, steps):
-    """{loss, norm, seconds: of each step; parts: of the median step; flops: of forward and backward}"""
-    from torch.utils.flop_counter import FlopCounterMode
+    """{loss, norm, seconds: of each step; parts: of the median step; peak: operations a second of one product; and, of forward and
+    backward: flops, alone: seconds of its products by themselves, families: seconds by kind of operator}
+    """
+    from step_profile import alone, by_family, observed
     from train_step import Clock
 
     from nemotron_nb.train import torch_engine
     from nemotron_nb.train.batches import global_batch
 
     learner, config, packs = our_learner(folder)
-    optimizer, lines, seconds, parts = torch_engine.make_optimizer(learner, config.optimizer), [], [], []
+    optimizer, lines, seconds, parts, peaks = torch_engine.make_optimizer(learner, config.optimizer), [], [], [], []
     for step in range(steps):
         clock = Clock("cpu")
         start = time.process_time()
@@ -103,11 +106,12 @@ def run_ours(folder, steps):
             lines.append(torch_engine.train_step(learner, optimizer, batch, step, config))
         seconds.append(time.process_time() - start)
         parts.append(clock.parts | {"clipping, optimizer, record": seconds[-1] - sum(clock.parts.values())})
-    with FlopCounterMode(display=False) as counted:
-        torch_engine.make_gradient(learner.train(), batch, "token", config.train.micro_batch_tokens)
+        peaks.append(matrix_product())
+    ops = observed(lambda: torch_engine.make_gradient(learner.train(), batch, "token", config.train.micro_batch_tokens))
+    work = {"flops": sum(op.operations for op in ops), "alone": alone(ops), "families": by_family(ops)}
     median = sorted(range(1, steps), key=seconds.__getitem__)[(steps - 1) // 2]
     curves = {"loss": [line["loss"] for line in lines], "norm": [line["grad_norm"] for line in lines]}
-    return curves | {"seconds": seconds, "parts": parts[median], "flops": counted.get_total_flops()}
+    return curves | work | {"seconds": seconds, "parts": parts[median], "peak": statistics.median(peaks[1:])}
 
 
 def run_trl(folder, steps, packed):
@@ -165,28 +169,29 @@ def one_side(side, folder, given):
     print("\n" + json.dumps(found))
 
 
-def matrix_product(threads, size=1024, repeats=20):
+def matrix_product(size=1024):
     """Operations a second of the processor in a product of two matrices in float32."""
     import torch
+    from step_profile import seconds_of
 
-    torch.set_num_threads(threads)
-    a, b, seconds = torch.randn(size, size), torch.randn(size, size), []
-    for _ in range(repeats):
-        start = time.process_time()
-        a @ b
-        seconds.append(time.process_time() - start)
-    return 2 * size**3 / statistics.median(seconds)
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    return 2 * size**3 / seconds_of(lambda: a @ b)
 
 
-def where_it_goes(ours, tokens, threads):
-    """The table of a step."""
-    total, peak = sum(ours["parts"].values()), matrix_product(threads)
+def where_it_goes(ours, tokens):
+    """The tables of a step: its parts, then forward and backward by kind of operator."""
+    total, peak = sum(ours["parts"].values()), ours["peak"]
     print(f"\na step of ours: {tokens:,} tokens, {total:.3f} s")
     for name, seconds in ours["parts"].items():
         print(f"  {name:28} {seconds:7.3f} s {seconds / total:6.1%}")
-    inside = ours["parts"]["forward"] + ours["parts"]["backward"]
-    print(f"  matrix products: {ours['flops'] / 1e9:.1f} GFLOP in forward and backward, {ours['flops'] / inside / 1e9:.1f} GFLOP/s;")
-    print(f"  one product of 1,024 x 1,024 reaches {peak / 1e9:.1f} GFLOP/s here: {ours['flops'] / inside / peak:.0%} of it")
+    inside, profiled = ours["parts"]["forward"] + ours["parts"]["backward"], sum(ours["families"].values())
+    print("forward and backward by kind of operator, least of some profiled steps")
+    for name, seconds in ours["families"].items():
+        print(f"  {name:28} {seconds:7.3f} s {seconds / profiled:6.1%}")
+    reached, bound = (ours["flops"] / seconds / 1e9 for seconds in (inside, ours["alone"]))
+    print(f"  {ours['flops'] / 1e9:.1f} GFLOP in matrix products; one of 1,024 x 1,024 runs at {peak / 1e9:.1f} GFLOP/s here")
+    print(f"  forward and backward      {inside:7.3f} s {reached:6.1f} GFLOP/s {reached * 1e9 / peak:4.0%} of that")
+    print(f"  the same products alone   {ours['alone']:7.3f} s {bound:6.1f} GFLOP/s {bound * 1e9 / peak:4.0%}: no step can be faster")
 
 
 def compared(folder, given, tokens):
@@ -225,7 +230,7 @@ def main():
         padded = len(rows) * max(len(row["ids"]) for row in rows)
         print(f"{len(rows)} chats, {tokens:,} tokens ({padded:,} when padded), {given.threads} thread(s), load {os.getloadavg()[0]:.1f}")
         ours = compared(Path(place), given, tokens) if given.reference else in_a_process("ours", Path(place), given)
-        where_it_goes(ours, tokens, given.threads)
+        where_it_goes(ours, tokens)
 
 
 if __name__ == "__main__":
