@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).parent
-NOT_BENCHMARKS = ("all", "chats")  # this file, and chats for the others
+NOT_BENCHMARKS = ("all", "chats")  # this file, and what the others import
 
 
 class Benchmark(NamedTuple):
@@ -47,6 +47,7 @@ BENCHMARKS = {
     "kernel_space": Benchmark(),
     "train_step": Benchmark(),
     "peers": Benchmark("trl"),
+    "step_profile": Benchmark(),
     "rl_rollout": Benchmark(),
     "rl_oracles": Benchmark("nemo_rl", must=True),
     "dpo_trl": Benchmark("trl_dpo", must=True),
