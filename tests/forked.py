@@ -26,25 +26,25 @@ class Forked:
     """`function(*given)` in a child of this process, with what is used of a `subprocess.Popen`.
 
     Its exit code is what the function returns, or 1 with the traceback in its output if it raises.
-    `output`: a file that takes both streams; without one they are those of this process.
+    `output`: a file that takes both streams, or `errors` the second; without one they are those of this process.
     """
 
-    def __init__(self, function: Callable[..., Any], *given: Any, env: Mapping[str, str] | None = None, output: Path | None = None):
-        self.child = multiprocessing.get_context("fork").Process(target=self._run, args=(function, given, env or {}, output))
+    def __init__(self, function: Callable[..., Any], *given: Any, env: Mapping[str, str] | None = None, output: Path | None = None, errors: Path | None = None):
+        self.child = multiprocessing.get_context("fork").Process(target=self._run, args=(function, given, env or {}, output, errors or output))
         self.child.start()
         self.pid, self.output = self.child.pid, output
 
     @staticmethod
-    def _run(function: Callable[..., Any], given: tuple, env: Mapping[str, str], output: Path | None) -> None:
+    def _run(function: Callable[..., Any], given: tuple, env: Mapping[str, str], output: Path | None, errors: Path | None) -> None:
         gc.freeze()  # what the parent made is not looked through again
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the parent with the signal ignored
         torch.set_num_threads(1)  # threads of the parent do not live here
         os.environ.update(env)
         if output:
-            with open(output, "ab") as file:
-                os.dup2(file.fileno(), 1)
-                os.dup2(file.fileno(), 2)
-            sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+            for number, path in ((1, output), (2, errors)):
+                with open(path, "ab") as file:
+                    os.dup2(file.fileno(), number)
+            sys.stdout, sys.stderr = (open(number, "w", buffering=1, encoding="utf-8", closefd=False) for number in (1, 2))
         try:
             code = function(*given)
         except Exception:

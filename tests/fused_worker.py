@@ -1,4 +1,4 @@
-"""Several processes that share a vocabulary. `run_shards` starts them, `fused_worker.py RANK SHARD_SIZES FOLDER` is one of them; `fork_shards` forks them.
+"""Several processes that share a vocabulary: `fork_shards`, or `run_shards`, which starts `fused_worker.py SHARD_SIZES FOLDER` for that.
 
 A process fails if a number is not that of the whole vocabulary.
 """
@@ -22,18 +22,14 @@ from nemotron_nb.loss.fused import linear_nll, loss_path, masked_linear_cross_en
 
 
 def run_shards(shards: tuple[int, ...], folder: Path, environment: dict[str, str]) -> None:
-    """Start a process for each part of the vocabulary, and wait for all of them to be right."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    workers = [
-        subprocess.Popen([sys.executable, __file__, str(rank), json.dumps(shards), str(folder)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in range(len(shards))
-    ]
-    said = [worker.communicate(timeout=600)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0] * len(shards), "\n".join(said)
+    """The checks in a new process, which has this environment when it imports the library, and forks a child for each part."""
+    command = [sys.executable, __file__, json.dumps(shards), str(folder)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-def fork_shards(shards: tuple[int, ...], folder: Path) -> None:
-    """The same with children of this process."""
+def fork_shards(shards: Sequence[int], folder: Path) -> None:
+    """The checks in a child of this process for each part of the vocabulary; all must be right."""
     forked_ranks(be_rank, len(shards), shards, folder, folder=folder)
 
 
@@ -90,5 +86,4 @@ def main(rank: int, shards: Sequence[int]) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    be_rank(int(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3]))
+    fork_shards(json.loads(sys.argv[1]), Path(sys.argv[2]))
