@@ -51,10 +51,12 @@ test:  ## notebooks in step with the library, every notebook executed, then pyte
 	@$(IN) .ci/sync
 	@$(MAKE) --no-print-directory --output-sync=target -j 2 test-library test-engines
 
+ENGINES := tests/megatron tests/slurm tests/lab
+
 # Two targets that "make test" runs side by side: the second waits for Slurm, for browsers and for ranks most of its time.
 test-library:
-	@$(IN) $(ALONE) nbdev-test --n-workers $(WORKERS)
-	@$(IN) $(ALONE) python -m pytest -n $(TESTERS) --dist loadfile -m "not long" --ignore tests/megatron --ignore tests/slurm --ignore tests/lab
+	@$(IN) $(ALONE) python .ci/notebooks --n-workers $(WORKERS)
+	@$(IN) $(ALONE) python -m pytest -n $(TESTERS) --dist loadfile -m "not long" $(ENGINES:%=--ignore %)
 
 test-engines:
 	@$(IN) $(ALONE) python -m pytest -m "not long" tests/megatron
@@ -62,7 +64,9 @@ test-engines:
 
 test-long:  ## the tests that take minutes each and are not part of "make test"
 	@.ci/setup dev
-	@$(IN) $(ALONE) python -m pytest -m long
+	@$(IN) $(ALONE) python -m pytest -m long $(ENGINES:%=--ignore %)
+	@$(IN) $(ALONE) python -m pytest -m long tests/megatron
+	@$(IN) $(ALONE) python -m pytest -m long tests/slurm tests/lab
 
 # What decides the order of sums on this processor, set to the plainest. Hardware of another maker adds in yet another order.
 PLAIN := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE MKL_ENABLE_INSTRUCTIONS=SSE4_2 OPENBLAS_CORETYPE=Nehalem OMP_NUM_THREADS=1
@@ -71,7 +75,7 @@ NUMERIC := accounting batches checkpoint evaluate fused kernel leaks lora loss_s
 test-plain:  ## the tests and lessons with numbers again, as a processor without vector instructions would compute them
 	@.ci/setup dev
 	@$(IN) $(PLAIN) python -m pytest -n $(WORKERS) --dist loadfile -m "not long" $(NUMERIC:%=tests/test_%.py)
-	@for room in loss train; do $(IN) $(PLAIN) nbdev-test nbs/$$room --n-workers $(WORKERS); done
+	@for room in loss train; do $(IN) $(PLAIN) python .ci/notebooks nbs/$$room --n-workers $(WORKERS); done
 
 lab:  ## JupyterLab on the notebooks
 	@.ci/setup dev

@@ -3891,6 +3891,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'nemotron_nb.ops.docs._order': ('ops/docs.html#_order', 'nemotron_nb/ops/docs.py'),
                                       'nemotron_nb.ops.docs._page_source': ('ops/docs.html#_page_source', 'nemotron_nb/ops/docs.py'),
                                       'nemotron_nb.ops.docs._split': ('ops/docs.html#_split', 'nemotron_nb/ops/docs.py'),
+                                      'nemotron_nb.ops.docs._stem_once': ('ops/docs.html#_stem_once', 'nemotron_nb/ops/docs.py'),
                                       'nemotron_nb.ops.docs.build_site': ('ops/docs.html#build_site', 'nemotron_nb/ops/docs.py'),
                                       'nemotron_nb.ops.docs.local_links': ('ops/docs.html#local_links', 'nemotron_nb/ops/docs.py'),
                                       'nemotron_nb.ops.docs.mathml': ('ops/docs.html#mathml', 'nemotron_nb/ops/docs.py'),

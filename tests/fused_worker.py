@@ -1,4 +1,4 @@
-"""Several processes that share a vocabulary. `run_shards` starts them, `fused_worker.py RANK SHARD_SIZES STORE` is one of them.
+"""Several processes that share a vocabulary: `fork_shards`, or `run_shards`, which starts `fused_worker.py SHARD_SIZES FOLDER` for that.
 
 A process fails if a number is not that of the whole vocabulary.
 """
@@ -8,10 +8,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from forked import forked_ranks
 from loss_problems import dense_loss, dense_nll, dense_units, exact, gradients, problem
 from precision import assert_as_exact, float_errors
 
@@ -20,17 +22,26 @@ from nemotron_nb.loss.fused import linear_nll, loss_path, masked_linear_cross_en
 
 
 def run_shards(shards: tuple[int, ...], folder: Path, environment: dict[str, str]) -> None:
-    """Start a process for each part of the vocabulary, and wait for all of them to be right."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    workers = [
-        subprocess.Popen([sys.executable, __file__, str(rank), json.dumps(shards), str(folder / "store")], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in range(len(shards))
-    ]
-    said = [worker.communicate(timeout=600)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0] * len(shards), "\n".join(said)
+    """The checks in a new process, which has this environment when it imports the library, and forks a child for each part."""
+    command = [sys.executable, __file__, json.dumps(shards), str(folder)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-def main(rank: int, shards: list[int]) -> None:
+def fork_shards(shards: Sequence[int], folder: Path) -> None:
+    """The checks in a child of this process for each part of the vocabulary; all must be right."""
+    forked_ranks(be_rank, len(shards), shards, folder, folder=folder)
+
+
+def be_rank(rank: int, shards: Sequence[int], folder: Path) -> None:
+    """Join the others, check everything, part."""
+    store = dist.FileStore(str(folder / "store"), len(shards))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=len(shards), timeout=datetime.timedelta(seconds=300))
+    main(rank, shards)
+    dist.destroy_process_group()
+
+
+def main(rank: int, shards: Sequence[int]) -> None:
     """Every check, as the process that holds `shards[rank]` words."""
     group = dist.new_group(list(range(len(shards))))
     start, end = sum(shards[:rank]), sum(shards[: rank + 1])
@@ -75,8 +86,4 @@ def main(rank: int, shards: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    rank, shards = int(sys.argv[1]), json.loads(sys.argv[2])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(sys.argv[3], len(shards)), rank=rank, world_size=len(shards), timeout=datetime.timedelta(seconds=300))
-    main(rank, shards)
-    dist.destroy_process_group()
+    fork_shards(json.loads(sys.argv[1]), Path(sys.argv[2]))

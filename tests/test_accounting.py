@@ -5,7 +5,7 @@ import datetime
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import forked_ranks
 from precision import EXACT, FACTOR, sum_error
 
 from nemotron_nb.core import UserError
@@ -224,7 +224,7 @@ def rank_main(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def computed_by_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(rank_main, args=(str(folder),), nprocs=4, start_method="spawn")
+    forked_ranks(rank_main, 4, str(folder), folder=folder)
     return torch.load(folder / "results.pt")
 
 

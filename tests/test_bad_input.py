@@ -2,10 +2,9 @@
 
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from commands import nemotron
+from commands import forked_nemotron, nemotron
 from typer.testing import CliRunner
 
 from nemotron_nb.core import UserError, write_json
@@ -47,18 +46,17 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """For each case, what the command answered and the files that are there afterwards. Run two at a time: each is a process."""
+    """For each case, what the command answered and the files that are there afterwards."""
 
     def ask(case):
         content, overrides, _ = CASES[case]
         folder = tmp_path_factory.mktemp(case)
         if content is not None:
             (folder / "chats.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
-        done = nemotron("nano3", "sft", "-c", "tiny", "data.path=chats.jsonl", *overrides, cwd=folder)
-        return case, (done, {p.relative_to(folder).as_posix() for p in folder.rglob("*")})
+        done = forked_nemotron("nano3", "sft", "-c", "tiny", "data.path=chats.jsonl", *overrides, cwd=folder)
+        return done, {p.relative_to(folder).as_posix() for p in folder.rglob("*")}
 
-    with ThreadPoolExecutor(2) as pool:
-        return dict(pool.map(ask, CASES))
+    return {case: ask(case) for case in CASES}
 
 
 def without_cache(names):

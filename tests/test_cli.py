@@ -12,7 +12,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from commands import ENV_TOML, NEMOTRON, ONE_THREAD, nemotron
+from commands import ENV_TOML, NEMOTRON, ONE_THREAD, forked_nemotron, nemotron
 from counted_calls import counts, watch
 from run_folders import fabricated_run
 from typer.testing import CliRunner
@@ -40,7 +40,7 @@ def test_help_at_every_level(tmp_path, words):
 
 def test_dry_run_shows_every_value_with_its_origin_and_runs_nothing(tmp_path):
     (tmp_path / "mine.yaml").write_text("optimizer:\n  lr: 2e-3\n")
-    done = nemotron("nano3", "sft", "-c", "mine.yaml", "--dry-run", "train.train_iters=50", cwd=tmp_path)
+    done = forked_nemotron("nano3", "sft", "-c", "mine.yaml", "--dry-run", "train.train_iters=50", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     row = {line.split()[1]: line for line in done.stdout.splitlines() if line.startswith("* ")}
     assert set(row) == {"optimizer.lr", "train.train_iters"}
@@ -50,13 +50,13 @@ def test_dry_run_shows_every_value_with_its_origin_and_runs_nothing(tmp_path):
 
 def test_data_prep_prints_where_and_what_and_finds_it_again(tmp_path):
     words = ("super3", "data", "prep", "sft", "-c", "tiny", "--sample", "12")
-    first, second = (nemotron(*words, cwd=tmp_path) for _ in range(2))
+    first, second = (asked(*words, cwd=tmp_path) for asked in (nemotron, forked_nemotron))
     said = [[line for line in run.stdout.splitlines() if line and not line.startswith("tokenized: ")] for run in (first, second)]
     assert first.returncode == 0 and said[0] == said[1] and "tokenized: 1 units by tokenizers" in first.stdout
     folder = tmp_path / re.search(r"prepared data: (\S+)", first.stdout)[1]
     assert json.loads((folder / "manifest.json").read_text())["rows"] == 12
     stamp = (folder / "manifest.json").stat().st_mtime_ns
-    assert nemotron(*words, "--force", cwd=tmp_path).returncode == 0
+    assert forked_nemotron(*words, "--force", cwd=tmp_path).returncode == 0
     assert (folder / "manifest.json").stat().st_mtime_ns > stamp
 
 
@@ -64,9 +64,9 @@ def test_report_and_runs_read_folders_alone(tmp_path):
     folder = fabricated_run(tmp_path / "output" / "nano3" / "sft" / "20260314T092653Z-x-000000")
     listed = nemotron("runs", cwd=tmp_path)
     assert re.search(r"20260314T092653Z-x-000000 +done +40 +1\.250 +1\.073 +sample +0:00:04", listed.stdout)
-    done = nemotron("report", folder, cwd=tmp_path)
+    done = forked_nemotron("report", folder, cwd=tmp_path)
     assert done.returncode == 0 and "5.125 before, 1.250 after" in done.stdout and (folder / "report.html").exists()
-    assert nemotron("report", tmp_path / "nowhere", cwd=tmp_path).returncode == 1
+    assert forked_nemotron("report", tmp_path / "nowhere", cwd=tmp_path).returncode == 1
 
 
 PUBLISHED = [  # the commands of the published texts, as they stand there, with --dry-run
@@ -156,7 +156,7 @@ def test_models_and_data_from_elsewhere(tmp_path, monkeypatch):
 
 def test_imported_data_are_traced_to_the_chats_they_were_made_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    prepared = nemotron("nano3", "data", "prep", "sft", "-c", "tiny", "--sample", "24", cwd=tmp_path)
+    prepared = forked_nemotron("nano3", "data", "prep", "sft", "-c", "tiny", "--sample", "24", cwd=tmp_path)
     folder = next((tmp_path / "output" / "nano3" / "data_prep").glob("*/manifest.json")).parent  # beside the cache
     assert prepared.returncode == 0 and (folder / "manifest.json").exists(), prepared.stderr
     shutil.move(folder, tmp_path / "elsewhere")
@@ -199,7 +199,7 @@ def test_what_decides_a_run_is_done_once_in_all_its_processes(run):
 def test_a_run_is_in_the_register_with_all_that_went_into_it(run):
     done, folder = run
     root = folder.parents[3]
-    text = nemotron("lineage", "ModelArtifact-sft", "--png", "tree.png", cwd=root).stdout
+    text = forked_nemotron("lineage", "ModelArtifact-sft", "--png", "tree.png", cwd=root).stdout
     for said in ("ModelArtifact-sft:v1", "DataBlendsArtifact-sft:v1", "sample_chats", "nemotron nano3 sft -c tiny", "random weights"):
         assert said in text, said
     assert (root / "tree.png").read_bytes().startswith(b"\x89PNG")
@@ -228,7 +228,7 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path):
     metrics = read_metrics(folder / "metrics.jsonl")
     assert [m["step"] for m in metrics if m["kind"] == "train"] == list(range(1, 31)) and [m["kind"] for m in metrics].count("resume") == 1
     assert [a["state"] for a in json.loads((folder / "status.json").read_text())["attempts"]] == ["preempted", "done"]
-    again = nemotron("nano3", "sft", "--resume", folder, cwd=tmp_path)
+    again = forked_nemotron("nano3", "sft", "--resume", folder, cwd=tmp_path)
     assert again.returncode == 1 and "the run is complete" in again.stderr
 
 
@@ -302,7 +302,7 @@ def test_a_run_that_fails_in_training_says_why(run, tmp_path):
     status = json.loads((folder / "status.json").read_text())
     assert status["state"] == "failed" and "no_model" in status["message"]
     assert (folder / "notebook.ipynb").exists() and not (folder / ".partial.ipynb").exists()
-    assert nemotron("report", folder, cwd=tmp_path).stdout.startswith("The run failed")
+    assert forked_nemotron("report", folder, cwd=tmp_path).stdout.startswith("The run failed")
 
 
 def _descendants(pid: int) -> list[int]:
@@ -473,7 +473,7 @@ def test_runs_of_a_folder_that_is_not_there(tmp_path):
     done = nemotron("runs", "nosuch", cwd=tmp_path)
     assert done.returncode == 1 and "there is no such folder" in done.stderr
     fabricated_run(tmp_path / "output" / "nano3" / "sft" / "a")
-    assert json.loads(nemotron("runs", "--json", cwd=tmp_path).stdout)[0]["state"] == "done"
+    assert json.loads(forked_nemotron("runs", "--json", cwd=tmp_path).stdout)[0]["state"] == "done"
 
 
 @pytest.mark.parametrize("name", ["x\x1b]52;c;aGk=\x07", "x\x9b31m", "x\u202egnp", "x\x1b[2J\x08\r"], ids=["clipboard", "C1", "bidi", "screen"])

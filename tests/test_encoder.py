@@ -45,11 +45,10 @@ def tables(classes) -> en.Tables:
 
 
 @pytest.fixture(scope="session")
-def tekken(tmp_path_factory) -> ChatTokenizer:
+def tekken() -> ChatTokenizer:
+    """As the user's cache has it: `test_tokenizer.py` makes it anew."""
     pytest.importorskip("mistral_common")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        return load_tokenizer("tekken")
+    return load_tokenizer("tekken")
 
 
 @pytest.fixture(scope="session")

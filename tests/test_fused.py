@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from fused_worker import run_shards
+from fused_worker import fork_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_problems import assert_all_close, dense_loss, dense_nll, dense_units, exact, gradients, problem
@@ -452,4 +452,4 @@ def test_the_library_works_without_triton():
 @pytest.mark.parametrize("shards", [(30, 7), pytest.param((3, 14, 1, 19), marks=pytest.mark.long)], ids=["2 processes", "4 processes"])
 def test_processes_that_share_a_vocabulary(shards, tmp_path):
     """Real processes over gloo, parts of unequal size, both strategies: one loss, and the gradients of the whole."""
-    run_shards(shards, tmp_path, {})
+    fork_shards(shards, tmp_path)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import forked_ranks, meeting_point
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -142,9 +143,12 @@ def alone():
 def several(request, place):
     folder = place / f"ranks{request.param}"
     folder.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param), __file__, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+    if request.param == 2:
+        forked_ranks(lambda rank: run_rank(folder), 2, folder=folder, env=meeting_point())
+    else:  # as torchrun starts them
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param), __file__, str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
+        assert done.returncode == 0, done.stderr[-4000:]
     return request.param, folder, torch.load(folder / "found.pt", weights_only=False)
 
 

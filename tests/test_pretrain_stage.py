@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from commands import NEMOTRON, ONE_THREAD
+from forked import Forked
 from omegaconf import OmegaConf
 from precision import EXACT, FACTOR, float_error, sum_error
 from typer.testing import CliRunner
@@ -283,15 +284,6 @@ def run_training(config):
     train(config, open_source=DocumentSource)
 
 
-CHILD = """
-import sys
-from nemotron_nb.train.__main__ import read_config
-from nemotron_nb.train.base_model import DocumentSource
-from nemotron_nb.train.torch_engine import train
-train(read_config(sys.argv[1]), open_source=DocumentSource)
-"""
-
-
 def test_a_killed_training_ends_with_the_same_bytes(documents, tmp_path):
     sections = {"train": {"train_iters": 12, "global_batch_size": 4, "eval_interval": 3, "log_interval": 12}}
     sections |= {
@@ -300,10 +292,7 @@ def test_a_killed_training_ends_with_the_same_bytes(documents, tmp_path):
     }
     whole, killed = (config_of(documents.folder, tmp_path / name, **sections) for name in ("whole", "killed"))
     run_training(whole)
-    OmegaConf.save(OmegaConf.create(dataclasses.asdict(killed)), tmp_path / "killed.yaml")
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(tmp_path / "killed.yaml")], env=ONE_THREAD, stdout=subprocess.DEVNULL
-    )
+    child = Forked(run_training, killed)
     metrics = tmp_path / "killed" / "metrics.jsonl"
     while child.poll() is None and not (metrics.exists() and '"step": 5,' in metrics.read_text()):
         time.sleep(0.01)

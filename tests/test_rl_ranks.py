@@ -1,15 +1,12 @@
-"""GRPO and DPO on several ranks against one: draws, judgements, pairs, loss, gradient, whole runs. Run as a program, this file is one of the ranks."""
+"""GRPO and DPO on several ranks against one: draws, judgements, pairs, loss, gradient, whole runs."""
 
 import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import forked_ranks, meeting_point
 
 import nemotron_nb
 from nemotron_nb.data.tokenizer import load_tokenizer
@@ -85,6 +82,12 @@ def everything(folder, ranks):
     return found
 
 
+def be_rank(work):
+    """All of it as one of several."""
+    with ranks_of_process() as mine:
+        torch.save(everything(work / "several", mine), work / f"rank{mine.rank}.pt")
+
+
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """(one rank, [each of several], folder of runs)."""
@@ -96,14 +99,8 @@ def both(tmp_path_factory):
         config = RlTraining(str(work / "start"), prepared.train, str(work / name), prepared.val, grpo=BASE, **told)
         (work / name).mkdir()
         (work / name / "train.yaml").write_text(json.dumps(dataclasses.asdict(config)))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(WORLD), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(work / "several"), str(work)]
-    workers = [subprocess.Popen(command, env=os.environ | common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(WORLD)]
+    forked_ranks(lambda rank: be_rank(work), WORLD, folder=work, env=meeting_point())
     one = everything(work / "one", Ranks())
-    assert [w.wait(600) for w in workers] == [0] * WORLD
     return one, [torch.load(work / f"rank{r}.pt", weights_only=False) for r in range(WORLD)], work
 
 
@@ -157,8 +154,3 @@ def test_a_run_of_dpo_on_two_ranks_writes_once_and_what_one_writes(both):
         assert abs(mine["loss"] - theirs["loss"]) < 1e-4 and mine["preferred"] == theirs["preferred"]
     one, several = ((work / n / "pairs.jsonl").read_bytes() for n in ("one-dpo", "several-dpo"))
     assert one == several and (work / "several-dpo/model/model.safetensors").is_file()
-
-
-if __name__ == "__main__":
-    with ranks_of_process() as mine:
-        torch.save(everything(Path(sys.argv[1]), mine), Path(sys.argv[2]) / f"rank{mine.rank}.pt")

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-from commands import ENV_TOML, NEMOTRON
+from commands import ENV_TOML, NEMOTRON, forked_nemotron
 from stage_outside import MODULE, add_demo, add_package
 from typer.testing import CliRunner
 
@@ -32,7 +32,11 @@ def outside(tmp_path):
     def ask(*words):
         return subprocess.run([str(NEMOTRON), *words], cwd=work, env=env, capture_output=True, text=True, timeout=300)
 
-    ask.work, ask.package = work, tmp_path / "package"
+    def ask_here(*words):
+        """What starts no kernel, in a child of this process."""
+        return forked_nemotron(*words, cwd=work, packages=(tmp_path / "package",))
+
+    ask.work, ask.package, ask.here = work, tmp_path / "package", ask_here
     return ask
 
 
@@ -84,30 +88,30 @@ def test_three_files_make_a_stage(outside):
     """Command, settings, run folder, table of runs, register and lineage; nothing else is edited."""
     helped = outside("nano3", "--help")
     assert re.search("^  demo +Count to a number", helped.stdout, re.MULTILINE) and helped.stderr == ""
-    assert "nemotron nano3 demo {odd} x=4" in outside("nano3", "demo", "--help").stdout
+    assert "nemotron nano3 demo {odd} x=4" in outside.here("nano3", "demo", "--help").stdout
     done = outside("nano3", "demo", "x=3")
     assert done.returncode == 0, done.stdout + done.stderr
     run = outside.work / re.search(r"^run folder: (.+)$", done.stdout, re.MULTILINE)[1]
     assert run.parent == outside.work / "output" / "nano3" / "demo" and (run / "made" / "count.txt").read_text() == "3"
     assert f"Report: {run.relative_to(outside.work) / 'report.html'}" in done.stdout
-    row = json.loads(outside("runs", "--json").stdout)[0]
+    row = json.loads(outside.here("runs", "--json").stdout)[0]
     assert row["state"] == "done" and row["report"].endswith("report.html")
-    assert "DemoArtifact:v1" in outside("lineage", "DemoArtifact").stdout
+    assert "DemoArtifact:v1" in outside.here("lineage", "DemoArtifact").stdout
     made = json.loads((outside.work / "output/artifacts/DemoArtifact/v1/manifest.json").read_text())["producer"]
     assert made["command"] == "nemotron nano3 demo x=3"
-    assert "the report of the stage demo cannot be drawn again" in outside("report", str(run)).stderr
+    assert "the report of the stage demo cannot be drawn again" in outside.here("report", str(run)).stderr
 
 
 def test_a_stage_from_outside_is_planned_and_refused_like_the_others(outside):
     (outside.work / "env.toml").write_text(ENV_TOML)
     (outside.work / "mine.yaml").write_text("x: 4\n")
-    done = outside("super3", "demo", "-c", "mine.yaml", "--batch", "YOUR-CLUSTER", "--dry-run")
+    done = outside.here("super3", "demo", "-c", "mine.yaml", "--batch", "YOUR-CLUSTER", "--dry-run")
     assert done.returncode == 0 and re.search(r"\* +x +4 .*mine\.yaml", done.stdout), done.stdout + done.stderr
     assert "#SBATCH --job-name=nemotron-demo" in done.stdout and "#SBATCH --nodes=2" in done.stdout
     assert f"notebook={outside.package / 'demo.ipynb'} " in done.stdout
-    assert json.loads(outside("nano3", "demo", "-d", "--json", "x=5").stdout)["settings"]
+    assert json.loads(outside.here("nano3", "demo", "-d", "--json", "x=5").stdout)["settings"]
     for words, said in ((("y=3",), "'y'"), (("x=three",), "x"), (("-c", "tiny"), "no files in papermill_runs")):
-        refused = outside("nano3", "demo", *words)
+        refused = outside.here("nano3", "demo", *words)
         assert refused.returncode == 1 and said in refused.stderr and "Traceback" not in refused.stderr
     assert not (outside.work / "output").exists()
 
@@ -117,9 +121,9 @@ def test_a_stage_from_outside_fails_and_goes_on(outside):
     assert failed.returncode == 1 and "thirteen" in failed.stderr
     stopped = outside("nano3", "demo", "x=7")
     run = re.search(r"^run folder: (.+)$", stopped.stdout, re.MULTILINE)[1]
-    states = {row["run"]: row["state"] for row in json.loads(outside("runs", "--json").stdout)}
+    states = {row["run"]: row["state"] for row in json.loads(outside.here("runs", "--json").stdout)}
     assert states[run] == "preempted" and sorted(states.values()) == ["failed", "preempted"]
-    assert "together with --resume" in outside("nano3", "demo", "--resume", run, "x=8").stderr
+    assert "together with --resume" in outside.here("nano3", "demo", "--resume", run, "x=8").stderr
     done = outside("nano3", "demo", "--resume", run)
     assert done.returncode == 0 and (outside.work / run / "notebook.1.ipynb").exists(), done.stdout + done.stderr
     assert json.loads((outside.work / run / "status.json").read_text())["state"] == "done"

@@ -4,8 +4,6 @@ import copy
 import dataclasses
 import json
 import math
-import multiprocessing
-import os
 import shutil
 import signal
 import subprocess
@@ -17,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from forked import Forked
 from precision import FACTOR, assert_as_exact, float_error, float_errors, logits_error, mean_loss_gap, near, sum_error
 from precision import norm as norm_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -275,7 +274,7 @@ def same_training(ours, theirs):
 def test_killed_and_gone_on_it_is_the_same_training_to_the_last_bit(trained, data_dir, tmp_path):
     config = training(data_dir, tmp_path / "out", checkpoint={"save_interval": 2})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config)))
-    process = subprocess.Popen([sys.executable, "-m", "nemotron_nb.train", "--config", str(tmp_path / "recipe.yaml")], stdout=subprocess.DEVNULL)
+    process = Forked(main, ["--config", str(tmp_path / "recipe.yaml")])
     deadline = time.monotonic() + 900  # only against a wait without end: the machine may be busy
     while not any(line.get("step", 0) >= 3 for _, line in metric_lines(tmp_path / "out" / "metrics.jsonl")):
         assert process.poll() is None and time.monotonic() < deadline
@@ -611,51 +610,13 @@ def test_lost_weights_are_never_a_checkpoint(data_dir, tmp_path, monkeypatch):
     assert not list((tmp_path / "out" / "checkpoints").glob("step_*"))
 
 
-def _hear():
-    """What a child does first: a shell may have started these tests with the signal ignored."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def begun(words: list[str]) -> subprocess.Popen:
-    """The command in a new process."""
-    return subprocess.Popen([sys.executable, "-m", "nemotron_nb.train", *words], preexec_fn=_hear)
-
-
-class forked:
-    """The command in a child of this process, which has imported everything; with what is used here of a `Popen`."""
-
-    def __init__(self, words: list[str]):
-        self.child = multiprocessing.get_context("fork").Process(target=self._run, args=(words,))
-        self.child.start()
-        self.pid = self.child.pid
-
-    @staticmethod
-    def _run(words: list[str]) -> None:
-        _hear()
-        torch.set_num_threads(1)  # threads of the parent do not live here
-        sys.exit(main(words))
-
-    def poll(self) -> int | None:
-        """Its exit code, or None while it runs."""
-        return self.child.exitcode
-
-    def send_signal(self, number: int) -> None:
-        """As `kill` does."""
-        os.kill(self.pid, number)
-
-    def wait(self, seconds: float) -> int | None:
-        """Its exit code, or None if it still runs after so long."""
-        self.child.join(seconds)
-        return self.child.exitcode
-
-
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_ends_the_step_and_writes_a_checkpoint(data_dir, tmp_path, name, capfd):
     """In a process of its own: exit code 0, the last line says paused, and no second training may work there meanwhile."""
     config = training(data_dir, tmp_path / "out", train={"train_iters": 5000, "global_batch_size": 1}, **SHORT)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config)))
     words = ["--config", str(tmp_path / "recipe.yaml")]
-    process = begun(words) if name == "SIGTERM" else forked(words)  # PyTorch is imported once more, and not three times
+    process = Forked(main, words)
     deadline = time.monotonic() + 900
     while not any(line["kind"] == "train" for _, line in metric_lines(tmp_path / "out" / "metrics.jsonl")):
         assert process.poll() is None and time.monotonic() < deadline

@@ -9,6 +9,7 @@ __all__ = ['CHAPTERS', 'FRONT', 'STEP', 'CONF', 'Page', 'page_of', 'pages_of', '
 
 # %% ../../nbs/ops/11_docs.ipynb #bba997b9
 import ast
+import functools
 import importlib.util
 import json
 import os
@@ -234,11 +235,18 @@ def _draw_contents_once(app: Any, page: str, template: str, context: dict[str, A
 
     context["toctree"] = contents
 
+# %% ../../nbs/ops/11_docs.ipynb #214a5113
+def _stem_once(app: Any, tree: Any, page: str) -> None:
+    """Called by Sphinx before a page is indexed: the stem of a word is found once, however often the word stands."""
+    language = app.builder.indexer.lang
+    if "stem" not in vars(language):
+        language.stem = functools.cache(language.stem)
+
 # %% ../../nbs/ops/11_docs.ipynb #e022435d
 def setup(
     app: Any,  # Sphinx
 ) -> dict[str, bool]:
-    """Called by Sphinx: formulas are drawn by `mathml`, the contents beside every page are drawn once."""
+    """Called by Sphinx: formulas are drawn by `mathml`, contents are drawn once, words are stemmed once."""
 
     def inline(writer: Any, node: Any) -> None:
         """A formula in a line."""
@@ -256,6 +264,7 @@ def setup(
 
     app.add_html_math_renderer("mathml", (inline, None), (block, None))
     app.add_config_value("contents_once", True, "html", bool)
+    app.connect("doctree-resolved", _stem_once)
     app.connect("html-page-context", _draw_contents_once, priority=100)  # the theme asks for the contents after that
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 

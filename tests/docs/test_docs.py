@@ -163,3 +163,13 @@ def test_contents_that_are_drawn_once_are_those_that_sphinx_draws_for_each_page(
     assert len(pages) >= 6
     for page in pages:
         assert (tmp_path / "1" / page).read_text() == (tmp_path / "0" / page).read_text(), page
+
+
+def test_words_that_are_stemmed_once_have_the_stems_of_sphinx():
+    english = pytest.importorskip("sphinx.search.en", reason="Sphinx comes with the extra docs").SearchEnglish
+    words = re.findall(r"\w+", (ROOT / "README.md").read_text(encoding="utf-8"))
+    plain, app = english({}), mock.Mock()
+    app.builder.indexer.lang = english({})
+    for page in ("tour", "map"):
+        docs._stem_once(app, None, page)
+        assert [app.builder.indexer.lang.stem(word) for word in words] == [plain.stem(word) for word in words]
