@@ -611,7 +611,7 @@ def test_sigterm_leaves_a_run_that_is_preempted_and_goes_on(done, start):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("more", [["grpo.max_num_steps=6", "genrm.judge=rule"], ["method=dpo", "dpo.max_num_steps=6", "dpo.pairs=pairs.jsonl", "dpo.min_pairs=8", "dpo.pairs_per_step=4"]], ids=["grpo", "dpo"])
+@pytest.mark.parametrize("more", [["grpo.max_num_steps=6", "genrm.judge=rule"], ["method=dpo", "dpo.max_num_steps=24", "dpo.pairs=pairs.jsonl", "dpo.min_pairs=8", "dpo.pairs_per_step=4"]], ids=["grpo", "dpo"])
 def test_two_ranks_by_the_command_line_are_stopped_and_go_on_to_the_same_bytes(start, tmp_path, more):
     """`run.nproc_per_node=2`, in one go and with a SIGTERM on the way: every line, rollout, judgement, pair and weight is the same to the last bit."""
     pairs = [{"prompt": f"What is {n} + 1?", "chosen": f"It is {n + 1}.", "rejected": f"It is {n} times one, or less than that."} for n in range(12)]
