@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
 # %% ../../nbs/train/03_scan.ipynb #73a72118
@@ -42,7 +41,7 @@ def fading_mask(
     """[..., L, L]: how much of what token s wrote is left when token t reads; 0 where s > t."""
     size = log_fade.shape[-1]
     causal = torch.ones(size, size, dtype=torch.bool, device=log_fade.device).tril()
-    return (log_fade[..., :, None] - log_fade[..., None, :]).masked_fill_(~causal, -torch.inf).exp_()
+    return (log_fade[..., :, None] - log_fade[..., None, :]).masked_fill(~causal, -torch.inf).exp()
 
 # %% ../../nbs/train/03_scan.ipynb #1fc31b2b
 def _in_chunks(t: torch.Tensor, size: int) -> torch.Tensor:
@@ -56,10 +55,9 @@ def _carry(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The state that enters each chunk [R,K,H,N,P], and the one that leaves the last [R,H,N,P]."""
     state, entering = torch.zeros_like(written_RKHNP[:, 0]) if state is None else state, []
-    # Taken apart at once: the gradient of an index is as large as the whole, and there would be one for each chunk.
-    for fade_RH11, written_RHNP in zip(fade_RKH[..., None, None].unbind(1), written_RKHNP.unbind(1)):
+    for k in range(written_RKHNP.shape[1]):
         entering.append(state)
-        state = state * fade_RH11 + written_RHNP
+        state = state * fade_RKH[:, k, :, None, None] + written_RKHNP[:, k]
     return torch.stack(entering, dim=1), state
 
 # %% ../../nbs/train/03_scan.ipynb #ca3f242c
@@ -93,8 +91,7 @@ def chunked_scan(
     if T == 1 and state_RHPN is not None:
         return one_token(x_RTHP, dt_RTH, a_H, b_RTGN, c_RTGN, state_RHPN)
     chunk = min(chunk, T)
-    # Laid out once as products read it: each product, here and in the backward pass, would copy it again.
-    x_RKHLP = _in_chunks(x_RTHP * dt_RTH[..., None], chunk).transpose(2, 3).contiguous()
+    x_RKHLP = _in_chunks(x_RTHP * dt_RTH[..., None], chunk).transpose(2, 3)
     log_RKHL = _in_chunks(dt_RTH * a_H, chunk).transpose(2, 3).cumsum(-1)
     b_RKGLN, c_RKGLN = (_in_chunks(t, chunk).transpose(2, 3) for t in (b_RTGN, c_RTGN))
 
@@ -104,47 +101,12 @@ def chunked_scan(
 
     scores = (c_RKGLN @ b_RKGLN.mT)[:, :, :, None]
     inside = (scores * by_group(fading_mask(log_RKHL))) @ by_group(x_RKHLP)
-    left = (log_RKHL[..., -1:] - log_RKHL).exp_()
+    left = (log_RKHL[..., -1:] - log_RKHL).exp()
     written = b_RKGLN.mT[:, :, :, None] @ by_group(x_RKHLP * left[..., None])
     first = None if state_RHPN is None else state_RHPN.mT
     carried, last_RHNP = _carry(log_RKHL[..., -1].exp(), written.flatten(2, 3), first)
-    y = inside.add_((c_RKGLN[:, :, :, None] @ by_group(carried)) * by_group(log_RKHL.exp())[..., None])
+    y = inside + (c_RKGLN[:, :, :, None] @ by_group(carried)) * by_group(log_RKHL.exp())[..., None]
     return y.flatten(2, 3).transpose(2, 3).reshape(R, -1, H, P)[:, :T], last_RHNP.mT
-
-# %% ../../nbs/train/03_scan.ipynb #f2d9bb1f
-def _filtered(window_RSC: torch.Tensor, weight_CW: torch.Tensor, bias_C: torch.Tensor | None) -> torch.Tensor:
-    """[R,S-W+1,C]: the library's filter."""
-    # As an image one pixel high: the 2-d kernel works with channels last in memory, the 1-d kernel would copy.
-    image = F.conv2d(window_RSC.mT.unsqueeze(2), weight_CW[:, None, None], bias_C, groups=weight_CW.shape[0])
-    return image.squeeze(2).mT
-
-# %% ../../nbs/train/03_scan.ipynb #7414d2b3
-class _Filter(torch.autograd.Function):
-    """`_filtered` in float32 on a CPU, with a faster gradient of the bias."""
-
-    @staticmethod
-    def forward(ctx: Any, window_RSC: torch.Tensor, weight_CW: torch.Tensor, bias_C: torch.Tensor) -> torch.Tensor:
-        """The same."""
-        ctx.save_for_backward(window_RSC, weight_CW)
-        return _filtered(window_RSC, weight_CW, bias_C)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_RTC: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of the window, the taps and the bias, where they are wanted."""
-        (window_RSC, weight_CW), (wants_window, wants_weight, wants_bias) = ctx.saved_tensors, ctx.needs_input_grad
-        window, weight, rows_NC = window_RSC.mT.unsqueeze(2), weight_CW[:, None, None], grad_RTC.flatten(0, 1)
-        found = torch.ops.aten.convolution_backward(
-            grad_RTC.mT.unsqueeze(2), window, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], len(weight),
-            [wants_window, wants_weight, False],
-        )  # fmt: skip
-        all_to_one = torch.zeros(len(rows_NC), dtype=torch.int64)
-        bias_1C = rows_NC.new_zeros(1, rows_NC.shape[1]).index_add_(0, all_to_one, rows_NC) if wants_bias else None
-        return (
-            found[0].squeeze(2).mT if wants_window else None,
-            found[1].flatten(1) if wants_weight else None,
-            bias_1C[0] if wants_bias else None,
-        )
 
 # %% ../../nbs/train/03_scan.ipynb #91edb1d1
 def causal_conv(
@@ -159,9 +121,9 @@ def causal_conv(
     if before_RWC is not None and x_RTC.shape[1] == 1:  # one token: a sum over its window
         filtered = (window * weight_CW.mT).sum(1, keepdim=True)
         return filtered if bias_C is None else filtered + bias_C, window[:, -width:]
-    plain = window.device.type == "cpu" and window.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    filter_ = _Filter.apply if plain and bias_C is not None else _filtered
-    return filter_(window, weight_CW, bias_C), window[:, -width:]
+    # As an image one pixel high: the 2-d kernel works with channels last in memory, the 1-d kernel would copy.
+    image = F.conv2d(window.mT.unsqueeze(2), weight_CW[:, None, None], bias_C, groups=weight_CW.shape[0])
+    return image.squeeze(2).mT, window[:, -width:]
 
 # %% ../../nbs/train/03_scan.ipynb #88482371
 def _silenced(t_RTC: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
