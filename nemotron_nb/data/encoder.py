@@ -916,10 +916,10 @@ def _by_tiktoken(tables: Tables) -> Backend:
 def _ascii_pattern(classes: np.ndarray) -> str:
     """`WORDS_PATTERN` for text that is all ASCII."""
     bracket = lambda members: "[" + "".join(rf"\x{i:02x}" for i in np.flatnonzero(members)) + "]"
-    ascii = classes[:128]
-    capital, small, number, _, space, sign, before = (bracket(ascii & bit) for bit in _BRACKETS)
+    plain = classes[:128]
+    capital, small, number, _, space, sign, before = (bracket(plain & bit) for bit in _BRACKETS)
     letters = f"{before}?+(?:{capital}*+{small}++|{capital}++)"
-    return rf"{letters}|{number}| ?{sign}++[\r\n/]*+|{space}*[\r\n]+|{space}+(?!{bracket(ascii & SPACE == 0)})|{space}+"
+    return rf"{letters}|{number}| ?{sign}++[\r\n/]*+|{space}*[\r\n]+|{space}+(?!{bracket(plain & SPACE == 0)})|{space}+"
 
 # %% ../../nbs/data/06_encoder.ipynb #6828b6f7
 _KEPT_WORDS = 1 << 20  # words that are remembered; then the memo begins anew

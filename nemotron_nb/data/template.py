@@ -80,6 +80,7 @@ def _value(value: Any) -> str:
 # %% ../../nbs/data/07_template.ipynb #a79a2573
 def _extras(fields: Any, known: Sequence[str]) -> str:
     """Keys the format has no word for, each as an element of its own, in order."""
+    # dict stands first wherever a mapping is asked for: it is nearly always one, and `Mapping` is slow to ask
     if not isinstance(fields, (dict, Mapping)):
         return ""
     return "".join([f"\n<{key}>{_value(value)}</{key}>" for key, value in fields.items() if key not in known])
